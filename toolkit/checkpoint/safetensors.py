@@ -1,0 +1,103 @@
+"""Safetensors headers, read and bounded before a single weight byte is.
+
+Format: 8 bytes little-endian header length, a JSON object `{name: {dtype, shape, data_offsets}}`, then the data.
+Offsets are relative to the end of the header, without holes or overlaps, and end at the end of the file
+(https://github.com/huggingface/safetensors, "Format").
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from toolkit.errors import CheckpointError
+
+MAX_HEADER_BYTES: Final = 100_000_000
+ITEM_BYTES: Final = {"BF16": 2, "F16": 2, "F32": 4}
+_KNOWN_BYTES: Final = {
+    **ITEM_BYTES, "F64": 8, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "U64": 8, "U32": 4, "U16": 2,
+    "F8_E4M3": 1, "F8_E5M2": 1,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorRef:
+    """Where one tensor lies: `nbytes` little-endian row-major bytes from `offset` (absolute) in `path`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    path: Path
+    offset: int
+    nbytes: int
+
+
+def read_header(path: Path) -> dict[str, TensorRef]:
+    """Every tensor of one file, by name. Raises CheckpointError if the file is not whole and well-formed."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            if len(prefix) < 8:
+                raise CheckpointError(f"{path} has {size} bytes, too few for a safetensors file: download it again")
+            (length,) = struct.unpack("<Q", prefix)
+            if length > min(size - 8, MAX_HEADER_BYTES):
+                raise CheckpointError(
+                    f"{path} claims a header of {length} bytes in a file of {size}: truncated or not safetensors"
+                )
+            text = file.read(length)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing: the checkpoint is incomplete, download it again") from None
+    except OSError as problem:
+        raise CheckpointError(f"{path} cannot be read: {problem.strerror}") from None
+    refs = _parse_header(text, path, 8 + length)
+    end = _check_layout(refs, path, 8 + length)
+    if end != size:
+        word = "truncated" if size < end else "longer than its header says"
+        raise CheckpointError(f"{path} is {word}: {size} bytes, expected {end}: download it again")
+    return refs
+
+
+def _parse_header(text: bytes, path: Path, start: int) -> dict[str, TensorRef]:
+    try:
+        header = json.loads(text, object_pairs_hook=_unique)
+    except (UnicodeDecodeError, ValueError, RecursionError) as problem:
+        raise CheckpointError(f"{path} has a corrupt header: {str(problem)[:120]}") from None
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path} has a corrupt header: expected an object of tensors")
+    return {name: _parse_entry(name, entry, path, start) for name, entry in header.items() if name != "__metadata__"}
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key stands twice")
+    return found
+
+
+def _parse_entry(name: str, entry: object, path: Path, start: int) -> TensorRef:
+    def whole(values: object) -> bool:
+        return isinstance(values, list) and all(type(v) is int and 0 <= v < 1 << 48 for v in values)
+
+    if not isinstance(entry, dict) or not whole(entry.get("shape")) or not whole(entry.get("data_offsets")):
+        raise CheckpointError(f"{path}: the header entry of {name!r} is malformed")
+    dtype, shape, offsets = entry.get("dtype"), tuple(entry["shape"]), entry["data_offsets"]
+    if dtype not in _KNOWN_BYTES:
+        raise CheckpointError(f"{path}: {name} has dtype {dtype!r}, expected one of {', '.join(ITEM_BYTES)}")
+    if len(offsets) != 2 or offsets[1] - offsets[0] != math.prod(shape) * _KNOWN_BYTES[dtype]:
+        raise CheckpointError(f"{path}: {name} of shape {list(shape)} {dtype} does not fit its offsets {offsets}")
+    return TensorRef(name, dtype, shape, path, start + offsets[0], offsets[1] - offsets[0])
+
+
+def _check_layout(refs: dict[str, TensorRef], path: Path, start: int) -> int:
+    """The data must be one run without holes or overlaps; returns where it ends."""
+    end = start
+    for ref in sorted(refs.values(), key=lambda r: (r.offset, r.nbytes)):
+        if ref.offset != end:
+            raise CheckpointError(f"{path}: the bytes of {ref.name} start at {ref.offset}, expected {end}")
+        end += ref.nbytes
+    return end

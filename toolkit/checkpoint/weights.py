@@ -1,0 +1,190 @@
+"""A checkpoint's tensors: found, checked against the config, and read by rows as float32.
+
+Headers first: `open_weights` returns only when every tensor the config calls for exists once, with the shape and
+a float dtype it should have. After that `read_rows` costs one positioned read and one widening pass.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path, PurePosixPath
+from typing import Final, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from toolkit import names
+from toolkit.checkpoint.config import ModelConfig, read_json
+from toolkit.checkpoint.safetensors import ITEM_BYTES, TensorRef, read_header
+from toolkit.errors import CheckpointError, NonFiniteError
+
+_MAX_INDEX_BYTES: Final = 64 << 20
+# Buffers old checkpoints carry that are computed, not learned.
+_COMPUTED_SUFFIXES: Final = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias")
+
+
+class WeightSource(Protocol):
+    """Named tensors that can be read by rows. Every read goes to disk (or makes the numbers) anew."""
+
+    def names(self) -> list[str]:
+        """Every tensor, in file order: reading in this order reads the disk in sequence."""
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor."""
+        ...
+
+    def read(self, name: str) -> NDArray[np.float32]:
+        """A whole tensor."""
+        ...
+
+    def read_rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
+        """Rows [start, stop) of a tensor's first axis."""
+        ...
+
+
+class SafetensorsWeights:
+    """A `WeightSource` over the safetensors files of one folder."""
+
+    def __init__(self, refs: dict[str, TensorRef]) -> None:
+        self._refs = refs
+
+    def names(self) -> list[str]:
+        """Every tensor, in file order."""
+        return sorted(self._refs, key=lambda name: (str(self._refs[name].path), self._refs[name].offset))
+
+    def ref(self, name: str) -> TensorRef:
+        """Where a tensor lies."""
+        return self._refs[name]
+
+    def files(self) -> list[Path]:
+        """The files the tensors lie in, sorted by name."""
+        return sorted({ref.path for ref in self._refs.values()})
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, from its header."""
+        return self._refs[name].shape
+
+    def read(self, name: str) -> NDArray[np.float32]:
+        """A whole tensor as float32; raises NonFiniteError if it holds NaN or infinity."""
+        shape = self.shape(name)
+        return self.read_rows(name, 0, shape[0] if shape else 1).reshape(shape)
+
+    def read_rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
+        """Rows as float32, exact for every accepted dtype; raises NonFiniteError on NaN or infinity in them."""
+        ref = self._refs[name]
+        row_bytes = ref.nbytes // max(ref.shape[0], 1) if ref.shape else ref.nbytes
+        raw = read_exactly(ref.path, ref.offset + start * row_bytes, (stop - start) * row_bytes)
+        values = widen(raw, ref.dtype)
+        check_finite(values, name)
+        return values.reshape((stop - start, *ref.shape[1:]))
+
+
+def read_exactly(path: Path, offset: int, nbytes: int) -> NDArray[np.uint8]:
+    """`nbytes` bytes from `offset`; raises CheckpointError if the file ends before."""
+    buffer = np.empty(nbytes, dtype=np.uint8)
+    try:
+        with path.open("rb", buffering=0) as file:
+            file.seek(offset)
+            done = 0
+            while done < nbytes:
+                got = file.readinto(memoryview(buffer)[done:])
+                if not got:
+                    raise CheckpointError(f"{path} ends at {offset + done}, expected {nbytes - done} bytes more")
+                done += got
+    except OSError as problem:
+        raise CheckpointError(f"{path} cannot be read at {offset}: {problem.strerror}") from None
+    return buffer
+
+
+def widen(raw: NDArray[np.uint8], dtype: str) -> NDArray[np.float32]:
+    """BF16, F16 or F32 bytes as a flat float32 array; every value is represented exactly."""
+    if dtype == "F32":
+        return raw.view("<f4").astype(np.float32, copy=False)
+    if dtype == "F16":
+        return raw.view("<f2").astype(np.float32)
+    wide = np.left_shift(raw.view("<u2"), 16, dtype=np.uint32)
+    return wide.view(np.float32)
+
+
+def check_finite(values: NDArray[np.float32], name: str) -> None:
+    """Raises NonFiniteError with the tensor and the count; NaN and infinity both survive min and max."""
+    if values.size == 0 or (np.isfinite(values.min()) and np.isfinite(values.max())):
+        return
+    bad = int(values.size - np.count_nonzero(np.isfinite(values)))
+    raise NonFiniteError(f"{name} holds {bad} NaN or infinite values: the checkpoint is damaged, download it again")
+
+
+def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor a checkpoint of this config must hold, with its shape."""
+    D, intermediate = config.hidden_size, config.intermediate_size
+    expected = {names.weight(names.EMBED_TOKENS): (config.vocab_size, D), names.weight(names.FINAL_NORM): (D,)}
+    if not config.tie_word_embeddings:
+        expected[names.weight(names.LM_HEAD)] = (config.vocab_size, D)
+    linears = {
+        "self_attn.q_proj": (config.q_size, D, config.qkv_bias),
+        "self_attn.k_proj": (config.kv_size, D, config.qkv_bias),
+        "self_attn.v_proj": (config.kv_size, D, config.qkv_bias),
+        "self_attn.o_proj": (D, config.q_size, config.o_bias),
+        "mlp.gate_proj": (intermediate, D, config.mlp_bias),
+        "mlp.up_proj": (intermediate, D, config.mlp_bias),
+        "mlp.down_proj": (D, intermediate, config.mlp_bias),
+    }
+    norms = {"input_layernorm": D, "post_attention_layernorm": D}
+    if config.qk_norm:
+        norms |= {"self_attn.q_norm": config.head_dim, "self_attn.k_norm": config.head_dim}
+    for layer_index in range(config.num_hidden_layers):
+        for module, (out_features, in_features, has_bias) in linears.items():
+            name = names.layer_module(layer_index, module)
+            expected[names.weight(name)] = (out_features, in_features)
+            if has_bias:
+                expected[names.bias(name)] = (out_features,)
+        for module, width in norms.items():
+            expected[names.weight(names.layer_module(layer_index, module))] = (width,)
+    return expected
+
+
+def open_weights(folder: Path, config: ModelConfig) -> SafetensorsWeights:
+    """The checkpoint's tensors, every header read and checked; raises CheckpointError naming what is wrong."""
+    found: dict[str, TensorRef] = {}
+    weight_map = _read_index(folder)
+    for file in sorted(set(weight_map.values())) if weight_map else [names.SAFETENSORS_FILE]:
+        refs = read_header(folder / file)
+        for name in refs.keys() & found.keys():
+            raise CheckpointError(f"{name} stands in {found[name].path.name} and in {file}: expected one of them")
+        found |= refs
+    if weight_map and (missing := sorted(weight_map.keys() - found.keys())):
+        raise CheckpointError(f"{missing[0]} is named by {names.SAFETENSORS_INDEX_FILE} but no shard holds it")
+    expected = expected_tensors(config)
+    if missing := sorted(expected.keys() - found.keys()):
+        raise CheckpointError(f"{folder} lacks {len(missing)} tensors, the first is {missing[0]}: download it again")
+    ignorable = {names.weight(names.LM_HEAD)} if config.tie_word_embeddings else set()
+    extra = [n for n in found.keys() - expected.keys() - ignorable if not n.endswith(_COMPUTED_SUFFIXES)]
+    if extra:
+        raise CheckpointError(f"{folder} holds {len(extra)} tensors its config does not call for, such as {min(extra)}")
+    for name, shape in expected.items():
+        ref = found[name]
+        if ref.shape != shape or ref.dtype not in ITEM_BYTES:
+            raise CheckpointError(
+                f"{name} is {ref.dtype} {list(ref.shape)}, expected {'/'.join(ITEM_BYTES)} {list(shape)}"
+            )
+    return SafetensorsWeights({name: found[name] for name in expected})
+
+
+def _read_index(folder: Path) -> dict[str, str]:
+    """`weight_map` of the shard index, empty for a single file; names may not leave the folder."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder: name a checkpoint in Hugging Face layout")
+    path = folder / names.SAFETENSORS_INDEX_FILE
+    if not path.exists():
+        if not (folder / names.SAFETENSORS_FILE).exists() and list(folder.glob("*.bin")):
+            raise CheckpointError(f"{folder} holds .bin pickles, which are never loaded: convert to safetensors first")
+        return {}
+    weight_map = read_json(path, _MAX_INDEX_BYTES).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path} has no weight_map")
+    for file in weight_map.values():
+        if not isinstance(file, str) or PurePosixPath(file).name != file or "\\" in file or ":" in file:
+            raise CheckpointError(f"{path} names {file!r}: a shard must be a plain file name inside the folder")
+        if not file.endswith(".safetensors"):
+            raise CheckpointError(f"{path} names {file!r}: only safetensors are loaded")
+    return weight_map

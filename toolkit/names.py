@@ -1,0 +1,80 @@
+"""The vocabulary: checkpoint tensor names, their roles, stage and bundle file names.
+
+No tensor or file name is formatted anywhere else, so a name can be searched for and is spelled once.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+EMBED_TOKENS: Final = "model.embed_tokens"
+FINAL_NORM: Final = "model.norm"
+LM_HEAD: Final = "lm_head"
+
+ATTENTION_PROJECTIONS: Final = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP_PROJECTIONS: Final = ("gate_proj", "up_proj", "down_proj")
+LINEAR_ROLES: Final = (*ATTENTION_PROJECTIONS, *MLP_PROJECTIONS)
+
+MODEL_FILE: Final = "model.onnx"
+MODEL_DATA_FILE: Final = "model.onnx.data"
+GENAI_CONFIG_FILE: Final = "genai_config.json"
+MANIFEST_FILE: Final = "manifest.json"
+REPORT_FILE: Final = "report.json"
+REPORT_PAGE_FILE: Final = "report.html"
+CONFIG_FILE: Final = "config.json"
+SAFETENSORS_FILE: Final = "model.safetensors"
+SAFETENSORS_INDEX_FILE: Final = "model.safetensors.index.json"
+TOKENIZER_FILE: Final = "tokenizer.json"
+
+INPUT_IDS: Final = "input_ids"
+ATTENTION_MASK: Final = "attention_mask"
+LOGITS: Final = "logits"
+
+_LAYER = re.compile(r"^model\.layers\.(\d+)\.")
+
+
+def layer_module(layer_index: int, module: str) -> str:
+    """The checkpoint's name of a module of one layer: `model.layers.3.` + `mlp.down_proj`."""
+    return f"model.layers.{layer_index}.{module}"
+
+
+def weight(module: str) -> str:
+    """The tensor name of a module's weight."""
+    return f"{module}.weight"
+
+
+def bias(module: str) -> str:
+    """The tensor name of a module's bias."""
+    return f"{module}.bias"
+
+
+def layer_index_of(name: str) -> int | None:
+    """The layer a tensor or module belongs to, or None for the embedding, the final norm and the head."""
+    found = _LAYER.match(name)
+    return int(found.group(1)) if found else None
+
+
+def role_of(name: str) -> str:
+    """What a tensor or module is for: `q_proj`, `embed_tokens`, `lm_head`, `input_layernorm`, …"""
+    return name.removesuffix(".weight").removesuffix(".bias").rsplit(".", 1)[-1]
+
+
+def past_key(layer_index: int | str) -> str:
+    """The graph input that carries one layer's keys; `%d` gives onnxruntime-genai's pattern."""
+    return f"past_key_values.{layer_index}.key"
+
+
+def past_value(layer_index: int | str) -> str:
+    """The graph input that carries one layer's values."""
+    return f"past_key_values.{layer_index}.value"
+
+
+def present_key(layer_index: int | str) -> str:
+    """The graph output that returns one layer's keys."""
+    return f"present.{layer_index}.key"
+
+
+def present_value(layer_index: int | str) -> str:
+    """The graph output that returns one layer's values."""
+    return f"present.{layer_index}.value"
