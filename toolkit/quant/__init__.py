@@ -1,0 +1,1 @@
+"""Arithmetic on arrays; knows no files and no graphs."""
