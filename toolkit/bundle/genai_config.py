@@ -1,0 +1,87 @@
+"""`genai_config.json` for one `model.onnx`, in the subset every onnxruntime-genai from 0.12.2 on accepts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Final
+
+from toolkit import names
+from toolkit.checkpoint.config import ModelConfig
+
+# Reserved tokens that never stand in text. The distills ship pad = eos, and eos stands between turns.
+_PAD_TOKENS: Final = ("<|fim_pad|>", "<|finetune_right_pad_id|>")
+
+
+def genai_config(config: ModelConfig, checkpoint: Path, context_length: int) -> dict[str, Any]:
+    """The whole file as an object; `checkpoint` is read for its tokenizer and generation config alone."""
+    generation = _object(checkpoint / "generation_config.json")
+    eos = generation.get("eos_token_id", list(config.eos_token_ids))
+    model = {
+        "type": config.model_type,
+        "vocab_size": config.vocab_size,
+        "context_length": context_length,
+        "pad_token_id": pad_token_id(config, checkpoint),
+        "eos_token_id": eos,
+        "bos_token_id": generation.get("bos_token_id", config.bos_token_id),
+        "decoder": {
+            "filename": names.MODEL_FILE,
+            "hidden_size": config.hidden_size,
+            "head_size": config.head_dim,
+            "num_attention_heads": config.num_attention_heads,
+            "num_key_value_heads": config.num_key_value_heads,
+            "num_hidden_layers": config.num_hidden_layers,
+            # 0 threads lets ORT choose one per core; genai's own default is half of the logical ones.
+            "session_options": {
+                "intra_op_num_threads": 0,
+                "session.set_denormal_as_zero": "1",
+                "provider_options": [],
+            },
+            "inputs": {
+                "input_ids": names.INPUT_IDS,
+                "attention_mask": names.ATTENTION_MASK,
+                "past_key_names": names.past_key("%d"),
+                "past_value_names": names.past_value("%d"),
+            },
+            "outputs": {
+                "logits": names.LOGITS,
+                "present_key_names": names.present_key("%d"),
+                "present_value_names": names.present_value("%d"),
+            },
+        },
+    }
+    search = {
+        "max_length": context_length,
+        "past_present_share_buffer": True,
+        "do_sample": bool(generation.get("do_sample", False)),
+        "temperature": float(generation.get("temperature", 1.0)),
+        "top_k": int(generation.get("top_k", 50)),
+        "top_p": float(generation.get("top_p", 1.0)),
+    }
+    if model["bos_token_id"] is None:
+        del model["bos_token_id"]
+    return {"model": model, "search": search}
+
+
+def pad_token_id(config: ModelConfig, checkpoint: Path) -> int:
+    """An id that cannot occur in text: a reserved token, else a vocabulary row the tokenizer never emits."""
+    tokenizer = _object(checkpoint / names.TOKENIZER_FILE)
+    vocabulary = tokenizer.get("model", {}).get("vocab", {})
+    added = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
+    for token in _PAD_TOKENS:
+        if token in added:
+            return int(added[token])
+    if isinstance(vocabulary, dict):
+        used = set(vocabulary.values()) | set(added.values())
+        if config.vocab_size - 1 not in used:
+            return config.vocab_size - 1
+    if config.pad_token_id is not None:
+        return config.pad_token_id
+    return config.eos_token_ids[0] if config.eos_token_ids else 0
+
+
+def _object(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    value = json.loads(path.read_text(encoding="utf-8"))
+    return value if isinstance(value, dict) else {}

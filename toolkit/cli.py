@@ -1,0 +1,111 @@
+"""Commands that parse, call and print. Exit codes: 0 done, 1 a verdict failed, 2 the request or its input is bad."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import click
+
+from toolkit import __version__
+from toolkit.errors import ToolkitError
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+def commands() -> None:
+    """Turns reasoning distills into ONNX bundles that onnxruntime-genai opens."""
+
+
+@commands.command()
+@click.argument("recipe")
+@click.option("--checkpoint", type=click.Path(path_type=Path), help="A folder in Hugging Face layout.")
+@click.option("--out", type=click.Path(path_type=Path), help="Where the bundle goes [build/RECIPE].")
+@click.option("--precision", type=click.Choice(["int4", "fp32"]), default="int4", help="fp32 keeps every weight.")
+@click.option("--no-validate", is_flag=True, help="Skip the comparison with the checkpoint.")
+def export(recipe: str, checkpoint: Path | None, out: Path | None, precision: str, no_validate: bool) -> None:
+    """Convert one RECIPE (a name or a path) to one bundle."""
+    from toolkit.pipeline import export_bundle
+    from toolkit.recipe import data_folder, load_recipe
+
+    loaded = load_recipe(recipe)
+    folder = checkpoint or data_folder("models") / loaded.model
+    bundle = export_bundle(loaded, folder, out or Path("build") / loaded.name, precision)
+    click.echo(f"bundle: {bundle}")
+    if not no_validate:
+        _validate(bundle, folder, tokens=2000)
+
+
+@commands.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--checkpoint", type=click.Path(path_type=Path), required=True, help="What the bundle was made from.")
+@click.option("--tokens", default=2000, show_default=True, help="Tokens of text to compare on.")
+def validate(bundle: Path, checkpoint: Path, tokens: int) -> None:
+    """Compare BUNDLE with its checkpoint, token by token, and write report.json."""
+    _validate(bundle, checkpoint, tokens)
+
+
+@commands.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+def verify(bundle: Path) -> None:
+    """Every file of BUNDLE against its size and SHA-256."""
+    from toolkit.bundle.manifest import verify_manifest
+
+    problems = verify_manifest(bundle)
+    for problem in problems:
+        click.echo(problem)
+    if problems:
+        sys.exit(1)
+    click.echo("every file is as the manifest says")
+
+
+@commands.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--prompt", required=True, help="The question; the bundle's chat template is put around it.")
+@click.option("--max-new-tokens", default=400, show_default=True)
+def generate(bundle: Path, prompt: str, max_new_tokens: int) -> None:
+    """Text from BUNDLE through onnxruntime-genai, streamed."""
+    from toolkit.validate.session import stream_text
+
+    for piece in stream_text(bundle, prompt, max_new_tokens):
+        click.echo(piece, nl=False)
+    click.echo()
+
+
+@commands.command()
+def recipes() -> None:
+    """The recipes that come with the toolkit."""
+    from toolkit.recipe import load_recipe, recipe_names
+
+    for name in recipe_names():
+        recipe = load_recipe(name)
+        click.echo(f"{name}\t{recipe.model}\t{recipe.target}\t{recipe.context_length} tokens")
+
+
+def _validate(bundle: Path, checkpoint: Path, tokens: int) -> None:
+    from toolkit.validate.parity import validate_bundle
+
+    report = validate_bundle(bundle, checkpoint, tokens)
+    for check in report["verdict"]["checks"]:
+        word = "pass" if check["passed"] else "FAIL"
+        click.echo(f"{word}: {check['name']} {check['value']:.3g} (threshold {check['threshold']:g})")
+    click.echo(f"parity: {json.dumps(report['parity'])}")
+    click.echo(f"report: {bundle / 'report.json'}")
+    if not report["verdict"]["passed"]:
+        sys.exit(1)
+
+
+def main() -> None:
+    """The entry point: a ToolkitError becomes one line and exit code 2."""
+    try:
+        commands(standalone_mode=False)
+    except click.exceptions.Abort:
+        click.echo("error: interrupted; the same command resumes", err=True)
+        sys.exit(130)
+    except click.ClickException as problem:
+        click.echo(f"error: {problem.format_message()}", err=True)
+        sys.exit(2)
+    except ToolkitError as problem:
+        click.echo(f"error: {problem}", err=True)
+        sys.exit(2)

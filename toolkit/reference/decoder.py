@@ -1,0 +1,135 @@
+"""The oracle: the checkpoint's own forward pass in numpy float32, one layer resident at a time.
+
+Shares the config and the weight source with the graphs and nothing else, so that agreement means something.
+B is 1 throughout; T tokens, D hidden, H heads, K kv heads, G = H/K, Dh head_dim, V vocab.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from toolkit import names
+from toolkit.checkpoint.config import ModelConfig, RopeConfig
+from toolkit.checkpoint.weights import WeightSource
+
+Array = NDArray[np.float32]
+
+
+def reference_logits(config: ModelConfig, source: WeightSource, sequences: list[list[int]]) -> list[Array]:
+    """Logits [T, V] of every position of each sequence. Each weight is read once for all of them."""
+    table = source.read(names.weight(names.EMBED_TOKENS))
+    hidden = [table[np.asarray(ids)] for ids in sequences]
+    del table
+    for layer_index in range(config.num_hidden_layers):
+        layer = _Layer(config, source, layer_index)
+        hidden = [layer(x) for x in hidden]
+    norm = source.read(names.weight(names.FINAL_NORM))
+    head = source.read(names.weight(names.EMBED_TOKENS if config.tie_word_embeddings else names.LM_HEAD))
+    return [_rms_norm(x, norm, config.rms_norm_eps) @ head.T for x in hidden]
+
+
+class _Layer:
+    """One decoder layer with its weights in memory."""
+
+    def __init__(self, config: ModelConfig, source: WeightSource, layer_index: int) -> None:
+        self.config = config
+        self.window = config.sliding_windows[layer_index]
+        prefix = names.layer_module(layer_index, "")
+        self.tensors = {name[len(prefix) :]: source.read(name) for name in source.names() if name.startswith(prefix)}
+
+    def __call__(self, x: Array) -> Array:
+        eps = self.config.rms_norm_eps
+        x = x + self._attention(_rms_norm(x, self.tensors["input_layernorm.weight"], eps))
+        y = _rms_norm(x, self.tensors["post_attention_layernorm.weight"], eps)
+        gate = self._linear("mlp.gate_proj", y)
+        return x + self._linear("mlp.down_proj", gate / (1 + np.exp(-gate)) * self._linear("mlp.up_proj", y))
+
+    def _linear(self, module: str, x: Array) -> Array:
+        y = x @ self.tensors[f"{module}.weight"].T
+        return y + self.tensors[f"{module}.bias"] if f"{module}.bias" in self.tensors else y
+
+    def _attention(self, x: Array) -> Array:
+        c, T = self.config, x.shape[0]
+        q = self._linear("self_attn.q_proj", x).reshape(T, c.num_attention_heads, c.head_dim)
+        k = self._linear("self_attn.k_proj", x).reshape(T, c.num_key_value_heads, c.head_dim)
+        v = self._linear("self_attn.v_proj", x).reshape(T, c.num_key_value_heads, c.head_dim)
+        if c.qk_norm:
+            q = _rms_norm(q, self.tensors["self_attn.q_norm.weight"], c.rms_norm_eps)
+            k = _rms_norm(k, self.tensors["self_attn.k_norm.weight"], c.rms_norm_eps)
+        cos, sin = _rotation(c.rope, c.head_dim, T)
+        q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+        G = c.num_attention_heads // c.num_key_value_heads
+        k, v = np.repeat(k, G, axis=1), np.repeat(v, G, axis=1)
+        scores = np.einsum("thd,shd->hts", q, k) / math.sqrt(c.head_dim)
+        distance = np.arange(T)[:, None] - np.arange(T)[None, :]
+        visible = (distance >= 0) & (distance < (self.window or T))
+        scores = np.where(visible, scores, -np.inf)
+        scores = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        scores /= scores.sum(axis=-1, keepdims=True)
+        mixed = np.einsum("hts,shd->thd", scores, v).reshape(T, -1)
+        return self._linear("self_attn.o_proj", mixed.astype(np.float32))
+
+
+def _rms_norm(x: Array, gain: Array, eps: float) -> Array:
+    return (x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + np.float32(eps)) * gain).astype(np.float32)
+
+
+def _rotate(x: Array, cos: Array, sin: Array) -> Array:
+    """Half-split rotation: pair (i, i + Dh/2), as every supported family stores it."""
+    first, second = np.split(x, 2, axis=-1)
+    return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def _rotation(rope: RopeConfig, head_dim: int, length: int) -> tuple[Array, Array]:
+    """cos and sin [T, 1, Dh/2]; each pair's wavelength decides its scaling."""
+    scale = 1.0
+    frequencies = []
+    for pair in range(head_dim // 2):
+        frequency = 1.0 / rope.rope_theta ** (2 * pair / head_dim)
+        frequencies.append(_scaled(rope, frequency, pair, head_dim))
+    if rope.rope_type == "yarn":
+        scale = _yarn_scale(rope)
+    angles = np.outer(np.arange(length), frequencies)
+    return (
+        (scale * np.cos(angles)).astype(np.float32)[:, None, :],
+        (scale * np.sin(angles)).astype(np.float32)[:, None, :],
+    )
+
+
+def _scaled(rope: RopeConfig, frequency: float, pair: int, head_dim: int) -> float:
+    if rope.rope_type == "linear":
+        return frequency / rope.factor
+    original = rope.original_max_position_embeddings
+    if rope.rope_type == "llama3":
+        wavelength = 2 * math.pi / frequency
+        if wavelength < original / rope.high_freq_factor:
+            return frequency
+        if wavelength > original / rope.low_freq_factor:
+            return frequency / rope.factor
+        smooth = (original / wavelength - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+        return (1 - smooth) * frequency / rope.factor + smooth * frequency
+    if rope.rope_type == "yarn":
+        bounds = [
+            head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(rope.rope_theta))
+            for turns in (rope.beta_fast, rope.beta_slow)
+        ]
+        if rope.truncate:
+            bounds = [math.floor(bounds[0]), math.ceil(bounds[1])]
+        low, high = max(bounds[0], 0), min(bounds[1], head_dim - 1)
+        interpolated = min(max((pair - low) / ((high - low) or 0.001), 0.0), 1.0)
+        return frequency * (1 - interpolated) + frequency / rope.factor * interpolated
+    return frequency
+
+
+def _yarn_scale(rope: RopeConfig) -> float:
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+    if rope.factor <= 1:
+        return 1.0
+    log = 0.1 * math.log(rope.factor)
+    if rope.mscale and rope.mscale_all_dim:
+        return (log * rope.mscale + 1) / (log * rope.mscale_all_dim + 1)
+    return log + 1
