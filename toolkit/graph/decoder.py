@@ -15,8 +15,8 @@ import onnx_ir as ir
 from toolkit import names
 from toolkit.checkpoint.config import ModelConfig
 from toolkit.errors import UnsupportedError
-from toolkit.graph.rope import rotary_caches
 from toolkit.graph.layout import Layout, Slot
+from toolkit.graph.rope import rotary_caches
 
 _MS = "com.microsoft"
 _DTYPES = {"float32": ir.DataType.FLOAT, "uint8": ir.DataType.UINT8}

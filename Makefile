@@ -1,0 +1,32 @@
+MODEL ?= tiny-r1
+TARGET ?= cpu
+PYTHON ?= python3.11
+BIN = .venv/bin
+EXPORT_OPTIONS = $(if $(CHECKPOINT),--checkpoint $(CHECKPOINT)) $(if $(OUT),--out $(OUT))
+
+.PHONY: help export test check validate clean
+
+help:  ## What can be made
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+export: .venv/installed  ## Convert MODEL for TARGET [CHECKPOINT=…] [OUT=…] and validate the bundle
+	$(BIN)/toolkit export $(MODEL)-$(TARGET) $(EXPORT_OPTIONS)
+
+validate: .venv/installed  ## Compare BUNDLE with CHECKPOINT
+	$(BIN)/toolkit validate $(BUNDLE) --checkpoint $(CHECKPOINT)
+
+test: .venv/tested  ## Every test that needs no special hardware
+	$(BIN)/python -m pytest -q
+
+check: .venv/tested  ## Lint and types
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+.venv/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -c constraints.txt -e .
+	touch $@
+
+.venv/tested: .venv/installed
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test]'
+	touch $@
