@@ -67,7 +67,8 @@ def load_recipe(name_or_path: str) -> Recipe:
         path = data_folder("recipes") / f"{name_or_path}.yaml"
         if not path.is_file():
             known = recipe_names()
-            raise RecipeError(f"no recipe {name_or_path!r}{_nearest(name_or_path, known)}: known are {', '.join(known)}")
+            hint = _nearest(name_or_path, known)
+            raise RecipeError(f"no recipe {name_or_path!r}{hint}: known are {', '.join(known)}")
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as problem:

@@ -87,7 +87,7 @@ def read_exactly(path: Path, offset: int, nbytes: int) -> NDArray[np.uint8]:
             file.seek(offset)
             done = 0
             while done < nbytes:
-                got = file.readinto(memoryview(buffer)[done:])
+                got = file.readinto(buffer[done:].data)
                 if not got:
                     raise CheckpointError(f"{path} ends at {offset + done}, expected {nbytes - done} bytes more")
                 done += got
@@ -103,7 +103,7 @@ def widen(raw: NDArray[np.uint8], dtype: str) -> NDArray[np.float32]:
     if dtype == "F16":
         return raw.view("<f2").astype(np.float32)
     wide = np.left_shift(raw.view("<u2"), 16, dtype=np.uint32)
-    return wide.view(np.float32)
+    return np.asarray(wide.view(np.float32))
 
 
 def check_finite(values: NDArray[np.float32], name: str) -> None:

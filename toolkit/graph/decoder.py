@@ -98,12 +98,13 @@ class GraphBuilder:
         if unit.spec is None:
             return self.op(f"{path}/Gather", [self.slot(unit.slots[0]), ids])[0]
         packed = unit.slots[0]
-        flat = ir.Value(name=f"{packed.name}.flat")
+        flat_name = f"{packed.name}.flat"
+        flat = ir.Value(name=flat_name)
         flat.const_value = ir.ExternalTensor(
             self.data_file, packed.offset, packed.nbytes, ir.DataType.UINT8,
-            shape=ir.Shape((packed.shape[0], packed.shape[1] * packed.shape[2])), name=flat.name,
+            shape=ir.Shape((packed.shape[0], packed.shape[1] * packed.shape[2])), name=flat_name,
         )  # fmt: skip
-        self.initializers[f"{packed.name}.flat"] = flat
+        self.initializers[flat_name] = flat
         scales, *zero_points = [self.slot(slot) for slot in unit.slots[1:]]
         attributes = {"gather_axis": 0, "quantize_axis": 1, "block_size": unit.spec.block_size, "bits": unit.spec.bits}
         return self.op(f"{path}/GatherBlockQuantized", [flat, ids, scales, *zero_points], attributes, _MS)[0]

@@ -46,7 +46,7 @@ def _yarn(rope: RopeConfig, head_dim: int, plain: NDArray[np.float64]) -> NDArra
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
     ramp = np.clip((np.arange(head_dim // 2) - low) / (max(high - low, 0.001)), 0, 1)
-    return plain / rope.factor * ramp + plain * (1 - ramp)
+    return np.asarray(plain / rope.factor * ramp + plain * (1 - ramp))
 
 
 def attention_factor(rope: RopeConfig) -> float:

@@ -86,7 +86,7 @@ def _pack_last_axis(values: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
         return values
     if values.shape[-1] % 2:
         values = np.concatenate([values, np.zeros_like(values[..., :1])], axis=-1)
-    return values[..., ::2] | (values[..., 1::2] << 4)
+    return np.bitwise_or(values[..., ::2], np.left_shift(values[..., 1::2], 4, dtype=np.uint8))
 
 
 def _unpack_last_axis(packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:

@@ -48,8 +48,10 @@ class _Layer:
         return x + self._linear("mlp.down_proj", gate / (1 + np.exp(-gate)) * self._linear("mlp.up_proj", y))
 
     def _linear(self, module: str, x: Array) -> Array:
-        y = x @ self.tensors[f"{module}.weight"].T
-        return y + self.tensors[f"{module}.bias"] if f"{module}.bias" in self.tensors else y
+        y: Array = x @ self.tensors[f"{module}.weight"].T
+        if f"{module}.bias" in self.tensors:
+            y += self.tensors[f"{module}.bias"]
+        return y
 
     def _attention(self, x: Array) -> Array:
         c, T = self.config, x.shape[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -47,7 +48,7 @@ class AllPositions:
             if value.name not in feed:
                 feed[value.name] = np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32)
         (logits,) = self.session.run([names.LOGITS], feed)
-        return np.asarray(logits)[0]
+        return np.asarray(np.asarray(logits)[0])
 
 
 def greedy_tokens(bundle: Path, prompt: list[int], new_tokens: int) -> list[int]:
@@ -85,7 +86,7 @@ def stream_text(bundle: Path, question: str, max_new_tokens: int) -> Iterator[st
         yield stream.decode(generator.get_next_tokens()[0])
 
 
-def _genai():  # type: ignore[no-untyped-def]
+def _genai() -> Any:
     try:
         import onnxruntime_genai
     except ImportError:

@@ -1,0 +1,107 @@
+"""Hostile and broken input: exit code 2, one clear line, nothing half-made that looks whole."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+
+def _export(checkpoint: Path, out: Path, recipe: str = "tiny-r1-cpu") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "toolkit", "export", recipe, "--checkpoint", str(checkpoint), "--out", str(out)]
+    return subprocess.run([*command, "--no-validate"], capture_output=True, text=True, encoding="utf-8")
+
+
+def _truncate(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def _huge_header(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", 1 << 40) + path.read_bytes()[8:])
+
+
+def _corrupt_header(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[8:12] = b"!!!!"
+    path.write_bytes(data)
+
+
+def _edit_config(key: str, value: object) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | {key: value}), encoding="utf-8")
+
+    return edit
+
+
+def _not_a_number(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    (length,) = struct.unpack("<Q", data[:8])
+    start = 8 + length + json.loads(data[8 : 8 + length])["model.layers.1.mlp.up_proj.weight"]["data_offsets"][0]
+    data[start : start + 2] = b"\xc0\x7f"
+    path.write_bytes(data)
+
+
+def _pickle_only(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def _escaping_index(folder: Path) -> None:
+    text = json.dumps({"weight_map": {"model.norm.weight": "../model.safetensors"}})
+    (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+
+
+CASES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "truncated shard": (_truncate, "truncated"),
+    "header larger than its file": (_huge_header, "claims a header of"),
+    "corrupt header": (_corrupt_header, "corrupt header"),
+    "missing tensors": (_edit_config("num_hidden_layers", 5), "lacks 12 tensors"),
+    "unused tensors": (_edit_config("num_hidden_layers", 3), "does not call for"),
+    "wrong shape": (_edit_config("intermediate_size", 512), "expected BF16/F16/F32 [512, 256]"),
+    "unknown family": (_edit_config("model_type", "gpt9"), "'gpt9' is not supported"),
+    "unknown rope": (_edit_config("rope_scaling", {"rope_type": "dynamic", "factor": 2}), "'dynamic'"),
+    "context too long": (_edit_config("max_position_embeddings", 512), "context_length 1024"),
+    "NaN weight": (_not_a_number, "model.layers.1.mlp.up_proj.weight holds 1 NaN"),
+    "pickle": (_pickle_only, "never loaded"),
+    "index that leaves the folder": (_escaping_index, "plain file name"),
+    "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_checkpoint_is_refused_with_one_line(case: str, tiny_r1: Path, tmp_path: Path) -> None:
+    damage, message = CASES[case]
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(tiny_r1, folder)
+    damage(folder)
+    done = _export(folder, tmp_path / "out")
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: ") and message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_recipe_key_names_the_nearest(tiny_r1: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    text = "name: r\nmodel: tiny-r1\ntarget: cpu\ncontext_lenght: 64\nquantize: [{match: '*'}]\nvalidate: {}\n"
+    recipe.write_text(text, encoding="utf-8")
+    done = _export(tiny_r1, tmp_path / "out", str(recipe))
+    assert done.returncode == 2
+    assert "unknown key 'context_lenght' (did you mean 'context_length'?)" in done.stderr
+
+
+def test_a_foreign_folder_is_not_overwritten(tiny_r1: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("mine", encoding="utf-8")
+    assert _export(tiny_r1, tmp_path / "out").returncode == 2
+    assert (tmp_path / "out" / "thesis.txt").read_text(encoding="utf-8") == "mine"

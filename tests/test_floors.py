@@ -1,0 +1,45 @@
+"""Imports go down only, and heavy dependencies stay in their rooms."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent.parent / "toolkit"
+FLOORS = {
+    "errors": 0, "names": 0, "recipe": 1, "checkpoint": 2, "quant": 3, "graph": 4, "reference": 4,
+    "partition": 6, "bundle": 7, "validate": 8, "pipeline": 10, "cli": 11, "__main__": 12,
+}  # fmt: skip
+ROOMS = {
+    "click": {"cli"}, "yaml": {"recipe"}, "onnx_ir": {"graph"}, "onnx": {"validate"}, "onnxruntime": {"validate"},
+    "onnxruntime_genai": {"validate"}, "tokenizers": {"validate"}, "torch": set(), "transformers": set(),
+}  # fmt: skip
+
+
+def breaches(sources: dict[str, str]) -> list[str]:
+    """`room: import` for each import that goes up, sideways, or outside its room; keys are paths in the package."""
+    found = []
+    for path, text in sources.items():
+        room = Path(path).parts[0].removesuffix(".py")
+        for node in ast.walk(ast.parse(text)):
+            modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.module:
+                modules = [f"toolkit.{a.name}" for a in node.names] if node.module == "toolkit" else [node.module]
+            for module in modules:
+                parts = module.split(".")
+                inside = parts[0] == "toolkit" and len(parts) > 1 and parts[1] in FLOORS
+                if inside and parts[1] != room and FLOORS[parts[1]] >= FLOORS[room] and FLOORS[room]:
+                    found.append(f"{room}: {module}")
+                if parts[0] in ROOMS and room not in ROOMS[parts[0]]:
+                    found.append(f"{room}: {module}")
+    return found
+
+
+def test_imports_go_down_only() -> None:
+    files = {str(p.relative_to(PACKAGE)): p.read_text(encoding="utf-8") for p in PACKAGE.rglob("*.py")}
+    assert breaches({k: v for k, v in files.items() if k != "__init__.py"}) == []
+
+
+def test_a_breach_is_seen() -> None:
+    text = "from toolkit.reference import decoder\nimport torch\n"
+    assert breaches({"graph/x.py": text}) == ["graph: toolkit.reference", "graph: torch"]
