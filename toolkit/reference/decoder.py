@@ -50,7 +50,7 @@ class _Layer:
     def _linear(self, module: str, x: Array) -> Array:
         y: Array = x @ self.tensors[f"{module}.weight"].T
         if f"{module}.bias" in self.tensors:
-            y += self.tensors[f"{module}.bias"]
+            y = y + self.tensors[f"{module}.bias"]
         return y
 
     def _attention(self, x: Array) -> Array:
@@ -76,7 +76,8 @@ class _Layer:
 
 
 def _rms_norm(x: Array, gain: Array, eps: float) -> Array:
-    return (x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + np.float32(eps)) * gain).astype(np.float32)
+    scale = np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + np.float32(eps))
+    return np.asarray(x / scale * gain, dtype=np.float32)
 
 
 def _rotate(x: Array, cos: Array, sin: Array) -> Array:
