@@ -24,10 +24,10 @@ from toolkit.validate.session import greedy_tokens
 
 
 @pytest.fixture(scope="session")
-def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def bundles(tiny_r1: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("bundles")
     recipe = load_recipe("tiny-r1-cpu")
-    return {p: export_bundle(recipe, None, folder / p, p) for p in ("int4", "fp32")}
+    return {p: export_bundle(recipe, tiny_r1, folder / p, p) for p in ("int4", "fp32")}
 
 
 @pytest.mark.parametrize("length", [1, 7, 33])
@@ -57,9 +57,9 @@ def test_quantized_bundle_answers_as_well_as_the_fp32_one(
     assert accuracy(bundles["int4"]) >= fp32 - 0.04
 
 
-def test_verify_names_a_changed_file(bundles: dict[str, Path], tmp_path: Path) -> None:
+def test_verify_names_a_changed_file(tiny_r1: Path, tmp_path: Path) -> None:
     recipe = load_recipe("tiny-r1-cpu")
-    bundle = export_bundle(recipe, None, tmp_path / "b", "int4")
+    bundle = export_bundle(recipe, tiny_r1, tmp_path / "b", "int4")
     assert verify_manifest(bundle) == []
     with (bundle / "model.onnx.data").open("r+b") as file:
         file.seek(1000)

@@ -11,7 +11,8 @@ FLOORS = {
     "partition": 6, "bundle": 7, "validate": 8, "pipeline": 10, "cli": 11, "__main__": 12,
 }  # fmt: skip
 ROOMS = {
-    "click": {"cli"}, "yaml": {"recipe"}, "onnx_ir": {"graph"}, "onnx": {"validate"}, "onnxruntime": {"validate"},
+    "click": {"cli"}, "huggingface_hub": {"checkpoint"},
+    "yaml": {"recipe"}, "onnx_ir": {"graph"}, "onnx": {"validate"}, "onnxruntime": {"validate"},
     "onnxruntime_genai": {"validate"}, "tokenizers": {"validate"}, "torch": set(), "transformers": set(),
 }  # fmt: skip
 

@@ -20,17 +20,18 @@ def commands() -> None:
 
 @commands.command()
 @click.argument("recipe")
-@click.option("--checkpoint", type=click.Path(path_type=Path), help="A folder in Hugging Face layout.")
+@click.option("--checkpoint", help="A folder in Hugging Face layout, or a hub id [the recipe's model].")
 @click.option("--out", type=click.Path(path_type=Path), help="Where the bundle goes [build/RECIPE].")
 @click.option("--precision", type=click.Choice(["int4", "fp32"]), default="int4", help="fp32 keeps every weight.")
 @click.option("--no-validate", is_flag=True, help="Skip the comparison with the checkpoint.")
-def export(recipe: str, checkpoint: Path | None, out: Path | None, precision: str, no_validate: bool) -> None:
+def export(recipe: str, checkpoint: str | None, out: Path | None, precision: str, no_validate: bool) -> None:
     """Convert one RECIPE (a name or a path) to one bundle."""
+    from toolkit.checkpoint.download import resolve_checkpoint
     from toolkit.pipeline import export_bundle
-    from toolkit.recipe import data_folder, load_recipe
+    from toolkit.recipe import load_recipe
 
     loaded = load_recipe(recipe)
-    folder = checkpoint or data_folder("models") / loaded.model
+    folder = resolve_checkpoint(checkpoint or loaded.model)
     bundle = export_bundle(loaded, folder, out or Path("build") / loaded.name, precision)
     click.echo(f"bundle: {bundle}")
     if not no_validate:

@@ -17,19 +17,18 @@ from toolkit.errors import CheckpointError, MachineError, RecipeError
 from toolkit.graph.decoder import build_decoder, save_graph
 from toolkit.graph.layout import Layout, plan_layout
 from toolkit.partition.pack import pack_weights
-from toolkit.recipe import Recipe, data_folder
+from toolkit.recipe import Recipe
 
 _TOKENIZER_FILES = (names.TOKENIZER_FILE, "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
 _REQUEST_FILE = "request.json"
 _JOURNAL_FILE = "journal.txt"
 
 
-def export_bundle(recipe: Recipe, checkpoint: Path | None, out: Path, precision: str) -> Path:
+def export_bundle(recipe: Recipe, folder: Path, out: Path, precision: str) -> Path:
     """One recipe to one bundle at `out`, resumed from `<out>.partial` if an earlier run left one.
 
     Raises ToolkitError before anything is written if the checkpoint or the machine will not do.
     """
-    folder = checkpoint or data_folder("models") / recipe.model
     config = read_config(folder)
     _check_context(config, recipe)
     source = open_weights(folder, config)
