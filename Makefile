@@ -4,7 +4,7 @@ PYTHON ?= python3.11
 BIN = .venv/bin
 EXPORT_OPTIONS = $(if $(CHECKPOINT),--checkpoint $(CHECKPOINT)) $(if $(OUT),--out $(OUT))
 
-.PHONY: help export test check validate clean
+.PHONY: help export test check validate
 
 help:  ## What can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -12,8 +12,8 @@ help:  ## What can be made
 export: .venv/installed  ## Convert MODEL for TARGET [CHECKPOINT=…] [OUT=…] and validate the bundle
 	$(BIN)/toolkit export $(MODEL)-$(TARGET) $(EXPORT_OPTIONS)
 
-validate: .venv/installed  ## Compare BUNDLE with CHECKPOINT
-	$(BIN)/toolkit validate $(BUNDLE) --checkpoint $(CHECKPOINT)
+validate: .venv/installed  ## Compare BUNDLE with its checkpoint [CHECKPOINT=…]
+	$(BIN)/toolkit validate $(BUNDLE) $(if $(CHECKPOINT),--checkpoint $(CHECKPOINT))
 
 test: .venv/tested  ## Every test that needs no special hardware
 	$(BIN)/python -m pytest -q

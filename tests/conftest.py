@@ -11,8 +11,6 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).resolve().parent.parent
 
-WORDS = ("a", "b", "c", "d")
-
 
 @pytest.fixture(scope="session")
 def tiny_r1() -> Path:

@@ -60,11 +60,12 @@ def test_gather_block_quantized_reads_our_rows(spec: QuantSpec) -> None:
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_rounding_error_stays_within_half_a_step(spec: QuantSpec) -> None:
+def test_rounding_error_is_within_a_step_and_a_quarter_on_average(spec: QuantSpec) -> None:
     weight = np.random.default_rng(2).standard_normal((16, 256)).astype(np.float32)
     blocks = quantize_blocks(weight, spec)
     error = np.abs(weight - dequantize_blocks(blocks, spec, 256)).reshape(16, -1, spec.block_size)
-    # The symmetric range ends one step short on the side opposite to its largest value.
-    bound = (1.0 if spec.symmetric else 0.501 * 2) * np.abs(blocks.scales)[..., None] + 1e-6
-    assert (error <= bound).all()
-    assert error.mean() <= 0.3 * np.abs(blocks.scales).mean()
+    step = np.abs(blocks.scales)[..., None]
+    # Half a step of rounding; up to half more where the range's ends clip (symmetric: one side; else the zero point).
+    assert (error <= 1.001 * step + 1e-6).all()
+    assert (error > 0.501 * step + 1e-6).mean() < 0.05
+    assert error.mean() <= 0.3 * step.mean()

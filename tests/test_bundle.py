@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -89,3 +90,15 @@ def test_genai_config_pads_with_an_id_that_no_text_holds(bundles: dict[str, Path
     assert model["pad_token_id"] not in (model["eos_token_id"], model["bos_token_id"])
     vocabulary = Tokenizer.from_file(str(bundles["int4"] / "tokenizer.json")).get_vocab()
     assert model["pad_token_id"] not in vocabulary.values()
+
+
+def test_validate_needs_neither_checkpoint_nor_text_of_its_own(
+    bundles: dict[str, Path], tiny_r1: Path, tmp_path: Path
+) -> None:
+    bare = tmp_path / "checkpoint"
+    shutil.copytree(tiny_r1, bare, ignore=shutil.ignore_patterns("validation.jsonl"))
+    for place in ([], ["--checkpoint", str(bare)]):
+        command = [sys.executable, "-m", "toolkit", "validate", str(bundles["int4"]), "--tokens", "300", *place]
+        done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
+        assert done.returncode == 0, done.stderr
+        assert "pass: mean_kld" in done.stdout

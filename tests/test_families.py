@@ -39,7 +39,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def _make(family: str, extra: dict[str, Any], folder: Path) -> torch.nn.Module:
+def make_checkpoint(family: str, extra: dict[str, Any], folder: Path) -> torch.nn.Module:
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(
         **{
@@ -59,7 +59,7 @@ def _make(family: str, extra: dict[str, Any], folder: Path) -> torch.nn.Module:
 @pytest.mark.parametrize("case", CASES)
 def test_reference_and_graph_match_transformers(case: str, tmp_path: Path) -> None:
     family, extra = CASES[case]
-    model = _make(family, extra, tmp_path)
+    model = make_checkpoint(family, extra, tmp_path)
     ids = [int(i) for i in np.random.default_rng(3).integers(3, 96, 40)]
     with torch.no_grad():
         oracle = model(torch.tensor([ids])).logits[0].numpy()

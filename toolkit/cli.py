@@ -40,11 +40,15 @@ def export(recipe: str, checkpoint: str | None, out: Path | None, precision: str
 
 @commands.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--checkpoint", type=click.Path(path_type=Path), required=True, help="What the bundle was made from.")
+@click.option("--checkpoint", help="What the bundle was made from, a folder or a hub id [its recipe's model].")
 @click.option("--tokens", default=2000, show_default=True, help="Tokens of text to compare on.")
-def validate(bundle: Path, checkpoint: Path, tokens: int) -> None:
+def validate(bundle: Path, checkpoint: str | None, tokens: int) -> None:
     """Compare BUNDLE with its checkpoint, token by token, and write report.json."""
-    _validate(bundle, checkpoint, tokens)
+    from toolkit.bundle.manifest import read_manifest
+    from toolkit.checkpoint.download import resolve_checkpoint
+
+    model = read_manifest(bundle)["recipe"]["model"]
+    _validate(bundle, resolve_checkpoint(checkpoint or model), tokens)
 
 
 @commands.command()

@@ -5,23 +5,19 @@ No tensor or file name is formatted anywhere else, so a name can be searched for
 
 from __future__ import annotations
 
-import re
 from typing import Final
 
 EMBED_TOKENS: Final = "model.embed_tokens"
 FINAL_NORM: Final = "model.norm"
 LM_HEAD: Final = "lm_head"
 
-ATTENTION_PROJECTIONS: Final = ("q_proj", "k_proj", "v_proj", "o_proj")
-MLP_PROJECTIONS: Final = ("gate_proj", "up_proj", "down_proj")
-LINEAR_ROLES: Final = (*ATTENTION_PROJECTIONS, *MLP_PROJECTIONS)
+QKV_PROJECTIONS: Final = ("q_proj", "k_proj", "v_proj")
 
 MODEL_FILE: Final = "model.onnx"
 MODEL_DATA_FILE: Final = "model.onnx.data"
 GENAI_CONFIG_FILE: Final = "genai_config.json"
 MANIFEST_FILE: Final = "manifest.json"
 REPORT_FILE: Final = "report.json"
-REPORT_PAGE_FILE: Final = "report.html"
 CONFIG_FILE: Final = "config.json"
 SAFETENSORS_FILE: Final = "model.safetensors"
 SAFETENSORS_INDEX_FILE: Final = "model.safetensors.index.json"
@@ -30,8 +26,6 @@ TOKENIZER_FILE: Final = "tokenizer.json"
 INPUT_IDS: Final = "input_ids"
 ATTENTION_MASK: Final = "attention_mask"
 LOGITS: Final = "logits"
-
-_LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 
 
 def layer_module(layer_index: int, module: str) -> str:
@@ -47,12 +41,6 @@ def weight(module: str) -> str:
 def bias(module: str) -> str:
     """The tensor name of a module's bias."""
     return f"{module}.bias"
-
-
-def layer_index_of(name: str) -> int | None:
-    """The layer a tensor or module belongs to, or None for the embedding, the final norm and the head."""
-    found = _LAYER.match(name)
-    return int(found.group(1)) if found else None
 
 
 def role_of(name: str) -> str:

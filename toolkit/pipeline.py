@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 from toolkit import names
 from toolkit.bundle.genai_config import genai_config
-from toolkit.bundle.manifest import file_sha256, write_manifest
+from toolkit.bundle.manifest import file_entry, write_manifest
 from toolkit.checkpoint.config import ModelConfig, read_config
 from toolkit.checkpoint.weights import open_weights
 from toolkit.errors import CheckpointError, MachineError, RecipeError
@@ -37,35 +38,40 @@ def export_bundle(recipe: Recipe, folder: Path, out: Path, precision: str) -> Pa
     layout = plan_layout(config, recipe if precision == "int4" else None)
     graph = build_decoder(config, layout, names.MODEL_DATA_FILE, recipe.context_length)
     _check_disk(out, layout)
-    partial = _open_partial(out, recipe, precision, source.files())
+    request = {
+        "recipe": asdict(recipe),
+        "precision": precision,
+        "checkpoint": [file_entry(path) for path in source.files()],
+    }
+    partial = _open_partial(out, request)
     pack_weights(source, layout, partial / names.MODEL_DATA_FILE, partial / _JOURNAL_FILE)
     save_graph(graph, partial / names.MODEL_FILE)
-    for name in _TOKENIZER_FILES:
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, partial / name)
+    copied = [name for name in _TOKENIZER_FILES if (folder / name).is_file()]
+    for name in copied:
+        shutil.copyfile(folder / name, partial / name)
     settings = json.dumps(genai_config(config, folder, recipe.context_length), indent=2, ensure_ascii=False)
     (partial / names.GENAI_CONFIG_FILE).write_text(settings + "\n", encoding="utf-8", newline="\n")
-    for name in (_REQUEST_FILE, _JOURNAL_FILE):
+    made = [names.MODEL_FILE, names.MODEL_DATA_FILE, names.GENAI_CONFIG_FILE, *copied]
+    write_manifest(partial, made, request)
+    for name in (_JOURNAL_FILE, _REQUEST_FILE):
         (partial / name).unlink()
-    write_manifest(partial, recipe, precision, source.files())
     if out.exists():
         shutil.rmtree(out)
     os.replace(partial, out)
     return out
 
 
-def _open_partial(out: Path, recipe: Recipe, precision: str, files: list[Path]) -> Path:
+def _open_partial(out: Path, request: Mapping[str, object]) -> Path:
     """The work folder; emptied unless it was begun by the same request on the same checkpoint."""
     if out.exists() and not (out / names.MANIFEST_FILE).is_file():
         raise RecipeError(f"{out} exists and is not a bundle: name another --out, it will not be overwritten")
     partial = out.with_name(out.name + ".partial")
-    hashes = {path.name: file_sha256(path) for path in files}
-    request = json.dumps({"recipe": asdict(recipe), "precision": precision, "checkpoint": hashes})
+    text = json.dumps(request)
     marker = partial / _REQUEST_FILE
-    if not (marker.is_file() and marker.read_text(encoding="utf-8") == request):
+    if not (marker.is_file() and marker.read_text(encoding="utf-8") == text):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        marker.write_text(request, encoding="utf-8")
+        marker.write_text(text, encoding="utf-8")
     return partial
 
 

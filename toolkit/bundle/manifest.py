@@ -4,28 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import toolkit
 from toolkit import names
 from toolkit.errors import BundleError
-from toolkit.recipe import Recipe
-
-_OUTSIDE: Final = {names.MANIFEST_FILE, names.REPORT_FILE, names.REPORT_PAGE_FILE}
 
 
-def write_manifest(folder: Path, recipe: Recipe, precision: str, checkpoint_files: list[Path]) -> None:
-    """Hashes every file of `folder` and of the checkpoint, and writes the manifest beside them."""
+def write_manifest(folder: Path, files: list[str], request: dict[str, Any]) -> None:
+    """Hashes `files` of `folder` and writes the manifest beside them; `request` says what was asked of what."""
     manifest = {
         "schema_version": 1,
         "toolkit": toolkit.__version__,
-        "recipe": asdict(recipe),
-        "precision": precision,
+        **request,
         "synthetic": False,
-        "checkpoint": [_entry(path) for path in checkpoint_files],
-        "files": [_entry(path) for path in sorted(folder.iterdir()) if path.name not in _OUTSIDE],
+        "files": [file_entry(folder / name) for name in sorted(files)],
     }
     text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
     (folder / names.MANIFEST_FILE).write_text(text, encoding="utf-8", newline="\n")
@@ -36,20 +30,15 @@ def verify_manifest(folder: Path) -> list[str]:
 
     Raises BundleError if there is no readable manifest.
     """
-    path = folder / names.MANIFEST_FILE
-    try:
-        files = json.loads(path.read_text(encoding="utf-8"))["files"]
-        problems = []
-        for entry in files:
-            file = folder / Path(entry["name"]).name
-            if not file.is_file():
-                problems.append(f"{entry['name']} is missing")
-            elif (size := file.stat().st_size) != entry["bytes"]:
-                problems.append(f"{entry['name']} has {size} bytes, the manifest says {entry['bytes']}")
-            elif file_sha256(file) != entry["sha256"]:
-                problems.append(f"{entry['name']} differs from its SHA-256")
-    except (OSError, ValueError, KeyError, TypeError):
-        raise BundleError(f"{folder} has no readable {names.MANIFEST_FILE}: not a finished bundle") from None
+    problems = []
+    for entry in read_manifest(folder)["files"]:
+        file = folder / Path(entry["name"]).name
+        if not file.is_file():
+            problems.append(f"{entry['name']} is missing")
+        elif (size := file.stat().st_size) != entry["bytes"]:
+            problems.append(f"{entry['name']} has {size} bytes, the manifest says {entry['bytes']}")
+        elif file_sha256(file) != entry["sha256"]:
+            problems.append(f"{entry['name']} differs from its SHA-256")
     return problems
 
 
@@ -59,5 +48,17 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _entry(path: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a finished bundle; raises BundleError if there is none to read."""
+    try:
+        manifest = json.loads((folder / names.MANIFEST_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        manifest = None
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), list):
+        raise BundleError(f"{folder} has no readable {names.MANIFEST_FILE}: not a finished bundle")
+    return manifest
+
+
+def file_entry(path: Path) -> dict[str, Any]:
+    """Name, size and SHA-256 of a file."""
     return {"name": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path)}

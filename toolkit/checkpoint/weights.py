@@ -52,10 +52,6 @@ class SafetensorsWeights:
         """Every tensor, in file order."""
         return sorted(self._refs, key=lambda name: (str(self._refs[name].path), self._refs[name].offset))
 
-    def ref(self, name: str) -> TensorRef:
-        """Where a tensor lies."""
-        return self._refs[name]
-
     def files(self) -> list[Path]:
         """The files the tensors lie in, sorted by name."""
         return sorted({ref.path for ref in self._refs.values()})

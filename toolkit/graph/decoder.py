@@ -6,6 +6,7 @@ B batch, S query length, T total length, D hidden, H heads, K kv heads, Dh head_
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +60,12 @@ class GraphBuilder:
             self.initializers[name] = value
         return self.initializers[name]
 
-    def slot(self, slot: Slot, shape: tuple[int, ...] | None = None) -> ir.Value:
+    def slot(self, slot: Slot) -> ir.Value:
         """An initializer in the data file."""
         if slot.name not in self.initializers:
             tensor = ir.ExternalTensor(
                 self.data_file, slot.offset, slot.nbytes, _DTYPES[slot.dtype],
-                shape=ir.Shape(shape or slot.shape), name=slot.name,
+                shape=ir.Shape(slot.shape), name=slot.name,
             )  # fmt: skip
             self.initializers[slot.name] = ir.Value(name=slot.name, const_value=tensor)
         return self.initializers[slot.name]
@@ -98,13 +99,9 @@ class GraphBuilder:
         if unit.spec is None:
             return self.op(f"{path}/Gather", [self.slot(unit.slots[0]), ids])[0]
         packed = unit.slots[0]
-        flat_name = f"{packed.name}.flat"
-        flat = ir.Value(name=flat_name)
-        flat.const_value = ir.ExternalTensor(
-            self.data_file, packed.offset, packed.nbytes, ir.DataType.UINT8,
-            shape=ir.Shape((packed.shape[0], packed.shape[1] * packed.shape[2])), name=flat_name,
-        )  # fmt: skip
-        self.initializers[flat_name] = flat
+        rows, blocks, block_bytes = packed.shape
+        # A tied head reads the same bytes as [V, J, block]; the embedding wants them flat.
+        flat = self.slot(replace(packed, name=f"{packed.name}.flat", shape=(rows, blocks * block_bytes)))
         scales, *zero_points = [self.slot(slot) for slot in unit.slots[1:]]
         attributes = {"gather_axis": 0, "quantize_axis": 1, "block_size": unit.spec.block_size, "bits": unit.spec.bits}
         return self.op(f"{path}/GatherBlockQuantized", [flat, ids, scales, *zero_points], attributes, _MS)[0]

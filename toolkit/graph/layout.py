@@ -72,18 +72,18 @@ def _groups(config: ModelConfig, recipe: Recipe | None) -> list[tuple[str, tuple
     for tensor in shapes:
         kind = ".bias" if tensor.endswith(".bias") else ".weight"
         role, prefix = names.role_of(tensor), tensor.rsplit(".", 2)[0]
-        triple = tuple(f"{prefix}.{p}{kind}" for p in ("q_proj", "k_proj", "v_proj"))
-        same = role in ("q_proj", "k_proj", "v_proj") and packs_qkv(config, recipe, prefix)
+        triple = tuple(f"{prefix}.{p}{kind}" for p in names.QKV_PROJECTIONS)
+        same = role in names.QKV_PROJECTIONS and _packs_qkv(config, shapes, recipe, prefix)
         groups[f"{prefix}.qkv_proj{kind}" if same else tensor] = triple if same else (tensor,)
     return list(groups.items())
 
 
-def packs_qkv(config: ModelConfig, recipe: Recipe | None, prefix: str) -> bool:
-    """Whether one matrix serves q, k and v of the attention at `prefix`."""
-    if config.qk_norm:
-        return False
-    rules = {recipe.rule_for(f"{prefix}.{p}") for p in ("q_proj", "k_proj", "v_proj")} if recipe else set()
-    return len(rules) <= 1
+def _packs_qkv(
+    config: ModelConfig, shapes: dict[str, tuple[int, ...]], recipe: Recipe | None, prefix: str
+) -> bool:
+    """Whether one matrix serves q, k and v of the attention at `prefix`: their specs must agree."""
+    specs = {_spec(names.weight(f"{prefix}.{p}"), shapes, recipe) for p in names.QKV_PROJECTIONS}
+    return not config.qk_norm and len(specs) == 1
 
 
 def _spec(tensor: str, shapes: dict[str, tuple[int, ...]], recipe: Recipe | None) -> QuantSpec | None:

@@ -12,22 +12,24 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from toolkit import names
+from toolkit.bundle.manifest import read_manifest
 from toolkit.checkpoint.config import read_config
 from toolkit.checkpoint.weights import open_weights
 from toolkit.errors import BundleError, CheckpointError
+from toolkit.recipe import data_folder
 from toolkit.reference.decoder import reference_logits
 from toolkit.validate.session import AllPositions
 
+_TEXT_FILE: Final = "validation.jsonl"
 _AT_LEAST: Final = ("top1_agreement",)
 _FP32_MAX_LOGIT_ERROR: Final = 1e-3
 
 
 def validate_bundle(bundle: Path, checkpoint: Path, tokens: int) -> dict[str, Any]:
-    """Compares, writes `report.json`, returns it. Text is the checkpoint's `validation.jsonl` (`text` per line)."""
-    try:
-        manifest = json.loads((bundle / names.MANIFEST_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise BundleError(f"{bundle} has no readable {names.MANIFEST_FILE}: not a finished bundle") from None
+    """Compares, writes `report.json`, returns it. Text is the checkpoint's `validation.jsonl` (`text` per
+    line), or the embedded reasoning traces if it brings none.
+    """
+    manifest = read_manifest(bundle)
     config = read_config(checkpoint)
     sequences = _sequences(checkpoint, tokens)
     expected = reference_logits(config, open_weights(checkpoint, config), sequences)
@@ -94,9 +96,9 @@ def judge(parity: dict[str, float], thresholds: dict[str, float]) -> dict[str, A
 
 
 def _sequences(checkpoint: Path, tokens: int) -> list[list[int]]:
-    path = checkpoint / "validation.jsonl"
+    path = checkpoint / _TEXT_FILE
     if not path.is_file():
-        raise CheckpointError(f"{path} is missing: one JSON object with a `text` per line, or export --no-validate")
+        path = data_folder("models") / "tiny-r1" / _TEXT_FILE
     tokenizer = Tokenizer.from_file(str(checkpoint / names.TOKENIZER_FILE))
     sequences: list[list[int]] = []
     with path.open(encoding="utf-8") as file:
