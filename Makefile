@@ -4,7 +4,7 @@ PYTHON ?= python3.11
 BIN = .venv/bin
 EXPORT_OPTIONS = $(if $(CHECKPOINT),--checkpoint $(CHECKPOINT)) $(if $(OUT),--out $(OUT))
 
-.PHONY: help export test check validate
+.PHONY: help export test check validate bench
 
 help:  ## What can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -14,6 +14,9 @@ export: .venv/installed  ## Convert MODEL for TARGET [CHECKPOINT=…] [OUT=…] 
 
 validate: .venv/installed  ## Compare BUNDLE with its checkpoint [CHECKPOINT=…]
 	$(BIN)/toolkit validate $(BUNDLE) $(if $(CHECKPOINT),--checkpoint $(CHECKPOINT))
+
+bench: .venv/installed  ## Speed of BUNDLE
+	$(BIN)/toolkit bench $(BUNDLE)
 
 test: .venv/tested  ## Every test that needs no special hardware
 	$(BIN)/python -m pytest -q

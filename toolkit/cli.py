@@ -79,6 +79,25 @@ def generate(bundle: Path, prompt: str, max_new_tokens: int) -> None:
 
 
 @commands.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--prompt-tokens", default=128, show_default=True)
+@click.option("--new-tokens", default=64, show_default=True)
+@click.option("--repeat", default=5, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+def bench(bundle: Path, prompt_tokens: int, new_tokens: int, repeat: int, as_json: bool) -> None:
+    """Speed of BUNDLE through onnxruntime-genai, medians over the runs."""
+    from toolkit.validate.speed import measure_speed
+
+    speed = measure_speed(bundle, prompt_tokens, new_tokens, repeat)
+    if as_json:
+        click.echo(json.dumps(speed, indent=2))
+        return
+    prefill, decode = speed["prefill_tokens_per_s"], speed["decode_tokens_per_s"]
+    click.echo(f"prefill {prefill:.1f} tokens/s, decode {decode:.1f} tokens/s")
+    click.echo(f"first token {speed['ttft_s']:.3f} s, load {speed['load_s']:.2f} s, {repeat} runs")
+
+
+@commands.command()
 def recipes() -> None:
     """The recipes that come with the toolkit."""
     from toolkit.recipe import load_recipe, recipe_names

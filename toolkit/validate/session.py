@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -53,8 +54,7 @@ class AllPositions:
 
 def greedy_tokens(bundle: Path, prompt: list[int], new_tokens: int) -> list[int]:
     """The continuation onnxruntime-genai makes, token by token, ended by eos or `new_tokens`."""
-    og = _genai()
-    model = og.Model(str(bundle))
+    og, model, _ = open_model(bundle)
     params = og.GeneratorParams(model)
     params.set_search_options(do_sample=False, max_length=len(prompt) + new_tokens)
     generator = og.Generator(model, params)
@@ -68,10 +68,7 @@ def greedy_tokens(bundle: Path, prompt: list[int], new_tokens: int) -> list[int]
 
 def stream_text(bundle: Path, question: str, max_new_tokens: int) -> Iterator[str]:
     """Text pieces of the answer to one question, with the bundle's chat template around it."""
-    if not (bundle / names.GENAI_CONFIG_FILE).is_file():
-        raise BundleError(f"{bundle} has no {names.GENAI_CONFIG_FILE}: not a bundle")
-    og = _genai()
-    model = og.Model(str(bundle))
+    og, model, _ = open_model(bundle)
     tokenizer = og.Tokenizer(model)
     message = json.dumps([{"role": "user", "content": question}], ensure_ascii=False)
     prompt = tokenizer.encode(tokenizer.apply_chat_template(message, add_generation_prompt=True))
@@ -86,9 +83,16 @@ def stream_text(bundle: Path, question: str, max_new_tokens: int) -> Iterator[st
         yield stream.decode(generator.get_next_tokens()[0])
 
 
-def _genai() -> Any:
+def open_model(bundle: Path) -> tuple[Any, Any, float]:
+    """(the onnxruntime_genai module, the bundle's Model, seconds to load it).
+
+    Raises BundleError for a folder that is none, MachineError if onnxruntime-genai is missing.
+    """
+    if not (bundle / names.GENAI_CONFIG_FILE).is_file():
+        raise BundleError(f"{bundle} has no {names.GENAI_CONFIG_FILE}: not a bundle")
     try:
-        import onnxruntime_genai
+        import onnxruntime_genai as og
     except ImportError:
         raise MachineError("onnxruntime-genai is not installed: pip install onnxruntime-genai") from None
-    return onnxruntime_genai
+    start = time.perf_counter()
+    return og, og.Model(str(bundle)), time.perf_counter() - start

@@ -1,0 +1,56 @@
+"""Speed through onnxruntime-genai, as an app sees it."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from toolkit import names
+from toolkit.errors import BundleError
+from toolkit.validate.session import open_model
+
+
+@dataclass(frozen=True)
+class Run:
+    """One prompt and its continuation. `ttft_s` ends with the first token; decoding is timed after it."""
+
+    ttft_s: float
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+
+
+def measure_speed(bundle: Path, prompt_tokens: int, new_tokens: int, repeat: int) -> dict[str, Any]:
+    """report.json's `speed`: medians over `repeat` runs, after one that warms up and is not counted.
+
+    Raises BundleError if prompt and continuation do not fit the bundle's context.
+    """
+    og, model, load_s = open_model(bundle)
+    config = json.loads((bundle / names.GENAI_CONFIG_FILE).read_text(encoding="utf-8"))["model"]
+    length = prompt_tokens + new_tokens
+    if min(prompt_tokens, new_tokens - 1, repeat) < 1 or length > config["context_length"]:
+        raise BundleError(
+            f"{prompt_tokens} prompt and {new_tokens} new tokens in {repeat} runs: expected at least 1, 2 and 1, "
+            f"and at most {config['context_length']} tokens together"
+        )
+    prompt = [i % min(config["vocab_size"], 256) for i in range(prompt_tokens)]
+    runs = []
+    for _ in range(repeat + 1):
+        params = og.GeneratorParams(model)
+        params.set_search_options(do_sample=False, min_length=length, max_length=length)
+        generator = og.Generator(model, params)
+        start = time.perf_counter()
+        generator.append_tokens(prompt)
+        prefilled = time.perf_counter()
+        generator.generate_next_token()
+        first = time.perf_counter()
+        for _ in range(new_tokens - 1):
+            generator.generate_next_token()
+        decode_s = time.perf_counter() - first
+        runs.append(Run(first - start, prompt_tokens / (prefilled - start), (new_tokens - 1) / decode_s))
+    counted = [asdict(run) for run in runs[1:]]
+    medians = {key: statistics.median(run[key] for run in counted) for key in counted[0]}
+    return {"runtime": "onnxruntime-genai", "load_s": load_s, "prompt_tokens": prompt_tokens, **medians, "runs": counted}
