@@ -1,4 +1,4 @@
-"""How many questions of a JSONL (`prompt`, `answer`) a bundle answers: accuracy.py BUNDLE [JSONL]. Greedy, 300 tokens."""
+"""How many questions of a JSONL (`prompt`, `answer`) a bundle answers, greedily: accuracy.py BUNDLE [JSONL]."""
 
 from __future__ import annotations
 

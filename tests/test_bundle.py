@@ -102,3 +102,15 @@ def test_validate_needs_neither_checkpoint_nor_text_of_its_own(
         done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
         assert done.returncode == 0, done.stderr
         assert "pass: mean_kld" in done.stdout
+
+
+def test_bench_measures_and_refuses_what_does_not_fit(bundles: dict[str, Path]) -> None:
+    def bench(*options: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "toolkit", "bench", str(bundles["int4"]), "--json", *options]
+        return subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
+
+    speed = json.loads(bench("--prompt-tokens", "16", "--new-tokens", "8", "--repeat", "3").stdout)
+    decode = sorted(run["decode_tokens_per_s"] for run in speed["runs"])
+    assert len(decode) == 3 and speed["decode_tokens_per_s"] == decode[1] > 0
+    refused = bench("--prompt-tokens", "2000")
+    assert refused.returncode == 2 and "at most 1024 tokens together" in refused.stderr

@@ -53,4 +53,5 @@ def measure_speed(bundle: Path, prompt_tokens: int, new_tokens: int, repeat: int
         runs.append(Run(first - start, prompt_tokens / (prefilled - start), (new_tokens - 1) / decode_s))
     counted = [asdict(run) for run in runs[1:]]
     medians = {key: statistics.median(run[key] for run in counted) for key in counted[0]}
-    return {"runtime": "onnxruntime-genai", "load_s": load_s, "prompt_tokens": prompt_tokens, **medians, "runs": counted}
+    settings = {"runtime": "onnxruntime-genai", "load_s": load_s, "prompt_tokens": prompt_tokens}
+    return {**settings, **medians, "runs": counted}
