@@ -24,5 +24,5 @@ def stories260k() -> Path:
 
 @pytest.fixture(scope="session")
 def test_questions() -> list[dict[str, str]]:
-    text = (ROOT / "tests" / "data" / "tiny-r1.test.jsonl").read_text(encoding="utf-8")
+    text = (ROOT / "models" / "tiny-r1" / "arithmetic.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 
-def _export(checkpoint: Path, out: Path, recipe: str = "tiny-r1-cpu") -> subprocess.CompletedProcess[str]:
+def _export(checkpoint: Path, out: Path, recipe: str = "cpu") -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "toolkit", "export", recipe, "--checkpoint", str(checkpoint), "--out", str(out)]
-    return subprocess.run([*command, "--no-validate"], capture_output=True, text=True, encoding="utf-8")
+    command += ["--no-validate", "--set", "context_length=1024"]
+    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
 
 
 def _truncate(folder: Path) -> None:
@@ -70,7 +71,7 @@ CASES: dict[str, tuple[Callable[[Path], None], str]] = {
     "wrong shape": (_edit_config("intermediate_size", 512), "expected BF16/F16/F32 [512, 256]"),
     "unknown family": (_edit_config("model_type", "gpt9"), "'gpt9' is not supported"),
     "unknown rope": (_edit_config("rope_scaling", {"rope_type": "dynamic", "factor": 2}), "'dynamic'"),
-    "context too long": (_edit_config("max_position_embeddings", 512), "context_length 1024"),
+    "context too long": (_edit_config("max_position_embeddings", 512), "--set context_length=512"),
     "NaN weight": (_not_a_number, "model.layers.1.mlp.up_proj.weight holds 1 NaN"),
     "pickle": (_pickle_only, "never loaded"),
     "index that leaves the folder": (_escaping_index, "plain file name"),
@@ -88,6 +89,46 @@ def test_bad_checkpoint_is_refused_with_one_line(case: str, tiny_r1: Path, tmp_p
     assert done.returncode == 2, done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: ") and message in done.stderr
     assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_checkpoint_of_another_shape_than_the_recipes_is_refused(tiny_r1: Path, tmp_path: Path) -> None:
+    done = _export(tiny_r1, tmp_path / "out", "14b-cpu")
+    assert done.returncode == 2
+    assert "DeepSeek-R1-Distill-Qwen-14B with hidden_size 5120, the checkpoint has 256" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_full_disk_is_one_line_and_loses_nothing(tiny_r1: Path, tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource", reason="a file size limit stands in for a full disk, on POSIX alone")
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, resource.RLIM_INFINITY));"
+        "from toolkit.cli import main; sys.argv = sys.argv[1:]; main()"
+    )
+    out = tmp_path / "out"
+    words = ["toolkit", "export", "tiny-r1-cpu", "--out", str(out), "--no-validate"]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 2 and "free space and run again" in done.stderr and "Traceback" not in done.stderr
+    assert not out.exists() and resource.RLIM_INFINITY
+    again = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, encoding="utf-8")
+    assert again.returncode == 0 and out.is_dir() and not out.with_name("out.partial").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--set", "quantize.0.bits=5"], "quantize rule 1: 5 bits"),
+        (["--set", "quantise.0.bits=8"], "the recipe has no 'quantise.0.bits'"),
+        (["--set", "context_length"], "expected key=value"),
+        (["--set", "target=qpu"], "target 'qpu' is unknown (did you mean 'cpu'?)"),
+        (["--set", "quantize.0.algorithm=kqant"], "did you mean 'kquant'?"),
+        (["--no-such-option"], "No such option"),
+    ],
+)
+def test_bad_request_is_refused_with_one_line(words: list[str], message: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "toolkit", "export", "tiny-r1-cpu", "--out", str(tmp_path / "out"), *words]
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 2 and message in done.stderr.splitlines()[-1], done.stderr
     assert not (tmp_path / "out").exists()
 
 

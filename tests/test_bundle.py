@@ -1,88 +1,163 @@
-"""A bundle as apps use it: onnxruntime-genai's tokens, its answers, its bytes after a kill."""
+"""A bundle as apps use it: onnxruntime-genai's tokens, its bytes after a kill, its report, the README's lines."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
 from toolkit.bundle.manifest import verify_manifest
-from toolkit.checkpoint.config import read_config
-from toolkit.checkpoint.weights import open_weights
-from toolkit.pipeline import export_bundle
+from toolkit.checkpoint.opened import open_checkpoint
+from toolkit.pipeline.export import export_bundle
 from toolkit.recipe import load_recipe
 from toolkit.reference.decoder import reference_logits
-from toolkit.validate.session import greedy_tokens
+from toolkit.validate.session import continuations
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "toolkit", *words]
+    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", cwd=ROOT)
 
 
 @pytest.fixture(scope="session")
 def bundles(tiny_r1: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("bundles")
     recipe = load_recipe("tiny-r1-cpu")
-    return {p: export_bundle(recipe, tiny_r1, folder / p, p) for p in ("int4", "fp32")}
+    return {p: export_bundle(recipe, open_checkpoint(tiny_r1), folder / p, p) for p in ("int4", "fp32")}
+
+
+@pytest.fixture(scope="session")
+def reports(bundles: dict[str, Path]) -> dict[str, dict[str, Any]]:
+    """Both bundles judged through the command line, on a fifth of the questions."""
+    found = {}
+    for precision, bundle in bundles.items():
+        done = run("validate", str(bundle), "--examples", "100", "--json")
+        assert done.returncode == 0, done.stderr
+        found[precision] = json.loads(done.stdout)
+    return found
 
 
 @pytest.mark.parametrize("length", [1, 7, 33])
 def test_genai_decodes_what_the_reference_decodes(bundles: dict[str, Path], tiny_r1: Path, length: int) -> None:
-    config = read_config(tiny_r1)
+    checkpoint = open_checkpoint(tiny_r1)
     prompt = [int(i) for i in np.random.default_rng(length).integers(0, 700, length)]
-    made = greedy_tokens(bundles["fp32"], prompt, 32)
-    (logits,) = reference_logits(config, open_weights(tiny_r1, config), [prompt + made])
+    (made,) = continuations(bundles["fp32"], [prompt], 32)
+    (logits,) = reference_logits(checkpoint.config, checkpoint.source, [prompt + made])
     assert made == [int(i) for i in logits[length - 1 : -1].argmax(axis=-1)]
 
 
-def test_quantized_bundle_answers_as_well_as_the_fp32_one(
-    bundles: dict[str, Path], tiny_r1: Path, test_questions: list[dict[str, str]]
-) -> None:
-    tokenizer = Tokenizer.from_file(str(tiny_r1 / "tokenizer.json"))
-
-    def accuracy(bundle: Path) -> float:
-        right = 0
-        for question in test_questions[:100]:
-            prompt = tokenizer.encode(question["prompt"], add_special_tokens=False).ids
-            text = tokenizer.decode(greedy_tokens(bundle, prompt, 300), skip_special_tokens=True)
-            right += text.split("</think>")[-1].strip() == question["answer"]
-        return right / 100
-
-    fp32 = accuracy(bundles["fp32"])
-    assert fp32 >= 0.8
-    assert accuracy(bundles["int4"]) >= fp32 - 0.04
+def test_fp32_bundle_is_its_checkpoint(reports: dict[str, dict[str, Any]]) -> None:
+    report = reports["fp32"]
+    assert report["parity"]["max_abs_logit_error"] <= 1e-3
+    assert report["parity"]["greedy_match_tokens"] == report["parity"]["greedy_tokens"] > 5
+    (task,) = report["tasks"]
+    assert task["accuracy"] == task["reference_accuracy"] >= 0.8
+    assert {check["name"] for check in report["verdict"]["checks"]} == {"max_abs_logit_error", "accuracy_drop"}
 
 
-def test_verify_names_a_changed_file(tiny_r1: Path, tmp_path: Path) -> None:
-    recipe = load_recipe("tiny-r1-cpu")
-    bundle = export_bundle(recipe, tiny_r1, tmp_path / "b", "int4")
+def test_quantized_bundle_is_close_and_plain_rounding_is_not(reports: dict[str, dict[str, Any]]) -> None:
+    report = reports["int4"]
+    (task,), (plain,) = report["tasks"], report["baseline"]["tasks"]
+    assert task["accuracy"] >= task["reference_accuracy"] - 0.03
+    assert plain["accuracy"] < task["accuracy"] - 0.05
+    assert report["parity"]["mean_kld"] < 0.002 < 0.01 < report["baseline"]["mean_kld"]
+    assert task["accuracy"] - task["reference_accuracy"] == pytest.approx(
+        (task["wrong_to_right"] - task["right_to_wrong"]) / task["examples"]
+    )
+
+
+def test_report_has_every_section_or_says_why_not(reports: dict[str, dict[str, Any]], bundles: dict[str, Path]) -> None:
+    report = reports["int4"]
+    sections = {"machine", "conversion", "quantization", "partition", "parity", "tasks", "speed", "verdict"}
+    assert sections <= report.keys()
+    assert [entry["name"] for entry in report["not_measured"]] == ["simulator", "ceiling"]
+    assert all(entry["reason"] for entry in report["not_measured"])
+    assert report["conversion"]["bytes_read"] == (ROOT / "models/tiny-r1/model.safetensors").stat().st_size
+    assert sum(row["bytes"] for row in report["quantization"]["by_role"]) == report["quantization"]["weight_bytes"]
+    assert 9.2 < report["quantization"]["bits_per_weight"] < 9.3  # 8, a float32 scale and a byte of zero point per 32
+    assert report["speed"]["decode_tokens_per_s"] > 0 and report["speed"]["peak_rss_bytes"] > 1 << 20
+    assert report == json.loads((bundles["int4"] / "report.json").read_text(encoding="utf-8"))
+    assert "tiny-r1" in (bundles["int4"] / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_missed_threshold_is_exit_code_1_and_says_so(tiny_r1: Path, tmp_path: Path) -> None:
+    words = ["--set", "validate.mean_kld=0.0000001", "--no-tasks", "--no-speed", "--tokens", "200"]
+    done = run("export", "tiny-r1-cpu", "--out", str(tmp_path / "b"), *words)
+    assert done.returncode == 1, done.stderr
+    assert "FAIL: mean_kld" in done.stdout
+    report = json.loads((tmp_path / "b" / "report.json").read_text(encoding="utf-8"))
+    assert not report["verdict"]["passed"]
+    assert {"name": "tasks", "reason": "left out by --no-tasks"} in report["not_measured"]
+
+
+def test_verify_names_a_changed_file(bundles: dict[str, Path], tmp_path: Path) -> None:
+    bundle = tmp_path / "b"
+    shutil.copytree(bundles["int4"], bundle)
     assert verify_manifest(bundle) == []
     with (bundle / "model.onnx.data").open("r+b") as file:
         file.seek(1000)
         file.write(b"\xff\x00\xff")
     assert verify_manifest(bundle) == ["model.onnx.data differs from its SHA-256"]
+    assert run("verify", str(bundle)).returncode == 1
 
 
-def test_killed_export_resumes_to_the_same_bytes(bundles: dict[str, Path], tmp_path: Path) -> None:
+def test_export_killed_anywhere_resumes_to_the_same_bytes(bundles: dict[str, Path], tmp_path: Path) -> None:
     out = tmp_path / "killed"
     command = [sys.executable, "-m", "toolkit", "export", "tiny-r1-cpu", "--out", str(out), "--no-validate"]
-    child = subprocess.Popen(command, cwd=Path(__file__).parent.parent, stdout=subprocess.DEVNULL)
-    journal = tmp_path / "killed.partial" / "journal.txt"
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and child.poll() is None:
-        if journal.exists() and len(journal.read_text(encoding="utf-8").split()) >= 3:
-            os.kill(child.pid, signal.SIGKILL)
-            break
-    child.wait()
-    assert not out.exists(), "the export ended before it could be killed"
-    subprocess.run(command, cwd=Path(__file__).parent.parent, check=True, stdout=subprocess.DEVNULL)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    begin = time.monotonic()
+    subprocess.run([*command[:-2], str(tmp_path / "whole"), "--no-validate"], cwd=ROOT, check=True, **quiet)
+    whole = time.monotonic() - begin
+    kills = 0
+    # Later and later into the run, each kill on what the one before left behind.
+    for tenth in range(3, 11):
+        child = subprocess.Popen(command, cwd=ROOT, **quiet)
+        try:
+            child.wait(timeout=whole * tenth / 10)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+            kills += 1
+    subprocess.run(command, cwd=ROOT, check=True, **quiet)
+    assert kills >= 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "whole"]
     for name in ("model.onnx", "model.onnx.data", "genai_config.json", "manifest.json"):
         assert (out / name).read_bytes() == (bundles["int4"] / name).read_bytes(), name
+
+
+def test_resume_packs_only_what_is_missing(bundles: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "b"
+    partial = tmp_path / "b.partial"
+    done = run("export", "tiny-r1-cpu", "--out", str(out), "--no-validate", "--set", "quantize.0.algorithm=rtn")
+    assert done.returncode == 0
+    # What a kill late in the pack leaves: data and journal, the last line torn.
+    checkpoint = open_checkpoint(ROOT / "models" / "tiny-r1")
+    report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    names = [t["name"] for t in report["quantization"]["tensors"]]
+    os.replace(out, partial)
+    manifest = json.loads((partial / "manifest.json").read_text(encoding="utf-8"))
+    request = {key: manifest[key] for key in ("recipe", "precision", "synthetic")}
+    request["checkpoint"] = checkpoint.source.identity()
+    (partial / "request.json").write_text(json.dumps(request), encoding="utf-8")
+    lines = [json.dumps({"tensor": name, "signal": 1.0, "noise": 1.0}) + "\n" for name in names]
+    (partial / "journal.jsonl").write_text("".join(lines[:-1]) + lines[-1][:20], encoding="utf-8")
+    before = (partial / "model.onnx.data").read_bytes()
+    done = run("export", "tiny-r1-cpu", "--out", str(out), "--no-validate", "--set", "quantize.0.algorithm=rtn")
+    assert done.returncode == 0, done.stderr
+    assert (out / "model.onnx.data").read_bytes() == before
+    tensors = json.loads((out / "report.json").read_text(encoding="utf-8"))["quantization"]["tensors"]
+    assert [t["name"] for t in tensors if t["sqnr_db"] != 0] == [names[-1]]
 
 
 def test_genai_config_pads_with_an_id_that_no_text_holds(bundles: dict[str, Path]) -> None:
@@ -92,25 +167,42 @@ def test_genai_config_pads_with_an_id_that_no_text_holds(bundles: dict[str, Path
     assert model["pad_token_id"] not in vocabulary.values()
 
 
-def test_validate_needs_neither_checkpoint_nor_text_of_its_own(
-    bundles: dict[str, Path], tiny_r1: Path, tmp_path: Path
-) -> None:
-    bare = tmp_path / "checkpoint"
-    shutil.copytree(tiny_r1, bare, ignore=shutil.ignore_patterns("validation.jsonl"))
-    for place in ([], ["--checkpoint", str(bare)]):
-        command = [sys.executable, "-m", "toolkit", "validate", str(bundles["int4"]), "--tokens", "300", *place]
-        done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
-        assert done.returncode == 0, done.stderr
-        assert "pass: mean_kld" in done.stdout
+def test_validate_refuses_another_checkpoint(bundles: dict[str, Path], stories260k: Path) -> None:
+    done = run("validate", str(bundles["int4"]), "--checkpoint", str(stories260k))
+    assert done.returncode == 2 and "name the right one with --checkpoint" in done.stderr
+
+
+def test_validate_takes_text_of_ones_own(bundles: dict[str, Path], tmp_path: Path) -> None:
+    bundle = tmp_path / "b"
+    shutil.copytree(bundles["int4"], bundle)
+    (tmp_path / "text.txt").write_text("Add 4 and 5.\n\nSpell the word river backwards.\n", encoding="utf-8")
+    words = ["--text", str(tmp_path / "text.txt"), "--no-tasks", "--no-speed", "--json"]
+    report = json.loads(run("validate", str(bundle), *words).stdout)
+    assert 10 < report["parity"]["tokens"] < 60
 
 
 def test_bench_measures_and_refuses_what_does_not_fit(bundles: dict[str, Path]) -> None:
-    def bench(*options: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "toolkit", "bench", str(bundles["int4"]), "--json", *options]
-        return subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
-
-    speed = json.loads(bench("--prompt-tokens", "16", "--new-tokens", "8", "--repeat", "3").stdout)
-    decode = sorted(run["decode_tokens_per_s"] for run in speed["runs"])
+    words = ["bench", str(bundles["int4"]), "--json"]
+    speed = json.loads(run(*words, "--prompt-tokens", "16", "--new-tokens", "8", "--repeat", "3").stdout)
+    decode = sorted(one["decode_tokens_per_s"] for one in speed["runs"])
     assert len(decode) == 3 and speed["decode_tokens_per_s"] == decode[1] > 0
-    refused = bench("--prompt-tokens", "2000")
+    refused = run(*words, "--prompt-tokens", "2000")
     assert refused.returncode == 2 and "at most 1024 tokens together" in refused.stderr
+
+
+def test_the_readmes_lines_answer_a_question(bundles: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    code = readme.partition("```python\n")[2].partition("```")[0]
+    assert "build/tiny-r1-cpu" in code
+    exec(compile(code.replace("build/tiny-r1-cpu", str(bundles["int4"])), "README.md", "exec"), {})
+    assert capsys.readouterr().out.strip().endswith("9")
+
+
+def test_generate_and_chat_answer(bundles: dict[str, Path]) -> None:
+    done = run("generate", str(bundles["int4"]), "--prompt", "Add 4 and 5.")
+    assert done.returncode == 0 and done.stdout.strip().endswith("9"), done.stdout
+    command = [sys.executable, "-m", "toolkit", "chat", str(bundles["int4"])]
+    lines = "Add 4 and 5.\nAdd 10 and 7.\n\n"
+    chat = subprocess.run(command, input=lines, capture_output=True, text=True, encoding="utf-8")
+    assert chat.returncode == 0, chat.stderr
+    assert chat.stdout.count("</think>") == 2 and "\n9" in chat.stdout and "\n17" in chat.stdout

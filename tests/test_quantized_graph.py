@@ -7,34 +7,18 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from numpy.typing import NDArray
 
 from tests.test_families import CASES, make_checkpoint
 from toolkit.checkpoint.config import read_config
-from toolkit.checkpoint.weights import SafetensorsWeights, open_weights
+from toolkit.checkpoint.weights import open_weights
 from toolkit.graph.decoder import build_decoder, save_graph
 from toolkit.graph.layout import plan_layout
 from toolkit.partition.pack import pack_weights
-from toolkit.quant.blockwise import QuantSpec, dequantize_blocks, quantize_blocks
+from toolkit.quant.blockwise import QuantSpec
 from toolkit.recipe import QuantRule, Recipe
 from toolkit.reference.decoder import reference_logits
+from toolkit.validate.rounded import RoundedTensors
 from toolkit.validate.session import AllPositions
-
-
-class Dequantized:
-    """The checkpoint as the recipe's rules leave it."""
-
-    def __init__(self, source: SafetensorsWeights, recipe: Recipe) -> None:
-        self.source, self.recipe = source, recipe
-        self.names = source.names
-
-    def read(self, name: str) -> NDArray[np.float32]:
-        values = self.source.read(name)
-        if values.ndim != 2:
-            return values
-        rule = self.recipe.rule_for(name.removesuffix(".weight"))
-        spec = QuantSpec(rule.bits, rule.block_size, rule.symmetric)
-        return dequantize_blocks(quantize_blocks(values, spec), spec, values.shape[1])
 
 
 def _exact_activations(path: Path) -> None:
@@ -65,5 +49,10 @@ def test_quantized_graph_computes_its_dequantized_weights(
     save_graph(build_decoder(config, layout, "model.onnx.data", 64), tmp_path / "model.onnx")
     _exact_activations(tmp_path / "model.onnx")
     ids = list(range(5, 45))
-    (expected,) = reference_logits(config, Dequantized(source, recipe), [ids])  # type: ignore[arg-type]
+
+    def spec_of(tensor: str) -> QuantSpec:
+        rule = recipe.rule_for(tensor.removesuffix(".weight"))
+        return QuantSpec(rule.bits, rule.block_size, rule.symmetric)
+
+    (expected,) = reference_logits(config, RoundedTensors(source, spec_of), [ids])
     assert np.abs(AllPositions(tmp_path).logits(ids) - expected).max() <= 1e-3

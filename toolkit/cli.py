@@ -1,89 +1,188 @@
-"""Commands that parse, call and print. Exit codes: 0 done, 1 a verdict failed, 2 the request or its input is bad."""
+"""Commands that parse, call and print. Exit codes: 0 done, 1 a verdict failed, 2 the request or its input is bad.
+
+Nothing heavy is imported before a command needs it, so that `--help` answers at once.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from toolkit import __version__
 from toolkit.errors import ToolkitError
 
+if TYPE_CHECKING:
+    from toolkit.checkpoint.opened import Checkpoint
+    from toolkit.recipe import Recipe
+
+BUNDLE = click.argument("bundle", type=click.Path(path_type=Path))
+AS_JSON = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, the rest on stderr.")
+CHECKPOINT_HELP = "A folder in Hugging Face layout, or a hub id [the recipe's model]."
+
+
+def effort_options(command: Callable[..., None]) -> Callable[..., None]:
+    """How much `validate` measures; `export` takes the same options."""
+    for option in (
+        click.option("--tokens", type=click.IntRange(min=2), default=2000, show_default=True, help="Tokens compared."),
+        click.option("--text", type=click.Path(path_type=Path), help="Text to compare on, or JSONL with `text`."),
+        click.option("--examples", type=click.IntRange(min=1), help="Questions of each task [all]."),
+        click.option("--baseline/--no-baseline", default=None, help="Measure plain 4-bit rounding beside [recipe]."),
+        click.option("--no-tasks", is_flag=True, help="Leave the recipe's questions out."),
+        click.option("--no-speed", is_flag=True, help="Leave tokens per second out."),
+    ):
+        command = option(command)
+    return command
+
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
-def commands() -> None:
+@click.option("--debug", is_flag=True, help="Show a traceback on errors.")
+def commands(debug: bool) -> None:
     """Turns reasoning distills into ONNX bundles that onnxruntime-genai opens."""
+    # Read again in main(), which has to know it before any command runs.
 
 
 @commands.command()
 @click.argument("recipe")
-@click.option("--checkpoint", help="A folder in Hugging Face layout, or a hub id [the recipe's model].")
+@click.option("--checkpoint", help=CHECKPOINT_HELP)
 @click.option("--out", type=click.Path(path_type=Path), help="Where the bundle goes [build/RECIPE].")
+@click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="Change the recipe: quantize.0.bits=8.")
 @click.option("--precision", type=click.Choice(["int4", "fp32"]), default="int4", help="fp32 keeps every weight.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
+@click.option("--synthetic", is_flag=True, help="Random weights of the recipe's true shapes; nothing is downloaded.")
 @click.option("--no-validate", is_flag=True, help="Skip the comparison with the checkpoint.")
-def export(recipe: str, checkpoint: str | None, out: Path | None, precision: str, no_validate: bool) -> None:
-    """Convert one RECIPE (a name or a path) to one bundle."""
-    from toolkit.checkpoint.download import resolve_checkpoint
-    from toolkit.pipeline import export_bundle
+@AS_JSON
+@effort_options
+def export(
+    recipe: str, checkpoint: str | None, out: Path | None, changes: tuple[str, ...], precision: str, dry_run: bool,
+    synthetic: bool, no_validate: bool, as_json: bool, **effort: Any,
+) -> None:  # fmt: skip
+    """Convert one RECIPE to one bundle: a name, a path, or a bare target such as cpu with --checkpoint."""
+    from toolkit.pipeline.export import export_bundle
+    from toolkit.pipeline.plan import describe, plan_export, shorten_context
+    from toolkit.progress import progress_line
+    from toolkit.recipe import load_recipe
+    from toolkit.target import TARGETS
+
+    loaded = load_recipe(recipe, changes, checkpoint)
+    place = out or Path("build") / loaded.name
+    opened = _open(loaded, checkpoint, synthetic or (dry_run and not checkpoint))
+    if recipe in TARGETS and not any(change.startswith("context_length=") for change in changes):
+        loaded = shorten_context(loaded, opened.config)
+    if dry_run:
+        _print_plan(describe(plan_export(loaded, opened, place, precision), opened.config), as_json)
+        return
+    with progress_line(len(opened.source.names())) as progress:
+        bundle = export_bundle(loaded, opened, place, precision, progress)
+    click.echo(f"bundle: {bundle}", err=as_json)
+    if no_validate or synthetic:
+        page = bundle / "report.html"
+        click.echo(f"report: {page} (conversion alone; `toolkit validate` adds the proof)", err=as_json)
+        if as_json:
+            click.echo((bundle / "report.json").read_text(encoding="utf-8"))
+        return
+    _validate(bundle, opened, effort, as_json)
+
+
+@commands.command()
+@BUNDLE
+@click.option("--checkpoint", help="What the bundle was made from, a folder or a hub id [its recipe's model].")
+@AS_JSON
+@effort_options
+def validate(bundle: Path, checkpoint: str | None, as_json: bool, **effort: Any) -> None:
+    """Compare BUNDLE with its checkpoint, token by token and answer by answer; rewrite its report."""
+    from toolkit.bundle.manifest import read_manifest
     from toolkit.recipe import load_recipe
 
-    loaded = load_recipe(recipe)
-    folder = resolve_checkpoint(checkpoint or loaded.model)
-    bundle = export_bundle(loaded, folder, out or Path("build") / loaded.name, precision)
-    click.echo(f"bundle: {bundle}")
-    if not no_validate:
-        _validate(bundle, folder, tokens=2000)
+    manifest = read_manifest(bundle)
+    made_by = manifest["recipe"]
+    if manifest["synthetic"]:
+        opened = _open(load_recipe(made_by["name"]), None, synthetic=True)
+    else:
+        opened = _open(None, checkpoint or made_by["model"], synthetic=False)
+    _validate(bundle, opened, effort, as_json)
 
 
 @commands.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--checkpoint", help="What the bundle was made from, a folder or a hub id [its recipe's model].")
-@click.option("--tokens", default=2000, show_default=True, help="Tokens of text to compare on.")
-def validate(bundle: Path, checkpoint: str | None, tokens: int) -> None:
-    """Compare BUNDLE with its checkpoint, token by token, and write report.json."""
-    from toolkit.bundle.manifest import read_manifest
-    from toolkit.checkpoint.download import resolve_checkpoint
+@click.argument("path", type=click.Path(path_type=Path))
+@AS_JSON
+def inspect(path: Path, as_json: bool) -> None:
+    """What a checkpoint or a bundle is, from headers alone."""
+    from toolkit.pipeline.inspect import inspect_path
 
-    model = read_manifest(bundle)["recipe"]["model"]
-    _validate(bundle, resolve_checkpoint(checkpoint or model), tokens)
+    facts = inspect_path(path)
+    if as_json:
+        click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
+        return
+    for key, value in facts.items():
+        if isinstance(value, list):
+            click.echo(f"{key}:")
+            for row in value:
+                click.echo("  " + "  ".join(str(v) for v in row.values()))
+        else:
+            click.echo(f"{key}: {value}")
 
 
 @commands.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
-def verify(bundle: Path) -> None:
+@BUNDLE
+@AS_JSON
+def verify(bundle: Path, as_json: bool) -> None:
     """Every file of BUNDLE against its size and SHA-256."""
     from toolkit.bundle.manifest import verify_manifest
 
     problems = verify_manifest(bundle)
-    for problem in problems:
-        click.echo(problem)
+    if as_json:
+        click.echo(json.dumps({"passed": not problems, "problems": problems}, indent=2, ensure_ascii=False))
+    else:
+        click.echo("\n".join(problems) or "every file is as the manifest says")
     if problems:
         sys.exit(1)
-    click.echo("every file is as the manifest says")
 
 
 @commands.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
+@BUNDLE
 @click.option("--prompt", required=True, help="The question; the bundle's chat template is put around it.")
-@click.option("--max-new-tokens", default=400, show_default=True)
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=400, show_default=True)
 def generate(bundle: Path, prompt: str, max_new_tokens: int) -> None:
     """Text from BUNDLE through onnxruntime-genai, streamed."""
-    from toolkit.validate.session import stream_text
+    from toolkit.validate.conversation import Conversation
 
-    for piece in stream_text(bundle, prompt, max_new_tokens):
+    for piece in Conversation(bundle, max_new_tokens).ask(prompt):
         click.echo(piece, nl=False)
     click.echo()
 
 
 @commands.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--prompt-tokens", default=128, show_default=True)
-@click.option("--new-tokens", default=64, show_default=True)
-@click.option("--repeat", default=5, show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+@BUNDLE
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=1024, show_default=True)
+def chat(bundle: Path, max_new_tokens: int) -> None:
+    """A conversation with BUNDLE; an empty line or end of input ends it."""
+    from toolkit.validate.conversation import Conversation
+
+    conversation = Conversation(bundle, max_new_tokens)
+    while True:
+        try:
+            question = click.prompt("you", default="", show_default=False, prompt_suffix="> ")
+        except click.Abort:
+            question = ""
+        if not question.strip():
+            return
+        for piece in conversation.ask(question):
+            click.echo(piece, nl=False)
+        click.echo()
+
+
+@commands.command()
+@BUNDLE
+@click.option("--prompt-tokens", type=int, default=128, show_default=True)
+@click.option("--new-tokens", type=int, default=64, show_default=True)
+@click.option("--repeat", type=int, default=5, show_default=True)
+@AS_JSON
 def bench(bundle: Path, prompt_tokens: int, new_tokens: int, repeat: int, as_json: bool) -> None:
     """Speed of BUNDLE through onnxruntime-genai, medians over the runs."""
     from toolkit.validate.speed import measure_speed
@@ -93,31 +192,95 @@ def bench(bundle: Path, prompt_tokens: int, new_tokens: int, repeat: int, as_jso
         click.echo(json.dumps(speed, indent=2))
         return
     prefill, decode = speed["prefill_tokens_per_s"], speed["decode_tokens_per_s"]
-    click.echo(f"prefill {prefill:.1f} tokens/s, decode {decode:.1f} tokens/s")
-    click.echo(f"first token {speed['ttft_s']:.3f} s, load {speed['load_s']:.2f} s, {repeat} runs")
+    click.echo(f"prefill {prefill:.1f} tokens/s, decode {decode:.1f} tokens/s, {speed['threads']} threads")
+    click.echo(
+        f"first token {speed['ttft_s']:.3f} s, load {speed['load_s']:.2f} s, "
+        f"peak RSS {speed['peak_rss_bytes'] / 2**20:.0f} MiB, {repeat} runs"
+    )
 
 
 @commands.command()
-def recipes() -> None:
-    """The recipes that come with the toolkit."""
-    from toolkit.recipe import load_recipe, recipe_names
+@AS_JSON
+def recipes(as_json: bool) -> None:
+    """The recipes that come with the toolkit, and what this machine can do with them."""
+    from toolkit.pipeline.catalogue import recipe_rows
 
-    for name in recipe_names():
-        recipe = load_recipe(name)
-        click.echo(f"{name}\t{recipe.model}\t{recipe.target}\t{recipe.context_length} tokens")
+    rows = recipe_rows()
+    if as_json:
+        click.echo(json.dumps(rows, indent=2, ensure_ascii=False))
+        return
+    click.echo(f"{'recipe':14} {'target':7} {'bundle':>9} {'bits':>5} {'context':>8}  {'here':28} model")
+    for row in rows:
+        size = f"{row['bundle_bytes'] / 2**30:.2f} GiB"
+        click.echo(
+            f"{row['recipe']:14} {row['target']:7} {size:>9} {row['bits_per_weight']:5.2f} "
+            f"{row['context_length']:8}  {row['here']:28} {row['model']}"
+        )
 
 
-def _validate(bundle: Path, checkpoint: Path, tokens: int) -> None:
-    from toolkit.validate.parity import validate_bundle
+def _open(recipe: Recipe | None, place: str | None, synthetic: bool) -> Checkpoint:
+    from toolkit.checkpoint.download import resolve_checkpoint
+    from toolkit.checkpoint.opened import open_checkpoint, synthetic_checkpoint
+    from toolkit.errors import RecipeError
 
-    report = validate_bundle(bundle, checkpoint, tokens)
+    if not synthetic:
+        return open_checkpoint(resolve_checkpoint(place or (recipe.model if recipe else "")))
+    facts = resolve_checkpoint(place) if place else (recipe.facts() if recipe else None)
+    if facts is None:
+        raise RecipeError("--synthetic needs the shapes: name a folder with a config.json with --checkpoint")
+    return synthetic_checkpoint(facts)
+
+
+def _print_plan(plan: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(plan, indent=2, ensure_ascii=False))
+        return
+    click.echo(f"{plan['recipe']}: {plan['model']}, {plan['weights'] / 1e9:.2f} G weights in {plan['layers']} layers")
+    for stage in plan["stages"]:
+        click.echo(f"stage {stage['stage']}: {stage['file']} on {stage['ep']}")
+    for file in plan["files"]:
+        click.echo(f"file {file['name']}: {file['bytes'] / 2**20:.1f} MiB")
+    click.echo(f"bits per weight: {plan['bits_per_weight']:.2f}")
+    click.echo(f"KV cache at {plan['context_length']} tokens: {plan['kv_cache_bytes'] / 2**20:.0f} MiB when run")
+    click.echo(f"peak memory of the export: about {plan['peak_memory_bytes'] / 2**20:.0f} MiB")
+    needed, free = (plan[key] / 2**20 for key in ("disk_needed_bytes", "disk_free_bytes"))
+    click.echo(f"disk: {needed:.0f} MiB needed, {free:.0f} MiB free")
+
+
+def _validate(bundle: Path, checkpoint: Checkpoint, effort: dict[str, Any], as_json: bool) -> None:
+    from toolkit.pipeline.judge import Effort, judge_bundle
+    from toolkit.progress import progress_line
+
+    wanted = Effort(
+        tokens=effort["tokens"], examples=effort["examples"], tasks=not effort["no_tasks"],
+        speed=not effort["no_speed"], baseline=effort["baseline"], text=effort["text"],
+    )  # fmt: skip
+    with progress_line(None) as progress:
+        report = judge_bundle(bundle, checkpoint, wanted, progress)
+    if as_json:
+        click.echo(json.dumps(report, indent=2, ensure_ascii=False))
+    else:
+        _print_verdict(bundle, report)
+    if not report["verdict"]["passed"]:
+        sys.exit(1)
+
+
+def _print_verdict(bundle: Path, report: dict[str, Any]) -> None:
+    parity, plain = report["parity"], report.get("baseline")
+    beside = f", plain 4-bit {plain['mean_kld']:.3g} and {plain['top1_agreement']:.1%}" if plain else ""
+    click.echo(f"parity on {parity['tokens']} tokens: mean KLD {parity['mean_kld']:.3g}, "
+               f"top-1 {parity['top1_agreement']:.1%}{beside}")  # fmt: skip
+    for k, task in enumerate(report.get("tasks", [])):
+        reference = f", checkpoint {task['reference_accuracy']:.1%}" if "reference_accuracy" in task else ""
+        rounded = f", plain 4-bit {plain['tasks'][k]['accuracy']:.1%}" if plain and "tasks" in plain else ""
+        click.echo(f"{task['name']}, {task['examples']} questions: {task['accuracy']:.1%} right{reference}{rounded}")
+    if speed := report.get("speed"):
+        prefill, decode = speed["prefill_tokens_per_s"], speed["decode_tokens_per_s"]
+        click.echo(f"speed: {prefill:.0f} prefill, {decode:.1f} decode tokens/s, {speed['threads']} threads")
     for check in report["verdict"]["checks"]:
         word = "pass" if check["passed"] else "FAIL"
         click.echo(f"{word}: {check['name']} {check['value']:.3g} (threshold {check['threshold']:g})")
-    click.echo(f"parity: {json.dumps(report['parity'])}")
-    click.echo(f"report: {bundle / 'report.json'}")
-    if not report["verdict"]["passed"]:
-        sys.exit(1)
+    click.echo(f"report: {bundle / 'report.html'}")
 
 
 def main() -> None:
@@ -125,11 +288,15 @@ def main() -> None:
     try:
         commands(standalone_mode=False)
     except click.exceptions.Abort:
-        click.echo("error: interrupted; the same command resumes", err=True)
+        click.echo("error: interrupted; the same command goes on from here", err=True)
         sys.exit(130)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
     except click.ClickException as problem:
         click.echo(f"error: {problem.format_message()}", err=True)
         sys.exit(2)
     except ToolkitError as problem:
+        if "--debug" in sys.argv[1:2]:
+            raise
         click.echo(f"error: {problem}", err=True)
         sys.exit(2)

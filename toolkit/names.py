@@ -18,6 +18,7 @@ MODEL_DATA_FILE: Final = "model.onnx.data"
 GENAI_CONFIG_FILE: Final = "genai_config.json"
 MANIFEST_FILE: Final = "manifest.json"
 REPORT_FILE: Final = "report.json"
+REPORT_PAGE_FILE: Final = "report.html"
 CONFIG_FILE: Final = "config.json"
 SAFETENSORS_FILE: Final = "model.safetensors"
 SAFETENSORS_INDEX_FILE: Final = "model.safetensors.index.json"
@@ -46,6 +47,12 @@ def bias(module: str) -> str:
 def role_of(name: str) -> str:
     """What a tensor or module is for: `q_proj`, `embed_tokens`, `lm_head`, `input_layernorm`, …"""
     return name.removesuffix(".weight").removesuffix(".bias").rsplit(".", 1)[-1]
+
+
+def layer_of(name: str) -> int | None:
+    """The layer a tensor or module belongs to, None outside the layers."""
+    parts = name.split(".")
+    return int(parts[2]) if name.startswith("model.layers.") else None
 
 
 def past_key(layer_index: int | str) -> str:

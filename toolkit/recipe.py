@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import yaml
 
 from toolkit.errors import RecipeError
+from toolkit.names import CONFIG_FILE
+from toolkit.target import TARGETS
 
 _HERE = Path(__file__).resolve().parent
 _ROOTS = (_HERE / "data", _HERE.parent)
+ALGORITHMS: Final = ("rtn", "kquant")
+BITS: Final = (4, 8)
+BLOCK_SIZES: Final = (16, 32, 64, 128, 256)
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,11 @@ class QuantRule:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One model for one target. Rules are tried in order, the first match wins."""
+    """One model for one target. Rules are tried in order, the first match wins.
+
+    `validate` maps figures of the report to thresholds. `tasks` names question files (JSON lines of `prompt` and
+    `answer`) beside the model's facts, and `baseline` asks for plain 4-bit rounding to be measured beside.
+    """
 
     name: str
     model: str
@@ -41,6 +51,8 @@ class Recipe:
     context_length: int
     quantize: tuple[QuantRule, ...]
     validate: dict[str, float]
+    tasks: tuple[str, ...] = ()
+    baseline: bool = False
 
     def rule_for(self, module: str) -> QuantRule:
         """The rule that decides a module; raises RecipeError if none matches."""
@@ -48,6 +60,11 @@ class Recipe:
             if rule.matches(module):
                 return rule
         raise RecipeError(f"recipe {self.name} has no quantize rule for {module}: end the list with match: '*'")
+
+    def facts(self) -> Path | None:
+        """The folder under `models/` with the true config of this recipe's model, if the toolkit has one."""
+        folder = data_folder("models") / self.name.removesuffix(f"-{self.target}")
+        return folder if (folder / CONFIG_FILE).is_file() else None
 
 
 def data_folder(kind: str) -> Path:
@@ -60,53 +77,150 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in data_folder("recipes").glob("*.yaml"))
 
 
-def load_recipe(name_or_path: str) -> Recipe:
-    """A recipe by path or by name. Raises RecipeError with what to write instead."""
-    path = Path(name_or_path)
-    if path.suffix not in (".yaml", ".yml"):
-        path = data_folder("recipes") / f"{name_or_path}.yaml"
-        if not path.is_file():
-            known = recipe_names()
-            hint = _nearest(name_or_path, known)
-            raise RecipeError(f"no recipe {name_or_path!r}{hint}: known are {', '.join(known)}")
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as problem:
-        raise RecipeError(f"recipe {path} cannot be read: {str(problem).splitlines()[0]}") from None
-    _check_keys(raw, Recipe, str(path))
+def load_recipe(name_or_path: str, changes: Sequence[str] = (), checkpoint: str | None = None) -> Recipe:
+    """A recipe by path, by name, or from a bare target's defaults for `checkpoint`, with `changes` made to it.
+
+    A change is `key=value`, the key a path of dots (`quantize.0.bits=8`), the value YAML. Raises RecipeError with
+    what to write instead.
+    """
+    if name_or_path in TARGETS:
+        raw, where = _target_defaults(name_or_path, checkpoint), f"target {name_or_path}"
+    else:
+        raw, where = _read(_find(name_or_path))
+    for change in changes:
+        _apply(raw, change)
+    _check_keys(raw, Recipe, where)
     rules = raw["quantize"]
     if not isinstance(rules, list) or not rules:
-        raise RecipeError(f"{path}: quantize must be a list of rules")
-    recipe = Recipe(**{**raw, "quantize": tuple(_rule(rule, str(path)) for rule in rules)})
-    if recipe.target != "cpu":
-        raise RecipeError(f"{path}: target {recipe.target!r} is not supported yet, expected 'cpu'")
-    if not isinstance(recipe.context_length, int) or recipe.context_length < 1:
-        raise RecipeError(f"{path}: context_length is {recipe.context_length!r}, expected a token count")
+        raise RecipeError(f"{where}: quantize must be a list of rules")
+    recipe = Recipe(
+        **{
+            **raw,
+            "quantize": tuple(_rule(rule, f"{where}, quantize rule {k + 1}") for k, rule in enumerate(rules)),
+            "tasks": _names(raw.get("tasks", []), where),
+        }
+    )
+    _check_values(recipe, where)
     return recipe
 
 
+def _find(name_or_path: str) -> Path:
+    path = Path(name_or_path)
+    if path.suffix in (".yaml", ".yml"):
+        return path
+    path = data_folder("recipes") / f"{name_or_path}.yaml"
+    if not path.is_file():
+        known = [*recipe_names(), *TARGETS]
+        raise RecipeError(f"no recipe {name_or_path!r}{nearest(name_or_path, known)}: known are {', '.join(known)}")
+    return path
+
+
+def _read(path: Path) -> tuple[dict[str, Any], str]:
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as problem:
+        raise RecipeError(f"recipe {path} cannot be read: {' '.join(str(problem).split())[:200]}") from None
+    if not isinstance(raw, dict):
+        raise RecipeError(f"recipe {path} holds a {type(raw).__name__}, expected keys and values")
+    return raw, f"recipe {path}"
+
+
+def _target_defaults(target: str, checkpoint: str | None) -> dict[str, Any]:
+    if not checkpoint:
+        raise RecipeError(f"{target!r} is a bare target: name what to convert with --checkpoint FOLDER_OR_HUB_ID")
+    row = TARGETS[target]
+    stem = Path(checkpoint).resolve().name if Path(checkpoint).is_dir() else checkpoint.rsplit("/", 1)[-1]
+    return {
+        "name": f"{stem}-{target}",
+        "model": checkpoint,
+        "target": target,
+        "context_length": row.context_length,
+        "quantize": [dict(rule) for rule in row.quantize],
+        "validate": dict(row.validate),
+    }
+
+
+def _apply(raw: dict[str, Any], change: str) -> None:
+    """Sets one value in place; a number in the path indexes a list, and one past its end appends."""
+    key, equals, text = change.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"--set {change}: expected key=value, such as context_length=8192 or quantize.0.bits=8")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise RecipeError(f"--set {change}: the value is not YAML") from None
+    place: Any = raw
+    *path, last = key.split(".")
+    try:
+        for part in path:
+            place = place[int(part)] if isinstance(place, list) else place[part]
+        if isinstance(place, list):
+            place[int(last) : int(last) + 1] = [value]
+        else:
+            place[last] = value
+    except (KeyError, IndexError, ValueError, TypeError):
+        raise RecipeError(f"--set {change}: the recipe has no {key!r}") from None
+
+
 def _rule(raw: Any, where: str) -> QuantRule:
-    _check_keys(raw, QuantRule, where, required=("match",))
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{where} is a {type(raw).__name__}, expected keys and values")
+    _check_keys(raw, QuantRule, where)
     rule = QuantRule(**raw)
-    if rule.algorithm != "rtn":
-        raise RecipeError(f"{where}: algorithm {rule.algorithm!r} is unknown, expected rtn")
-    if rule.bits not in (4, 8) or rule.block_size not in (16, 32, 64, 128, 256):
-        raise RecipeError(f"{where}: {rule.bits} bits in blocks of {rule.block_size}: expected 4 or 8 bits, 16 to 256")
+    if not isinstance(rule.match, str):
+        raise RecipeError(f"{where}: match is {rule.match!r}, expected globs over module names")
+    if rule.algorithm not in ALGORITHMS:
+        hint = nearest(str(rule.algorithm), ALGORITHMS)
+        raise RecipeError(f"{where}: algorithm {rule.algorithm!r} is unknown{hint}, expected {' or '.join(ALGORITHMS)}")
+    if rule.bits not in BITS or rule.block_size not in BLOCK_SIZES or isinstance(rule.bits, bool):
+        raise RecipeError(
+            f"{where}: {rule.bits!r} bits in blocks of {rule.block_size!r}, expected 4 or 8 bits in blocks of "
+            f"{', '.join(map(str, BLOCK_SIZES))}"
+        )
+    if not isinstance(rule.symmetric, bool):
+        raise RecipeError(f"{where}: symmetric is {rule.symmetric!r}, expected true or false")
     return rule
 
 
-def _check_keys(raw: Any, kind: type, where: str, required: tuple[str, ...] | None = None) -> None:
-    if not isinstance(raw, dict):
-        raise RecipeError(f"{where} holds a {type(raw).__name__}, expected keys and values")
-    known = [field.name for field in fields(kind)]
+def _names(raw: Any, where: str) -> tuple[str, ...]:
+    if not isinstance(raw, list) or not all(isinstance(name, str) and name.isidentifier() for name in raw):
+        raise RecipeError(f"{where}: tasks is {raw!r}, expected a list of task names")
+    return tuple(raw)
+
+
+def _check_values(recipe: Recipe, where: str) -> None:
+    for key in ("name", "model", "target"):
+        value = getattr(recipe, key)
+        if not isinstance(value, str) or not value:
+            raise RecipeError(f"{where}: {key} is {value!r}, expected a word")
+    if Path(recipe.name).name != recipe.name or recipe.name.startswith("."):
+        raise RecipeError(f"{where}: name {recipe.name!r} must be usable as a folder name")
+    if recipe.target not in TARGETS:
+        hint = nearest(recipe.target, list(TARGETS))
+        raise RecipeError(f"{where}: target {recipe.target!r} is unknown{hint}, expected {' or '.join(TARGETS)}")
+    length = recipe.context_length
+    if isinstance(length, bool) or not isinstance(length, int) or length < 1:
+        raise RecipeError(f"{where}: context_length is {length!r}, expected a token count")
+    if not isinstance(recipe.baseline, bool):
+        raise RecipeError(f"{where}: baseline is {recipe.baseline!r}, expected true or false")
+    thresholds = recipe.validate
+    if not isinstance(thresholds, dict) or not all(
+        isinstance(v, int | float) and not isinstance(v, bool) for v in thresholds.values()
+    ):
+        raise RecipeError(f"{where}: validate is {thresholds!r}, expected figures with their thresholds")
+
+
+def _check_keys(raw: dict[str, Any], kind: type[Any], where: str) -> None:
+    known = {field.name: field.default is MISSING for field in fields(kind)}
     for key in raw:
         if key not in known:
-            raise RecipeError(f"{where}: unknown key {key!r}{_nearest(str(key), known)}")
-    for key in known if required is None else required:
-        if key not in raw:
+            raise RecipeError(f"{where}: unknown key {key!r}{nearest(str(key), list(known))}")
+    for key, required in known.items():
+        if required and key not in raw:
             raise RecipeError(f"{where}: key {key!r} is missing")
 
 
-def _nearest(word: str, known: list[str]) -> str:
+def nearest(word: str, known: Sequence[str]) -> str:
+    """` (did you mean 'x'?)`, or nothing if no known word is near."""
     close = difflib.get_close_matches(word, known, n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""

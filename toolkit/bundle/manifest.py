@@ -7,22 +7,22 @@ import json
 from pathlib import Path
 from typing import Any
 
-import toolkit
 from toolkit import names
 from toolkit.errors import BundleError
+from toolkit.machine import package_versions
 
 
-def write_manifest(folder: Path, files: list[str], request: dict[str, Any]) -> None:
-    """Hashes `files` of `folder` and writes the manifest beside them; `request` says what was asked of what."""
+def write_manifest(folder: Path, files: list[str], request: dict[str, Any]) -> dict[str, Any]:
+    """Hashes `files` of `folder`, writes the manifest beside them and returns it; `request` says what was asked."""
     manifest = {
         "schema_version": 1,
-        "toolkit": toolkit.__version__,
+        "versions": package_versions(),
         **request,
-        "synthetic": False,
         "files": [file_entry(folder / name) for name in sorted(files)],
     }
     text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
     (folder / names.MANIFEST_FILE).write_text(text, encoding="utf-8", newline="\n")
+    return manifest
 
 
 def verify_manifest(folder: Path) -> list[str]:

@@ -1,11 +1,14 @@
 """A checkpoint's tensors: found, checked against the config, and read by rows as float32.
 
 Headers first: `open_weights` returns only when every tensor the config calls for exists once, with the shape and
-a float dtype it should have. After that `read_rows` costs one positioned read and one widening pass.
+a float dtype it should have. After that `read_rows` costs one positioned read and one widening pass, and `scan` reads
+every file once from end to end.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Final, Protocol
 
@@ -15,6 +18,7 @@ from numpy.typing import NDArray
 from toolkit import names
 from toolkit.checkpoint.config import ModelConfig, read_json
 from toolkit.checkpoint.safetensors import ITEM_BYTES, TensorRef, read_header
+from toolkit.checkpoint.scan import RawRows, Rows, read_from, scan_file
 from toolkit.errors import CheckpointError, NonFiniteError
 
 _MAX_INDEX_BYTES: Final = 64 << 20
@@ -22,15 +26,11 @@ _MAX_INDEX_BYTES: Final = 64 << 20
 _COMPUTED_SUFFIXES: Final = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias")
 
 
-class WeightSource(Protocol):
-    """Named tensors that can be read by rows. Every read goes to disk (or makes the numbers) anew."""
+class Tensors(Protocol):
+    """Named tensors that can be read by rows; what a forward pass needs."""
 
     def names(self) -> list[str]:
-        """Every tensor, in file order: reading in this order reads the disk in sequence."""
-        ...
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor."""
+        """Every tensor, in file order."""
         ...
 
     def read(self, name: str) -> NDArray[np.float32]:
@@ -42,11 +42,28 @@ class WeightSource(Protocol):
         ...
 
 
+class WeightSource(Tensors, Protocol):
+    """A checkpoint's tensors. Every read goes to disk (or makes the numbers) anew."""
+
+    def scan(self, chunk_bytes: int) -> Iterator[Rows]:
+        """Every row of every tensor once, in file order, some `chunk_bytes` of the source at a time."""
+        ...
+
+    def identity(self) -> list[dict[str, object]]:
+        """What the tensors come from, cheaply: two sources of the same identity hold the same numbers."""
+        ...
+
+    def digests(self) -> list[dict[str, object]]:
+        """What they come from, in full: name, bytes and SHA-256 of each file. Known once `scan` is through."""
+        ...
+
+
 class SafetensorsWeights:
     """A `WeightSource` over the safetensors files of one folder."""
 
     def __init__(self, refs: dict[str, TensorRef]) -> None:
         self._refs = refs
+        self._digests: dict[str, str] = {}
 
     def names(self) -> list[str]:
         """Every tensor, in file order."""
@@ -56,13 +73,32 @@ class SafetensorsWeights:
         """The files the tensors lie in, sorted by name."""
         return sorted({ref.path for ref in self._refs.values()})
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor, from its header."""
-        return self._refs[name].shape
+    def scan(self, chunk_bytes: int) -> Iterator[Rows]:
+        """Every row once, in file order; afterwards `digests` is known."""
+        for path in self.files():
+            refs = [ref for ref in self._refs.values() if ref.path == path]
+            for rows in scan_file(path, refs, chunk_bytes, self._digests):
+                yield Rows(rows.ref.name, rows.start, rows.stop, partial(_decode, rows))
+
+    def identity(self) -> list[dict[str, object]]:
+        """Name, size and time of change of each file."""
+        stats = [(path.name, path.stat()) for path in self.files()]
+        return [{"name": name, "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns} for name, stat in stats]
+
+    def digests(self) -> list[dict[str, object]]:
+        """Name, size and SHA-256 of each file, once `scan` is through."""
+        return [
+            {"name": path.name, "bytes": path.stat().st_size, "sha256": self._digests[path.name]}
+            for path in self.files()
+        ]
+
+    def dtype(self, name: str) -> str:
+        """The stored dtype of a tensor: BF16, F16 or F32."""
+        return self._refs[name].dtype
 
     def read(self, name: str) -> NDArray[np.float32]:
         """A whole tensor as float32; raises NonFiniteError if it holds NaN or infinity."""
-        shape = self.shape(name)
+        shape = self._refs[name].shape
         return self.read_rows(name, 0, shape[0] if shape else 1).reshape(shape)
 
     def read_rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
@@ -77,19 +113,18 @@ class SafetensorsWeights:
 
 def read_exactly(path: Path, offset: int, nbytes: int) -> NDArray[np.uint8]:
     """`nbytes` bytes from `offset`; raises CheckpointError if the file ends before."""
-    buffer = np.empty(nbytes, dtype=np.uint8)
     try:
         with path.open("rb", buffering=0) as file:
             file.seek(offset)
-            done = 0
-            while done < nbytes:
-                got = file.readinto(buffer[done:].data)
-                if not got:
-                    raise CheckpointError(f"{path} ends at {offset + done}, expected {nbytes - done} bytes more")
-                done += got
+            return read_from(file, nbytes)
     except OSError as problem:
         raise CheckpointError(f"{path} cannot be read at {offset}: {problem.strerror}") from None
-    return buffer
+
+
+def _decode(rows: RawRows) -> NDArray[np.float32]:
+    values = widen(rows.raw, rows.ref.dtype)
+    check_finite(values, rows.ref.name)
+    return values.reshape((rows.stop - rows.start, *rows.ref.shape[1:]))
 
 
 def widen(raw: NDArray[np.uint8], dtype: str) -> NDArray[np.float32]:

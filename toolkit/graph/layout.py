@@ -50,6 +50,18 @@ class Layout:
     units: dict[str, Unit]
     nbytes: int
 
+    def weights(self) -> int:
+        """How many weights its matrices hold; gains and biases are not counted."""
+        return sum(sum(unit.rows) * unit.width for unit in self.matrices())
+
+    def matrices(self) -> list[Unit]:
+        """The units that are matrices."""
+        return [unit for unit in self.units.values() if unit.spec is not None or len(unit.slots[0].shape) == 2]
+
+    def bits_per_weight(self) -> float:
+        """Scales and zero points included."""
+        return 8 * sum(slot.nbytes for unit in self.matrices() for slot in unit.slots) / self.weights()
+
 
 def plan_layout(config: ModelConfig, recipe: Recipe | None) -> Layout:
     """The layout for a recipe's rules; `recipe` None keeps every tensor float32."""
@@ -90,7 +102,7 @@ def _spec(tensor: str, shapes: dict[str, tuple[int, ...]], recipe: Recipe | None
     if recipe is None or len(shapes[tensor]) != 2:
         return None
     rule = recipe.rule_for(tensor.removesuffix(".weight"))
-    return QuantSpec(rule.bits, rule.block_size, rule.symmetric)
+    return QuantSpec(rule.bits, rule.block_size, rule.symmetric, rule.algorithm)
 
 
 def _place(

@@ -7,43 +7,92 @@ B is 1 throughout; T tokens, D hidden, H heads, K kv heads, G = H/K, Dh head_dim
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from toolkit import names
 from toolkit.checkpoint.config import ModelConfig, RopeConfig
-from toolkit.checkpoint.weights import WeightSource
+from toolkit.checkpoint.weights import Tensors
 
 Array = NDArray[np.float32]
+_HEAD_ROWS: Final = 16384
 
 
-def reference_logits(config: ModelConfig, source: WeightSource, sequences: list[list[int]]) -> list[Array]:
+def reference_logits(config: ModelConfig, source: Tensors, sequences: list[list[int]]) -> list[Array]:
     """Logits [T, V] of every position of each sequence. Each weight is read once for all of them."""
-    table = source.read(names.weight(names.EMBED_TOKENS))
-    hidden = [table[np.asarray(ids)] for ids in sequences]
-    del table
+    return [head_logits(config, source, hidden) for hidden in reference_hidden(config, source, sequences)]
+
+
+def reference_hidden(
+    config: ModelConfig,
+    source: Tensors,
+    sequences: list[list[int]],
+    progress: Callable[[str], None] = lambda _: None,
+) -> list[Array]:
+    """The final norm's output [T, D] of each sequence, one layer's weights in memory at a time.
+
+    `progress` is called with the name of each finished layer.
+    """
+    hidden = [embed(source, ids) for ids in sequences]
     for layer_index in range(config.num_hidden_layers):
-        layer = _Layer(config, source, layer_index)
+        layer = Layer(config, source, layer_index)
         hidden = [layer(x) for x in hidden]
+        progress(f"layer {layer_index}")
     norm = source.read(names.weight(names.FINAL_NORM))
-    head = source.read(names.weight(names.EMBED_TOKENS if config.tie_word_embeddings else names.LM_HEAD))
-    return [_rms_norm(x, norm, config.rms_norm_eps) @ head.T for x in hidden]
+    return [rms_norm(x, norm, config.rms_norm_eps) for x in hidden]
 
 
-class _Layer:
+def embed(source: Tensors, ids: list[int]) -> Array:
+    """Rows [T, D] of the embedding, read one by one: the table of a large model does not fit beside a layer."""
+    name = names.weight(names.EMBED_TOKENS)
+    rows = {i: source.read_rows(name, i, i + 1)[0] for i in set(ids)}
+    return np.stack([rows[i] for i in ids])
+
+
+def head_logits(config: ModelConfig, source: Tensors, hidden: Array) -> Array:
+    """[T, D] to [T, V], the head read by rows."""
+    name = names.weight(names.EMBED_TOKENS if config.tie_word_embeddings else names.LM_HEAD)
+    logits = np.empty((hidden.shape[0], config.vocab_size), np.float32)
+    for start in range(0, config.vocab_size, _HEAD_ROWS):
+        stop = min(config.vocab_size, start + _HEAD_ROWS)
+        logits[:, start:stop] = hidden @ source.read_rows(name, start, stop).T
+    return logits
+
+
+class Layer:
     """One decoder layer with its weights in memory."""
 
-    def __init__(self, config: ModelConfig, source: WeightSource, layer_index: int) -> None:
+    def __init__(self, config: ModelConfig, source: Tensors, layer_index: int) -> None:
         self.config = config
         self.window = config.sliding_windows[layer_index]
         prefix = names.layer_module(layer_index, "")
         self.tensors = {name[len(prefix) :]: source.read(name) for name in source.names() if name.startswith(prefix)}
 
     def __call__(self, x: Array) -> Array:
-        eps = self.config.rms_norm_eps
-        x = x + self._attention(_rms_norm(x, self.tensors["input_layernorm.weight"], eps))
-        y = _rms_norm(x, self.tensors["post_attention_layernorm.weight"], eps)
+        """[T, D] to [T, D], causal, from position 0."""
+        q, k, v = self.project(x, np.arange(x.shape[0]))
+        return self.finish(x, attend(q, k, v, np.arange(x.shape[0]), self.window))
+
+    def project(self, x: Array, positions: NDArray[np.int64]) -> tuple[Array, Array, Array]:
+        """q [T, H, Dh], k and v [T, K, Dh] of tokens at `positions`, normed and rotated."""
+        c, T = self.config, x.shape[0]
+        x = rms_norm(x, self.tensors["input_layernorm.weight"], c.rms_norm_eps)
+        q = self._linear("self_attn.q_proj", x).reshape(T, c.num_attention_heads, c.head_dim)
+        k = self._linear("self_attn.k_proj", x).reshape(T, c.num_key_value_heads, c.head_dim)
+        v = self._linear("self_attn.v_proj", x).reshape(T, c.num_key_value_heads, c.head_dim)
+        if c.qk_norm:
+            q = rms_norm(q, self.tensors["self_attn.q_norm.weight"], c.rms_norm_eps)
+            k = rms_norm(k, self.tensors["self_attn.k_norm.weight"], c.rms_norm_eps)
+        cos, sin = _rotation(c.rope, c.head_dim, positions)
+        return _rotate(q, cos, sin), _rotate(k, cos, sin), v
+
+    def finish(self, x: Array, mixed: Array) -> Array:
+        """The residual stream after attention's output projection and the MLP; `mixed` is [T, H * Dh]."""
+        x = x + self._linear("self_attn.o_proj", mixed)
+        y = rms_norm(x, self.tensors["post_attention_layernorm.weight"], self.config.rms_norm_eps)
         gate = self._linear("mlp.gate_proj", y)
         return x + self._linear("mlp.down_proj", gate / (1 + np.exp(-gate)) * self._linear("mlp.up_proj", y))
 
@@ -53,29 +102,26 @@ class _Layer:
             y = y + self.tensors[f"{module}.bias"]
         return y
 
-    def _attention(self, x: Array) -> Array:
-        c, T = self.config, x.shape[0]
-        q = self._linear("self_attn.q_proj", x).reshape(T, c.num_attention_heads, c.head_dim)
-        k = self._linear("self_attn.k_proj", x).reshape(T, c.num_key_value_heads, c.head_dim)
-        v = self._linear("self_attn.v_proj", x).reshape(T, c.num_key_value_heads, c.head_dim)
-        if c.qk_norm:
-            q = _rms_norm(q, self.tensors["self_attn.q_norm.weight"], c.rms_norm_eps)
-            k = _rms_norm(k, self.tensors["self_attn.k_norm.weight"], c.rms_norm_eps)
-        cos, sin = _rotation(c.rope, c.head_dim, T)
-        q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
-        G = c.num_attention_heads // c.num_key_value_heads
-        k, v = np.repeat(k, G, axis=1), np.repeat(v, G, axis=1)
-        scores = np.einsum("thd,shd->hts", q, k) / math.sqrt(c.head_dim)
-        distance = np.arange(T)[:, None] - np.arange(T)[None, :]
-        visible = (distance >= 0) & (distance < (self.window or T))
-        scores = np.where(visible, scores, -np.inf)
-        scores = np.exp(scores - scores.max(axis=-1, keepdims=True))
-        scores /= scores.sum(axis=-1, keepdims=True)
-        mixed = np.einsum("hts,shd->thd", scores, v).reshape(T, -1)
-        return self._linear("self_attn.o_proj", mixed.astype(np.float32))
+
+def attend(q: Array, k: Array, v: Array, positions: NDArray[np.int64], window: int | None) -> Array:
+    """Softmax attention [T, H * Dh] of queries at `positions` over keys at positions 0 … S-1.
+
+    A query sees keys up to its own position, of which the last `window` where the layer slides.
+    """
+    T, H, head_dim = q.shape
+    S, G = k.shape[0], H // k.shape[1]
+    k, v = np.repeat(k, G, axis=1), np.repeat(v, G, axis=1)
+    scores = np.einsum("thd,shd->hts", q, k, optimize=True) / np.float32(math.sqrt(head_dim))
+    distance = positions[:, None] - np.arange(S)[None, :]
+    visible = (distance >= 0) & (distance < (window or S + 1))
+    scores = np.where(visible, scores, np.float32(-np.inf))
+    scores = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    scores /= scores.sum(axis=-1, keepdims=True)
+    return np.asarray(np.einsum("hts,shd->thd", scores, v, optimize=True).reshape(T, -1), dtype=np.float32)
 
 
-def _rms_norm(x: Array, gain: Array, eps: float) -> Array:
+def rms_norm(x: Array, gain: Array, eps: float) -> Array:
+    """x over the root of its mean square along the last axis, times the gain."""
     scale = np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + np.float32(eps))
     return np.asarray(x / scale * gain, dtype=np.float32)
 
@@ -86,8 +132,8 @@ def _rotate(x: Array, cos: Array, sin: Array) -> Array:
     return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
-def _rotation(rope: RopeConfig, head_dim: int, length: int) -> tuple[Array, Array]:
-    """cos and sin [T, 1, Dh/2]; each pair's wavelength decides its scaling."""
+def _rotation(rope: RopeConfig, head_dim: int, positions: NDArray[np.int64]) -> tuple[Array, Array]:
+    """cos and sin [T, 1, Dh/2] at `positions`; each pair's wavelength decides its scaling."""
     scale = 1.0
     frequencies = []
     for pair in range(head_dim // 2):
@@ -95,7 +141,7 @@ def _rotation(rope: RopeConfig, head_dim: int, length: int) -> tuple[Array, Arra
         frequencies.append(_scaled(rope, frequency, pair, head_dim))
     if rope.rope_type == "yarn":
         scale = _yarn_scale(rope)
-    angles = np.outer(np.arange(length), frequencies)
+    angles = np.outer(positions, frequencies)
     return (
         (scale * np.cos(angles)).astype(np.float32)[:, None, :],
         (scale * np.sin(angles)).astype(np.float32)[:, None, :],

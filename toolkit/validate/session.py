@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,49 +36,43 @@ class AllPositions:
             model.SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
 
-    def logits(self, ids: list[int]) -> NDArray[np.float32]:
-        """[T, V] for one sequence, from an empty cache."""
-        tokens = np.array([ids], np.int64)
-        feed: dict[str, NDArray[np.int64] | NDArray[np.float32]] = {
-            names.INPUT_IDS: tokens,
-            names.ATTENTION_MASK: np.ones_like(tokens),
+    def logits(self, ids: list[int], prompt: int | None = None) -> NDArray[np.float32]:
+        """[T, V] for one sequence: the first `prompt` tokens (default all) at once, each later one with the cache."""
+        stops = [len(ids)] if prompt is None else [prompt, *range(prompt + 1, len(ids) + 1)]
+        cache = {
+            value.name: np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32)
+            for value in self.session.get_inputs()
+            if value.name not in (names.INPUT_IDS, names.ATTENTION_MASK)
         }
-        for value in self.session.get_inputs():
-            if value.name not in feed:
-                feed[value.name] = np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32)
-        (logits,) = self.session.run([names.LOGITS], feed)
-        return np.asarray(np.asarray(logits)[0])
+        outputs = [value.name for value in self.session.get_outputs()]
+        pieces, start = [], 0
+        for stop in stops:
+            tokens = {
+                names.INPUT_IDS: np.array([ids[start:stop]], np.int64),
+                names.ATTENTION_MASK: np.ones((1, stop), np.int64),
+            }
+            made = dict(zip(outputs, self.session.run(None, {**tokens, **cache}), strict=True))
+            pieces.append(np.asarray(made[names.LOGITS])[0])
+            cache = {past: np.asarray(made[past.replace("past_key_values", "present")]) for past in cache}
+            start = stop
+        return np.concatenate(pieces)
 
 
-def greedy_tokens(bundle: Path, prompt: list[int], new_tokens: int) -> list[int]:
-    """The continuation onnxruntime-genai makes, token by token, ended by eos or `new_tokens`."""
+def continuations(bundle: Path, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
+    """What onnxruntime-genai makes of each prompt, greedily, ended by eos or after `new_tokens`."""
     og, model, _ = open_model(bundle)
-    params = og.GeneratorParams(model)
-    params.set_search_options(do_sample=False, max_length=len(prompt) + new_tokens)
-    generator = og.Generator(model, params)
-    generator.append_tokens(prompt)
-    made: list[int] = []
-    while len(made) < new_tokens and not generator.is_done():
-        generator.generate_next_token()
-        made.append(int(generator.get_next_tokens()[0]))
+    made = []
+    for prompt in prompts:
+        params = og.GeneratorParams(model)
+        params.set_search_options(do_sample=False, max_length=len(prompt) + new_tokens)
+        generator = og.Generator(model, params)
+        generator.append_tokens(prompt)
+        tokens: list[int] = []
+        while len(tokens) < new_tokens and not generator.is_done():
+            generator.generate_next_token()
+            tokens.append(int(generator.get_next_tokens()[0]))
+        made.append(tokens)
     return made
-
-
-def stream_text(bundle: Path, question: str, max_new_tokens: int) -> Iterator[str]:
-    """Text pieces of the answer to one question, with the bundle's chat template around it."""
-    og, model, _ = open_model(bundle)
-    tokenizer = og.Tokenizer(model)
-    message = json.dumps([{"role": "user", "content": question}], ensure_ascii=False)
-    prompt = tokenizer.encode(tokenizer.apply_chat_template(message, add_generation_prompt=True))
-    params = og.GeneratorParams(model)
-    limit = json.loads((bundle / names.GENAI_CONFIG_FILE).read_text(encoding="utf-8"))["model"]["context_length"]
-    params.set_search_options(max_length=min(len(prompt) + max_new_tokens, limit))
-    generator = og.Generator(model, params)
-    generator.append_tokens(prompt)
-    stream = tokenizer.create_stream()
-    while not generator.is_done():
-        generator.generate_next_token()
-        yield stream.decode(generator.get_next_tokens()[0])
 
 
 def open_model(bundle: Path) -> tuple[Any, Any, float]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import statistics
+import subprocess
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 
 from toolkit import names
 from toolkit.errors import BundleError
+from toolkit.machine import peak_rss_bytes, physical_cores
 from toolkit.validate.session import open_model
 
 
@@ -53,5 +56,30 @@ def measure_speed(bundle: Path, prompt_tokens: int, new_tokens: int, repeat: int
         runs.append(Run(first - start, prompt_tokens / (prefilled - start), (new_tokens - 1) / decode_s))
     counted = [asdict(run) for run in runs[1:]]
     medians = {key: statistics.median(run[key] for run in counted) for key in counted[0]}
-    settings = {"runtime": "onnxruntime-genai", "load_s": load_s, "prompt_tokens": prompt_tokens}
-    return {**settings, **medians, "runs": counted}
+    return {
+        "runtime": "onnxruntime-genai",
+        "threads": _threads(bundle),
+        "load_s": load_s,
+        "prompt_tokens": prompt_tokens,
+        **medians,
+        "peak_rss_bytes": peak_rss_bytes(),
+        "runs": counted,
+    }
+
+
+def measure_speed_apart(bundle: Path, prompt_tokens: int, new_tokens: int, repeat: int) -> dict[str, Any]:
+    """`measure_speed` in a process of its own, so that `peak_rss_bytes` is the runtime's alone."""
+    command = [sys.executable, "-m", "toolkit", "bench", str(bundle), "--json"]
+    sizes = ["--prompt-tokens", str(prompt_tokens), "--new-tokens", str(new_tokens), "--repeat", str(repeat)]
+    done = subprocess.run([*command, *sizes], capture_output=True, text=True, encoding="utf-8")
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise BundleError(f"bench failed: {lines[-1].removeprefix('error: ')}")
+    measured: dict[str, Any] = json.loads(done.stdout)
+    return measured
+
+
+def _threads(bundle: Path) -> int:
+    """The threads ORT uses; 0 in the file means one for each physical core."""
+    decoder = json.loads((bundle / names.GENAI_CONFIG_FILE).read_text(encoding="utf-8"))["model"]["decoder"]
+    return int(decoder["session_options"].get("intra_op_num_threads", 0)) or physical_cores()

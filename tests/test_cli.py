@@ -1,0 +1,99 @@
+"""The commands that plan, list and look: what they print, what they leave alone, how fast they answer."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.test_bundle import run
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; sys.argv = ['toolkit', '--help']\n"
+        "from toolkit.cli import main\n"
+        "try: main()\n"
+        "finally: print(sorted({m.split('.')[0] for m in sys.modules} & "
+        "{'numpy', 'onnx', 'onnx_ir', 'onnxruntime', 'torch', 'rich', 'jinja2', 'huggingface_hub'}))"
+    )
+    begin = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 0 and done.stdout.strip().endswith("[]"), done.stdout
+    assert time.perf_counter() - begin < 2  # half a second on a quiet machine
+
+
+@pytest.mark.parametrize("recipe", ["1.5b-cpu", "14b-cpu", "70b-cpu", "0528-8b-cpu"])
+def test_dry_run_needs_no_checkpoint_and_writes_nothing(recipe: str, tmp_path: Path) -> None:
+    done = run("export", recipe, "--dry-run", "--json", "--out", str(tmp_path / "b"))
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    assert list(tmp_path.iterdir()) == []
+    data = next(file["bytes"] for file in plan["files"] if file["name"] == "model.onnx.data")
+    assert data == pytest.approx(plan["bits_per_weight"] * plan["weights"] / 8, rel=0.01)
+    assert plan["peak_memory_bytes"] < 1 << 30
+
+
+def test_dry_run_forecasts_what_the_export_writes(tmp_path: Path) -> None:
+    words = ["export", "tiny-r1-cpu", "--out", str(tmp_path / "b")]
+    plan = json.loads(run(*words, "--dry-run", "--json").stdout)
+    assert run(*words, "--no-validate").returncode == 0
+    forecast = {file["name"]: file["bytes"] for file in plan["files"]}
+    assert (tmp_path / "b" / "model.onnx.data").stat().st_size == forecast["model.onnx.data"]
+    assert (tmp_path / "b" / "model.onnx").stat().st_size == pytest.approx(forecast["model.onnx"], rel=0.1)
+    report = json.loads((tmp_path / "b" / "report.json").read_text(encoding="utf-8"))
+    assert report["conversion"]["peak_rss_bytes"] < plan["peak_memory_bytes"]
+
+
+def test_synthetic_bundle_is_marked_and_judged(tmp_path: Path) -> None:
+    out = tmp_path / "b"
+    done = run("export", "tiny-r1-cpu", "--synthetic", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest["synthetic"] and "random weights" in (out / "report.html").read_text(encoding="utf-8")
+    report = json.loads(run("validate", str(out), "--no-tasks", "--json").stdout)
+    assert report["synthetic"] and report["parity"]["mean_kld"] < 0.01 and report["speed"]["decode_tokens_per_s"] > 0
+    refused = run("generate", str(out), "--prompt", "hello")
+    assert refused.returncode == 2 and "no words, only speed" in refused.stderr
+
+
+def test_bare_target_converts_a_checkpoint_without_a_recipe(tiny_r1: Path, tmp_path: Path) -> None:
+    done = run("export", "cpu", "--checkpoint", str(tiny_r1), "--out", str(tmp_path / "b"), "--no-validate")
+    assert done.returncode == 0, done.stderr
+    manifest = json.loads((tmp_path / "b" / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest["recipe"]["name"] == "tiny-r1-cpu" and manifest["recipe"]["context_length"] == 1024
+    refused = run("export", "cpu")
+    assert refused.returncode == 2 and "name what to convert with --checkpoint" in refused.stderr
+
+
+def test_set_changes_the_recipe(tiny_r1: Path, tmp_path: Path) -> None:
+    changes = ["--set", "quantize.0={match: '*.down_proj', bits: 8}", "--set", "quantize.1={match: '*'}"]
+    done = run("export", "tiny-r1-cpu", "--out", str(tmp_path / "b"), "--no-validate", *changes)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "b" / "report.json").read_text(encoding="utf-8"))
+    bits = {row["role"]: row["bits"] for row in report["quantization"]["by_role"]}
+    assert bits["down_proj"] == 8 and bits["up_proj"] == bits["lm_head"] == 4
+
+
+def test_recipes_lists_what_this_machine_can_do() -> None:
+    rows = {row["recipe"]: row for row in json.loads(run("recipes", "--json").stdout)}
+    models = ("1.5b", "7b", "8b", "14b", "32b", "70b", "0528-8b", "tiny-r1")
+    assert {f"{model}-cpu" for model in models} == rows.keys()
+    assert rows["tiny-r1-cpu"]["here"] == "exports and runs"
+    assert 8e9 < rows["14b-cpu"]["bundle_bytes"] < 11e9
+
+
+def test_inspect_reads_checkpoints_and_bundles(tiny_r1: Path, tmp_path: Path) -> None:
+    facts = json.loads(run("inspect", str(tiny_r1), "--json").stdout)
+    assert facts["kind"] == "checkpoint" and facts["model_type"] == "qwen2" and facts["parameters"] == 3_674_368
+    out = tmp_path / "b"
+    assert run("export", "tiny-r1-cpu", "--out", str(out), "--no-validate").returncode == 0
+    facts = json.loads(run("inspect", str(out), "--json").stdout)
+    assert facts["kind"] == "bundle" and facts["operators"]["GroupQueryAttention"] == 4
+    assert "recipe: tiny-r1-cpu" in run("inspect", str(out)).stdout
+    refused = run("inspect", str(tmp_path))
+    assert refused.returncode == 2 and "neither a bundle" in refused.stderr

@@ -1,0 +1,32 @@
+"""A checkpoint, opened: its config, its tensors, and the folder its tokenizer lies in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from toolkit.checkpoint.config import ModelConfig, read_config
+from toolkit.checkpoint.synthetic import SyntheticWeights
+from toolkit.checkpoint.weights import WeightSource, open_weights
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """`synthetic` ones have random weights of the shapes that `folder`'s config names, and no tokenizer."""
+
+    folder: Path
+    config: ModelConfig
+    source: WeightSource
+    synthetic: bool
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """A folder in Hugging Face layout, every header checked against its config. Raises CheckpointError."""
+    config = read_config(folder)
+    return Checkpoint(folder, config, open_weights(folder, config), synthetic=False)
+
+
+def synthetic_checkpoint(folder: Path) -> Checkpoint:
+    """Random weights of the shapes in `folder`'s config; nothing else of the folder is needed."""
+    config = read_config(folder)
+    return Checkpoint(folder, config, SyntheticWeights(config), synthetic=True)

@@ -1,0 +1,71 @@
+"""This machine: what it has, what is free, what this process used at most."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from pathlib import Path
+from typing import Any, Final
+
+import psutil
+
+_VERSIONS: Final = ("toolkit", "onnxruntime", "onnxruntime-genai", "onnx-ir", "numpy", "tokenizers")
+
+
+def machine_facts() -> dict[str, Any]:
+    """report.json's `machine`: cpu, cores (logical), ram_bytes, os, python, versions."""
+    return {
+        "cpu": _cpu_name(),
+        "cores": psutil.cpu_count() or 1,
+        "ram_bytes": psutil.virtual_memory().total,
+        "os": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "versions": package_versions(),
+    }
+
+
+def package_versions() -> dict[str, str]:
+    """The installed version of everything that decides what comes out."""
+    found = {}
+    for package in _VERSIONS:
+        try:
+            found[package.replace("-", "_")] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def free_memory_bytes() -> int:
+    """What a program may take without swapping."""
+    return int(psutil.virtual_memory().available)
+
+
+def physical_cores() -> int:
+    """Cores without hyper-threads: what ONNX Runtime takes as threads when told to choose."""
+    return psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
+
+
+def peak_rss_bytes() -> int:
+    """The most memory this process ever held."""
+    peak = getattr(psutil.Process().memory_info(), "peak_wset", None)
+    if peak is not None:  # Windows
+        return int(peak)
+    try:  # Linux: getrusage would count the parent this process was forked from
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        return 1024 * int(status.partition("VmHWM:")[2].split()[0])
+    except (OSError, IndexError):
+        pass
+    import resource
+
+    scale = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

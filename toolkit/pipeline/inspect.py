@@ -1,0 +1,65 @@
+"""What a checkpoint or a bundle is, from headers alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from toolkit import names
+from toolkit.bundle.manifest import read_manifest
+from toolkit.checkpoint.config import read_config
+from toolkit.checkpoint.weights import expected_tensors, open_weights
+from toolkit.errors import CheckpointError
+from toolkit.graph.decoder import operator_counts
+
+
+def inspect_path(path: Path) -> dict[str, Any]:
+    """A bundle (it has a manifest) or a checkpoint (it has a config.json); raises CheckpointError for neither."""
+    if (path / names.MANIFEST_FILE).is_file():
+        return _bundle(path)
+    if (path / names.CONFIG_FILE).is_file():
+        return _checkpoint(path)
+    raise CheckpointError(f"{path} is neither a bundle ({names.MANIFEST_FILE}) nor a checkpoint ({names.CONFIG_FILE})")
+
+
+def _checkpoint(folder: Path) -> dict[str, Any]:
+    config = read_config(folder)
+    shapes = expected_tensors(config)
+    parameters = 0
+    for shape in shapes.values():
+        count = 1
+        for extent in shape:
+            count *= extent
+        parameters += count
+    facts: dict[str, Any] = {"kind": "checkpoint", "parameters": parameters}
+    for key, value in asdict(config).items():
+        if key == "sliding_windows":
+            facts["sliding_layers"] = sum(window is not None for window in value)
+        else:
+            facts[key] = {k: v for k, v in value.items() if v is not None} if key == "rope" else value
+    if not any(folder.glob("*.safetensors")):
+        return {**facts, "weights": "none here: the config's facts alone"}
+    source = open_weights(folder, config)
+    facts["dtypes"] = dict(Counter(source.dtype(name) for name in source.names()))
+    facts["files"] = [{"name": path.name, "bytes": path.stat().st_size} for path in source.files()]
+    return facts
+
+
+def _bundle(folder: Path) -> dict[str, Any]:
+    manifest = read_manifest(folder)
+    recipe = manifest["recipe"]
+    facts: dict[str, Any] = {
+        "kind": "bundle",
+        "recipe": recipe["name"],
+        "model": recipe["model"],
+        "target": recipe["target"],
+        "precision": manifest["precision"],
+        "synthetic": manifest["synthetic"],
+        "context_length": recipe["context_length"],
+    }
+    facts["operators"] = operator_counts(folder / names.MODEL_FILE)
+    facts["checkpoint"] = manifest["checkpoint"]
+    facts["files"] = [{"name": entry["name"], "bytes": entry["bytes"]} for entry in manifest["files"]]
+    return facts

@@ -1,0 +1,225 @@
+"""The proof story: the bundle beside its checkpoint's reference, on tokens, answers and time; then the verdict."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from toolkit import names
+from toolkit.bundle.manifest import read_manifest
+from toolkit.checkpoint.config import ModelConfig
+from toolkit.checkpoint.opened import Checkpoint
+from toolkit.checkpoint.weights import expected_tensors
+from toolkit.errors import BundleError, CheckpointError
+from toolkit.machine import free_memory_bytes
+from toolkit.recipe import data_folder
+from toolkit.reference.decoder import head_logits, reference_hidden
+from toolkit.report.summary import judge, read_report, write_report
+from toolkit.validate.parity import Comparison, matching_prefix
+from toolkit.validate.rounded import PLAIN_BITS_PER_WEIGHT, PLAIN_NAME, plain_rounding
+from toolkit.validate.session import AllPositions, continuations
+from toolkit.validate.speed import measure_speed_apart
+from toolkit.validate.tasks import Task, bundle_right, read_task, reference_right
+
+_TEXT_FILE: Final = "reasoning.jsonl"
+_REFERENCE: Final = "numpy float32 forward of the checkpoint"
+_FP32_THRESHOLDS: Final = {"max_abs_logit_error": 1e-3, "accuracy_drop": 0.005}
+_SEQUENCE_TOKENS: Final = 512
+_GREEDY_PROMPT, _GREEDY_NEW = 24, 32
+# The bundle's logits are taken from one run over this many tokens, and again with the cache over the first of them.
+_DECODED_TOKENS: Final = 48
+_BENCH: Final = (128, 64, 3)
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is measured. `examples` None asks every question of a task; `baseline` None leaves it to the recipe."""
+
+    tokens: int = 2000
+    examples: int | None = None
+    tasks: bool = True
+    speed: bool = True
+    baseline: bool | None = None
+    text: Path | None = None
+
+
+def judge_bundle(
+    bundle: Path, checkpoint: Checkpoint, effort: Effort, progress: Callable[[str], None] = lambda _: None
+) -> dict[str, Any]:
+    """Measures, rewrites report.json and report.html, returns the report.
+
+    Raises BundleError or CheckpointError if either cannot be read or they do not belong together.
+    """
+    manifest = read_manifest(bundle)
+    _check_same(manifest, checkpoint)
+    recipe = manifest["recipe"]
+    report = read_report(bundle, manifest)
+    reasons = {}
+    wants_baseline = recipe["baseline"] if effort.baseline is None else effort.baseline
+    tasks = [_task_file(name, recipe, checkpoint) for name in recipe["tasks"]]
+    text = effort.text or (tasks or [data_folder("models") / _TEXT_FILE])[0]
+    sequences = _sequences(checkpoint, effort.tokens, text)
+    report |= _parity_sections(bundle, checkpoint, sequences, wants_baseline, progress)
+    if not effort.tasks:
+        reasons["tasks"] = "left out by --no-tasks"
+    elif tasks:
+        asked = [read_task(path, effort.examples) for path in tasks]
+        report["tasks"] = _tasks_section(bundle, checkpoint, asked, report.get("baseline"), progress)
+    if effort.speed:
+        progress("speed")
+        report["speed"] = _speed_section(bundle)
+    else:
+        reasons["speed"] = "left out by --no-speed"
+    thresholds = _thresholds(manifest, report)
+    report["verdict"] = judge(report, thresholds)
+    return write_report(bundle, report, reasons)
+
+
+def _thresholds(manifest: dict[str, Any], report: dict[str, Any]) -> dict[str, float]:
+    """The recipe's, or those of an unquantized bundle; a check on tasks stands only where there are tasks."""
+    wanted = _FP32_THRESHOLDS if manifest["precision"] == "fp32" else manifest["recipe"]["validate"]
+    return {k: v for k, v in wanted.items() if "tasks" in report or not k.startswith("accuracy")}
+
+
+def _check_same(manifest: dict[str, Any], checkpoint: Checkpoint) -> None:
+    """By name and size: hashing 30 GB to be told what was just read would double the wait."""
+    made_from = {entry["name"]: entry.get("bytes") for entry in manifest["checkpoint"]}
+    found = {entry["name"]: entry.get("bytes") for entry in checkpoint.source.identity()}
+    if made_from != found:
+        raise BundleError(
+            f"the bundle was made from {', '.join(made_from)}, the checkpoint in {checkpoint.folder} has "
+            f"{', '.join(map(str, found))} or other sizes: name the right one with --checkpoint"
+        )
+
+
+def _parity_sections(
+    bundle: Path,
+    checkpoint: Checkpoint,
+    sequences: list[list[int]],
+    wants_baseline: bool,
+    progress: Callable[[str], None],
+) -> dict[str, Any]:
+    config, source = checkpoint.config, checkpoint.source
+    prompt = sequences[0][:_GREEDY_PROMPT]
+    progress("greedy tokens through onnxruntime-genai")
+    (made,) = continuations(bundle, [prompt], _GREEDY_NEW)
+    hidden = reference_hidden(config, source, [*sequences, prompt + made], progress)
+    greedy = head_logits(config, source, hidden.pop()[len(prompt) - 1 : -1]).argmax(axis=-1)
+    plain = plain_rounding(source) if wants_baseline else None
+    plain_hidden = reference_hidden(config, plain, sequences) if plain else None
+    session, ours, theirs = AllPositions(bundle), Comparison(), Comparison()
+    cached_error = 0.0
+    progress("logits of the bundle")
+    for k, ids in enumerate(sequences):
+        expected, actual = head_logits(config, source, hidden[k]), session.logits(ids)
+        ours.add(expected, actual, ids)
+        if k == 0:
+            decoded = session.logits(ids[:_DECODED_TOKENS], prompt=min(len(ids), _DECODED_TOKENS // 2))
+            cached_error = float(np.abs(decoded - expected[:_DECODED_TOKENS]).max())
+        if plain and plain_hidden:
+            theirs.add(expected, head_logits(config, plain, plain_hidden[k]), ids)
+    parity = {"reference": _REFERENCE, **ours.figures()}
+    parity["max_abs_logit_error"] = max(parity["max_abs_logit_error"], cached_error)
+    parity |= {"greedy_match_tokens": matching_prefix(greedy.tolist(), made), "greedy_tokens": len(made)}
+    sections = {"parity": parity}
+    if plain:
+        figures = theirs.figures()
+        del figures["tokens"], figures["reference_perplexity"]
+        sections["baseline"] = {"name": PLAIN_NAME, "bits_per_weight": PLAIN_BITS_PER_WEIGHT, **figures}
+    return sections
+
+
+def _tasks_section(
+    bundle: Path,
+    checkpoint: Checkpoint,
+    tasks: list[Task],
+    baseline: dict[str, Any] | None,
+    progress: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    """Accuracy of bundle and reference; the baseline's goes into its own section. The reference answers only where
+    its weights fit into memory."""
+    stop_ids = _eos_token_ids(bundle)
+    resident = 8 * _parameters(checkpoint.config) < free_memory_bytes()
+    rows = []
+    for task in tasks:
+        progress(f"task {task.name}: {len(task.answers)} questions")
+        ours = np.array(bundle_right(bundle, task))
+        row = {"name": task.name, "examples": ours.size, "accuracy": float(ours.mean())}
+        if resident:
+            progress(f"task {task.name}: the reference")
+            theirs = np.array(reference_right(checkpoint, checkpoint.source, stop_ids, task))
+            row["reference_accuracy"] = float(theirs.mean())
+            row |= {"right_to_wrong": int((theirs & ~ours).sum()), "wrong_to_right": int((ours & ~theirs).sum())}
+            if baseline is not None:
+                progress(f"task {task.name}: plain 4-bit rounding")
+                plain = np.array(reference_right(checkpoint, plain_rounding(checkpoint.source), stop_ids, task))
+                entry = {"name": task.name, "examples": plain.size, "accuracy": float(plain.mean())}
+                baseline.setdefault("tasks", []).append(entry)
+        rows.append(row)
+    return rows
+
+
+def _speed_section(bundle: Path) -> dict[str, Any]:
+    config = json.loads((bundle / names.GENAI_CONFIG_FILE).read_text(encoding="utf-8"))
+    prompt, new, repeat = _BENCH
+    room = config["model"]["context_length"]
+    if prompt + new > room:
+        prompt, new = room // 2, room - room // 2
+    return measure_speed_apart(bundle, prompt, new, repeat)
+
+
+def _sequences(checkpoint: Checkpoint, tokens: int, text: Path) -> list[list[int]]:
+    """Token sequences of at least `tokens` in all from a text; seeded random ids for random weights."""
+    limit = min(checkpoint.config.max_position_embeddings, _SEQUENCE_TOKENS)
+    if checkpoint.synthetic:
+        generator = np.random.default_rng(0)
+        ids: NDArray[np.int64] = generator.integers(0, checkpoint.config.vocab_size, max(tokens, 64))
+        return [ids[start : start + limit].tolist() for start in range(0, len(ids), limit)]
+    tokenizer = Tokenizer.from_file(str(checkpoint.folder / names.TOKENIZER_FILE))
+    sequences: list[list[int]] = []
+    for passage in _texts(text):
+        if sum(map(len, sequences)) >= tokens:
+            break
+        ids_of_text = tokenizer.encode(passage, add_special_tokens=False).ids[:limit]
+        if len(ids_of_text) > 1:
+            sequences.append(ids_of_text)
+    if not sequences:
+        raise CheckpointError(f"{text} holds no text: expected JSON lines with a `text`, or plain text")
+    return sequences
+
+
+def _texts(path: Path) -> list[str]:
+    """`text` of each JSON line, or the paragraphs of a plain file."""
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as problem:
+        raise CheckpointError(f"{path} cannot be read as text: {problem}") from None
+    if path.suffix != ".jsonl":
+        return [part for part in content.split("\n\n") if part.strip()]
+    try:
+        return [str(json.loads(line)["text"]) for line in content.splitlines() if line.strip()]
+    except (ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{path} is not JSON lines with a `text` each") from None
+
+
+def _task_file(task: str, recipe: dict[str, Any], checkpoint: Checkpoint) -> Path:
+    """A task's questions: the checkpoint's own, or those beside the model's facts."""
+    own = checkpoint.folder / f"{task}.jsonl"
+    facts = data_folder("models") / recipe["name"].removesuffix(f"-{recipe['target']}")
+    return own if own.is_file() else facts / own.name
+
+
+def _eos_token_ids(bundle: Path) -> set[int]:
+    eos = json.loads((bundle / names.GENAI_CONFIG_FILE).read_text(encoding="utf-8"))["model"]["eos_token_id"]
+    return set(eos if isinstance(eos, list) else [eos])
+
+
+def _parameters(config: ModelConfig) -> int:
+    return sum(int(np.prod(shape)) for shape in expected_tensors(config).values())

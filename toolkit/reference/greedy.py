@@ -1,0 +1,112 @@
+"""Greedy answers of the reference, many prompts side by side, with a KV cache: the checkpoint's own task accuracy.
+
+Every layer is resident, so this is for models that fit into memory as float32.
+B live sequences, T tokens, D hidden, H heads, K kv heads, G = H/K, Dh head_dim, L longest length.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from toolkit import names
+from toolkit.checkpoint.config import ModelConfig
+from toolkit.checkpoint.weights import Tensors
+from toolkit.reference.decoder import Array, Layer, attend, embed, head_logits, rms_norm
+
+
+class Resident:
+    """`Tensors` that remembers every tensor it has read."""
+
+    def __init__(self, source: Tensors) -> None:
+        self._source = source
+        self._tensors: dict[str, Array] = {}
+
+    def names(self) -> list[str]:
+        """As the source's."""
+        return self._source.names()
+
+    def read(self, name: str) -> Array:
+        """A whole tensor."""
+        if name not in self._tensors:
+            self._tensors[name] = self._source.read(name)
+        return self._tensors[name]
+
+    def read_rows(self, name: str, start: int, stop: int) -> Array:
+        """Rows of a tensor."""
+        return self.read(name)[start:stop]
+
+
+def greedy_continuations(
+    config: ModelConfig, source: Tensors, prompts: list[list[int]], new_tokens: int, stop_ids: set[int]
+) -> list[list[int]]:
+    """What each prompt is continued with, ended by (and including) a stop id or after `new_tokens`."""
+    resident = Resident(source)
+    decoder = _Decoder(config, resident, prompts, new_tokens)
+    made: list[list[int]] = [[] for _ in prompts]
+    live = np.arange(len(prompts))
+    tokens = decoder.prefill(prompts)
+    for _ in range(new_tokens):
+        for sequence, token in zip(live, tokens, strict=True):
+            made[sequence].append(int(token))
+        going = ~np.isin(tokens, list(stop_ids))
+        live, tokens = live[going], tokens[going]
+        if not live.size or len(made[live[0]]) >= new_tokens:
+            break
+        tokens = decoder.step(live, tokens)
+    return made
+
+
+class _Decoder:
+    """The layers and each sequence's keys and values, [B, L, K, Dh] a layer."""
+
+    def __init__(self, config: ModelConfig, source: Resident, prompts: list[list[int]], new_tokens: int) -> None:
+        self.config, self.source = config, source
+        self.layers = [Layer(config, source, i) for i in range(config.num_hidden_layers)]
+        self.lengths = np.array([len(prompt) for prompt in prompts])
+        shape = (len(prompts), int(self.lengths.max()) + new_tokens, config.num_key_value_heads, config.head_dim)
+        self.keys = [np.zeros(shape, np.float32) for _ in self.layers]
+        self.values = [np.zeros(shape, np.float32) for _ in self.layers]
+
+    def prefill(self, prompts: list[list[int]]) -> NDArray[np.int64]:
+        """Fills the caches; returns each prompt's next token [B]."""
+        last = []
+        for sequence, prompt in enumerate(prompts):
+            x, positions = embed(self.source, prompt), np.arange(len(prompt))
+            for layer, keys, values in zip(self.layers, self.keys, self.values, strict=True):
+                q, k, v = layer.project(x, positions)
+                keys[sequence, : len(prompt)], values[sequence, : len(prompt)] = k, v
+                x = layer.finish(x, attend(q, k, v, positions, layer.window))
+            last.append(x[-1])
+        return self._next(np.stack(last))
+
+    def step(self, live: NDArray[np.int64], tokens: NDArray[np.int64]) -> NDArray[np.int64]:
+        """One token for each live sequence; returns the tokens after them [B]."""
+        x, positions = self.source.read(names.weight(names.EMBED_TOKENS))[tokens], self.lengths[live]
+        longest = int(positions.max()) + 1
+        for layer, keys, values in zip(self.layers, self.keys, self.values, strict=True):
+            q, k, v = layer.project(x, positions)
+            keys[live, positions], values[live, positions] = k, v
+            mixed = _attend_one(q, keys[live, :longest], values[live, :longest], positions, layer.window)
+            x = layer.finish(x, mixed)
+        self.lengths[live] += 1
+        return self._next(x)
+
+    def _next(self, x: Array) -> NDArray[np.int64]:
+        x = rms_norm(x, self.source.read(names.weight(names.FINAL_NORM)), self.config.rms_norm_eps)
+        return np.asarray(head_logits(self.config, self.source, x).argmax(axis=-1))
+
+
+def _attend_one(q: Array, k: Array, v: Array, positions: NDArray[np.int64], window: int | None) -> Array:
+    """One query a sequence, q [B, H, Dh] at `positions`, over k and v [B, L, K, Dh]; returns [B, H * Dh]."""
+    B, _, head_dim = q.shape
+    grouped = q.reshape(B, k.shape[2], -1, head_dim)
+    scores = np.einsum("bkgd,blkd->bkgl", grouped, k, optimize=True) / np.float32(math.sqrt(head_dim))
+    distance = positions[:, None] - np.arange(k.shape[1])[None, :]
+    visible = (distance >= 0) & (distance < (window or k.shape[1] + 1))
+    scores = np.where(visible[:, None, None, :], scores, np.float32(-np.inf))
+    scores = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    scores /= scores.sum(axis=-1, keepdims=True)
+    return np.asarray(np.einsum("bkgl,blkd->bkgd", scores, v, optimize=True).reshape(B, -1), dtype=np.float32)

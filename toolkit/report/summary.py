@@ -1,0 +1,121 @@
+"""report.json: sections measured by lower floors, the verdict over them, and what was not measured."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from toolkit import names
+from toolkit.errors import BundleError
+from toolkit.machine import machine_facts
+from toolkit.report.page import render_report
+
+# Every section of the contract that a bundle may lack, with the reason it lacks it unless a run says better.
+_OPTIONAL: Final = {
+    "conversion": "the bundle was not made by this toolkit's export",
+    "quantization": "the bundle was not made by this toolkit's export",
+    "partition": "the bundle was not made by this toolkit's export",
+    "parity": "not validated yet: run `toolkit validate`",
+    "baseline": "the recipe does not ask for plain 4-bit rounding to be measured beside",
+    "tasks": "the recipe names no tasks",
+    "speed": "not validated yet: run `toolkit validate`",
+    "simulator": "this target has no simulator",
+    "ceiling": "this target's memory bandwidth is not known",
+}
+_AT_LEAST: Final = ("top1_agreement", "greedy_match_tokens", "accuracy")
+
+
+def begin_report(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Identity, date and machine, from the bundle's manifest."""
+    return {
+        "schema_version": 1,
+        "model": manifest["recipe"]["model"],
+        "target": manifest["recipe"]["target"],
+        "recipe": manifest["recipe"]["name"],
+        "synthetic": manifest["synthetic"],
+        "created": _now(),
+        "machine": machine_facts(),
+    }
+
+
+def read_report(bundle: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The bundle's report, redated, to be measured anew; a fresh one if it has none that can be read."""
+    try:
+        report = json.loads((bundle / names.REPORT_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        report = None
+    fresh = begin_report(manifest)
+    if not isinstance(report, dict):
+        return fresh
+    kept = {key: report[key] for key in ("conversion", "quantization", "partition") if key in report}
+    return {**fresh, **kept}
+
+
+def figures_of(report: Mapping[str, Any]) -> dict[str, float]:
+    """Every figure a threshold may name: those of `parity` and `speed`, and the tasks' worst.
+
+    `accuracy_drop` is the reference's accuracy less the bundle's, the largest over the tasks.
+    """
+    figures = {
+        key: value
+        for section in ("parity", "speed")
+        for key, value in report.get(section, {}).items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+    tasks = report.get("tasks", [])
+    if tasks:
+        figures["accuracy"] = min(task["accuracy"] for task in tasks)
+        drops = [task["reference_accuracy"] - task["accuracy"] for task in tasks if "reference_accuracy" in task]
+        if drops:
+            figures["accuracy_drop"] = max(drops)
+    return figures
+
+
+def judge(report: Mapping[str, Any], thresholds: Mapping[str, float]) -> dict[str, Any]:
+    """The verdict. A bundle never passes on no check, nor on a figure that was not measured.
+
+    Raises BundleError for a threshold on a figure that no report has.
+    """
+    figures = figures_of(report)
+    checks = []
+    for name, threshold in thresholds.items():
+        if name not in figures:
+            raise BundleError(
+                f"threshold {name!r} names a figure that was not measured, measured are {', '.join(sorted(figures))}"
+            )
+        value = figures[name]
+        at_least = name in _AT_LEAST or name.endswith("_per_s")
+        passed = value >= threshold if at_least else value <= threshold
+        relation = ">=" if at_least else "<="
+        checks.append({"name": name, "value": value, "relation": relation, "threshold": threshold, "passed": passed})
+    return {"passed": bool(checks) and all(check["passed"] for check in checks), "checks": checks}
+
+
+def write_report(
+    bundle: Path, report: Mapping[str, Any], reasons: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """report.json and report.html; returns the report as written.
+
+    Sections that are absent are named in `not_measured` with their reason.
+    """
+    given = {**_OPTIONAL, **(reasons or {})}
+    absent = [{"name": name, "reason": given[name]} for name in _OPTIONAL if name not in report]
+    whole = {**report, "not_measured": absent}
+    text = json.dumps(whole, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    _replace(bundle / names.REPORT_FILE, text)
+    _replace(bundle / names.REPORT_PAGE_FILE, render_report(whole))
+    return whole
+
+
+def _replace(path: Path, text: str) -> None:
+    fresh = path.with_name(path.name + ".new")
+    fresh.write_text(text, encoding="utf-8", newline="\n")
+    os.replace(fresh, path)
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -1,0 +1,79 @@
+"""What became of the weights: report.json's `quantization` and `partition`."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from toolkit import names
+from toolkit.graph.layout import Layout, Unit
+from toolkit.recipe import Recipe
+from toolkit.target import TARGETS
+
+
+class SquaredError(Protocol):
+    """Sums of squares of one checkpoint tensor and of its quantization error."""
+
+    @property
+    def tensor(self) -> str: ...
+    @property
+    def signal(self) -> float: ...
+    @property
+    def noise(self) -> float: ...
+
+
+def quantization_section(layout: Layout, errors: Sequence[SquaredError]) -> dict[str, Any]:
+    """Bits, bytes and signal-to-noise (dB, of the weights, unweighted) by role and by tensor."""
+    sums = {error.tensor: (error.signal, error.noise) for error in errors}
+    tensors = []
+    groups: dict[tuple[Any, ...], list[tuple[str, int]]] = defaultdict(list)
+    for unit in layout.matrices():
+        unit_bytes = sum(slot.nbytes for slot in unit.slots)
+        for source, rows in zip(unit.sources, unit.rows, strict=True):
+            entry = {"name": source, "role": names.role_of(source), **_format(unit)}
+            if (layer := names.layer_of(source)) is not None:
+                entry["layer"] = layer
+            if unit.spec is not None:
+                entry |= _decibel(*sums[source])
+            tensors.append(entry)
+            key = (entry["role"], tuple(_format(unit).items()))
+            groups[key].append((source, unit_bytes * rows // sum(unit.rows)))
+    by_role = []
+    for (role, spec), members in groups.items():
+        row = {"role": role, **dict(spec)}
+        row |= {"tensors": len(members), "bytes": sum(nbytes for _, nbytes in members)}
+        if row["bits"] < 32:
+            row |= _decibel(*(sum(sums[source][k] for source, _ in members) for k in (0, 1)))
+        by_role.append(row)
+    weight_bytes = sum(row["bytes"] for row in by_role)
+    return {
+        "bits_per_weight": layout.bits_per_weight(),
+        "weight_bytes": weight_bytes,
+        "by_role": by_role,
+        "tensors": tensors,
+    }
+
+
+def partition_section(nodes: int, recipe: Recipe) -> list[dict[str, Any]]:
+    """One graph for the target's execution provider."""
+    target = TARGETS[recipe.target]
+    return [
+        {"stage": "model", "file": names.MODEL_FILE, "ep": target.execution_provider, "device": target.device,
+         "nodes": nodes}
+    ]  # fmt: skip
+
+
+def _format(unit: Unit) -> dict[str, Any]:
+    if unit.spec is None:
+        return {"algorithm": "none", "bits": 32}
+    spec = unit.spec
+    return {
+        "algorithm": spec.algorithm, "bits": spec.bits, "block_size": spec.block_size, "symmetric": spec.symmetric
+    }  # fmt: skip
+
+
+def _decibel(signal: float, noise: float) -> dict[str, Any]:
+    """10 log10(signal / noise), or that the tensor is exact."""
+    return {"sqnr_db": 10 * math.log10(signal / noise)} if noise > 0 and signal > 0 else {"exact": True}
