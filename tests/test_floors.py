@@ -14,8 +14,8 @@ FLOORS = {
 ROOMS = {
     "click": {"cli"}, "rich": {"progress"}, "jinja2": {"report"}, "psutil": {"machine"},
     "huggingface_hub": {"checkpoint"}, "yaml": {"recipe"}, "onnx_ir": {"graph"}, "onnx": {"validate"},
-    "onnxruntime": {"validate"}, "onnxruntime_genai": {"validate"}, "tokenizers": {"validate", "pipeline"}, "torch": set(),
-    "transformers": set(),
+    "onnxruntime": {"validate"}, "onnxruntime_genai": {"validate"}, "tokenizers": {"validate", "pipeline"},
+    "torch": set(), "transformers": set(),
 }  # fmt: skip
 
 
