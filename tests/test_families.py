@@ -12,8 +12,10 @@ import torch
 import transformers
 
 from toolkit.checkpoint.config import read_config
+from toolkit.checkpoint.opened import open_checkpoint
+from toolkit.checkpoint.padded_heads import pad_heads
 from toolkit.checkpoint.weights import open_weights
-from toolkit.graph.decoder import build_decoder, save_graph
+from toolkit.graph.decoder import HEAD_DIM_MULTIPLE, build_decoder, save_graph
 from toolkit.graph.layout import plan_layout
 from toolkit.partition.pack import pack_weights
 from toolkit.reference.decoder import reference_logits
@@ -32,6 +34,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama-llama3": ("Llama", {"rope_scaling": LLAMA3}),
     "llama-linear": ("Llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}),
+    "llama-narrow-heads": ("Llama", {"head_dim": 8, "attention_bias": True, "rope_scaling": LLAMA3}),
     "llama-bias": ("Llama", {"attention_bias": True, "mlp_bias": True}),
     "mistral-sliding": ("Mistral", {"sliding_window": 6}),
     "qwen3": ("Qwen3", {"head_dim": 32}),
@@ -56,6 +59,14 @@ def make_checkpoint(family: str, extra: dict[str, Any], folder: Path) -> torch.n
     return model
 
 
+def write_graph(checkpoint: Path, folder: Path) -> None:
+    """The fp32 graph of a checkpoint, with its data, into `folder`."""
+    padded = pad_heads(open_checkpoint(checkpoint), HEAD_DIM_MULTIPLE)
+    layout = plan_layout(padded.config, None)
+    pack_weights(padded.source, layout, folder / "model.onnx.data", folder / "journal")
+    save_graph(build_decoder(padded.config, layout, "model.onnx.data", 64), folder / "model.onnx")
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_reference_and_graph_match_transformers(case: str, tmp_path: Path) -> None:
     family, extra = CASES[case]
@@ -67,14 +78,15 @@ def test_reference_and_graph_match_transformers(case: str, tmp_path: Path) -> No
     source = open_weights(tmp_path, config)
     (reference,) = reference_logits(config, source, [ids])
     assert np.abs(reference - oracle).max() <= 1e-3
-    layout = plan_layout(config, None)
-    pack_weights(source, layout, tmp_path / "model.onnx.data", tmp_path / "journal")
-    save_graph(build_decoder(config, layout, "model.onnx.data", 64), tmp_path / "model.onnx")
+    write_graph(tmp_path, tmp_path)
     onnx.checker.check_model(str(tmp_path / "model.onnx"))
-    assert np.abs(AllPositions(tmp_path).logits(ids) - oracle).max() <= 1e-3
+    session = AllPositions(tmp_path)
+    assert np.abs(session.logits(ids) - oracle).max() <= 1e-3
+    # The same tokens as a prompt and single steps: the cache, and sliding windows that move over it.
+    assert np.abs(session.logits(ids, prompt=7) - oracle).max() <= 1e-3
 
 
-def test_reference_matches_transformers_on_a_trained_llama(stories260k: Path) -> None:
+def test_reference_and_graph_match_transformers_on_a_trained_llama(stories260k: Path, tmp_path: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(stories260k, dtype=torch.float32).eval()
     ids = [1, *(int(i) for i in np.random.default_rng(4).integers(3, 512, 60))]
     with torch.no_grad():
@@ -82,3 +94,5 @@ def test_reference_matches_transformers_on_a_trained_llama(stories260k: Path) ->
     config = read_config(stories260k)
     (reference,) = reference_logits(config, open_weights(stories260k, config), [ids])
     assert np.abs(reference - oracle).max() <= 1e-3
+    write_graph(stories260k, tmp_path)
+    assert np.abs(AllPositions(tmp_path).logits(ids, prompt=20) - oracle).max() <= 1e-3

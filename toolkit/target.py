@@ -25,8 +25,9 @@ TARGETS: Final[dict[str, Target]] = {
         device="cpu",
         context_length=4096,
         quantize=(
-            {"match": "lm_head", "algorithm": "kquant", "bits": 8, "block_size": 32},
-            {"match": "*", "algorithm": "kquant", "bits": 4, "block_size": 32},
+            {"match": "lm_head", "algorithm": "kquant", "bits": 8, "block_size": 128},
+            {"match": "model.embed_tokens", "algorithm": "kquant", "bits": 4, "block_size": 32},
+            {"match": "*", "algorithm": "kquant", "bits": 4, "block_size": 128},
         ),
         validate={"mean_kld": 0.1},
     ),

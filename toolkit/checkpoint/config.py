@@ -46,7 +46,11 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """One decoder's shape. `sliding_windows[i]` is layer i's window in tokens, itself included, or None."""
+    """One decoder's shape. `sliding_windows[i]` is layer i's window in tokens, itself included, or None.
+
+    `head_dim` is the width heads are stored with, `rotary_head_dim` the width that RoPE and the attention's scale are
+    computed from; they differ only where heads were padded for an operator (padded_heads.py).
+    """
 
     model_type: str
     hidden_size: int
@@ -55,6 +59,7 @@ class ModelConfig:
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
+    rotary_head_dim: int
     vocab_size: int
     max_position_embeddings: int
     rms_norm_eps: float
@@ -140,6 +145,7 @@ def parse_config(raw: Mapping[str, Any], path: Path) -> ModelConfig:
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
+        rotary_head_dim=head_dim,
         vocab_size=read.count("vocab_size"),
         max_position_embeddings=positions,
         rms_norm_eps=read.positive("rms_norm_eps", 1e-6),

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import onnx_ir as ir
@@ -20,6 +20,8 @@ from toolkit.graph.layout import Layout, Slot
 from toolkit.graph.rope import rotary_caches
 
 _MS = "com.microsoft"
+# GroupQueryAttention's rotary kernel refuses other widths.
+HEAD_DIM_MULTIPLE: Final = 16
 _DTYPES = {"float32": ir.DataType.FLOAT, "uint8": ir.DataType.UINT8}
 
 
@@ -112,8 +114,10 @@ def build_decoder(config: ModelConfig, layout: Layout, data_file: str, context_l
 
     Raises UnsupportedError for a head_dim that ORT's GroupQueryAttention refuses.
     """
-    if config.head_dim % 16:
-        raise UnsupportedError(f"head_dim {config.head_dim} is not a multiple of 16, which GroupQueryAttention needs")
+    if config.head_dim % HEAD_DIM_MULTIPLE:
+        raise UnsupportedError(
+            f"head_dim {config.head_dim} is not a multiple of {HEAD_DIM_MULTIPLE}, which GroupQueryAttention needs"
+        )
     build = GraphBuilder(layout, data_file)
     ids = _value(names.INPUT_IDS, ir.DataType.INT64, ("batch", "sequence"))
     mask = _value(names.ATTENTION_MASK, ir.DataType.INT64, ("batch", "total_sequence"))
@@ -233,7 +237,7 @@ def _attention(
         query = [q, k, v]
     attributes = {
         "num_heads": config.num_attention_heads, "kv_num_heads": config.num_key_value_heads,
-        "scale": config.head_dim**-0.5, "do_rotary": 1, "local_window_size": config.sliding_windows[i] or -1,
+        "scale": config.rotary_head_dim**-0.5, "do_rotary": 1, "local_window_size": config.sliding_windows[i] or -1,
     }  # fmt: skip
     y, *present = build.op(f"{path}/GroupQueryAttention", [*query, *rest], attributes, _MS, outputs=3)
     return build.linear(f"{path}/o_proj", y, f"{prefix}.o_proj"), present

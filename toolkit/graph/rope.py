@@ -11,8 +11,12 @@ from toolkit.checkpoint.config import ModelConfig, RopeConfig
 
 
 def rotary_caches(config: ModelConfig, context_length: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """cos and sin of position x frequency, computed in float64; YaRN's attention factor multiplies both."""
-    frequencies = inverse_frequencies(config.rope, config.head_dim)
+    """cos and sin of position x frequency, computed in float64; YaRN's attention factor multiplies both.
+
+    Pairs that padding added stand still.
+    """
+    frequencies = inverse_frequencies(config.rope, config.rotary_head_dim)
+    frequencies = np.pad(frequencies, (0, (config.head_dim - config.rotary_head_dim) // 2))
     angles = np.arange(context_length, dtype=np.float64)[:, None] * frequencies
     factor = attention_factor(config.rope)
     return (np.cos(angles) * factor).astype(np.float32), (np.sin(angles) * factor).astype(np.float32)

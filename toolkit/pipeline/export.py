@@ -57,9 +57,9 @@ def export_bundle(
     written if the checkpoint or the machine will not do.
     """
     clock = _Clock()
-    config, source = checkpoint.config, checkpoint.source
     with clock.stage("plan"):
         plan = plan_export(recipe, checkpoint, out, precision)
+        config, source = plan.checkpoint.config, plan.checkpoint.source
         graph = build_decoder(config, plan.layout, names.MODEL_DATA_FILE, recipe.context_length)
         tokenizer_files = _tokenizer_files(checkpoint)
         request = {"recipe": asdict(recipe), "precision": precision, "synthetic": checkpoint.synthetic}

@@ -11,7 +11,9 @@ from typing import Final
 from toolkit import names
 from toolkit.checkpoint.config import ModelConfig, read_config
 from toolkit.checkpoint.opened import Checkpoint
+from toolkit.checkpoint.padded_heads import pad_heads
 from toolkit.errors import MachineError, RecipeError
+from toolkit.graph.decoder import HEAD_DIM_MULTIPLE
 from toolkit.graph.layout import Layout, plan_layout
 from toolkit.machine import free_memory_bytes
 from toolkit.partition.pack import CHUNK_BYTES
@@ -30,9 +32,11 @@ _SHAPE_FIELDS: Final = (
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """One export, sized. `peak_memory_bytes` is a forecast; the report has the measured figure."""
+    """One export, sized. `checkpoint` is as the graph needs it, heads padded; `peak_memory_bytes` is a forecast, the
+    report has the measured figure."""
 
     recipe: Recipe
+    checkpoint: Checkpoint
     layout: Layout
     files: dict[str, int]
     bits_per_weight: float
@@ -45,6 +49,7 @@ class ExportPlan:
 def plan_export(recipe: Recipe, checkpoint: Checkpoint, out: Path, precision: str) -> ExportPlan:
     """The plan; raises RecipeError if recipe and checkpoint do not belong together."""
     check_match(recipe, checkpoint.config)
+    checkpoint = pad_heads(checkpoint, HEAD_DIM_MULTIPLE)
     config = checkpoint.config
     layout = plan_layout(config, recipe if precision == "int4" else None)
     rotary_bytes = 4 * recipe.context_length * config.head_dim
@@ -53,6 +58,7 @@ def plan_export(recipe: Recipe, checkpoint: Checkpoint, out: Path, precision: st
     existing = next(p for p in out.resolve().parents if p.exists())
     return ExportPlan(
         recipe=recipe,
+        checkpoint=checkpoint,
         layout=layout,
         files={names.MODEL_FILE: graph_bytes, names.MODEL_DATA_FILE: layout.nbytes},
         bits_per_weight=layout.bits_per_weight(),

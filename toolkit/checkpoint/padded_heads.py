@@ -1,0 +1,99 @@
+"""Attention heads widened with zeros, for an operator that takes only multiples of some width.
+
+Exact: a zero channel adds nothing to q·k, and a zero column of o_proj nothing to the output.
+
+RoPE rotates channel i with i + Dh/2, so each half of a head is padded at its own end.
+H heads, Dh true head width, Dp padded head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from toolkit.checkpoint.opened import Checkpoint
+from toolkit.checkpoint.scan import Rows
+from toolkit.checkpoint.weights import WeightSource
+from toolkit.errors import UnsupportedError
+from toolkit.names import QKV_PROJECTIONS, role_of
+
+Floats = NDArray[np.float32]
+
+
+def pad_heads(checkpoint: Checkpoint, multiple: int) -> Checkpoint:
+    """The checkpoint with `head_dim` rounded up to a multiple; itself where it is one already.
+
+    Raises UnsupportedError with q/k norm, whose mean would count the zeros.
+    """
+    config = checkpoint.config
+    if config.head_dim % multiple == 0:
+        return checkpoint
+    if config.qk_norm:
+        raise UnsupportedError(f"head_dim {config.head_dim} is not a multiple of {multiple} and has a q/k norm")
+    width = -(-config.head_dim // multiple) * multiple
+    return replace(
+        checkpoint,
+        config=replace(config, head_dim=width),
+        source=PaddedHeads(checkpoint.source, config.head_dim, width),
+    )
+
+
+class PaddedHeads:
+    """A `WeightSource` over another; q, k, v and o projections come out padded, and whole."""
+
+    def __init__(self, source: WeightSource, head_dim: int, padded: int) -> None:
+        self._source, self._head_dim, self._padded = source, head_dim, padded
+        self.identity, self.digests, self.names = source.identity, source.digests, source.names
+
+    def read(self, name: str) -> Floats:
+        """A whole tensor, padded."""
+        return self._pad(name, self._source.read(name))
+
+    def read_rows(self, name: str, start: int, stop: int) -> Floats:
+        """Rows of a padded tensor."""
+        return self.read(name)[start:stop]
+
+    def scan(self, chunk_bytes: int) -> Iterator[Rows]:
+        """As the source's, but each projection of the attention in one piece."""
+        pieces: list[Rows] = []
+        for rows in self._source.scan(chunk_bytes):
+            if pieces and rows.name != pieces[0].name:
+                yield self._join(pieces)
+                pieces = []
+            if self._is_padded(rows.name):
+                pieces.append(rows)
+            else:
+                yield rows
+        if pieces:
+            yield self._join(pieces)
+
+    def _join(self, pieces: list[Rows]) -> Rows:
+        name, stop = pieces[0].name, pieces[-1].stop
+        rows = stop // self._head_dim * self._padded if role_of(name) in QKV_PROJECTIONS else stop
+        return Rows(name, 0, rows, partial(self._values, name, pieces))
+
+    def _values(self, name: str, pieces: list[Rows]) -> Floats:
+        return self._pad(name, np.concatenate([piece.values() for piece in pieces]))
+
+    def _is_padded(self, name: str) -> bool:
+        role = role_of(name)
+        return role in QKV_PROJECTIONS or (role == "o_proj" and name.endswith(".weight"))
+
+    def _pad(self, name: str, values: Floats) -> Floats:
+        if not self._is_padded(name):
+            return values
+        if role_of(name) == "o_proj":
+            return np.ascontiguousarray(self._pad_rows(values.T).T)
+        return self._pad_rows(values)
+
+    def _pad_rows(self, values: Floats) -> Floats:
+        """[H * Dh, …] to [H * Dp, …]."""
+        rest = values.shape[1:]
+        halves = values.reshape(-1, 2, self._head_dim // 2, *rest)
+        padded = np.zeros((halves.shape[0], 2, self._padded // 2, *rest), np.float32)
+        padded[:, :, : self._head_dim // 2] = halves
+        return padded.reshape(-1, *rest)
