@@ -12,7 +12,7 @@ FLOORS = {
     "partition": 6, "bundle": 7, "validate": 8, "report": 9, "pipeline": 10, "cli": 11, "__main__": 12,
 }  # fmt: skip
 ROOMS = {
-    "click": {"cli"}, "rich": {"progress"}, "jinja2": {"report"}, "psutil": {"machine"},
+    "click": {"cli"}, "numba": {"quant"}, "rich": {"progress"}, "jinja2": {"report"}, "psutil": {"machine"},
     "huggingface_hub": {"checkpoint"}, "yaml": {"recipe"}, "onnx_ir": {"graph"}, "onnx": {"validate"},
     "onnxruntime": {"validate"}, "onnxruntime_genai": {"validate"}, "tokenizers": {"validate", "pipeline"},
     "torch": set(), "transformers": set(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,18 @@ from toolkit.errors import BundleError
 from toolkit.machine import package_versions
 
 
-def write_manifest(folder: Path, files: list[str], request: dict[str, Any]) -> dict[str, Any]:
-    """Hashes `files` of `folder`, writes the manifest beside them and returns it; `request` says what was asked."""
+def write_manifest(
+    folder: Path, files: list[str], request: dict[str, Any], known: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Hashes `files` of `folder`, writes the manifest beside them and returns it.
+
+    `request` says what was asked; `known` has the SHA-256 of files that were hashed before.
+    """
     manifest = {
         "schema_version": 1,
         "versions": package_versions(),
         **request,
-        "files": [file_entry(folder / name) for name in sorted(files)],
+        "files": [file_entry(folder / name, (known or {}).get(name)) for name in sorted(files)],
     }
     text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
     (folder / names.MANIFEST_FILE).write_text(text, encoding="utf-8", newline="\n")
@@ -59,6 +65,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def file_entry(path: Path) -> dict[str, Any]:
-    """Name, size and SHA-256 of a file."""
-    return {"name": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
+def file_entry(path: Path, sha256: str | None = None) -> dict[str, Any]:
+    """Name, size and SHA-256 of a file, the last computed unless it is given."""
+    return {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256 or file_sha256(path)}

@@ -8,15 +8,14 @@ H heads, Dh true head width, Dp padded head width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from toolkit.checkpoint.opened import Checkpoint
-from toolkit.checkpoint.scan import Rows
+from toolkit.checkpoint.scan import Bytes, Rows
 from toolkit.checkpoint.weights import WeightSource
 from toolkit.errors import UnsupportedError
 from toolkit.names import QKV_PROJECTIONS, role_of
@@ -57,27 +56,22 @@ class PaddedHeads:
         """Rows of a padded tensor."""
         return self.read(name)[start:stop]
 
-    def scan(self, chunk_bytes: int) -> Iterator[Rows]:
-        """As the source's, but each projection of the attention in one piece."""
-        pieces: list[Rows] = []
-        for rows in self._source.scan(chunk_bytes):
-            if pieces and rows.name != pieces[0].name:
-                yield self._join(pieces)
-                pieces = []
-            if self._is_padded(rows.name):
-                pieces.append(rows)
-            else:
-                yield rows
-        if pieces:
-            yield self._join(pieces)
+    def scan(self, chunk_bytes: int, buffer: Callable[[int], Bytes]) -> Iterator[Rows]:
+        """Every tensor once, whole, to be read anew: models with heads so narrow are small."""
+        name, stop = "", 0
+        for rows in self._source.scan(chunk_bytes, lambda nbytes: np.empty(nbytes, np.uint8)):
+            if name and rows.name != name:
+                yield self._whole(name, stop)
+            name, stop = rows.name, rows.stop
+        yield self._whole(name, stop)
 
-    def _join(self, pieces: list[Rows]) -> Rows:
-        name, stop = pieces[0].name, pieces[-1].stop
-        rows = stop // self._head_dim * self._padded if role_of(name) in QKV_PROJECTIONS else stop
-        return Rows(name, 0, rows, partial(self._values, name, pieces))
+    def decode(self, rows: Rows, start: int, stop: int) -> Floats:
+        """Some rows of a padded tensor."""
+        return self.read_rows(rows.name, start, stop)
 
-    def _values(self, name: str, pieces: list[Rows]) -> Floats:
-        return self._pad(name, np.concatenate([piece.values() for piece in pieces]))
+    def _whole(self, name: str, rows: int) -> Rows:
+        widened = role_of(name) in QKV_PROJECTIONS
+        return Rows(name, 0, rows // self._head_dim * self._padded if widened else rows, None)
 
     def _is_padded(self, name: str) -> bool:
         role = role_of(name)

@@ -6,7 +6,7 @@ Reading in file order is what a disk does best, and hashing what is read anyway 
 from __future__ import annotations
 
 import hashlib
-from collections import deque
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,35 +20,29 @@ from numpy.typing import NDArray
 from toolkit.checkpoint.safetensors import TensorRef
 from toolkit.errors import CheckpointError
 
-# Reading may run this many buffers ahead of hashing.
-_HASH_AHEAD: Final = 4
+Bytes = NDArray[np.uint8]
+# How far the system is asked to read ahead while what is here is being hashed.
+_READ_AHEAD_BYTES: Final = 32 << 20
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows [start, stop) of a tensor. `values()` widens (or makes) them as float32 and checks that they are finite;
-    it is the costly part and may be called on any thread."""
+    """Rows [start, stop) of a tensor, as stored; `raw` None where they have to be read, or made, anew."""
 
     name: str
     start: int
     stop: int
-    values: Callable[[], NDArray[np.float32]]
+    raw: Bytes | None
 
 
-@dataclass(frozen=True)
-class RawRows:
-    """The undecoded bytes of some rows."""
+def scan_file(
+    path: Path, refs: list[TensorRef], chunk_bytes: int, buffer: Callable[[int], Bytes], digests: dict[str, str]
+) -> Iterator[Rows]:
+    """The rows of `refs`, all of one file, in file order, about `chunk_bytes` at a time, in buffers of the caller's.
 
-    ref: TensorRef
-    start: int
-    stop: int
-    raw: NDArray[np.uint8]
-
-
-def scan_file(path: Path, refs: list[TensorRef], chunk_bytes: int, digests: dict[str, str]) -> Iterator[RawRows]:
-    """The rows of `refs`, all of one file, in file order, about `chunk_bytes` at a time.
-
-    When the iterator is exhausted `digests[path.name]` is the file's SHA-256. Raises CheckpointError if a read fails.
+    A buffer may still be in the hasher's hands when its rows are yielded, so it must stay as it is until the next one
+    is asked for. When the iterator is exhausted `digests[path.name]` is the file's
+    SHA-256. Raises CheckpointError if a read fails.
     """
     try:
         with path.open("rb", buffering=0) as file, _Hasher() as hasher:
@@ -59,40 +53,45 @@ def scan_file(path: Path, refs: list[TensorRef], chunk_bytes: int, digests: dict
                 step = max(1, chunk_bytes // max(row_bytes, 1))
                 for start in range(0, rows, step):
                     stop = min(rows, start + step)
-                    raw = read_from(file, (stop - start) * row_bytes)
+                    _read_ahead(file)
+                    raw = read_from(file, buffer((stop - start) * row_bytes))
                     hasher.update(raw)
-                    yield RawRows(ref, start, stop, raw)
+                    yield Rows(ref.name, start, stop, raw)
             _hash_gap(file, hasher, path.stat().st_size, chunk_bytes)
             digests[path.name] = hasher.hexdigest()
     except OSError as problem:
         raise CheckpointError(f"{path} cannot be read: {problem.strerror}") from None
 
 
-def read_from(file: FileIO, nbytes: int) -> NDArray[np.uint8]:
-    """The next `nbytes` bytes of an unbuffered file; raises CheckpointError if it ends before."""
-    buffer = np.empty(nbytes, dtype=np.uint8)
+def read_from(file: FileIO, buffer: Bytes) -> Bytes:
+    """Fills `buffer` with the next bytes of an unbuffered file; raises CheckpointError if it ends before."""
     done = 0
-    while done < nbytes:
+    while done < buffer.nbytes:
         got = file.readinto(buffer[done:].data)
         if not got:
-            raise CheckpointError(f"{file.name} ends at {file.tell()}, expected {nbytes - done} bytes more")
+            raise CheckpointError(f"{file.name} ends at {file.tell()}, expected {buffer.nbytes - done} bytes more")
         done += got
     return buffer
+
+
+def _read_ahead(file: FileIO) -> None:
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file.fileno(), file.tell(), _READ_AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
 
 
 def _hash_gap(file: FileIO, hasher: _Hasher, end: int, chunk_bytes: int) -> None:
     """Hashes what no tensor of interest covers, up to the absolute offset `end`."""
     while (left := end - file.tell()) > 0:
-        hasher.update(read_from(file, min(left, chunk_bytes)))
+        hasher.update(read_from(file, np.empty(min(left, chunk_bytes), np.uint8)))
 
 
 class _Hasher:
-    """SHA-256 on a thread of its own, in order, a few buffers behind the reader."""
+    """SHA-256 on a thread of its own, at most one buffer behind the reader."""
 
     def __init__(self) -> None:
         self._sha = hashlib.sha256()
         self._pool = ThreadPoolExecutor(1)
-        self._pending: deque[Future[None]] = deque()
+        self._pending: Future[None] | None = None
 
     def __enter__(self) -> _Hasher:
         return self
@@ -100,12 +99,14 @@ class _Hasher:
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def update(self, raw: NDArray[np.uint8]) -> None:
-        if len(self._pending) >= _HASH_AHEAD:
-            self._pending.popleft().result()
-        self._pending.append(self._pool.submit(self._sha.update, raw.data))
+    def update(self, raw: Bytes) -> None:
+        self._wait()
+        self._pending = self._pool.submit(self._sha.update, raw.data)
 
     def hexdigest(self) -> str:
-        while self._pending:
-            self._pending.popleft().result()
+        self._wait()
         return self._sha.hexdigest()
+
+    def _wait(self) -> None:
+        if self._pending:
+            self._pending.result()

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
-from functools import cached_property, partial
+from collections.abc import Callable, Iterator
+from functools import cached_property
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from toolkit.checkpoint.config import ModelConfig
-from toolkit.checkpoint.scan import Rows
+from toolkit.checkpoint.scan import Bytes, Rows
 from toolkit.checkpoint.weights import expected_tensors
 
 # A prime, so that rows of any width start at ever new places of the table.
@@ -53,13 +53,17 @@ class SyntheticWeights:
             done, first = done + piece.size, 0
         return values.reshape(shape)
 
-    def scan(self, chunk_bytes: int) -> Iterator[Rows]:
-        """Every row of every tensor, `chunk_bytes` at two bytes a weight."""
+    def scan(self, chunk_bytes: int, buffer: Callable[[int], Bytes]) -> Iterator[Rows]:
+        """Every row of every tensor, `chunk_bytes` at two bytes a weight; nothing is read, so no buffer is filled."""
         for name, shape in self._shapes.items():
             step = max(1, chunk_bytes // (2 * int(np.prod(shape[1:]))))
             for start in range(0, shape[0], step):
                 stop = min(shape[0], start + step)
-                yield Rows(name, start, stop, partial(self.read_rows, name, start, stop))
+                yield Rows(name, start, stop, None)
+
+    def decode(self, rows: Rows, start: int, stop: int) -> NDArray[np.float32]:
+        """Some of the rows."""
+        return self.read_rows(rows.name, start, stop)
 
     def identity(self) -> list[dict[str, object]]:
         """The seed: shapes are in the recipe."""

@@ -7,8 +7,7 @@ every file once from end to end.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Final, Protocol
 
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 from toolkit import names
 from toolkit.checkpoint.config import ModelConfig, read_json
 from toolkit.checkpoint.safetensors import ITEM_BYTES, TensorRef, read_header
-from toolkit.checkpoint.scan import RawRows, Rows, read_from, scan_file
+from toolkit.checkpoint.scan import Bytes, Rows, read_from, scan_file
 from toolkit.errors import CheckpointError, NonFiniteError
 
 _MAX_INDEX_BYTES: Final = 64 << 20
@@ -45,8 +44,13 @@ class Tensors(Protocol):
 class WeightSource(Tensors, Protocol):
     """A checkpoint's tensors. Every read goes to disk (or makes the numbers) anew."""
 
-    def scan(self, chunk_bytes: int) -> Iterator[Rows]:
-        """Every row of every tensor once, in file order, some `chunk_bytes` of the source at a time."""
+    def scan(self, chunk_bytes: int, buffer: Callable[[int], Bytes]) -> Iterator[Rows]:
+        """Every row of every tensor once, in file order, some `chunk_bytes` of the source at a time, read into what
+        `buffer` returns for a number of bytes. A buffer must stay as it is until the one after it is filled."""
+        ...
+
+    def decode(self, rows: Rows, start: int, stop: int) -> NDArray[np.float32]:
+        """Rows [start, stop) of those that `scan` yielded, perhaps in another process."""
         ...
 
     def identity(self) -> list[dict[str, object]]:
@@ -73,12 +77,22 @@ class SafetensorsWeights:
         """The files the tensors lie in, sorted by name."""
         return sorted({ref.path for ref in self._refs.values()})
 
-    def scan(self, chunk_bytes: int) -> Iterator[Rows]:
+    def scan(self, chunk_bytes: int, buffer: Callable[[int], Bytes]) -> Iterator[Rows]:
         """Every row once, in file order; afterwards `digests` is known."""
         for path in self.files():
             refs = [ref for ref in self._refs.values() if ref.path == path]
-            for rows in scan_file(path, refs, chunk_bytes, self._digests):
-                yield Rows(rows.ref.name, rows.start, rows.stop, partial(_decode, rows))
+            yield from scan_file(path, refs, chunk_bytes, buffer, self._digests)
+
+    def decode(self, rows: Rows, start: int, stop: int) -> NDArray[np.float32]:
+        """Some of the rows as float32; raises NonFiniteError on NaN or infinity in them."""
+        if rows.raw is None:
+            return self.read_rows(rows.name, start, stop)
+        ref = self._refs[rows.name]
+        row_bytes = rows.raw.nbytes // (rows.stop - rows.start)
+        raw = rows.raw[(start - rows.start) * row_bytes : (stop - rows.start) * row_bytes]
+        values = widen(raw, ref.dtype)
+        check_finite(values, rows.name)
+        return values.reshape((stop - start, *ref.shape[1:]))
 
     def identity(self) -> list[dict[str, object]]:
         """Name, size and time of change of each file."""
@@ -116,15 +130,9 @@ def read_exactly(path: Path, offset: int, nbytes: int) -> NDArray[np.uint8]:
     try:
         with path.open("rb", buffering=0) as file:
             file.seek(offset)
-            return read_from(file, nbytes)
+            return read_from(file, np.empty(nbytes, np.uint8))
     except OSError as problem:
         raise CheckpointError(f"{path} cannot be read at {offset}: {problem.strerror}") from None
-
-
-def _decode(rows: RawRows) -> NDArray[np.float32]:
-    values = widen(rows.raw, rows.ref.dtype)
-    check_finite(values, rows.ref.name)
-    return values.reshape((rows.stop - rows.start, *rows.ref.shape[1:]))
 
 
 def widen(raw: NDArray[np.uint8], dtype: str) -> NDArray[np.float32]:
@@ -138,10 +146,13 @@ def widen(raw: NDArray[np.uint8], dtype: str) -> NDArray[np.float32]:
 
 
 def check_finite(values: NDArray[np.float32], name: str) -> None:
-    """Raises NonFiniteError with the tensor and the count; NaN and infinity both survive min and max."""
-    if values.size == 0 or (np.isfinite(values.min()) and np.isfinite(values.max())):
+    """Raises NonFiniteError with the tensor and the count; one NaN or infinity makes the sum of squares one."""
+    flat = values.reshape(-1)
+    if np.isfinite(np.vdot(flat, flat)):
         return
     bad = int(values.size - np.count_nonzero(np.isfinite(values)))
+    if bad == 0:
+        return
     raise NonFiniteError(f"{name} holds {bad} NaN or infinite values: the checkpoint is damaged, download it again")
 
 

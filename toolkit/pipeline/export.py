@@ -66,7 +66,7 @@ def export_bundle(
         partial = _open_partial(out, {**request, "checkpoint": source.identity()})
         check_machine(plan, _written_bytes(partial))
     with clock.stage("pack"):
-        errors = pack_weights(
+        packed = pack_weights(
             source, plan.layout, partial / names.MODEL_DATA_FILE, partial / _JOURNAL_FILE, progress
         )
     with clock.stage("author"):
@@ -78,9 +78,10 @@ def export_bundle(
         (partial / names.GENAI_CONFIG_FILE).write_text(text, encoding="utf-8", newline="\n")
     with clock.stage("hash"):
         made = [names.MODEL_FILE, names.MODEL_DATA_FILE, names.GENAI_CONFIG_FILE, *tokenizer_files]
-        manifest = write_manifest(partial, made, {**request, "checkpoint": source.digests()})
+        known = {names.MODEL_DATA_FILE: packed.sha256}
+        manifest = write_manifest(partial, made, {**request, "checkpoint": source.digests()}, known)
     report = begin_report(manifest)
-    report["quantization"] = quantization_section(plan.layout, errors)
+    report["quantization"] = quantization_section(plan.layout, packed.errors)
     report["partition"] = partition_section(len(graph.graph), recipe)
     report["conversion"] = {
         "wall_s": time.perf_counter() - clock.start,

@@ -4,32 +4,28 @@ N output features, K input features, J = ceil(K / block_size) blocks a row. `pac
 low nibble first; `scales` float32 [N, J]; `zero_points` uint8 [N, ceil(J*bits/8)], or None for symmetric, where the
 operator's default of 2^(bits-1) holds (com.microsoft.MatMulNBits in ORT's ContribOperators.md).
 
-Inside, blocks stand as columns, float32 [block_size, N*J]: a reduction over the leading axis runs at the speed of an
-elementwise pass, over a trailing axis of 32 at a twentieth of it.
+Algorithms, both without data:
+- `rtn` takes the scale from the range of a block.
+- `kquant` tries 19 ranges around it and keeps, block by block, what minimizes sum w (x - scale (q - zero))^2 with
+  w = rms(block) + |x|. For given integers l = q - zero the best scale is S(wxl)/S(wll), which removes S(wxl)^2/S(wll)
+  from the error, so candidates are compared by that alone. After llama.cpp's make_qkx2_quants and make_qx_quants; those
+  let the offset be any float and round it at the end, MatMulNBits takes integers, so here each candidate is judged with
+  its zero point already rounded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from toolkit.quant.kquant import search_scales
-from toolkit.quant.rounding import round_columns
-from toolkit.quant.rtn import range_scales
+from toolkit.quant import kernel
 
 Floats = NDArray[np.float32]
-# (columns [block_size, n], bits, symmetric) -> (scales [n], zeros [n]); a new algorithm is one more row.
-_ALGORITHMS: Final[dict[str, Callable[[Floats, int, bool], tuple[Floats, Floats]]]] = {
-    "rtn": range_scales,
-    "kquant": search_scales,
-}
+_ALGORITHMS: Final = {"rtn": kernel.RTN, "kquant": kernel.KQUANT}
 ALGORITHMS: Final = tuple(_ALGORITHMS)
-# A tile and what is computed from it stay in a core's cache: half a megabyte of float32.
-_TILE_ELEMENTS: Final = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -57,37 +53,20 @@ class QuantizedBlocks:
 
 
 def quantize_blocks(weight: Floats, spec: QuantSpec) -> QuantizedBlocks:
-    """`weight` [N, K] to blocks by the spec's algorithm. Zeros, padding included, stay exactly zero."""
+    """`weight` [N, K] to blocks by the spec's algorithm, on one core and without the interpreter's lock.
+
+    Zeros, padding included, stay exactly zero.
+    """
     out_features, in_features = weight.shape
     J = spec.num_blocks(in_features)
     packed = np.empty((out_features, J, spec.block_size * spec.bits // 8), np.uint8)
     scales = np.empty((out_features, J), np.float32)
     zeros = np.empty((out_features, J), np.uint8)
-    noise = 0.0
-    step = max(1, _TILE_ELEMENTS // (J * spec.block_size))
-    for start in range(0, out_features, step):
-        rows = slice(start, start + step)
-        noise += _quantize_tile(weight[rows], spec, packed[rows], scales[rows], zeros[rows])
+    noise = kernel.quantize_rows(
+        np.ascontiguousarray(weight, np.float32), _ALGORITHMS[spec.algorithm], spec.bits, spec.symmetric,
+        spec.block_size, packed, scales, zeros,
+    )  # fmt: skip
     return QuantizedBlocks(packed, scales, None if spec.symmetric else _pack_last_axis(zeros, spec.bits), noise)
-
-
-def _quantize_tile(
-    weight: Floats, spec: QuantSpec, packed: NDArray[np.uint8], scales: Floats, zeros: NDArray[np.uint8]
-) -> float:
-    """Fills the rows of a tile; returns its sum of squared errors."""
-    rows, J = scales.shape
-    if padding := J * spec.block_size - weight.shape[1]:
-        weight = np.pad(weight, ((0, 0), (0, padding)))
-    columns = np.ascontiguousarray(weight.reshape(-1, spec.block_size).T)
-    column_scales, column_zeros = _ALGORITHMS[spec.algorithm](columns, spec.bits, spec.symmetric)
-    q = round_columns(columns, column_scales, column_zeros, spec.bits)
-    packed[...] = _pack_leading_axis(q.astype(np.uint8), spec.bits).T.reshape(rows, J, -1)
-    scales[...] = column_scales.reshape(rows, J)
-    zeros[...] = column_zeros.reshape(rows, J)
-    q -= column_zeros
-    q *= column_scales
-    q -= columns
-    return float(np.vdot(q, q))
 
 
 def dequantize_blocks(blocks: QuantizedBlocks, spec: QuantSpec, in_features: int) -> Floats:
@@ -100,15 +79,6 @@ def dequantize_blocks(blocks: QuantizedBlocks, spec: QuantSpec, in_features: int
         q -= _unpack_last_axis(blocks.zero_points, spec.bits)[:, :J, None]
     q *= blocks.scales[..., None]
     return q.reshape(out_features, J * spec.block_size)[:, :in_features]
-
-
-def _pack_leading_axis(values: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
-    """[block_size, n] to [block_size*bits/8, n]; 4 bits: the even row is the low nibble."""
-    if bits == 8:
-        return values
-    high = np.left_shift(values[1::2], 4)
-    high |= values[::2]
-    return high
 
 
 def _pack_last_axis(values: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
