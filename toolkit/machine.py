@@ -17,7 +17,7 @@ def machine_facts() -> dict[str, Any]:
     return {
         "cpu": _cpu_name(),
         "cores": psutil.cpu_count() or 1,
-        "ram_bytes": psutil.virtual_memory().total,
+        "ram_bytes": ram_bytes(),
         "os": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "versions": package_versions(),
@@ -33,6 +33,16 @@ def package_versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def ram_bytes() -> int:
+    """The memory of the whole machine."""
+    return int(psutil.virtual_memory().total)
+
+
+def fits_the_page_cache(nbytes: int) -> bool:
+    """Whether so many bytes of files may well lie in memory, or stay there: half of it would hold them."""
+    return 2 * nbytes <= ram_bytes()
 
 
 def free_memory_bytes() -> int:

@@ -8,14 +8,14 @@ H heads, Dh true head width, Dp padded head width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from toolkit.checkpoint.opened import Checkpoint
-from toolkit.checkpoint.scan import Bytes, Rows
+from toolkit.checkpoint.scan import Rows
 from toolkit.checkpoint.weights import WeightSource
 from toolkit.errors import UnsupportedError
 from toolkit.names import QKV_PROJECTIONS, role_of
@@ -56,10 +56,11 @@ class PaddedHeads:
         """Rows of a padded tensor."""
         return self.read(name)[start:stop]
 
-    def scan(self, chunk_bytes: int, buffer: Callable[[int], Bytes]) -> Iterator[Rows]:
+    def scan(self, chunk_bytes: int) -> Iterator[Rows]:
         """Every tensor once, whole, to be read anew: models with heads so narrow are small."""
         name, stop = "", 0
-        for rows in self._source.scan(chunk_bytes, lambda nbytes: np.empty(nbytes, np.uint8)):
+        for rows in self._source.scan(chunk_bytes):
+            rows.release()
             if name and rows.name != name:
                 yield self._whole(name, stop)
             name, stop = rows.name, rows.stop

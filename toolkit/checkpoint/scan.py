@@ -6,12 +6,15 @@ Reading in file order is what a disk does best, and hashing what is read anyway 
 from __future__ import annotations
 
 import hashlib
+import mmap
 import os
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from io import FileIO
+from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Final
 
 import numpy as np
@@ -21,92 +24,169 @@ from toolkit.checkpoint.safetensors import TensorRef
 from toolkit.errors import CheckpointError
 
 Bytes = NDArray[np.uint8]
-# How far the system is asked to read ahead while what is here is being hashed.
-_READ_AHEAD_BYTES: Final = 32 << 20
+# Reads in flight. Reads around the page cache need several to keep a disk at work.
+_READS_AHEAD: Final = 4
+# What reads around the page cache must be aligned to, in memory, place and size.
+_PAGE: Final = 4096
+
+
+def _nothing() -> None:
+    """Rows without memory of the scan's have none to give back."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows [start, stop) of a tensor, as stored; `raw` None where they have to be read, or made, anew."""
+    """Rows [start, stop) of a tensor, as stored; `raw` None where they have to be read, or made, anew.
+
+    Whoever is done with `raw` calls `release`, from any thread: the memory is then used for later rows.
+    """
 
     name: str
     start: int
     stop: int
     raw: Bytes | None
+    release: Callable[[], None] = _nothing
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A stretch of a file: rows of a tensor, or what lies between (`name` empty)."""
+
+    name: str
+    start: int
+    stop: int
+    offset: int
+    nbytes: int
 
 
 def scan_file(
-    path: Path, refs: list[TensorRef], chunk_bytes: int, buffer: Callable[[int], Bytes], digests: dict[str, str]
+    path: Path, refs: list[TensorRef], chunk_bytes: int, direct: bool, digests: dict[str, str]
 ) -> Iterator[Rows]:
-    """The rows of `refs`, all of one file, in file order, about `chunk_bytes` at a time, in buffers of the caller's.
+    """The rows of `refs`, all of one file, in file order, about `chunk_bytes` at a time.
 
-    A buffer may still be in the hasher's hands when its rows are yielded, so it must stay as it is until the next one
-    is asked for. When the iterator is exhausted `digests[path.name]` is the file's
-    SHA-256. Raises CheckpointError if a read fails.
+    `direct` reads around the page cache where the system can. When the iterator is exhausted `digests[path.name]` is
+    the file's SHA-256. Raises CheckpointError if a read fails.
     """
+    sha = hashlib.sha256()
+    pieces = _pieces(refs, path.stat().st_size, chunk_bytes)
+    reader = _Reader(path, direct)
+    buffers = _Buffers(max(piece.nbytes for piece in pieces) + 2 * _PAGE)
     try:
-        with path.open("rb", buffering=0) as file, _Hasher() as hasher:
-            for ref in sorted(refs, key=lambda r: r.offset):
-                _hash_gap(file, hasher, ref.offset, chunk_bytes)
-                rows = ref.shape[0] if ref.shape else 1
-                row_bytes = ref.nbytes // max(rows, 1)
-                step = max(1, chunk_bytes // max(row_bytes, 1))
-                for start in range(0, rows, step):
-                    stop = min(rows, start + step)
-                    _read_ahead(file)
-                    raw = read_from(file, buffer((stop - start) * row_bytes))
-                    hasher.update(raw)
-                    yield Rows(ref.name, start, stop, raw)
-            _hash_gap(file, hasher, path.stat().st_size, chunk_bytes)
-            digests[path.name] = hasher.hexdigest()
+        with ThreadPoolExecutor(_READS_AHEAD) as readers, ThreadPoolExecutor(1) as hasher:
+            ahead: deque[tuple[_Piece, Bytes, Future[Bytes]]] = deque()
+            for piece in [*pieces, *[None] * _READS_AHEAD]:
+                if piece:
+                    buffer = buffers.take()
+                    ahead.append((piece, buffer, readers.submit(reader.read, piece, buffer)))
+                if len(ahead) < _READS_AHEAD and piece:
+                    continue
+                if not ahead:
+                    break
+                read, buffer, future = ahead.popleft()
+                raw = future.result()
+                hashed = hasher.submit(sha.update, raw.data)
+                release = partial(buffers.give_back, buffer, hashed)
+                if read.name:
+                    yield Rows(read.name, read.start, read.stop, raw, release)
+                else:
+                    release()
+            hasher.submit(_nothing).result()
+            digests[path.name] = sha.hexdigest()
     except OSError as problem:
         raise CheckpointError(f"{path} cannot be read: {problem.strerror}") from None
+    finally:
+        reader.close()
 
 
-def read_from(file: FileIO, buffer: Bytes) -> Bytes:
-    """Fills `buffer` with the next bytes of an unbuffered file; raises CheckpointError if it ends before."""
-    done = 0
-    while done < buffer.nbytes:
-        got = file.readinto(buffer[done:].data)
-        if not got:
-            raise CheckpointError(f"{file.name} ends at {file.tell()}, expected {buffer.nbytes - done} bytes more")
-        done += got
-    return buffer
+def read_exactly(path: Path, offset: int, nbytes: int) -> Bytes:
+    """`nbytes` bytes from `offset`; raises CheckpointError if the file ends before."""
+    reader = _Reader(path, direct=False)
+    try:
+        return reader.read(_Piece("", 0, 0, offset, nbytes), np.empty(nbytes, np.uint8))
+    except OSError as problem:
+        raise CheckpointError(f"{path} cannot be read at {offset}: {problem.strerror}") from None
+    finally:
+        reader.close()
 
 
-def _read_ahead(file: FileIO) -> None:
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(file.fileno(), file.tell(), _READ_AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
+def _pieces(refs: list[TensorRef], size: int, chunk_bytes: int) -> list[_Piece]:
+    """The whole file, in order."""
+    pieces: list[_Piece] = []
+
+    def add_gap(end: int) -> None:
+        here = pieces[-1].offset + pieces[-1].nbytes if pieces else 0
+        for offset in range(here, end, chunk_bytes):
+            pieces.append(_Piece("", 0, 0, offset, min(chunk_bytes, end - offset)))
+
+    for ref in sorted(refs, key=lambda r: r.offset):
+        add_gap(ref.offset)
+        rows = ref.shape[0] if ref.shape else 1
+        row_bytes = ref.nbytes // max(rows, 1)
+        step = max(1, chunk_bytes // max(row_bytes, 1))
+        for start in range(0, rows, step):
+            stop = min(rows, start + step)
+            pieces.append(_Piece(ref.name, start, stop, ref.offset + start * row_bytes, (stop - start) * row_bytes))
+    add_gap(size)
+    return pieces
 
 
-def _hash_gap(file: FileIO, hasher: _Hasher, end: int, chunk_bytes: int) -> None:
-    """Hashes what no tensor of interest covers, up to the absolute offset `end`."""
-    while (left := end - file.tell()) > 0:
-        hasher.update(read_from(file, np.empty(min(left, chunk_bytes), np.uint8)))
+class _Buffers:
+    """Page-aligned memory, used over and over: it stays in the cache, where fresh memory costs a fault every page."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._nbytes = nbytes
+        self._free: list[Bytes] = []
+
+    def take(self) -> Bytes:
+        try:
+            return self._free.pop()
+        except IndexError:
+            return np.frombuffer(mmap.mmap(-1, self._nbytes), np.uint8)
+
+    def give_back(self, buffer: Bytes, hashed: Future[None]) -> None:
+        hashed.result()
+        self._free.append(buffer)
 
 
-class _Hasher:
-    """SHA-256 on a thread of its own, at most one buffer behind the reader."""
+class _Reader:
+    """Positioned reads of one file, around the page cache if asked and possible."""
 
-    def __init__(self) -> None:
-        self._sha = hashlib.sha256()
-        self._pool = ThreadPoolExecutor(1)
-        self._pending: Future[None] | None = None
+    def __init__(self, path: Path, direct: bool) -> None:
+        self._path = path
+        self._file = path.open("rb", buffering=0)
+        self._lock = Lock()
+        self._direct = -1
+        if direct and hasattr(os, "O_DIRECT"):
+            try:
+                self._direct = os.open(path, os.O_RDONLY | os.O_DIRECT)
+            except OSError:
+                pass  # a file system without it
 
-    def __enter__(self) -> _Hasher:
-        return self
+    def read(self, piece: _Piece, buffer: Bytes) -> Bytes:
+        """The piece's bytes, in `buffer`."""
+        if self._direct >= 0:
+            first = piece.offset // _PAGE * _PAGE
+            skipped = piece.offset - first
+            wanted = -(-(skipped + piece.nbytes) // _PAGE) * _PAGE
+            try:
+                if os.preadv(self._direct, [buffer[:wanted].data], first) >= skipped + piece.nbytes:
+                    return buffer[skipped : skipped + piece.nbytes]
+            except OSError:
+                pass  # what it cannot read the ordinary way may
+        raw = buffer[: piece.nbytes]
+        done = 0
+        with self._lock:
+            self._file.seek(piece.offset)
+            while done < piece.nbytes:
+                got = self._file.readinto(raw[done:].data)
+                if not got:
+                    raise CheckpointError(
+                        f"{self._path} ends at {piece.offset + done}, expected {piece.nbytes - done} bytes more"
+                    )
+                done += got
+        return raw
 
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
-
-    def update(self, raw: Bytes) -> None:
-        self._wait()
-        self._pending = self._pool.submit(self._sha.update, raw.data)
-
-    def hexdigest(self) -> str:
-        self._wait()
-        return self._sha.hexdigest()
-
-    def _wait(self) -> None:
-        if self._pending:
-            self._pending.result()
+    def close(self) -> None:
+        self._file.close()
+        if self._direct >= 0:
+            os.close(self._direct)

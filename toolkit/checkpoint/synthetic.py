@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cached_property
 from typing import Final
 
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toolkit.checkpoint.config import ModelConfig
-from toolkit.checkpoint.scan import Bytes, Rows
+from toolkit.checkpoint.scan import Rows
 from toolkit.checkpoint.weights import expected_tensors
 
 # A prime, so that rows of any width start at ever new places of the table.
@@ -53,8 +53,8 @@ class SyntheticWeights:
             done, first = done + piece.size, 0
         return values.reshape(shape)
 
-    def scan(self, chunk_bytes: int, buffer: Callable[[int], Bytes]) -> Iterator[Rows]:
-        """Every row of every tensor, `chunk_bytes` at two bytes a weight; nothing is read, so no buffer is filled."""
+    def scan(self, chunk_bytes: int) -> Iterator[Rows]:
+        """Every row of every tensor, `chunk_bytes` at two bytes a weight."""
         for name, shape in self._shapes.items():
             step = max(1, chunk_bytes // (2 * int(np.prod(shape[1:]))))
             for start in range(0, shape[0], step):

@@ -7,7 +7,7 @@ every file once from end to end.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Final, Protocol
 
@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from toolkit import names
 from toolkit.checkpoint.config import ModelConfig, read_json
 from toolkit.checkpoint.safetensors import ITEM_BYTES, TensorRef, read_header
-from toolkit.checkpoint.scan import Bytes, Rows, read_from, scan_file
+from toolkit.checkpoint.scan import Rows, read_exactly, scan_file
 from toolkit.errors import CheckpointError, NonFiniteError
+from toolkit.machine import fits_the_page_cache
 
 _MAX_INDEX_BYTES: Final = 64 << 20
 # Buffers old checkpoints carry that are computed, not learned.
@@ -44,13 +45,12 @@ class Tensors(Protocol):
 class WeightSource(Tensors, Protocol):
     """A checkpoint's tensors. Every read goes to disk (or makes the numbers) anew."""
 
-    def scan(self, chunk_bytes: int, buffer: Callable[[int], Bytes]) -> Iterator[Rows]:
-        """Every row of every tensor once, in file order, some `chunk_bytes` of the source at a time, read into what
-        `buffer` returns for a number of bytes. A buffer must stay as it is until the one after it is filled."""
+    def scan(self, chunk_bytes: int) -> Iterator[Rows]:
+        """Every row of every tensor once, in file order, some `chunk_bytes` of the source at a time."""
         ...
 
     def decode(self, rows: Rows, start: int, stop: int) -> NDArray[np.float32]:
-        """Rows [start, stop) of those that `scan` yielded, perhaps in another process."""
+        """Rows [start, stop) of those that `scan` yielded, on any thread."""
         ...
 
     def identity(self) -> list[dict[str, object]]:
@@ -77,11 +77,12 @@ class SafetensorsWeights:
         """The files the tensors lie in, sorted by name."""
         return sorted({ref.path for ref in self._refs.values()})
 
-    def scan(self, chunk_bytes: int, buffer: Callable[[int], Bytes]) -> Iterator[Rows]:
+    def scan(self, chunk_bytes: int) -> Iterator[Rows]:
         """Every row once, in file order; afterwards `digests` is known."""
+        direct = not fits_the_page_cache(sum(path.stat().st_size for path in self.files()))
         for path in self.files():
             refs = [ref for ref in self._refs.values() if ref.path == path]
-            yield from scan_file(path, refs, chunk_bytes, buffer, self._digests)
+            yield from scan_file(path, refs, chunk_bytes, direct, self._digests)
 
     def decode(self, rows: Rows, start: int, stop: int) -> NDArray[np.float32]:
         """Some of the rows as float32; raises NonFiniteError on NaN or infinity in them."""
@@ -123,16 +124,6 @@ class SafetensorsWeights:
         values = widen(raw, ref.dtype)
         check_finite(values, name)
         return values.reshape((stop - start, *ref.shape[1:]))
-
-
-def read_exactly(path: Path, offset: int, nbytes: int) -> NDArray[np.uint8]:
-    """`nbytes` bytes from `offset`; raises CheckpointError if the file ends before."""
-    try:
-        with path.open("rb", buffering=0) as file:
-            file.seek(offset)
-            return read_from(file, np.empty(nbytes, np.uint8))
-    except OSError as problem:
-        raise CheckpointError(f"{path} cannot be read at {offset}: {problem.strerror}") from None
 
 
 def widen(raw: NDArray[np.uint8], dtype: str) -> NDArray[np.float32]:

@@ -13,12 +13,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO, Final
 
-import numpy as np
-
-from toolkit.checkpoint.scan import Bytes, Rows
+from toolkit.checkpoint.scan import Rows
 from toolkit.checkpoint.weights import WeightSource
 from toolkit.errors import MachineError
 from toolkit.graph.layout import Layout
+from toolkit.machine import fits_the_page_cache
 from toolkit.partition.prefix_hash import PrefixHash
 from toolkit.partition.rows import Packed, RowPacker
 
@@ -59,9 +58,9 @@ def pack_weights(
             file.truncate(layout.nbytes)
             packer = RowPacker(source, layout, file, path)
             with _Journal(layout, file, path, journal, done, progress) as log, _Window(log.add) as window:
-                for rows in source.scan(CHUNK_BYTES, window.buffer):
+                for rows in source.scan(CHUNK_BYTES):
                     if rows.name in done:
-                        window.give_back(rows)
+                        rows.release()
                     else:
                         window.submit(packer.pack, rows)
     except OSError as problem:
@@ -70,19 +69,13 @@ def pack_weights(
 
 
 class _Window:
-    """Rows at work on every core, and as many again waiting, so that reading never runs far ahead.
-
-    Their bytes lie in a handful of buffers used over and over: those stay in the cache, where fresh memory would cost
-    a page fault every 4 KiB.
-    """
+    """Rows at work on every core, and as many again waiting, so that reading never runs far ahead."""
 
     def __init__(self, on_packed: Callable[[Packed], None]) -> None:
         self._workers = os.cpu_count() or 1
         self._pool = ThreadPoolExecutor(self._workers)
         self._pending: dict[Future[Packed], Rows] = {}
         self._on_packed = on_packed
-        self._free: list[Bytes] = []
-        self._last: Bytes | None = None
 
     def __enter__(self) -> _Window:
         return self
@@ -94,21 +87,6 @@ class _Window:
         finally:
             self._pool.shutdown(cancel_futures=True)
 
-    def buffer(self, nbytes: int) -> Bytes:
-        """Memory for the next rows; never that of the last, which may still be being hashed."""
-        for k, candidate in enumerate(self._free):
-            if candidate is not self._last and candidate.nbytes >= nbytes:
-                self._last = self._free.pop(k)
-                break
-        else:
-            self._last = np.empty(max(nbytes, CHUNK_BYTES), np.uint8)
-        return self._last[:nbytes]
-
-    def give_back(self, rows: Rows) -> None:
-        """Takes the memory of rows that are done with."""
-        if rows.raw is not None and isinstance(rows.raw.base, np.ndarray):
-            self._free.append(rows.raw.base)
-
     def submit(self, pack: Callable[[Rows], Packed], rows: Rows) -> None:
         """Queues rows; waits while the window is full. Raises what packing raised."""
         self._collect(2 * self._workers - 1)
@@ -117,7 +95,7 @@ class _Window:
     def _collect(self, leave: int) -> None:
         while len(self._pending) > leave:
             for future in wait(self._pending, return_when=FIRST_COMPLETED).done:
-                self.give_back(self._pending.pop(future))
+                self._pending.pop(future).release()
                 self._on_packed(future.result())
 
 
@@ -153,7 +131,9 @@ class _Journal:
         self._rows_left = {name: rows for u in units for name, rows in zip(u.sources, u.rows, strict=True)}
         self._sums: dict[str, tuple[float, float]] = {}
         self._file, self._journal, self._done, self._progress = file, journal, done, progress
-        self._hash = PrefixHash(layout, path)
+        # At two bytes a weight in, about what is read and written in all.
+        streamed_bytes = 2 * layout.weights() + layout.nbytes
+        self._hash = PrefixHash(layout, path, keep_cached=fits_the_page_cache(streamed_bytes))
         self._committer = ThreadPoolExecutor(1)
         self._commit: Future[None] | None = None
         self._finished: list[TensorError] = []
@@ -183,7 +163,7 @@ class _Journal:
         if not self._rows_left[packed.name]:
             self._finished.append(TensorError(packed.name, *self._sums.pop(packed.name)))
             self._progress(packed.name)
-        if self._uncommitted_bytes >= _COMMIT_BYTES:
+        if self._uncommitted_bytes >= _COMMIT_BYTES and (self._commit is None or self._commit.done()):
             self._commit_finished()
 
     def _commit_finished(self) -> None:

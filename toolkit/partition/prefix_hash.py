@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Final
 
@@ -12,10 +13,14 @@ _READ_BYTES: Final = 8 << 20
 
 
 class PrefixHash:
-    """The hash of the part before the first unit that is not whole; `finish` names tensors in any order."""
+    """The hash of the part before the first unit that is not whole; `finish` names tensors in any order.
 
-    def __init__(self, layout: Layout, path: Path) -> None:
-        self._layout, self._path = layout, path
+    `keep_cached` False gives what is hashed back to the system: a stream longer than memory can only push other things
+    out of the page cache, and every fresh page costs (on a virtual machine as much as quantizing, LOG.md).
+    """
+
+    def __init__(self, layout: Layout, path: Path, keep_cached: bool) -> None:
+        self._layout, self._path, self._keep_cached = layout, path, keep_cached
         self._units = sorted(layout.units.values(), key=lambda unit: unit.slots[0].offset)
         self._finished: set[str] = set()
         self._sha = hashlib.sha256()
@@ -29,10 +34,13 @@ class PrefixHash:
         end = self._units[0].slots[0].offset if self._units else self._layout.nbytes
         with self._path.open("rb", buffering=0) as file:
             file.seek(self._hashed)
+            first = self._hashed
             while self._hashed < end:
                 piece = file.read(min(_READ_BYTES, end - self._hashed))
                 self._sha.update(piece)
                 self._hashed += len(piece)
+            if not self._keep_cached and hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), first, end - first, os.POSIX_FADV_DONTNEED)
 
     def hexdigest(self) -> str:
         """The whole file's; every tensor must have been named."""
