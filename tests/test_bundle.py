@@ -91,6 +91,16 @@ def test_report_has_every_section_or_says_why_not(reports: dict[str, dict[str, A
     assert "tiny-r1" in (bundles["int4"] / "report.html").read_text(encoding="utf-8")
 
 
+def test_graph_passes_the_checker_and_loads_without_a_warning(bundles: dict[str, Path]) -> None:
+    import onnx
+
+    for bundle in bundles.values():
+        onnx.checker.check_model(str(bundle / "model.onnx"))
+        code = f"import onnxruntime as o; o.InferenceSession({str(bundle / 'model.onnx')!r})"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, encoding="utf-8")
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 def test_a_missed_threshold_is_exit_code_1_and_says_so(tiny_r1: Path, tmp_path: Path) -> None:
     words = ["--set", "validate.mean_kld=0.0000001", "--no-tasks", "--no-speed", "--tokens", "200"]
     done = run("export", "tiny-r1-cpu", "--out", str(tmp_path / "b"), *words)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from typing import Final
 
@@ -27,8 +28,11 @@ def resolve_checkpoint(place: str) -> Path:
         raise CheckpointError(f"{place} is neither a folder nor a hub id (owner/name)")
     try:
         from huggingface_hub import snapshot_download
+        from huggingface_hub.utils.tqdm import disable_progress_bars
     except ImportError:
         raise MachineError("huggingface_hub is not installed: pip install huggingface_hub") from None
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     try:
         return Path(snapshot_download(place, allow_patterns=list(_PATTERNS)))
     except Exception as problem:  # the client's errors have no common root short of Exception

@@ -31,7 +31,8 @@ from toolkit.validate.tasks import Task, bundle_right, read_task, reference_righ
 _TEXT_FILE: Final = "reasoning.jsonl"
 _REFERENCE: Final = "numpy float32 forward of the checkpoint"
 _FP32_THRESHOLDS: Final = {"max_abs_logit_error": 1e-3, "accuracy_drop": 0.005}
-_SEQUENCE_TOKENS: Final = 512
+# A passage is cut so that a budget reaches every passage of a short text, but not below what a thought needs.
+_SEQUENCE_TOKENS: Final = (160, 512)
 _GREEDY_PROMPT, _GREEDY_NEW = 24, 32
 # The bundle's logits are taken from one run over this many tokens, and again with the cache over the first of them.
 _DECODED_TOKENS: Final = 48
@@ -177,14 +178,16 @@ def _speed_section(bundle: Path) -> dict[str, Any]:
 
 def _sequences(checkpoint: Checkpoint, tokens: int, text: Path) -> list[list[int]]:
     """Token sequences of at least `tokens` in all from a text; seeded random ids for random weights."""
-    limit = min(checkpoint.config.max_position_embeddings, _SEQUENCE_TOKENS)
+    limit = min(checkpoint.config.max_position_embeddings, _SEQUENCE_TOKENS[1])
     if checkpoint.synthetic:
         generator = np.random.default_rng(0)
         ids: NDArray[np.int64] = generator.integers(0, checkpoint.config.vocab_size, max(tokens, 64))
         return [ids[start : start + limit].tolist() for start in range(0, len(ids), limit)]
     tokenizer = Tokenizer.from_file(str(checkpoint.folder / names.TOKENIZER_FILE))
+    passages = _texts(text)
+    limit = min(limit, max(_SEQUENCE_TOKENS[0], tokens // max(len(passages), 1)))
     sequences: list[list[int]] = []
-    for passage in _texts(text):
+    for passage in passages:
         if sum(map(len, sequences)) >= tokens:
             break
         ids_of_text = tokenizer.encode(passage, add_special_tokens=False).ids[:limit]

@@ -257,6 +257,8 @@ def _parity(parity: Section, baseline: Section) -> dict[str, Any]:
     for name in names:
         if name in parity or name in baseline:
             values = [_format_figure(name, side[name]) if name in side else None for side in (parity, baseline)]
+            if name == "greedy_match_tokens" and values[0] and "greedy_tokens" in parity:
+                values[0] = f"{values[0]} of {parity['greedy_tokens']}"
             both = name.endswith("kld") and parity.get(name) and baseline.get(name)
             rows.append({"name": name, "values": values, "ratio": parity[name] / baseline[name] if both else None})
     series = [

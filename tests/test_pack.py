@@ -1,0 +1,242 @@
+"""The streaming pass: the same bytes whatever the chunks, resumed or not, and a hash that is the file's."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from toolkit.checkpoint.config import read_config
+from toolkit.checkpoint.opened import open_checkpoint
+from toolkit.checkpoint.scan import Rows
+from toolkit.checkpoint.synthetic import SyntheticWeights
+from toolkit.checkpoint.weights import WeightSource
+from toolkit.errors import NonFiniteError
+from toolkit.graph.layout import Layout, Unit, plan_layout
+from toolkit.partition import pack, prefix_hash
+from toolkit.partition.pack import PackResult, pack_weights
+from toolkit.partition.prefix_hash import PrefixHash
+from toolkit.quant.blockwise import quantize_blocks
+from toolkit.recipe import QuantRule, Recipe
+
+RULES = (
+    QuantRule("lm_head", "kquant", 8, 128),
+    QuantRule("*.o_proj", "rtn", 4, 16, symmetric=True),
+    # Of another spec than q and k, so that layer 0 keeps three matrices where the others stack them.
+    QuantRule("model.layers.0.self_attn.v_proj", "rtn", 8, 32),
+    QuantRule("*", "kquant", 4, 32),
+)
+RECIPES: dict[str, Recipe | None] = {
+    "fp32": None,
+    "quantized": Recipe("pack-cpu", "pack", "cpu", 128, RULES, {}),
+}
+
+
+class Watched:
+    """A source that notes what is decoded, and finds `broken`, if any, not to be finite."""
+
+    def __init__(self, source: WeightSource, broken: str = "") -> None:
+        self._source, self._broken = source, broken
+        self.decoded: set[str] = set()
+
+    def names(self) -> list[str]:
+        return self._source.names()
+
+    def read(self, name: str) -> NDArray[np.float32]:
+        return self._source.read(name)
+
+    def read_rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
+        return self._source.read_rows(name, start, stop)
+
+    def scan(self, chunk_bytes: int) -> Iterator[Rows]:
+        return self._source.scan(chunk_bytes)
+
+    def decode(self, rows: Rows, start: int, stop: int) -> NDArray[np.float32]:
+        self.decoded.add(rows.name)
+        if rows.name == self._broken:
+            raise NonFiniteError(f"{rows.name} is broken")
+        return self._source.decode(rows, start, stop)
+
+    def identity(self) -> list[dict[str, object]]:
+        return self._source.identity()
+
+    def digests(self) -> list[dict[str, object]]:
+        return self._source.digests()
+
+
+@pytest.fixture(params=["stored", "synthetic"])
+def source(request: pytest.FixtureRequest, stories260k: Path) -> WeightSource:
+    """An fp32 checkpoint, whose rows are views of memory that scans use again, and one that is made as it is read."""
+    if request.param == "stored":
+        return open_checkpoint(stories260k).source
+    return SyntheticWeights(read_config(stories260k))
+
+
+@pytest.fixture(params=RECIPES)
+def layout(request: pytest.FixtureRequest, stories260k: Path) -> Layout:
+    return plan_layout(read_config(stories260k), RECIPES[request.param])
+
+
+def _pack(source: WeightSource, layout: Layout, folder: Path) -> PackResult:
+    return pack_weights(source, layout, folder / "data", folder / "journal")
+
+
+def _bytes(folder: Path) -> bytes:
+    return (folder / "data").read_bytes()
+
+
+def _journaled(folder: Path) -> list[str]:
+    return [json.loads(line)["tensor"] for line in (folder / "journal").read_text(encoding="utf-8").splitlines()]
+
+
+def _ranges(layout: Layout, tensor: str) -> Iterator[tuple[int, int]]:
+    """Where a tensor's bytes begin and end: in each slot of its unit, at its rows."""
+    unit = next(unit for unit in layout.units.values() if tensor in unit.sources)
+    place = unit.sources.index(tensor)
+    first, rows = sum(unit.rows[:place]), unit.rows[place]
+    for slot in unit.slots:
+        row_bytes = slot.nbytes // slot.shape[0]
+        yield slot.offset + first * row_bytes, slot.offset + (first + rows) * row_bytes
+
+
+def _expected(source: WeightSource, layout: Layout) -> bytes:
+    """The data file made in memory, a whole unit at a time, from `read`."""
+    data = bytearray(layout.nbytes)
+    for unit in layout.units.values():
+        values = np.concatenate([source.read(name) for name in unit.sources])
+        arrays: list[NDArray[np.float32] | NDArray[np.uint8]] = [values]
+        if unit.spec:
+            blocks = quantize_blocks(values, unit.spec)
+            arrays = [blocks.packed, blocks.scales]
+            if blocks.zero_points is not None:
+                arrays.append(blocks.zero_points)
+        for slot, array in zip(unit.slots, arrays, strict=True):
+            assert (str(array.dtype), array.shape, array.nbytes) == (slot.dtype, slot.shape, slot.nbytes)
+            data[slot.offset : slot.offset + slot.nbytes] = array.tobytes()
+    return bytes(data)
+
+
+def test_some_units_stack_and_some_do_not(stories260k: Path) -> None:
+    """What RULES is for."""
+    layout = plan_layout(read_config(stories260k), RECIPES["quantized"])
+    assert {len(unit.sources) for unit in layout.units.values()} == {1, 3}
+
+
+@pytest.mark.parametrize("chunk_bytes", [1000, 1 << 20])
+def test_bytes_and_hash_do_not_depend_on_chunks(
+    source: WeightSource, layout: Layout, chunk_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pack, "CHUNK_BYTES", chunk_bytes)
+    finished: list[str] = []
+    result = pack_weights(source, layout, tmp_path / "data", tmp_path / "journal", finished.append)
+    data = _bytes(tmp_path)
+    assert data == _expected(source, layout)
+    assert result.sha256 == hashlib.sha256(data).hexdigest()
+    tensors = sorted(name for unit in layout.units.values() for name in unit.sources)
+    assert sorted(finished) == sorted(_journaled(tmp_path)) == sorted(e.tensor for e in result.errors) == tensors
+    for error in result.errors:
+        values = source.read(error.tensor).astype(np.float64)
+        assert error.signal == pytest.approx(float((values**2).sum()), rel=1e-4)
+
+
+@pytest.mark.parametrize("keep_cached", [True, False])
+def test_resuming_decodes_only_what_the_journal_does_not_name(
+    source: WeightSource, layout: Layout, keep_cached: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pack, "fits_the_page_cache", lambda nbytes: keep_cached)
+    whole = _pack(source, layout, tmp_path)
+    data = _bytes(tmp_path)
+    lines = (tmp_path / "journal").read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [lines[i] for i in np.random.default_rng(0).permutation(len(lines))[::2]]
+    (tmp_path / "journal").write_text("".join(kept) + lines[0][:20], encoding="utf-8")
+    done = {json.loads(line)["tensor"] for line in kept}
+    left = {name for unit in layout.units.values() for name in unit.sources} - done
+    with (tmp_path / "data").open("r+b") as file:
+        for begin, end in (place for name in left for place in _ranges(layout, name)):
+            file.seek(begin)
+            file.write(b"\xa5" * (end - begin))
+    watched = Watched(source)
+    again = _pack(watched, layout, tmp_path)
+    assert watched.decoded == left
+    assert _bytes(tmp_path) == data
+    assert again.sha256 == whole.sha256 == hashlib.sha256(data).hexdigest()
+    # Rows of one tensor may be added up in another order.
+    first, second = ({e.tensor: (e.signal, e.noise) for e in result.errors} for result in (whole, again))
+    assert first.keys() == second.keys()
+    assert all(second[name] == pytest.approx(first[name], rel=1e-9) for name in first)
+
+
+def test_a_whole_journal_leaves_only_the_hash_to_do(source: WeightSource, layout: Layout, tmp_path: Path) -> None:
+    whole = _pack(source, layout, tmp_path)
+    watched = Watched(source)
+    assert _pack(watched, layout, tmp_path) == whole
+    assert not watched.decoded
+
+
+@pytest.mark.parametrize("commit_bytes", [1, 1 << 28], ids=["commits often", "commits at the end"])
+@pytest.mark.parametrize("broken", ["model.embed_tokens.weight", "model.layers.2.self_attn.k_proj.weight", "last"])
+def test_an_error_leaves_a_journal_of_whole_tensors(
+    source: WeightSource,
+    layout: Layout,
+    broken: str,
+    commit_bytes: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # At most five chunks in the window, so that tensors before the broken one are through by then.
+    monkeypatch.setattr("os.cpu_count", lambda: 3)
+    monkeypatch.setattr(pack, "CHUNK_BYTES", 4096)
+    monkeypatch.setattr(pack, "_COMMIT_BYTES", commit_bytes)
+    expected = _expected(source, layout)
+    broken = source.names()[-1] if broken == "last" else broken
+    with pytest.raises(NonFiniteError, match=broken):
+        _pack(Watched(source, broken), layout, tmp_path)
+    data, named = _bytes(tmp_path), _journaled(tmp_path)
+    assert len(data) == layout.nbytes and broken not in named and len(named) == len(set(named))
+    assert named or source.names().index(broken) < 10
+    for name in named:
+        for begin, end in _ranges(layout, name):
+            assert data[begin:end] == expected[begin:end]
+    watched = Watched(source)
+    assert _pack(watched, layout, tmp_path).sha256 == hashlib.sha256(expected).hexdigest()
+    assert _bytes(tmp_path) == expected
+    assert watched.decoded.isdisjoint(named)
+
+
+def _fill(path: Path, unit: Unit, rng: np.random.Generator) -> None:
+    with path.open("r+b") as file:
+        for slot in unit.slots:
+            file.seek(slot.offset)
+            file.write(rng.bytes(slot.nbytes))
+
+
+@pytest.mark.parametrize("keep_cached", [True, False])
+@pytest.mark.parametrize("seed", range(4))
+def test_prefix_hash_of_tensors_in_any_order(
+    layout: Layout, seed: int, keep_cached: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefix_hash, "_READ_BYTES", 10_007)
+    path = tmp_path / "data"
+    path.write_bytes(bytes(layout.nbytes))
+    rng = np.random.default_rng(seed)
+    tensors = [name for unit in layout.units.values() for name in unit.sources]
+    order = [tensors[i] for i in rng.permutation(len(tensors))]
+    # Seed 0 goes in file order, where every call finds something to hash.
+    order = tensors if seed == 0 else order
+    units = {name: unit for unit in layout.units.values() for name in unit.sources}
+    missing = {unit.name: set(unit.sources) for unit in layout.units.values()}
+    running = PrefixHash(layout, path, keep_cached)
+    while order:
+        batch, order = order[:3], order[3:]
+        for name in batch:
+            missing[units[name].name].discard(name)
+            # Bytes come as late as they may: what is hashed too early is hashed as zeros.
+            if not missing[units[name].name]:
+                _fill(path, units[name], rng)
+        running.finish(batch)
+    assert running.hexdigest() == hashlib.sha256(path.read_bytes()).hexdigest()
