@@ -158,7 +158,7 @@ def test_resume_packs_only_what_is_missing(bundles: dict[str, Path], tmp_path: P
     os.replace(out, partial)
     manifest = json.loads((partial / "manifest.json").read_text(encoding="utf-8"))
     request = {key: manifest[key] for key in ("recipe", "precision", "synthetic")}
-    request["checkpoint"] = checkpoint.source.identity()
+    request |= {"versions": manifest["versions"], "checkpoint": checkpoint.source.identity()}
     (partial / "request.json").write_text(json.dumps(request), encoding="utf-8")
     lines = [json.dumps({"tensor": name, "signal": 1.0, "noise": 1.0}) + "\n" for name in names]
     (partial / "journal.jsonl").write_text("".join(lines[:-1]) + lines[-1][:20], encoding="utf-8")

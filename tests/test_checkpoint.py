@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import shutil
 import struct
 import time
 from collections import deque
@@ -294,3 +295,18 @@ def test_synthetic_scan_covers_each_row_once(chunk_bytes: int) -> None:
     source = SyntheticWeights(config)
     for name, values in _reassemble(source, expected_tensors(config), chunk_bytes).items():
         np.testing.assert_array_equal(values, source.read(name))
+
+
+def test_a_shard_of_nothing_but_computed_tensors_is_hashed_too(stories260k: Path, tmp_path: Path) -> None:
+    for path in stories260k.glob("*.json"):
+        shutil.copy(path, tmp_path)
+    shutil.copy(stories260k / "model.safetensors", tmp_path / "a.safetensors")
+    save_file({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, tmp_path / "b.safetensors")
+    weight_map = dict.fromkeys(read_header(tmp_path / "a.safetensors"), "a.safetensors")
+    weight_map["model.layers.0.self_attn.rotary_emb.inv_freq"] = "b.safetensors"
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
+    source = open_weights(tmp_path, read_config(tmp_path))
+    for rows in source.scan(1 << 20):
+        rows.release()
+    expected = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in tmp_path.glob("*.safetensors")}
+    assert {str(entry["name"]): entry["sha256"] for entry in source.digests()} == expected

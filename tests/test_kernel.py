@@ -22,8 +22,8 @@ SPECS = [QuantSpec(bits, block, sym) for bits, block, sym in product((4, 8), (16
 # What float32 sums of 128 products may be wrong by, as a share of what is summed. Candidates are compared by what they
 # take off the weighted square of the block; that is four digits larger than the error where there are 8 bits.
 _SUMS = 2e-6
-# What a scale fitted from such sums misses, squared: all there is where a block could be stored exactly. Fewer lanes add
-# more terms one after the other, and err by more.
+# What a scale fitted from such sums misses, squared: all there is where a block could be stored exactly. A processor
+# with fewer lanes adds more terms one after the other, and errs by more.
 _SCALES = 1e-10
 
 
@@ -179,3 +179,18 @@ def test_kquant_gains_a_fifth_of_a_decibel(symmetric: bool) -> None:
     weight = np.random.default_rng(0).standard_normal((256, 1024)).astype(np.float32)
     plain, searched = (quantize_blocks(weight, QuantSpec(4, 32, symmetric, algorithm)) for algorithm in ALGORITHMS)
     assert 10 * np.log10(plain.noise / searched.noise) >= 0.2
+
+
+@pytest.mark.parametrize("algorithm", ["rtn", "kquant"])
+@pytest.mark.parametrize("size", [1e-45, 1e-39, 1e-36, 1e-30, 1e-23, 1e-15])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_tiny_weights_stay_finite_and_zeros_stay_zero(algorithm: str, size: float, bits: int, symmetric: bool) -> None:
+    spec = QuantSpec(bits, 32, symmetric, algorithm)
+    weight = np.array([[-size, 0, size / 2, 0] * 16], np.float32)
+    blocks = quantize_blocks(weight, spec)
+    values = dequantize_blocks(blocks, spec, 64)
+    assert np.isfinite(blocks.noise) and np.isfinite(values).all()
+    assert (values[weight == 0] == 0).all()
+    if size > 1e-34:
+        assert np.abs(values - weight).max() <= size / 7

@@ -240,3 +240,16 @@ def test_prefix_hash_of_tensors_in_any_order(
                 _fill(path, units[name], rng)
         running.finish(batch)
     assert running.hexdigest() == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_a_journal_whose_data_file_is_gone_names_nothing(
+    source: WeightSource, layout: Layout, tmp_path: Path
+) -> None:
+    whole = _pack(source, layout, tmp_path)
+    expected = _bytes(tmp_path)
+    (tmp_path / "data").unlink()
+    broken = next(iter(layout.units.values())).sources[0]
+    with pytest.raises(NonFiniteError):
+        _pack(Watched(source, broken), layout, tmp_path)
+    assert _pack(source, layout, tmp_path).sha256 == whole.sha256
+    assert _bytes(tmp_path) == expected

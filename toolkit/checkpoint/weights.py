@@ -65,8 +65,8 @@ class WeightSource(Tensors, Protocol):
 class SafetensorsWeights:
     """A `WeightSource` over the safetensors files of one folder."""
 
-    def __init__(self, refs: dict[str, TensorRef]) -> None:
-        self._refs = refs
+    def __init__(self, refs: dict[str, TensorRef], files: list[Path]) -> None:
+        self._refs, self._files = refs, sorted(files)
         self._digests: dict[str, str] = {}
 
     def names(self) -> list[str]:
@@ -74,8 +74,8 @@ class SafetensorsWeights:
         return sorted(self._refs, key=lambda name: (str(self._refs[name].path), self._refs[name].offset))
 
     def files(self) -> list[Path]:
-        """The files the tensors lie in, sorted by name."""
-        return sorted({ref.path for ref in self._refs.values()})
+        """The checkpoint's files, sorted by name, those of tensors that are not needed included."""
+        return self._files
 
     def scan(self, chunk_bytes: int) -> Iterator[Rows]:
         """Every row once, in file order; afterwards `digests` is known."""
@@ -180,10 +180,11 @@ def open_weights(folder: Path, config: ModelConfig) -> SafetensorsWeights:
     """The checkpoint's tensors, every header read and checked; raises CheckpointError naming what is wrong."""
     found: dict[str, TensorRef] = {}
     weight_map = _read_index(folder)
-    for file in sorted(set(weight_map.values())) if weight_map else [names.SAFETENSORS_FILE]:
-        refs = read_header(folder / file)
+    files = [folder / file for file in sorted(set(weight_map.values())) or [names.SAFETENSORS_FILE]]
+    for file in files:
+        refs = read_header(file)
         for name in refs.keys() & found.keys():
-            raise CheckpointError(f"{name} stands in {found[name].path.name} and in {file}: expected one of them")
+            raise CheckpointError(f"{name} stands in {found[name].path.name} and in {file.name}: expected one of them")
         found |= refs
     if weight_map and (missing := sorted(weight_map.keys() - found.keys())):
         raise CheckpointError(f"{missing[0]} is named by {names.SAFETENSORS_INDEX_FILE} but no shard holds it")
@@ -200,7 +201,7 @@ def open_weights(folder: Path, config: ModelConfig) -> SafetensorsWeights:
             raise CheckpointError(
                 f"{name} is {ref.dtype} {list(ref.shape)}, expected {'/'.join(ITEM_BYTES)} {list(shape)}"
             )
-    return SafetensorsWeights({name: found[name] for name in expected})
+    return SafetensorsWeights({name: found[name] for name in expected}, files)
 
 
 def _read_index(folder: Path) -> dict[str, str]:

@@ -52,7 +52,9 @@ def pack_weights(
     `progress` is called with the name of each finished tensor. Raises MachineError when the disk fills, NonFiniteError
     for NaN or infinity.
     """
-    done = _read_journal(journal) if path.exists() and path.stat().st_size == layout.nbytes else {}
+    if not (path.exists() and path.stat().st_size == layout.nbytes):
+        journal.unlink(missing_ok=True)  # it speaks of a file that is gone
+    done = _read_journal(journal)
     try:
         with path.open("r+b" if done else "w+b", buffering=0) as file:
             file.truncate(layout.nbytes)

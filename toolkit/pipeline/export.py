@@ -18,7 +18,7 @@ from toolkit.bundle.manifest import write_manifest
 from toolkit.checkpoint.opened import Checkpoint
 from toolkit.errors import CheckpointError, RecipeError
 from toolkit.graph.decoder import build_decoder, save_graph
-from toolkit.machine import peak_rss_bytes
+from toolkit.machine import package_versions, peak_rss_bytes
 from toolkit.partition.pack import pack_weights
 from toolkit.pipeline.plan import check_machine, plan_export
 from toolkit.recipe import Recipe
@@ -63,7 +63,8 @@ def export_bundle(
         graph = build_decoder(config, plan.layout, names.MODEL_DATA_FILE, recipe.context_length)
         tokenizer_files = _tokenizer_files(checkpoint)
         request = {"recipe": asdict(recipe), "precision": precision, "synthetic": checkpoint.synthetic}
-        partial = _open_partial(out, {**request, "checkpoint": source.identity()})
+        begun_with = {"versions": package_versions(), "checkpoint": source.identity()}
+        partial = _open_partial(out, {**request, **begun_with})
         check_machine(plan, _written_bytes(partial))
     with clock.stage("pack"):
         packed = pack_weights(

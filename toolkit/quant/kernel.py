@@ -16,6 +16,10 @@ RTN: Final = 0
 KQUANT: Final = 1
 
 _F = np.float32
+# Below the first, 1/scale nears what float32 can hold and a block counts as zeros; below the second, the search's
+# products leave its range and the plain scale stays.
+_SMALLEST_SCALE: Final = np.float32(1e-36)
+_SMALLEST_SEARCHED: Final = np.float32(1e-9)
 # Weights are finite by the time they come here, and the sign of a zero means nothing.
 _OPTIONS: Final[dict[str, Any]] = {
     "nogil": True, "error_model": "numpy", "fastmath": {"nnan", "ninf", "nsz", "reassoc"},
@@ -48,7 +52,7 @@ def quantize_rows(
             for k in range(piece.size, block_size):
                 block[k] = _F(0)
             scale, zero = _range_scale(block, top, symmetric)
-            if algorithm == KQUANT:
+            if algorithm == KQUANT and abs(scale) > _SMALLEST_SEARCHED:
                 scale, zero = _search_scale(block, scale, zero, top, symmetric)
             noise += _round(block, scale, zero, top, levels)
             _pack(levels, bits, packed[row, j])
@@ -71,8 +75,10 @@ def _range_scale(block: Any, top: Any, symmetric: bool) -> Any:
         high = x if x > high else high
     if symmetric:
         half = (top + _F(1)) / _F(2)
-        return (low if -low > high else high) / -half, half
+        scale = (low if -low > high else high) / -half
+        return scale if abs(scale) > _SMALLEST_SCALE else _F(0), half
     scale = (high - low) / top
+    scale = scale if scale > _SMALLEST_SCALE else _F(0)
     return scale, _zero_point(low, scale, top)
 
 
