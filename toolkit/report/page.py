@@ -65,11 +65,6 @@ def _template() -> Template:
     return environment.get_template(_TEMPLATE)
 
 
-def write_page(report: Mapping[str, Any], path: Path) -> None:
-    """Writes the page to `path` as UTF-8."""
-    path.write_text(render_report(report), encoding="utf-8", newline="\n")
-
-
 def format_bytes(nbytes: float) -> str:
     """`812 MiB`, `14.2 GiB`: three significant digits."""
     unit, size = ("GiB", 2**30) if nbytes >= 2**30 else ("MiB", 2**20)
