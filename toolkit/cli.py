@@ -131,27 +131,37 @@ def inspect(path: Path, as_json: bool) -> None:
 @commands.command()
 @BUNDLE
 @AS_JSON
+def check(bundle: Path, as_json: bool) -> None:
+    """The genai_config.json of BUNDLE against its graph and what onnxruntime-genai reads."""
+    from toolkit.bundle.lint import lint_bundle
+
+    all_well = "genai_config.json fits the graph, and onnxruntime-genai 0.12.2 and later"
+    _print_problems(lint_bundle(bundle), all_well, as_json)
+
+
+@commands.command()
+@BUNDLE
+@AS_JSON
 def verify(bundle: Path, as_json: bool) -> None:
     """Every file of BUNDLE against its size and SHA-256."""
     from toolkit.bundle.manifest import verify_manifest
 
-    problems = verify_manifest(bundle)
-    if as_json:
-        click.echo(json.dumps({"passed": not problems, "problems": problems}, indent=2, ensure_ascii=False))
-    else:
-        click.echo("\n".join(problems) or "every file is as the manifest says")
-    if problems:
-        sys.exit(1)
+    _print_problems(verify_manifest(bundle), "every file is as the manifest says", as_json)
 
 
 @commands.command()
 @BUNDLE
 @click.option("--prompt", required=True, help="The question; the bundle's chat template is put around it.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=400, show_default=True)
-def generate(bundle: Path, prompt: str, max_new_tokens: int) -> None:
+@AS_JSON
+def generate(bundle: Path, prompt: str, max_new_tokens: int, as_json: bool) -> None:
     """Text from BUNDLE through onnxruntime-genai, streamed."""
     from toolkit.validate.conversation import Conversation
 
+    if as_json:
+        text = "".join(Conversation(bundle, max_new_tokens).ask(prompt))
+        click.echo(json.dumps({"prompt": prompt, "text": text}, indent=2, ensure_ascii=False))
+        return
     for piece in Conversation(bundle, max_new_tokens).ask(prompt):
         click.echo(piece, nl=False)
     click.echo()
@@ -230,6 +240,15 @@ def _open(recipe: Recipe | None, place: str | None, synthetic: bool) -> Checkpoi
     if facts is None:
         raise RecipeError("--synthetic needs the shapes: name a folder with a config.json with --checkpoint")
     return synthetic_checkpoint(facts)
+
+
+def _print_problems(problems: list[str], all_well: str, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps({"passed": not problems, "problems": problems}, indent=2, ensure_ascii=False))
+    else:
+        click.echo("\n".join(problems) or all_well)
+    if problems:
+        sys.exit(1)
 
 
 def _print_plan(plan: dict[str, Any], as_json: bool) -> None:

@@ -156,14 +156,6 @@ def save_graph(model: ir.Model, path: Path) -> None:
     ir.save(model, path)
 
 
-def operator_counts(path: Path) -> dict[str, int]:
-    """How often each op type stands in a graph file; its weights are not read."""
-    counts: dict[str, int] = {}
-    for node in ir.load(path).graph:
-        counts[node.op_type] = counts.get(node.op_type, 0) + 1
-    return dict(sorted(counts.items()))
-
-
 def _named(initializers: dict[str, ir.Value]) -> list[ir.Value]:
     for value in initializers.values():
         tensor = value.const_value

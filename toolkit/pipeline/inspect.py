@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from toolkit import names
+from toolkit.bundle.lint import lint_bundle
 from toolkit.bundle.manifest import read_manifest
 from toolkit.checkpoint.config import read_config
 from toolkit.checkpoint.weights import expected_tensors, open_weights
 from toolkit.errors import CheckpointError
-from toolkit.graph.decoder import operator_counts
+from toolkit.graph.interface import read_interface
 
 
 def inspect_path(path: Path) -> dict[str, Any]:
@@ -59,7 +60,8 @@ def _bundle(folder: Path) -> dict[str, Any]:
         "synthetic": manifest["synthetic"],
         "context_length": recipe["context_length"],
     }
-    facts["operators"] = operator_counts(folder / names.MODEL_FILE)
+    facts["operators"] = read_interface(folder / names.MODEL_FILE).operators
     facts["checkpoint"] = manifest["checkpoint"]
     facts["files"] = [{"name": entry["name"], "bytes": entry["bytes"]} for entry in manifest["files"]]
+    facts["problems"] = [{"problem": problem} for problem in lint_bundle(folder)]
     return facts
