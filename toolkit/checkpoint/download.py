@@ -37,4 +37,6 @@ def resolve_checkpoint(place: str) -> Path:
         return Path(snapshot_download(place, allow_patterns=list(_PATTERNS)))
     except Exception as problem:  # the client's errors have no common root short of Exception
         reason = str(problem).strip().splitlines()[0][:160]
-        raise CheckpointError(f"{place} could not be downloaded: {reason}; or pass --checkpoint FOLDER") from None
+        raise CheckpointError(
+            f"{place} could not be downloaded: {reason}; run again to resume, or pass --checkpoint FOLDER"
+        ) from None
