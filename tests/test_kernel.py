@@ -94,7 +94,7 @@ def _importance(blocks: Floats) -> Doubles:
 
 
 def _best_of_candidates(blocks: Floats, spec: QuantSpec) -> Doubles:
-    """The smallest weighted error of 19 ranges, [N, J], each with its integers kept and its scale refitted.
+    """The smallest weighted error of seven ranges, [N, J], each with its integers kept and its scale refitted.
 
     Integers and zero points are float32's, so that no tie falls otherwise; sums are float64's.
     """
@@ -103,7 +103,7 @@ def _best_of_candidates(blocks: Floats, spec: QuantSpec) -> Doubles:
     low = np.minimum(blocks.min(-1), 0)
     wide, weights = blocks.astype(np.float64), _importance(blocks)
     errors = []
-    for tenths in range(-9, 10):
+    for tenths in range(-9, 10, 3):
         candidate = start * (steps / (steps + np.float32(tenths) / np.float32(10)))
         zero = start_zero if spec.symmetric else _zero(low, candidate, spec)
         level = _levels(blocks, candidate, zero, spec).astype(np.float64) - zero[..., None]

@@ -6,7 +6,7 @@ operator's default of 2^(bits-1) holds (com.microsoft.MatMulNBits in ORT's Contr
 
 Algorithms, both without data:
 - `rtn` takes the scale from the range of a block.
-- `kquant` tries 19 ranges around it and keeps, block by block, what minimizes sum w (x - scale (q - zero))^2 with
+- `kquant` tries seven ranges around it and keeps, block by block, what minimizes sum w (x - scale (q - zero))^2 with
   w = rms(block) + |x|. For given integers l = q - zero the best scale is S(wxl)/S(wll), which removes S(wxl)^2/S(wll)
   from the error, so candidates are compared by that alone. After llama.cpp's make_qkx2_quants and make_qx_quants; those
   let the offset be any float and round it at the end, MatMulNBits takes integers, so here each candidate is judged with
