@@ -12,6 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from toolkit.checkpoint.opened import open_checkpoint
+from toolkit.errors import MachineError
+from toolkit.pipeline import plan
+from toolkit.pipeline.export import export_bundle
+from toolkit.recipe import load_recipe
+
 
 def _export(checkpoint: Path, out: Path, recipe: str = "cpu") -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "toolkit", "export", recipe, "--checkpoint", str(checkpoint), "--out", str(out)]
@@ -122,6 +128,7 @@ def test_full_disk_is_one_line_and_loses_nothing(tiny_r1: Path, tmp_path: Path) 
         (["--set", "context_length"], "expected key=value"),
         (["--set", "target=qpu"], "target 'qpu' is unknown (did you mean 'cpu'?)"),
         (["--set", "quantize.0.algorithm=kqant"], "did you mean 'kquant'?"),
+        (["--set", "validate.mean_kdl=0.1"], "no figure 'mean_kdl' (did you mean 'mean_kld'?)"),
         (["--no-such-option"], "No such option"),
     ],
 )
@@ -129,7 +136,22 @@ def test_bad_request_is_refused_with_one_line(words: list[str], message: str, tm
     command = [sys.executable, "-m", "toolkit", "export", "tiny-r1-cpu", "--out", str(tmp_path / "out"), *words]
     done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
     assert done.returncode == 2 and message in done.stderr.splitlines()[-1], done.stderr
-    assert not (tmp_path / "out").exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_little_disk_or_memory_is_said_before_anything_is_written(
+    tiny_r1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, checkpoint = load_recipe("tiny-r1-cpu"), open_checkpoint(tiny_r1)
+    usage = shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as small:
+        small.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1 << 20))
+        with pytest.raises(MachineError, match="the disk has 1 MiB free"):
+            export_bundle(recipe, checkpoint, tmp_path / "out")
+    monkeypatch.setattr(plan, "free_memory_bytes", lambda: 1 << 20)
+    with pytest.raises(MachineError, match="1 MiB of memory are free"):
+        export_bundle(recipe, checkpoint, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_unknown_recipe_key_names_the_nearest(tiny_r1: Path, tmp_path: Path) -> None:

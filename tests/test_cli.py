@@ -70,6 +70,17 @@ def test_bare_target_converts_a_checkpoint_without_a_recipe(tiny_r1: Path, tmp_p
     assert refused.returncode == 2 and "name what to convert with --checkpoint" in refused.stderr
 
 
+def test_synthetic_weights_of_a_folder_without_a_recipe_can_be_validated(stories260k: Path, tmp_path: Path) -> None:
+    out = tmp_path / "b"
+    done = run("export", "cpu", "--synthetic", "--checkpoint", str(stories260k), "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    refused = run("validate", str(out))
+    assert refused.returncode == 2 and "name a folder with a config.json" in refused.stderr
+    words = ["--checkpoint", str(stories260k), "--tokens", "64", "--no-speed", "--json"]
+    report = json.loads(run("validate", str(out), *words).stdout)
+    assert report["synthetic"] and report["parity"]["tokens"] >= 64
+
+
 def test_set_changes_the_recipe(tiny_r1: Path, tmp_path: Path) -> None:
     changes = ["--set", "quantize.0={match: '*.down_proj', bits: 8}", "--set", "quantize.1={match: '*'}"]
     done = run("export", "tiny-r1-cpu", "--out", str(tmp_path / "b"), "--no-validate", *changes)

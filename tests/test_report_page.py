@@ -21,6 +21,7 @@ from toolkit.report.page import (
     render_report,
     wilson_interval,
 )
+from toolkit.report.summary import judge
 
 ROLES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 OWN_SECTIONS = (
@@ -316,3 +317,11 @@ def test_wilson_interval_holds_the_textbook_values() -> None:
     low, high = wilson_interval(0.5, 100) or (0, 0)
     assert (round(low, 3), round(high, 3)) == (0.404, 0.596)
     assert wilson_interval(0.5, 0) is None
+
+
+def test_a_check_that_was_not_measured_is_shown_and_is_no_pass() -> None:
+    verdict = judge({"parity": {"mean_kld": 0.001}}, {"mean_kld": 0.01, "accuracy_drop": 0.02})
+    assert [check["passed"] for check in verdict["checks"]] == [True, False] and not verdict["passed"]
+    assert "value" not in verdict["checks"][1]
+    assert "not measured" in render_report({"verdict": verdict})
+    assert not judge({"parity": {"mean_kld": 0.001}}, {})["passed"]

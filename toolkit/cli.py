@@ -18,7 +18,6 @@ from toolkit.errors import ToolkitError
 
 if TYPE_CHECKING:
     from toolkit.checkpoint.opened import Checkpoint
-    from toolkit.recipe import Recipe
 
 BUNDLE = click.argument("bundle", type=click.Path(path_type=Path))
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, the rest on stderr.")
@@ -71,7 +70,8 @@ def export(
 
     loaded = load_recipe(recipe, changes, checkpoint)
     place = out or Path("build") / loaded.name
-    opened = _open(loaded, checkpoint, synthetic or (dry_run and not checkpoint))
+    shapes_alone = synthetic or (dry_run and not checkpoint)
+    opened = _open(checkpoint or (None if shapes_alone else loaded.model), loaded.facts(), shapes_alone)
     if recipe in TARGETS and not any(change.startswith("context_length=") for change in changes):
         loaded = shorten_context(loaded, opened.config)
     if dry_run:
@@ -97,14 +97,12 @@ def export(
 def validate(bundle: Path, checkpoint: str | None, as_json: bool, **effort: Any) -> None:
     """Compare BUNDLE with its checkpoint, token by token and answer by answer; rewrite its report."""
     from toolkit.bundle.manifest import read_manifest
-    from toolkit.recipe import load_recipe
+    from toolkit.recipe import model_facts
 
     manifest = read_manifest(bundle)
-    made_by = manifest["recipe"]
-    if manifest["synthetic"]:
-        opened = _open(load_recipe(made_by["name"]), None, synthetic=True)
-    else:
-        opened = _open(None, checkpoint or made_by["model"], synthetic=False)
+    made_by, synthetic = manifest["recipe"], manifest["synthetic"]
+    place = checkpoint or (None if synthetic else made_by["model"])
+    opened = _open(place, model_facts(made_by["name"], made_by["target"]), synthetic)
     _validate(bundle, opened, effort, as_json)
 
 
@@ -229,17 +227,16 @@ def recipes(as_json: bool) -> None:
         )
 
 
-def _open(recipe: Recipe | None, place: str | None, synthetic: bool) -> Checkpoint:
+def _open(place: str | None, facts: Path | None, synthetic: bool) -> Checkpoint:
+    """The checkpoint at `place`; for random weights the shapes of `place`, or else of the model's facts."""
     from toolkit.checkpoint.download import resolve_checkpoint
     from toolkit.checkpoint.opened import open_checkpoint, synthetic_checkpoint
     from toolkit.errors import RecipeError
 
-    if not synthetic:
-        return open_checkpoint(resolve_checkpoint(place or (recipe.model if recipe else "")))
-    facts = resolve_checkpoint(place) if place else (recipe.facts() if recipe else None)
-    if facts is None:
+    folder = resolve_checkpoint(place) if place else facts
+    if folder is None:
         raise RecipeError("--synthetic needs the shapes: name a folder with a config.json with --checkpoint")
-    return synthetic_checkpoint(facts)
+    return synthetic_checkpoint(folder) if synthetic else open_checkpoint(folder)
 
 
 def _print_problems(problems: list[str], all_well: str, as_json: bool) -> None:
@@ -299,7 +296,8 @@ def _print_verdict(bundle: Path, report: dict[str, Any]) -> None:
         click.echo(f"speed: {prefill:.0f} prefill, {decode:.1f} decode tokens/s, {speed['threads']} threads")
     for check in report["verdict"]["checks"]:
         word = "pass" if check["passed"] else "FAIL"
-        click.echo(f"{word}: {check['name']} {check['value']:.3g} (threshold {check['threshold']:g})")
+        value = f"{check['value']:.3g}" if "value" in check else "was not measured"
+        click.echo(f"{word}: {check['name']} {value} (threshold {check['threshold']:g})")
     click.echo(f"report: {bundle / 'report.html'}")
 
 

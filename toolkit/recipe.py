@@ -20,6 +20,12 @@ _ROOTS = (_HERE / "data", _HERE.parent)
 ALGORITHMS: Final = ("rtn", "kquant")
 BITS: Final = (4, 8)
 BLOCK_SIZES: Final = (16, 32, 64, 128, 256)
+# Figures of report.json that a recipe may set a threshold on.
+FIGURES: Final = (
+    "max_abs_logit_error", "mean_kld", "median_kld", "p99_kld", "p999_kld", "top1_agreement", "perplexity",
+    "greedy_match_tokens", "accuracy", "accuracy_drop", "ttft_s", "prefill_tokens_per_s", "decode_tokens_per_s",
+    "peak_rss_bytes",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -63,8 +69,13 @@ class Recipe:
 
     def facts(self) -> Path | None:
         """The folder under `models/` with the true config of this recipe's model, if the toolkit has one."""
-        folder = data_folder("models") / self.name.removesuffix(f"-{self.target}")
-        return folder if (folder / CONFIG_FILE).is_file() else None
+        return model_facts(self.name, self.target)
+
+
+def model_facts(recipe_name: str, target: str) -> Path | None:
+    """`models/<model>` for a recipe called `<model>-<target>`, if there is one."""
+    folder = data_folder("models") / recipe_name.removesuffix(f"-{target}")
+    return folder if (folder / CONFIG_FILE).is_file() else None
 
 
 def data_folder(kind: str) -> Path:
@@ -208,6 +219,10 @@ def _check_values(recipe: Recipe, where: str) -> None:
         isinstance(v, int | float) and not isinstance(v, bool) for v in thresholds.values()
     ):
         raise RecipeError(f"{where}: validate is {thresholds!r}, expected figures with their thresholds")
+    for figure in thresholds:
+        if figure not in FIGURES:
+            hint = nearest(str(figure), FIGURES)
+            raise RecipeError(f"{where}: validate has no figure {figure!r}{hint}, expected {', '.join(FIGURES)}")
 
 
 def _check_keys(raw: dict[str, Any], kind: type[Any], where: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from toolkit import names
 from toolkit.checkpoint.config import ModelConfig
+from toolkit.errors import BundleError
 
 # Reserved tokens that never stand in text. The distills ship pad = eos, and eos stands between turns.
 _PAD_TOKENS: Final = ("<|fim_pad|>", "<|finetune_right_pad_id|>")
@@ -61,6 +62,18 @@ def genai_config(config: ModelConfig, checkpoint: Path, context_length: int) -> 
     if model["bos_token_id"] is None:
         del model["bos_token_id"]
     return {"model": model, "search": search}
+
+
+def read_genai_config(bundle: Path) -> dict[str, Any]:
+    """The file of a bundle; raises BundleError if it is missing or is not a JSON object."""
+    path = bundle / names.GENAI_CONFIG_FILE
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as problem:
+        raise BundleError(f"{path} cannot be read: {problem}") from None
+    if not isinstance(config, dict):
+        raise BundleError(f"{path} holds a {type(config).__name__}, expected an object")
+    return config
 
 
 def pad_token_id(config: ModelConfig, checkpoint: Path) -> int:

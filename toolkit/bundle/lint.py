@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from toolkit import names
-from toolkit.errors import BundleError
+from toolkit.bundle.genai_config import read_genai_config
 from toolkit.graph.interface import GraphInterface, read_interface
 
 # What every version from 0.12.2 on reads of one-graph decoders, by object (src/config.cpp of onnxruntime-genai).
@@ -37,7 +37,7 @@ def lint_bundle(bundle: Path) -> list[str]:
 
     Raises BundleError if the file is missing or is not a JSON object.
     """
-    config = _read(bundle / names.GENAI_CONFIG_FILE)
+    config = read_genai_config(bundle)
     problems = _unknown_keys(config)
     model, search = config.get("model", {}), config.get("search", {})
     decoder = model.get("decoder", {})
@@ -50,16 +50,6 @@ def lint_bundle(bundle: Path) -> list[str]:
     problems += _lengths(model, search)
     problems += _pad(model, bundle)
     return problems
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as problem:
-        raise BundleError(f"{path} cannot be read: {problem}") from None
-    if not isinstance(config, dict):
-        raise BundleError(f"{path} holds a {type(config).__name__}, expected an object")
-    return config
 
 
 def _unknown_keys(config: dict[str, Any]) -> list[str]:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from threading import Lock
 from typing import Final
@@ -73,21 +74,21 @@ def scan_file(
     buffers = _Buffers(max(piece.nbytes for piece in pieces) + 2 * _PAGE)
     try:
         with ThreadPoolExecutor(_READS_AHEAD) as readers, ThreadPoolExecutor(1) as hasher:
+            upcoming = iter(pieces)
             ahead: deque[tuple[_Piece, Bytes, Future[Bytes]]] = deque()
-            for piece in [*pieces, *[None] * _READS_AHEAD]:
-                if piece:
-                    buffer = buffers.take()
-                    ahead.append((piece, buffer, readers.submit(reader.read, piece, buffer)))
-                if len(ahead) < _READS_AHEAD and piece:
-                    continue
-                if not ahead:
-                    break
-                read, buffer, future = ahead.popleft()
+            for piece in islice(upcoming, _READS_AHEAD):
+                buffer = buffers.take()
+                ahead.append((piece, buffer, readers.submit(reader.read, piece, buffer)))
+            while ahead:
+                piece, buffer, future = ahead.popleft()
                 raw = future.result()
                 hashed = hasher.submit(sha.update, raw.data)
                 release = partial(buffers.give_back, buffer, hashed)
-                if read.name:
-                    yield Rows(read.name, read.start, read.stop, raw, release)
+                for later in islice(upcoming, 1):
+                    memory = buffers.take()
+                    ahead.append((later, memory, readers.submit(reader.read, later, memory)))
+                if piece.name:
+                    yield Rows(piece.name, piece.start, piece.stop, raw, release)
                 else:
                     release()
             hasher.submit(_nothing).result()

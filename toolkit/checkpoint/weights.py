@@ -7,6 +7,7 @@ every file once from end to end.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Final, Protocol
@@ -174,6 +175,11 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         for module, width in norms.items():
             expected[names.weight(names.layer_module(layer_index, module))] = (width,)
     return expected
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """How many numbers a checkpoint of this config holds."""
+    return sum(math.prod(shape) for shape in expected_tensors(config).values())
 
 
 def open_weights(folder: Path, config: ModelConfig) -> SafetensorsWeights:

@@ -26,6 +26,7 @@ CHUNK_BYTES: Final = 2 << 20
 # What one fsync covers: often enough that a kill costs seconds, seldom enough that the disk keeps streaming.
 _COMMIT_BYTES: Final = 256 << 20
 
+
 @dataclass(frozen=True)
 class TensorError:
     """What quantizing one checkpoint tensor cost: sums of squares of the weights and of their errors."""

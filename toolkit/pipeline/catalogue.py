@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,7 @@ def recipe_rows() -> list[dict[str, Any]]:
 
 def _here(plan: ExportPlan) -> str:
     """Whether disk allows the export and memory a run; the export itself needs little memory."""
-    if shutil.disk_usage(Path.cwd()).free < plan.disk_needed_bytes:
+    if plan.disk_free_bytes < plan.disk_needed_bytes:
         return "too little disk to export"
     # A run holds the weights about once, packed anew for the kernels, and the whole KV cache.
     if free_memory_bytes() < sum(plan.files.values()) * 1.2 + plan.kv_cache_bytes:

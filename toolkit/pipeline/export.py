@@ -64,8 +64,8 @@ def export_bundle(
         tokenizer_files = _tokenizer_files(checkpoint)
         request = {"recipe": asdict(recipe), "precision": precision, "synthetic": checkpoint.synthetic}
         begun_with = {"versions": package_versions(), "checkpoint": source.identity()}
+        check_machine(plan, _written_bytes(_partial(out)))
         partial = _open_partial(out, {**request, **begun_with})
-        check_machine(plan, _written_bytes(partial))
     with clock.stage("pack"):
         packed = pack_weights(
             source, plan.layout, partial / names.MODEL_DATA_FILE, partial / _JOURNAL_FILE, progress
@@ -111,7 +111,7 @@ def _open_partial(out: Path, request: Mapping[str, object]) -> Path:
     shutil.rmtree(_old(out), ignore_errors=True)
     if out.exists() and not (out / names.MANIFEST_FILE).is_file():
         raise RecipeError(f"{out} exists and is not a bundle: name another --out, it will not be overwritten")
-    partial = out.with_name(out.name + ".partial")
+    partial = _partial(out)
     text = json.dumps(request)
     marker = partial / _REQUEST_FILE
     if not (marker.is_file() and marker.read_text(encoding="utf-8") == text):
@@ -138,6 +138,10 @@ def _replace(out: Path, partial: Path) -> None:
         os.replace(out, _old(out))
     os.replace(partial, out)
     shutil.rmtree(_old(out), ignore_errors=True)
+
+
+def _partial(out: Path) -> Path:
+    return out.with_name(out.name + ".partial")
 
 
 def _old(out: Path) -> Path:

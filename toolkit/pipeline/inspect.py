@@ -11,7 +11,7 @@ from toolkit import names
 from toolkit.bundle.lint import lint_bundle
 from toolkit.bundle.manifest import read_manifest
 from toolkit.checkpoint.config import read_config
-from toolkit.checkpoint.weights import expected_tensors, open_weights
+from toolkit.checkpoint.weights import open_weights, parameter_count
 from toolkit.errors import CheckpointError
 from toolkit.graph.interface import read_interface
 
@@ -27,14 +27,7 @@ def inspect_path(path: Path) -> dict[str, Any]:
 
 def _checkpoint(folder: Path) -> dict[str, Any]:
     config = read_config(folder)
-    shapes = expected_tensors(config)
-    parameters = 0
-    for shape in shapes.values():
-        count = 1
-        for extent in shape:
-            count *= extent
-        parameters += count
-    facts: dict[str, Any] = {"kind": "checkpoint", "parameters": parameters}
+    facts: dict[str, Any] = {"kind": "checkpoint", "parameters": parameter_count(config)}
     for key, value in asdict(config).items():
         if key == "sliding_windows":
             facts["sliding_layers"] = sum(window is not None for window in value)

@@ -13,15 +13,15 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from toolkit import names
+from toolkit.bundle.genai_config import read_genai_config
 from toolkit.bundle.manifest import read_manifest
-from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.opened import Checkpoint
-from toolkit.checkpoint.weights import expected_tensors
+from toolkit.checkpoint.weights import parameter_count
 from toolkit.errors import BundleError, CheckpointError
 from toolkit.machine import free_memory_bytes
-from toolkit.recipe import data_folder
+from toolkit.recipe import data_folder, model_facts
 from toolkit.reference.decoder import head_logits, reference_hidden
-from toolkit.report.summary import judge, read_report, write_report
+from toolkit.report.summary import judge, read_report, section_of, write_report
 from toolkit.validate.parity import Comparison, matching_prefix
 from toolkit.validate.rounded import PLAIN_BITS_PER_WEIGHT, PLAIN_NAME, plain_rounding
 from toolkit.validate.session import AllPositions, continuations
@@ -84,9 +84,10 @@ def judge_bundle(
 
 
 def _thresholds(manifest: dict[str, Any], report: dict[str, Any]) -> dict[str, float]:
-    """The recipe's, or those of an unquantized bundle; a check on tasks stands only where there are tasks."""
+    """The recipe's, or those of an unquantized bundle; what was left out on request is not checked, and said to be."""
     wanted = _FP32_THRESHOLDS if manifest["precision"] == "fp32" else manifest["recipe"]["validate"]
-    return {k: v for k, v in wanted.items() if "tasks" in report or not k.startswith("accuracy")}
+    left_out = {section for section in ("tasks", "speed") if section not in report}
+    return {name: limit for name, limit in wanted.items() if section_of(name) not in left_out}
 
 
 def _check_same(manifest: dict[str, Any], checkpoint: Checkpoint) -> None:
@@ -147,7 +148,7 @@ def _tasks_section(
     """Accuracy of bundle and reference; the baseline's goes into its own section. The reference answers only where
     its weights fit into memory."""
     stop_ids = _eos_token_ids(bundle)
-    resident = 8 * _parameters(checkpoint.config) < free_memory_bytes()
+    resident = 8 * parameter_count(checkpoint.config) < free_memory_bytes()
     rows = []
     for task in tasks:
         progress(f"task {task.name}: {len(task.answers)} questions")
@@ -168,9 +169,8 @@ def _tasks_section(
 
 
 def _speed_section(bundle: Path) -> dict[str, Any]:
-    config = json.loads((bundle / names.GENAI_CONFIG_FILE).read_text(encoding="utf-8"))
     prompt, new, repeat = _BENCH
-    room = config["model"]["context_length"]
+    room = read_genai_config(bundle)["model"]["context_length"]
     if prompt + new > room:
         prompt, new = room // 2, room - room // 2
     return measure_speed_apart(bundle, prompt, new, repeat)
@@ -215,14 +215,10 @@ def _texts(path: Path) -> list[str]:
 def _task_file(task: str, recipe: dict[str, Any], checkpoint: Checkpoint) -> Path:
     """A task's questions: the checkpoint's own, or those beside the model's facts."""
     own = checkpoint.folder / f"{task}.jsonl"
-    facts = data_folder("models") / recipe["name"].removesuffix(f"-{recipe['target']}")
-    return own if own.is_file() else facts / own.name
+    facts = model_facts(recipe["name"], recipe["target"])
+    return facts / own.name if facts and not own.is_file() else own
 
 
 def _eos_token_ids(bundle: Path) -> set[int]:
-    eos = json.loads((bundle / names.GENAI_CONFIG_FILE).read_text(encoding="utf-8"))["model"]["eos_token_id"]
+    eos = read_genai_config(bundle)["model"]["eos_token_id"]
     return set(eos if isinstance(eos, list) else [eos])
-
-
-def _parameters(config: ModelConfig) -> int:
-    return sum(int(np.prod(shape)) for shape in expected_tensors(config).values())

@@ -179,20 +179,19 @@ def _mean_accuracy(tasks: Sequence[Section], key: str) -> float | None:
 
 def _check(check: Section) -> dict[str, Any]:
     """A row of the checks table."""
-    name, value, threshold, passed = check["name"], check["value"], check["threshold"], check["passed"]
+    name, threshold, passed = check["name"], check["threshold"], check["passed"]
     at_least = check["relation"] == ">="
+    row = {"name": name, "passed": passed, "limit": ("≥ " if at_least else "≤ ") + _format_figure(name, threshold)}
+    if "value" not in check:
+        return {**row, "value": "not measured", "meter": ""}
+    value = check["value"]
     if at_least and 0 <= threshold <= 1:
         used = _ratio(1 - value, 1 - threshold)
     else:
         used = _ratio(threshold, value) if at_least else _ratio(value, threshold)
     label = f"{format_percent(used)} of the limit used" if used <= _METER_END else "beyond the limit"
-    return {
-        "name": name,
-        "passed": passed,
-        "value": _format_figure(name, value),
-        "limit": ("≥ " if at_least else "≤ ") + _format_figure(name, threshold),
-        "meter": charts.meter(used / _METER_END, "pass" if passed else "fail", label, 1 / _METER_END),
-    }
+    meter = charts.meter(used / _METER_END, "pass" if passed else "fail", label, 1 / _METER_END)
+    return {**row, "value": _format_figure(name, value), "meter": meter}
 
 
 def _ratio(value: float, limit: float) -> float:

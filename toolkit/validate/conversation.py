@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit import names
+from toolkit.bundle.genai_config import read_genai_config
 from toolkit.errors import BundleError
 from toolkit.validate.session import open_model
 
@@ -24,8 +25,7 @@ class Conversation:
         self._og, self._model, _ = open_model(bundle)
         self._tokenizer = self._og.Tokenizer(self._model)
         self._max_new_tokens = max_new_tokens
-        settings = json.loads((bundle / names.GENAI_CONFIG_FILE).read_text(encoding="utf-8"))
-        self._context_length = int(settings["model"]["context_length"])
+        self._context_length = int(read_genai_config(bundle)["model"]["context_length"])
         self._messages: list[dict[str, str]] = []
 
     def ask(self, question: str) -> Iterator[str]:

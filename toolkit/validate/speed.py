@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from toolkit import names
+from toolkit.bundle.genai_config import read_genai_config
 from toolkit.errors import BundleError
 from toolkit.machine import peak_rss_bytes, physical_cores
 from toolkit.validate.session import open_model
@@ -32,7 +32,7 @@ def measure_speed(bundle: Path, prompt_tokens: int, new_tokens: int, repeat: int
     Raises BundleError if prompt and continuation do not fit the bundle's context.
     """
     og, model, load_s = open_model(bundle)
-    config = json.loads((bundle / names.GENAI_CONFIG_FILE).read_text(encoding="utf-8"))["model"]
+    config = read_genai_config(bundle)["model"]
     length = prompt_tokens + new_tokens
     if min(prompt_tokens, new_tokens - 1, repeat) < 1 or length > config["context_length"]:
         raise BundleError(
@@ -81,5 +81,5 @@ def measure_speed_apart(bundle: Path, prompt_tokens: int, new_tokens: int, repea
 
 def _threads(bundle: Path) -> int:
     """The threads ORT uses; 0 in the file means one for each physical core."""
-    decoder = json.loads((bundle / names.GENAI_CONFIG_FILE).read_text(encoding="utf-8"))["model"]["decoder"]
+    decoder = read_genai_config(bundle)["model"]["decoder"]
     return int(decoder["session_options"].get("intra_op_num_threads", 0)) or physical_cores()
