@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import zlib
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -194,3 +198,17 @@ def test_tiny_weights_stay_finite_and_zeros_stay_zero(algorithm: str, size: floa
     assert (values[weight == 0] == 0).all()
     if size > 1e-34:
         assert np.abs(values - weight).max() <= size / 7
+
+
+def test_compiled_and_cached_code_make_the_same_bytes(tmp_path: Path) -> None:
+    code = (
+        "import hashlib, numpy as np; from toolkit.quant.blockwise import *\n"
+        "w = np.random.default_rng(0).standard_t(3, (512, 2048)).astype(np.float32)\n"
+        "for spec in (QuantSpec(4, 32, False, 'kquant'), QuantSpec(8, 32, True, 'kquant'), QuantSpec(8, 128)):\n"
+        "    b = quantize_blocks(w, spec); print(hashlib.sha256(b.packed.tobytes() + b.scales.tobytes()).hexdigest())"
+    )
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    runs = [subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+            for _ in range(2)]  # fmt: skip
+    assert list(tmp_path.rglob("*.nbc"))
+    assert runs[0].stdout == runs[1].stdout and len(runs[0].stdout.split()) == 3

@@ -177,7 +177,7 @@ def dot_strip(values: Sequence[float], low: float, high: float, label: str, cent
         else:
             parts.append(_tag("circle", {"cx": x, "cy": 9, "r": 4, "class": "dot"}))
     if centre is not None:
-        x = _percent((centre - low) * 100 / span)
+        x = _percent(min(max((centre - low) * 100 / span, 0.0), 100.0))
         parts.append(_tag("line", {"x1": x, "x2": x, "y1": 1, "y2": 17, "class": "centre"}))
     return _svg("strip", 18, label, parts)
 
