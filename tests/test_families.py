@@ -11,15 +11,11 @@ import pytest
 import torch
 import transformers
 
+from tests.graphs import WINDOW, write_graphs
 from toolkit.checkpoint.config import read_config
-from toolkit.checkpoint.opened import open_checkpoint
-from toolkit.checkpoint.padded_heads import pad_heads
 from toolkit.checkpoint.weights import open_weights
-from toolkit.graph.decoder import HEAD_DIM_MULTIPLE, build_decoder, save_graph
-from toolkit.graph.layout import plan_layout
-from toolkit.partition.pack import pack_weights
 from toolkit.reference.decoder import reference_logits
-from toolkit.validate.session import AllPositions
+from toolkit.validate.positions import open_positions
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 LLAMA3 = {
@@ -59,14 +55,6 @@ def make_checkpoint(family: str, extra: dict[str, Any], folder: Path) -> torch.n
     return model
 
 
-def write_graph(checkpoint: Path, folder: Path) -> None:
-    """The fp32 graph of a checkpoint, with its data, into `folder`."""
-    padded = pad_heads(open_checkpoint(checkpoint), HEAD_DIM_MULTIPLE)
-    layout = plan_layout(padded.config, None)
-    pack_weights(padded.source, layout, folder / "model.onnx.data", folder / "journal")
-    save_graph(build_decoder(padded.config, layout, "model.onnx.data", 64), folder / "model.onnx")
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_reference_and_graph_match_transformers(case: str, tmp_path: Path) -> None:
     family, extra = CASES[case]
@@ -78,21 +66,25 @@ def test_reference_and_graph_match_transformers(case: str, tmp_path: Path) -> No
     source = open_weights(tmp_path, config)
     (reference,) = reference_logits(config, source, [ids])
     assert np.abs(reference - oracle).max() <= 1e-3
-    write_graph(tmp_path, tmp_path)
-    onnx.checker.check_model(str(tmp_path / "model.onnx"))
-    session = AllPositions(tmp_path)
-    assert np.abs(session.logits(ids) - oracle).max() <= 1e-3
-    # The same tokens as a prompt and single steps: the cache, and sliding windows that move over it.
-    assert np.abs(session.logits(ids, prompt=7) - oracle).max() <= 1e-3
+    for target in ("cpu", "cpu-split"):
+        write_graphs(tmp_path, tmp_path / target, target)
+        for graph in (tmp_path / target).glob("*.onnx"):
+            onnx.checker.check_model(str(graph))
+        bundle = open_positions(tmp_path / target)
+        assert np.abs(bundle.logits(ids) - oracle).max() <= 1e-3
+        # The same tokens as a prompt and single steps: the cache, and sliding windows that move over it.
+        for prompt in (1, WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW, 2 * WINDOW + 3):
+            assert np.abs(bundle.logits(ids, prompt) - oracle).max() <= 1e-3
 
 
 def test_reference_and_graph_match_transformers_on_a_trained_llama(stories260k: Path, tmp_path: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(stories260k, dtype=torch.float32).eval()
-    ids = [1, *(int(i) for i in np.random.default_rng(4).integers(3, 512, 60))]
+    ids = [1, *(int(i) for i in np.random.default_rng(4).integers(3, 512, 55))]
     with torch.no_grad():
         oracle = model(torch.tensor([ids])).logits[0].numpy()
     config = read_config(stories260k)
     (reference,) = reference_logits(config, open_weights(stories260k, config), [ids])
     assert np.abs(reference - oracle).max() <= 1e-3
-    write_graph(stories260k, tmp_path)
-    assert np.abs(AllPositions(tmp_path).logits(ids, prompt=20) - oracle).max() <= 1e-3
+    for target in ("cpu", "cpu-split"):
+        write_graphs(stories260k, tmp_path / target, target)
+        assert np.abs(open_positions(tmp_path / target).logits(ids, prompt=20) - oracle).max() <= 1e-3

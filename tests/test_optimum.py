@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.test_families import CASES, make_checkpoint, write_graph
-from toolkit.validate.session import AllPositions
+from tests.graphs import write_graphs
+from tests.test_families import CASES, make_checkpoint
+from toolkit.validate.positions import open_positions
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the tracer's own, by the dozen
 onnx_export = pytest.importorskip("optimum.exporters.onnx", reason="optimum-onnx is not installed")
@@ -29,5 +30,5 @@ def test_fp32_graph_agrees_with_optimums_export(case: str, tmp_path: Path) -> No
     feed["position_ids"] = np.arange(40)[None]
     names = [value.name for value in session.get_inputs()]
     (theirs,) = session.run(["logits"], {name: feed[name] for name in names})
-    write_graph(tmp_path / "checkpoint", tmp_path)
-    assert np.abs(AllPositions(tmp_path).logits(ids) - theirs[0]).max() <= 1e-3
+    write_graphs(tmp_path / "checkpoint", tmp_path)
+    assert np.abs(open_positions(tmp_path).logits(ids) - theirs[0]).max() <= 1e-3

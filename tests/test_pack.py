@@ -19,10 +19,12 @@ from toolkit.checkpoint.weights import WeightSource
 from toolkit.errors import NonFiniteError
 from toolkit.graph.layout import Layout, Unit, plan_layout
 from toolkit.partition import pack, prefix_hash
+from toolkit.partition.data_files import Destination
 from toolkit.partition.pack import PackResult, pack_weights
 from toolkit.partition.prefix_hash import PrefixHash
 from toolkit.quant.blockwise import quantize_blocks
 from toolkit.recipe import QuantRule, Recipe
+from toolkit.target import TARGETS
 
 RULES = (
     QuantRule("lm_head", "kquant", 8, 128),
@@ -79,19 +81,19 @@ def source(request: pytest.FixtureRequest, stories260k: Path) -> WeightSource:
 
 @pytest.fixture(params=RECIPES)
 def layout(request: pytest.FixtureRequest, stories260k: Path) -> Layout:
-    return plan_layout(read_config(stories260k), RECIPES[request.param])
+    return plan_layout(read_config(stories260k), TARGETS["cpu"], RECIPES[request.param])
 
 
 def _pack(source: WeightSource, layout: Layout, folder: Path) -> PackResult:
-    return pack_weights(source, layout, folder / "data", folder / "journal")
+    return pack_weights(source, [Destination(layout, folder)])[0]
 
 
 def _bytes(folder: Path) -> bytes:
-    return (folder / "data").read_bytes()
+    return (folder / "model.onnx.data").read_bytes()
 
 
 def _journaled(folder: Path) -> list[str]:
-    return [json.loads(line)["tensor"] for line in (folder / "journal").read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line)["tensor"] for line in (folder / "journal.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def _ranges(layout: Layout, tensor: str) -> Iterator[tuple[int, int]]:
@@ -123,7 +125,7 @@ def _expected(source: WeightSource, layout: Layout) -> bytes:
 
 def test_some_units_stack_and_some_do_not(stories260k: Path) -> None:
     """What RULES is for."""
-    layout = plan_layout(read_config(stories260k), RECIPES["quantized"])
+    layout = plan_layout(read_config(stories260k), TARGETS["cpu"], RECIPES["quantized"])
     assert {len(unit.sources) for unit in layout.units.values()} == {1, 3}
 
 
@@ -133,10 +135,10 @@ def test_bytes_and_hash_do_not_depend_on_chunks(
 ) -> None:
     monkeypatch.setattr(pack, "CHUNK_BYTES", chunk_bytes)
     finished: list[str] = []
-    result = pack_weights(source, layout, tmp_path / "data", tmp_path / "journal", finished.append)
+    result = pack_weights(source, [Destination(layout, tmp_path)], finished.append)[0]
     data = _bytes(tmp_path)
     assert data == _expected(source, layout)
-    assert result.sha256 == hashlib.sha256(data).hexdigest()
+    assert result.sha256["model.onnx.data"] == hashlib.sha256(data).hexdigest()
     tensors = sorted(name for unit in layout.units.values() for name in unit.sources)
     assert sorted(finished) == sorted(_journaled(tmp_path)) == sorted(e.tensor for e in result.errors) == tensors
     for error in result.errors:
@@ -151,12 +153,12 @@ def test_resuming_decodes_only_what_the_journal_does_not_name(
     monkeypatch.setattr(pack, "fits_the_page_cache", lambda nbytes: keep_cached)
     whole = _pack(source, layout, tmp_path)
     data = _bytes(tmp_path)
-    lines = (tmp_path / "journal").read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = (tmp_path / "journal.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     kept = [lines[i] for i in np.random.default_rng(0).permutation(len(lines))[::2]]
-    (tmp_path / "journal").write_text("".join(kept) + lines[0][:20], encoding="utf-8")
+    (tmp_path / "journal.jsonl").write_text("".join(kept) + lines[0][:20], encoding="utf-8")
     done = {json.loads(line)["tensor"] for line in kept}
     left = {name for unit in layout.units.values() for name in unit.sources} - done
-    with (tmp_path / "data").open("r+b") as file:
+    with (tmp_path / "model.onnx.data").open("r+b") as file:
         for begin, end in (place for name in left for place in _ranges(layout, name)):
             file.seek(begin)
             file.write(b"\xa5" * (end - begin))
@@ -164,7 +166,7 @@ def test_resuming_decodes_only_what_the_journal_does_not_name(
     again = _pack(watched, layout, tmp_path)
     assert watched.decoded == left
     assert _bytes(tmp_path) == data
-    assert again.sha256 == whole.sha256 == hashlib.sha256(data).hexdigest()
+    assert again.sha256 == whole.sha256 == {"model.onnx.data": hashlib.sha256(data).hexdigest()}
     # Rows of one tensor may be added up in another order.
     first, second = ({e.tensor: (e.signal, e.noise) for e in result.errors} for result in (whole, again))
     assert first.keys() == second.keys()
@@ -203,7 +205,7 @@ def test_an_error_leaves_a_journal_of_whole_tensors(
         for begin, end in _ranges(layout, name):
             assert data[begin:end] == expected[begin:end]
     watched = Watched(source)
-    assert _pack(watched, layout, tmp_path).sha256 == hashlib.sha256(expected).hexdigest()
+    assert _pack(watched, layout, tmp_path).sha256 == {"model.onnx.data": hashlib.sha256(expected).hexdigest()}
     assert _bytes(tmp_path) == expected
     assert watched.decoded.isdisjoint(named)
 
@@ -221,7 +223,7 @@ def test_prefix_hash_of_tensors_in_any_order(
     layout: Layout, seed: int, keep_cached: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(prefix_hash, "_READ_BYTES", 10_007)
-    path = tmp_path / "data"
+    path = tmp_path / "model.onnx.data"
     path.write_bytes(bytes(layout.nbytes))
     rng = np.random.default_rng(seed)
     tensors = [name for unit in layout.units.values() for name in unit.sources]
@@ -230,7 +232,7 @@ def test_prefix_hash_of_tensors_in_any_order(
     order = tensors if seed == 0 else order
     units = {name: unit for unit in layout.units.values() for name in unit.sources}
     missing = {unit.name: set(unit.sources) for unit in layout.units.values()}
-    running = PrefixHash(layout, path, keep_cached)
+    running = PrefixHash(layout.units.values(), layout.nbytes, path, keep_cached)
     while order:
         batch, order = order[:3], order[3:]
         for name in batch:
@@ -247,7 +249,7 @@ def test_a_journal_whose_data_file_is_gone_names_nothing(
 ) -> None:
     whole = _pack(source, layout, tmp_path)
     expected = _bytes(tmp_path)
-    (tmp_path / "data").unlink()
+    (tmp_path / "model.onnx.data").unlink()
     broken = next(iter(layout.units.values())).sources[0]
     with pytest.raises(NonFiniteError):
         _pack(Watched(source, broken), layout, tmp_path)

@@ -35,12 +35,13 @@ def test_recipe_plans_every_tensor_of_its_model_once(name: str) -> None:
     facts = recipe.facts()
     assert recipe.name == name and facts is not None
     config = read_config(facts)
-    layout = plan_layout(config, recipe)
+    layout = plan_layout(config, TARGETS[recipe.target], recipe)
     sources = [source for unit in layout.units.values() for source in unit.sources]
     assert sorted(sources) == sorted(expected_tensors(config))
-    slots = sorted((s.offset, s.offset + s.nbytes) for u in layout.units.values() for s in u.slots)
-    assert all(a[1] <= b[0] for a, b in pairwise(slots)) and slots[-1][1] == layout.nbytes
-    assert layout.weights() == pytest.approx(PARAMETERS[name.removesuffix("-cpu")], rel=0.01)
+    for file, nbytes in layout.files.items():
+        slots = sorted((s.offset, s.offset + s.nbytes) for u in layout.in_file(file) for s in u.slots)
+        assert all(a[1] <= b[0] for a, b in pairwise(slots)) and slots[-1][1] == nbytes
+    assert layout.weights() == pytest.approx(PARAMETERS[name.removesuffix(f"-{recipe.target}")], rel=0.01)
 
 
 def _schema() -> dict[str, Any]:

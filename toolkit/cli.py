@@ -217,12 +217,12 @@ def recipes(as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(rows, indent=2, ensure_ascii=False))
         return
-    click.echo(f"{'recipe':14} {'target':7} {'bundle':>9} {'bits':>5} {'context':>8}  {'here':35} model")
+    click.echo(f"{'recipe':20} {'target':9} {'bundle':>9} {'bits':>5} {'context':>8}  {'here':35} model")
     for row in rows:
         mebibytes = row["bundle_bytes"] / 2**20
         size = f"{mebibytes / 1024:.2f} GiB" if mebibytes >= 1024 else f"{mebibytes:.1f} MiB"
         click.echo(
-            f"{row['recipe']:14} {row['target']:7} {size:>9} {row['bits_per_weight']:5.2f} "
+            f"{row['recipe']:20} {row['target']:9} {size:>9} {row['bits_per_weight']:5.2f} "
             f"{row['context_length']:8}  {row['here']:35} {row['model']}"
         )
 

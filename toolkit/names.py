@@ -12,9 +12,20 @@ FINAL_NORM: Final = "model.norm"
 LM_HEAD: Final = "lm_head"
 
 QKV_PROJECTIONS: Final = ("q_proj", "k_proj", "v_proj")
+# Roles the CPU execution provider serves on every target.
+OUTSIDE_ROLES: Final = ("embed_tokens", "lm_head")
 
+# Stages, and the graph file of each. Context and iterator share the transformer's data file.
+MODEL: Final = "model"
+EMBEDDINGS: Final = "embeddings"
+CONTEXT: Final = "context"
+ITERATOR: Final = "iterator"
+HEAD: Final = "lm_head"
 MODEL_FILE: Final = "model.onnx"
 MODEL_DATA_FILE: Final = "model.onnx.data"
+EMBEDDINGS_DATA_FILE: Final = "embeddings.onnx.data"
+TRANSFORMER_DATA_FILE: Final = "transformer.onnx.data"
+HEAD_DATA_FILE: Final = "lm_head.onnx.data"
 GENAI_CONFIG_FILE: Final = "genai_config.json"
 MANIFEST_FILE: Final = "manifest.json"
 REPORT_FILE: Final = "report.json"
@@ -27,6 +38,16 @@ TOKENIZER_FILE: Final = "tokenizer.json"
 INPUT_IDS: Final = "input_ids"
 ATTENTION_MASK: Final = "attention_mask"
 LOGITS: Final = "logits"
+# Between stages, and the lengths onnxruntime-genai gives a pipeline.
+EMBEDDED: Final = "inputs_embeds"
+LAST_HIDDEN: Final = "last_hidden_states"
+PAST_SEQ_LEN: Final = "past_seq_len"
+TOTAL_SEQ_LEN: Final = "total_seq_len"
+
+
+def stage_file(stage: str) -> str:
+    """The graph file of a stage."""
+    return f"{stage}.onnx"
 
 
 def layer_module(layer_index: int, module: str) -> str:

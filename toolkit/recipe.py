@@ -48,7 +48,8 @@ class Recipe:
     """One model for one target. Rules are tried in order, the first match wins.
 
     `validate` maps figures of the report to thresholds. `tasks` names question files (JSON lines of `prompt` and
-    `answer`) beside the model's facts, and `baseline` asks for plain 4-bit rounding to be measured beside.
+    `answer`) beside the model's facts, and `baseline` asks for plain 4-bit rounding to be measured beside. `window` is
+    how many prompt tokens the context stage takes at once: the target's own unless given, 0 without such a stage.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Recipe:
     validate: dict[str, float]
     tasks: tuple[str, ...] = ()
     baseline: bool = False
+    window: int = 0
 
     def rule_for(self, module: str) -> QuantRule:
         """The rule that decides a module; raises RecipeError if none matches."""
@@ -101,6 +103,8 @@ def load_recipe(name_or_path: str, changes: Sequence[str] = (), checkpoint: str 
     for change in changes:
         _apply(raw, change)
     _check_keys(raw, Recipe, where)
+    if isinstance(raw["target"], str) and raw["target"] in TARGETS:
+        raw.setdefault("window", TARGETS[raw["target"]].window)
     rules = raw["quantize"]
     if not isinstance(rules, list) or not rules:
         raise RecipeError(f"{where}: quantize must be a list of rules")
@@ -212,6 +216,7 @@ def _check_values(recipe: Recipe, where: str) -> None:
     length = recipe.context_length
     if isinstance(length, bool) or not isinstance(length, int) or length < 1:
         raise RecipeError(f"{where}: context_length is {length!r}, expected a token count")
+    _check_window(recipe, where)
     if not isinstance(recipe.baseline, bool):
         raise RecipeError(f"{where}: baseline is {recipe.baseline!r}, expected true or false")
     thresholds = recipe.validate
@@ -223,6 +228,24 @@ def _check_values(recipe: Recipe, where: str) -> None:
         if figure not in FIGURES:
             hint = nearest(str(figure), FIGURES)
             raise RecipeError(f"{where}: validate has no figure {figure!r}{hint}, expected {', '.join(FIGURES)}")
+
+
+def _check_window(recipe: Recipe, where: str) -> None:
+    """A prompt is cut into whole windows, and the last one must not reach past the cache."""
+    window, length = recipe.window, recipe.context_length
+    if isinstance(window, bool) or not isinstance(window, int) or window < 0:
+        raise RecipeError(f"{where}: window is {window!r}, expected a token count")
+    if bool(window) != TARGETS[recipe.target].partitioned:
+        have = "needs one of at least 2" if TARGETS[recipe.target].partitioned else "has no context stage to give it to"
+        raise RecipeError(f"{where}: window is {window}, and target {recipe.target} {have}")
+    if window == 1:
+        raise RecipeError(f"{where}: window is 1, which is the iterator's: expected at least 2")
+    if window and length % window:
+        below = length - length % window or window
+        raise RecipeError(
+            f"{where}: window {window} does not divide context_length {length}: the last window of a prompt would "
+            f"reach past the cache; set context_length={below} or another window"
+        )
 
 
 def _check_keys(raw: dict[str, Any], kind: type[Any], where: str) -> None:

@@ -1,58 +1,56 @@
-"""`genai_config.json` for one `model.onnx`, in the subset every onnxruntime-genai from 0.12.2 on accepts."""
+"""`genai_config.json` for one graph or a pipeline, in the subset every onnxruntime-genai from 0.12.2 on accepts."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from toolkit import names
 from toolkit.checkpoint.config import ModelConfig
 from toolkit.errors import BundleError
+from toolkit.graph.builder import StageGraph
+from toolkit.target import Stage
 
 # Reserved tokens that never stand in text. The distills ship pad = eos, and eos stands between turns.
 _PAD_TOKENS: Final = ("<|fim_pad|>", "<|finetune_right_pad_id|>")
+PIPELINE_TYPE: Final = "decoder-pipeline"
+_PAST: Final = {"past_key_names": names.past_key("%d"), "past_value_names": names.past_value("%d")}
+_PRESENT: Final = {"present_key_names": names.present_key("%d"), "present_value_names": names.present_value("%d")}
+# When a stage runs, where that is not always.
+_RUNS: Final[dict[str, dict[str, bool]]] = {
+    names.CONTEXT: {"run_on_token_gen": False},
+    names.ITERATOR: {"run_on_prompt": False},
+    names.HEAD: {"is_lm_head": True},
+}
 
 
-def genai_config(config: ModelConfig, checkpoint: Path, context_length: int) -> dict[str, Any]:
+def genai_config(
+    config: ModelConfig, checkpoint: Path, context_length: int, graphs: Sequence[StageGraph]
+) -> dict[str, Any]:
     """The whole file as an object; `checkpoint` is read for its tokenizer and generation config alone."""
     generation = _object(checkpoint / "generation_config.json")
-    eos = generation.get("eos_token_id", list(config.eos_token_ids))
     model = {
-        "type": config.model_type,
+        "type": config.model_type if len(graphs) == 1 else PIPELINE_TYPE,
         "vocab_size": config.vocab_size,
         "context_length": context_length,
         "pad_token_id": pad_token_id(config, checkpoint),
-        "eos_token_id": eos,
+        "eos_token_id": generation.get("eos_token_id", list(config.eos_token_ids)),
         "bos_token_id": generation.get("bos_token_id", config.bos_token_id),
         "decoder": {
-            "filename": names.MODEL_FILE,
             "hidden_size": config.hidden_size,
             "head_size": config.head_dim,
             "num_attention_heads": config.num_attention_heads,
             "num_key_value_heads": config.num_key_value_heads,
             "num_hidden_layers": config.num_hidden_layers,
-            # 0 threads lets ORT choose one per core; genai's own default is half of the logical ones.
-            "session_options": {
-                "intra_op_num_threads": 0,
-                "session.set_denormal_as_zero": "1",
-                "provider_options": [],
-            },
-            "inputs": {
-                "input_ids": names.INPUT_IDS,
-                "attention_mask": names.ATTENTION_MASK,
-                "past_key_names": names.past_key("%d"),
-                "past_value_names": names.past_value("%d"),
-            },
-            "outputs": {
-                "logits": names.LOGITS,
-                "present_key_names": names.present_key("%d"),
-                "present_value_names": names.present_value("%d"),
-            },
+            **(_one_graph(graphs[0].stage) if len(graphs) == 1 else _pipeline(graphs)),
         },
     }
     search = {
         "max_length": context_length,
+        # 0.16.0 sizes the cache of a pipeline at window + 16 unless a chunk is the whole context.
+        **({"chunk_size": context_length} if len(graphs) > 1 else {}),
         "past_present_share_buffer": True,
         "do_sample": bool(generation.get("do_sample", False)),
         "temperature": float(generation.get("temperature", 1.0)),
@@ -62,6 +60,60 @@ def genai_config(config: ModelConfig, checkpoint: Path, context_length: int) -> 
     if model["bos_token_id"] is None:
         del model["bos_token_id"]
     return {"model": model, "search": search}
+
+
+def _one_graph(stage: Stage) -> dict[str, Any]:
+    return {
+        "filename": stage.file,
+        "session_options": _session_options(stage),
+        "inputs": {"input_ids": names.INPUT_IDS, "attention_mask": names.ATTENTION_MASK, **_PAST},
+        "outputs": {"logits": names.LOGITS, **_PRESENT},
+    }
+
+
+def _pipeline(graphs: Sequence[StageGraph]) -> dict[str, Any]:
+    """Four stages with a shared cache. The default session options name no provider: the cache lives with the CPU."""
+    stages = {}
+    for graph in graphs:
+        stages[graph.stage.name] = {
+            "filename": graph.stage.file,
+            "inputs": graph.inputs,
+            "outputs": graph.outputs,
+            **_RUNS.get(graph.stage.name, {}),
+            "session_options": _session_options(graph.stage),
+        }
+    window = next(graph.stage.sequence_length for graph in graphs if graph.stage.name == names.CONTEXT)
+    lengths = {"past_sequence_length": names.PAST_SEQ_LEN, "total_sequence_length": names.TOTAL_SEQ_LEN}
+    return {
+        "session_options": {"provider_options": []},
+        "inputs": {"input_ids": names.INPUT_IDS, **lengths, **_PAST},
+        "outputs": {"logits": names.LOGITS, **_PRESENT},
+        "sliding_window": {
+            "window_size": window, "pad_value": 0, "alignment": "left", "slide_key_value_cache": False,
+        },
+        "pipeline": [stages],
+    }  # fmt: skip
+
+
+def _session_options(stage: Stage) -> dict[str, Any]:
+    provider = [{stage.provider: dict(stage.provider_options)}] if stage.provider else []
+    # 0 threads lets ORT choose one per core; genai's own default is half of the logical ones.
+    return {
+        "intra_op_num_threads": 0,
+        "session.set_denormal_as_zero": "1",
+        **stage.session_options,
+        "provider_options": provider,
+    }
+
+
+def max_length(config: Mapping[str, Any], prompt_tokens: int, new_tokens: int) -> int:
+    """What to set so that so many new tokens fit: a pipeline's prompt takes up whole windows, pads included.
+
+    Never more than the context; `config` is a bundle's whole genai_config.
+    """
+    window = config["model"]["decoder"].get("sliding_window", {}).get("window_size", 1)
+    padded = -(-prompt_tokens // window) * window
+    return int(min(padded + new_tokens, config["model"]["context_length"]))
 
 
 def read_genai_config(bundle: Path) -> dict[str, Any]:

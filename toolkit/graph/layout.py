@@ -1,4 +1,4 @@
-"""Which initializers a bundle holds, from which tensors, and where each lies, before a byte is read.
+"""Which initializers a bundle holds, from which tensors, and in which data file each lies, before a byte is read.
 
 Sizes follow from the config and the rules alone, so every offset is known in advance and an interrupted pack
 can go on where it stopped.
@@ -6,6 +6,7 @@ can go on where it stopped.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from toolkit import names
@@ -13,24 +14,27 @@ from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.weights import expected_tensors
 from toolkit.quant.blockwise import QuantSpec
 from toolkit.recipe import Recipe
+from toolkit.target import Target
 
 _ALIGNMENT = 64
+_ITEM_BYTES = {"float32": 4, "float16": 2, "uint8": 1}
 
 
 @dataclass(frozen=True)
 class Slot:
-    """One initializer's bytes in the data file; dtype is `float32` or `uint8`."""
+    """One initializer's bytes in its data file; dtype is `float32`, `float16` or `uint8`."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
+    file: str
     offset: int
     nbytes: int
 
 
 @dataclass(frozen=True)
 class Unit:
-    """One matrix or vector of the graph: its sources are stacked by rows. `spec` None keeps float32.
+    """One matrix or vector of the graph: its sources are stacked by rows. `spec` None keeps floats.
 
     `slots` is (weight,) or (packed, scales[, zero_points]).
     """
@@ -45,10 +49,19 @@ class Unit:
 
 @dataclass(frozen=True)
 class Layout:
-    """Every unit by name, in file order, and the size of the data file."""
+    """Every unit by name, each file's in its order, and the size of each data file."""
 
     units: dict[str, Unit]
-    nbytes: int
+    files: dict[str, int]
+
+    @property
+    def nbytes(self) -> int:
+        """Of all data files."""
+        return sum(self.files.values())
+
+    def in_file(self, file: str) -> tuple[Unit, ...]:
+        """The units of one data file, by offset. Two files with equal units have the same bytes."""
+        return tuple(unit for unit in self.units.values() if unit.slots[0].file == file)
 
     def weights(self) -> int:
         """How many weights its matrices hold; gains and biases are not counted."""
@@ -63,29 +76,33 @@ class Layout:
         return 8 * sum(slot.nbytes for unit in self.matrices() for slot in unit.slots) / self.weights()
 
 
-def plan_layout(config: ModelConfig, recipe: Recipe | None) -> Layout:
-    """The layout for a recipe's rules; `recipe` None keeps every tensor float32."""
+def plan_layout(config: ModelConfig, target: Target, recipe: Recipe | None) -> Layout:
+    """The layout for a recipe's rules; `recipe` None quantizes nothing."""
     shapes = expected_tensors(config)
     units: dict[str, Unit] = {}
-    end = 0
-    for name, sources in _groups(config, recipe):
+    ends: dict[str, int] = {}
+    for name, sources in _groups(config, target, recipe):
         spec = _spec(sources[0], shapes, recipe)
         rows = tuple(shapes[source][0] for source in sources)
-        width = shapes[sources[0]][1] if len(shapes[sources[0]]) == 2 else 1
-        slots, end = _place(name, sum(rows), shapes[sources[0]], spec, end)
-        units[name] = Unit(name, sources, rows, width, spec, slots)
-    return Layout(units, end)
+        shape = (sum(rows), *shapes[sources[0]][1:])
+        file = target.data_file(names.role_of(name))
+        dtype = "float32" if names.role_of(name) in names.OUTSIDE_ROLES else target.form.activations
+        parts = _parts(name, shape, spec, dtype)
+        slots, ends[file] = _place(parts, file, ends.get(file, 0))
+        units[name] = Unit(name, sources, rows, shape[1] if len(shape) == 2 else 1, spec, slots)
+    return Layout(units, ends)
 
 
-def _groups(config: ModelConfig, recipe: Recipe | None) -> list[tuple[str, tuple[str, ...]]]:
-    """Unit names with their sources: q, k and v become one matrix where one spec and no q/k norm allow it."""
+def _groups(config: ModelConfig, target: Target, recipe: Recipe | None) -> list[tuple[str, tuple[str, ...]]]:
+    """Unit names with their sources: q, k and v become one matrix where target, specs and no q/k norm allow it."""
     groups: dict[str, tuple[str, ...]] = {}
     shapes = expected_tensors(config)
     for tensor in shapes:
         kind = ".bias" if tensor.endswith(".bias") else ".weight"
         role, prefix = names.role_of(tensor), tensor.rsplit(".", 2)[0]
         triple = tuple(f"{prefix}.{p}{kind}" for p in names.QKV_PROJECTIONS)
-        same = role in names.QKV_PROJECTIONS and _packs_qkv(config, shapes, recipe, prefix)
+        packs = target.form.fused and role in names.QKV_PROJECTIONS
+        same = packs and _packs_qkv(config, shapes, recipe, prefix)
         groups[f"{prefix}.qkv_proj{kind}" if same else tensor] = triple if same else (tensor,)
     return list(groups.items())
 
@@ -105,26 +122,29 @@ def _spec(tensor: str, shapes: dict[str, tuple[int, ...]], recipe: Recipe | None
     return QuantSpec(rule.bits, rule.block_size, rule.symmetric, rule.algorithm)
 
 
-def _place(
-    name: str, rows: int, shape: tuple[int, ...], spec: QuantSpec | None, end: int
-) -> tuple[tuple[Slot, ...], int]:
-    parts: list[tuple[str, str, tuple[int, ...]]]
+def _parts(
+    name: str, shape: tuple[int, ...], spec: QuantSpec | None, dtype: str
+) -> list[tuple[str, str, tuple[int, ...]]]:
+    """(initializer, dtype, shape) of a unit's slots; `dtype` is that of its floats."""
     if spec is None:
-        parts = [(name, "float32", (rows, *shape[1:]))]
-    else:
-        J = spec.num_blocks(shape[1])
-        parts = [
-            (f"{name}.packed", "uint8", (rows, J, spec.block_size * spec.bits // 8)),
-            (f"{name}.scales", "float32", (rows, J)),
-        ]
-        if not spec.symmetric:
-            parts.append((f"{name}.zero_points", "uint8", (rows, -(-J * spec.bits // 8))))
+        return [(name, dtype, shape)]
+    rows, J = shape[0], spec.num_blocks(shape[1])
+    parts: list[tuple[str, str, tuple[int, ...]]] = [
+        (f"{name}.packed", "uint8", (rows, J, spec.block_size * spec.bits // 8)),
+        (f"{name}.scales", dtype, (rows, J)),
+    ]
+    if not spec.symmetric:
+        parts.append((f"{name}.zero_points", "uint8", (rows, -(-J * spec.bits // 8))))
+    return parts
+
+
+def _place(
+    parts: list[tuple[str, str, tuple[int, ...]]], file: str, end: int
+) -> tuple[tuple[Slot, ...], int]:
     slots = []
-    for part, dtype, part_shape in parts:
-        nbytes = 4 if dtype == "float32" else 1
-        for extent in part_shape:
-            nbytes *= extent
+    for part, dtype, shape in parts:
+        nbytes = math.prod(shape) * _ITEM_BYTES[dtype]
         offset = -(-end // _ALIGNMENT) * _ALIGNMENT
-        slots.append(Slot(part, dtype, part_shape, offset, nbytes))
+        slots.append(Slot(part, dtype, shape, file, offset, nbytes))
         end = offset + nbytes
     return tuple(slots), end

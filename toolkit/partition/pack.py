@@ -1,4 +1,4 @@
-"""The streaming pass: every row of the checkpoint once, in file order, to its place in the data file.
+"""The streaming pass: every row of the checkpoint once, in file order, to its places in the data files.
 
 A few row chunks are in memory at a time, whatever the size of the checkpoint.
 """
@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import Final
 
 from toolkit.checkpoint.scan import Rows
 from toolkit.checkpoint.weights import WeightSource
-from toolkit.errors import MachineError
-from toolkit.graph.layout import Layout
 from toolkit.machine import fits_the_page_cache
+from toolkit.partition.data_files import DataFile, Destination, disk_error, open_data_files
 from toolkit.partition.prefix_hash import PrefixHash
 from toolkit.partition.rows import Packed, RowPacker
 
@@ -38,37 +38,36 @@ class TensorError:
 
 @dataclass(frozen=True)
 class PackResult:
-    """Every tensor's error, and the SHA-256 of the data file."""
+    """Every tensor's error, and the SHA-256 of each data file."""
 
     errors: list[TensorError]
-    sha256: str
+    sha256: dict[str, str]
 
 
 def pack_weights(
-    source: WeightSource, layout: Layout, path: Path, journal: Path, progress: Callable[[str], None] = lambda _: None
-) -> PackResult:
-    """Writes the data file; tensors named in `journal` are whole already and only read, to be hashed.
+    source: WeightSource, destinations: Sequence[Destination], progress: Callable[[str], None] = lambda _: None
+) -> list[PackResult]:
+    """Writes the data files of every destination in one pass, quantizing once for each format.
 
-    A tensor enters the journal after its bytes are on disk, so a kill loses a few hundred megabytes of work at most.
-    `progress` is called with the name of each finished tensor. Raises MachineError when the disk fills, NonFiniteError
-    for NaN or infinity.
+    Tensors that every journal names are whole already and only read, to be hashed. A tensor enters the journals after
+    its bytes are on disk, so a kill loses a few hundred megabytes of work at most. `progress` is called with the name
+    of each finished tensor. Raises MachineError when the disk fills, NonFiniteError for NaN or infinity,
+    UnsupportedError for what float16 cannot hold.
     """
-    if not (path.exists() and path.stat().st_size == layout.nbytes):
-        journal.unlink(missing_ok=True)  # it speaks of a file that is gone
-    done = _read_journal(journal)
+    journals = _read_journals(destinations)
+    done = set(journals[0])
     try:
-        with path.open("r+b" if done else "w+b", buffering=0) as file:
-            file.truncate(layout.nbytes)
-            packer = RowPacker(source, layout, file, path)
-            with _Journal(layout, file, path, journal, done, progress) as log, _Window(log.add) as window:
+        with open_data_files(destinations, resume=bool(done)) as files:
+            packer = RowPacker(source, files)
+            with _Journal(destinations, files, journals, progress) as log, _Window(log.add) as window:
                 for rows in source.scan(CHUNK_BYTES):
                     if rows.name in done:
                         rows.release()
                     else:
                         window.submit(packer.pack, rows)
     except OSError as problem:
-        raise MachineError(f"{path} cannot be written: {problem.strerror}; free space and run again") from None
-    return PackResult(list(done.values()), log.sha256())
+        raise disk_error(destinations[0].folder, problem) from None
+    return [PackResult(list(journal.values()), log.sha256(k)) for k, journal in enumerate(journals)]
 
 
 class _Window:
@@ -102,8 +101,24 @@ class _Window:
                 self._on_packed(future.result())
 
 
+def _read_journals(destinations: Sequence[Destination]) -> list[dict[str, TensorError]]:
+    """Tensors that are whole at every destination; the journals are rewritten without the others.
+
+    One that is whole at some has to be made anew for the rest, perhaps in a file they are about to share.
+    """
+    read = [_read_journal(d.journal) if d.is_begun() else {} for d in destinations]
+    common = set.intersection(*(set(journal) for journal in read))
+    kept = [{name: entry for name, entry in journal.items() if name in common} for journal in read]
+    for destination, journal in zip(destinations, kept, strict=True):
+        whole = "".join(json.dumps(asdict(entry)) + "\n" for entry in journal.values())
+        fresh = destination.journal.with_name(destination.journal.name + ".new")
+        fresh.write_text(whole, encoding="utf-8")
+        os.replace(fresh, destination.journal)
+    return kept
+
+
 def _read_journal(journal: Path) -> dict[str, TensorError]:
-    """Finished tensors; a line torn by a kill is dropped, and the journal rewritten without it."""
+    """Finished tensors; a line torn by a kill is dropped."""
     done: dict[str, TensorError] = {}
     for line in journal.read_text(encoding="utf-8").splitlines() if journal.exists() else []:
         try:
@@ -111,10 +126,6 @@ def _read_journal(journal: Path) -> dict[str, TensorError]:
         except (ValueError, TypeError):
             break
         done[entry.tensor] = entry
-    whole = "".join(json.dumps(asdict(entry)) + "\n" for entry in done.values())
-    fresh = journal.with_name(journal.name + ".new")
-    fresh.write_text(whole, encoding="utf-8")
-    os.replace(fresh, journal)
     return done
 
 
@@ -123,23 +134,27 @@ class _Journal:
 
     def __init__(
         self,
-        layout: Layout,
-        file: BinaryIO,
-        path: Path,
-        journal: Path,
-        done: dict[str, TensorError],
+        destinations: Sequence[Destination],
+        files: Sequence[DataFile],
+        journals: list[dict[str, TensorError]],
         progress: Callable[[str], None],
     ) -> None:
-        units = layout.units.values()
+        units = destinations[0].layout.units.values()
         self._rows_left = {name: rows for u in units for name, rows in zip(u.sources, u.rows, strict=True)}
-        self._sums: dict[str, tuple[float, float]] = {}
-        self._file, self._journal, self._done, self._progress = file, journal, done, progress
+        self._specs = [
+            {name: unit.spec for unit in destination.layout.units.values() for name in unit.sources}
+            for destination in destinations
+        ]
+        self._sums: dict[str, list[Packed]] = defaultdict(list)
+        self._destinations, self._files, self._journals = destinations, files, journals
+        self._progress = progress
         # At two bytes a weight in, about what is read and written in all.
-        streamed_bytes = 2 * layout.weights() + layout.nbytes
-        self._hash = PrefixHash(layout, path, keep_cached=fits_the_page_cache(streamed_bytes))
+        streamed_bytes = 2 * destinations[0].layout.weights() + sum(file.nbytes for file in files)
+        cached = fits_the_page_cache(streamed_bytes)
+        self._hashes = [PrefixHash(file.units, file.nbytes, file.path, keep_cached=cached) for file in files]
         self._committer = ThreadPoolExecutor(1)
         self._commit: Future[None] | None = None
-        self._finished: list[TensorError] = []
+        self._finished: list[list[TensorError]] = []
         self._uncommitted_bytes = 0
 
     def __enter__(self) -> _Journal:
@@ -159,13 +174,16 @@ class _Journal:
 
     def add(self, packed: Packed) -> None:
         """Counts some rows of a tensor as written."""
-        before = self._sums.get(packed.name, (0.0, 0.0))
-        self._sums[packed.name] = (before[0] + packed.signal, before[1] + packed.noise)
-        self._rows_left[packed.name] -= packed.rows
+        name = packed.name
+        self._sums[name].append(packed)
+        self._rows_left[name] -= packed.rows
         self._uncommitted_bytes += packed.nbytes
-        if not self._rows_left[packed.name]:
-            self._finished.append(TensorError(packed.name, *self._sums.pop(packed.name)))
-            self._progress(packed.name)
+        if not self._rows_left[name]:
+            pieces = self._sums.pop(name)
+            signal = sum(piece.signal for piece in pieces)
+            noise = [sum(piece.noise[specs[name]] for piece in pieces) for specs in self._specs]
+            self._finished.append([TensorError(name, signal, lost) for lost in noise])
+            self._progress(name)
         if self._uncommitted_bytes >= _COMMIT_BYTES and (self._commit is None or self._commit.done()):
             self._commit_finished()
 
@@ -176,16 +194,24 @@ class _Journal:
         finished, self._finished, self._uncommitted_bytes = self._finished, [], 0
         self._commit = self._committer.submit(self._write, finished)
 
-    def sha256(self) -> str:
-        """Of the data file, once the journal is closed without an error."""
-        return self._hash.hexdigest()
+    def sha256(self, destination: int) -> dict[str, str]:
+        """Of each data file of a destination, once the journal is closed without an error."""
+        return {
+            name: running.hexdigest()
+            for file, running in zip(self._files, self._hashes, strict=True)
+            for k, name in file.links
+            if k == destination
+        }
 
-    def _write(self, finished: list[TensorError]) -> None:
-        os.fsync(self._file.fileno())
-        with self._journal.open("a", encoding="utf-8") as log:
-            for entry in finished:
-                log.write(json.dumps(asdict(entry)) + "\n")
-                self._done[entry.tensor] = entry
-            log.flush()
-            os.fsync(log.fileno())
-        self._hash.finish(list(self._done))
+    def _write(self, finished: list[list[TensorError]]) -> None:
+        for file in self._files:
+            os.fsync(file.handle.fileno())
+        for k, (destination, journal) in enumerate(zip(self._destinations, self._journals, strict=True)):
+            fresh = [errors[k] for errors in finished]
+            with destination.journal.open("a", encoding="utf-8") as log:
+                log.writelines(json.dumps(asdict(entry)) + "\n" for entry in fresh)
+                log.flush()
+                os.fsync(log.fileno())
+            journal.update((entry.tensor, entry) for entry in fresh)
+        for running in self._hashes:
+            running.finish(list(self._journals[0]))

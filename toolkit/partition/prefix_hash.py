@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
-from toolkit.graph.layout import Layout
+from toolkit.graph.layout import Unit
 
 _READ_BYTES: Final = 8 << 20
 
@@ -19,9 +20,9 @@ class PrefixHash:
     out of the page cache, and every fresh page costs (on a virtual machine as much as quantizing, LOG.md).
     """
 
-    def __init__(self, layout: Layout, path: Path, keep_cached: bool) -> None:
-        self._layout, self._path, self._keep_cached = layout, path, keep_cached
-        self._units = sorted(layout.units.values(), key=lambda unit: unit.slots[0].offset)
+    def __init__(self, units: Iterable[Unit], nbytes: int, path: Path, keep_cached: bool) -> None:
+        self._nbytes, self._path, self._keep_cached = nbytes, path, keep_cached
+        self._units = sorted(units, key=lambda unit: unit.slots[0].offset)
         self._finished: set[str] = set()
         self._sha = hashlib.sha256()
         self._hashed = 0
@@ -31,7 +32,7 @@ class PrefixHash:
         self._finished.update(tensors)
         while self._units and self._finished.issuperset(self._units[0].sources):
             self._units.pop(0)
-        end = self._units[0].slots[0].offset if self._units else self._layout.nbytes
+        end = self._units[0].slots[0].offset if self._units else self._nbytes
         with self._path.open("rb", buffering=0) as file:
             file.seek(self._hashed)
             first = self._hashed

@@ -1,76 +1,74 @@
-"""Some rows of a checkpoint tensor, from stored bytes to bytes of the data file."""
+"""Some rows of a checkpoint tensor, from stored bytes to bytes of the data files."""
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from threading import Lock
-from typing import BinaryIO, Final
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from toolkit.checkpoint.scan import Rows
 from toolkit.checkpoint.weights import WeightSource
-from toolkit.errors import MachineError
-from toolkit.graph.layout import Layout, Slot
+from toolkit.errors import UnsupportedError
+from toolkit.graph.layout import Slot, Unit
+from toolkit.partition.data_files import DataFile
 from toolkit.quant.blockwise import QuantSpec, quantize_blocks
 
-Array = NDArray[np.float32] | NDArray[np.uint8]
+Array = NDArray[np.float32] | NDArray[np.float16] | NDArray[np.uint8]
 # Widened at a time: a megabyte of float32 stays in a core's cache until it is quantized.
 _TILE_ELEMENTS: Final = 1 << 18
 
 
 @dataclass(frozen=True)
 class Packed:
-    """What became of some rows: sums of squares of weights and of their errors, and the bytes written."""
+    """What became of some rows: sums of squares of weights and, by format, of their errors; the bytes written."""
 
     name: str
     rows: int
     signal: float
-    noise: float
+    noise: dict[QuantSpec | None, float]
     nbytes: int
 
 
 class RowPacker:
-    """Widens, quantizes and writes rows at their place; `pack` may be called from many threads."""
+    """Widens, quantizes once for each format, and writes rows at their places; `pack` runs in many threads."""
 
-    def __init__(self, source: WeightSource, layout: Layout, file: BinaryIO, path: Path) -> None:
-        self._source, self._file, self._path, self._lock = source, file, path, Lock()
-        units = [(unit, k, name) for unit in layout.units.values() for k, name in enumerate(unit.sources)]
-        # Where a tensor's first row stands in its unit, which may stack several.
-        self._places = {name: (unit, sum(unit.rows[:k])) for unit, k, name in units}
+    def __init__(self, source: WeightSource, files: Sequence[DataFile]) -> None:
+        self._source = source
+        # Every place of a tensor, with the row of the unit that is the tensor's first: a unit may stack several.
+        self._places: dict[str, list[tuple[DataFile, Unit, int]]] = defaultdict(list)
+        for file in files:
+            for unit in file.units:
+                for k, name in enumerate(unit.sources):
+                    self._places[name].append((file, unit, sum(unit.rows[:k])))
 
     def pack(self, rows: Rows) -> Packed:
-        """Raises NonFiniteError for NaN or infinity, MachineError if the disk is full."""
-        unit, base = self._places[rows.name]
-        step = max(1, _TILE_ELEMENTS // unit.width)
-        parts: list[list[Array]] = []
-        signal = noise = 0.0
+        """Raises NonFiniteError for NaN or infinity, UnsupportedError for what float16 cannot hold, MachineError if
+        the disk is full."""
+        places = self._places[rows.name]
+        step = max(1, _TILE_ELEMENTS // places[0][1].width)
+        parts: dict[QuantSpec | None, list[list[Array]]] = defaultdict(list)
+        noise: dict[QuantSpec | None, float] = defaultdict(float)
+        signal = 0.0
         for start in range(rows.start, rows.stop, step):
             values = self._source.decode(rows, start, min(rows.stop, start + step))
-            arrays, tile_noise = _arrays(values, unit.spec)
-            parts.append(arrays)
+            for spec in {unit.spec for _, unit, _ in places}:
+                arrays, tile_noise = _arrays(values, spec)
+                parts[spec].append(arrays)
+                noise[spec] += tile_noise
             flat = values.reshape(-1)
-            signal, noise = signal + float(np.vdot(flat, flat)), noise + tile_noise
+            signal += float(np.vdot(flat, flat))
         nbytes = 0
-        for slot, tiles in zip(unit.slots, zip(*parts, strict=True), strict=True):
-            array = np.concatenate(tiles)
-            self._write(_row_offset(slot, base + rows.start), array)
-            nbytes += array.nbytes
-        return Packed(rows.name, rows.stop - rows.start, signal, noise, nbytes)
-
-    def _write(self, offset: int, array: Array) -> None:
-        try:
-            left = array.data.cast("B")
-            with self._lock:
-                self._file.seek(offset)
-                while left:
-                    left = left[self._file.write(left) :]
-        except OSError as problem:
-            raise MachineError(
-                f"{self._path} cannot be written: {problem.strerror}; free space and run again"
-            ) from None
+        joined = {spec: [np.concatenate(tiles) for tiles in zip(*kept, strict=True)] for spec, kept in parts.items()}
+        for file, unit, base in places:
+            for slot, array in zip(unit.slots, joined[unit.spec], strict=True):
+                stored = _narrowed(array, slot, rows.name)
+                file.write(slot.offset + (base + rows.start) * (slot.nbytes // slot.shape[0]), stored.data.cast("B"))
+                nbytes += stored.nbytes
+        return Packed(rows.name, rows.stop - rows.start, signal, dict(noise), nbytes)
 
 
 def _arrays(values: NDArray[np.float32], spec: QuantSpec | None) -> tuple[list[Array], float]:
@@ -83,5 +81,14 @@ def _arrays(values: NDArray[np.float32], spec: QuantSpec | None) -> tuple[list[A
     return arrays, blocks.noise
 
 
-def _row_offset(slot: Slot, row: int) -> int:
-    return slot.offset + row * (slot.nbytes // slot.shape[0])
+def _narrowed(array: Array, slot: Slot, name: str) -> Array:
+    if slot.dtype != "float16":
+        return array
+    with np.errstate(over="ignore"):
+        narrow = array.astype(np.float16)
+    if not np.isfinite(narrow).all():
+        raise UnsupportedError(
+            f"{name} holds values beyond float16's 65504 (up to {float(np.abs(array).max()):.3g}): export for a target "
+            "that computes in float32, such as cpu"
+        )
+    return narrow

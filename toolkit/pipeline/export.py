@@ -6,28 +6,29 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from toolkit import names
-from toolkit.bundle.genai_config import genai_config
+from toolkit.bundle.genai_config import genai_config, pad_token_id
 from toolkit.bundle.manifest import write_manifest
 from toolkit.checkpoint.opened import Checkpoint
 from toolkit.errors import CheckpointError, RecipeError
-from toolkit.graph.decoder import build_decoder, save_graph
+from toolkit.graph.builder import StageGraph
 from toolkit.machine import package_versions, peak_rss_bytes
-from toolkit.partition.pack import pack_weights
-from toolkit.pipeline.plan import check_machine, plan_export
+from toolkit.partition.data_files import JOURNAL_FILE, Destination
+from toolkit.partition.lower import lower
+from toolkit.partition.pack import PackResult, pack_weights
+from toolkit.pipeline.plan import ExportPlan, check_machine, plan_export
 from toolkit.recipe import Recipe
 from toolkit.report.summary import begin_report, write_report
 from toolkit.report.weights import partition_section, quantization_section
 
 _TOKENIZER_FILES = (names.TOKENIZER_FILE, "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
 _REQUEST_FILE = "request.json"
-_JOURNAL_FILE = "journal.jsonl"
 
 
 class _Clock:
@@ -38,10 +39,30 @@ class _Clock:
         self.stages: list[dict[str, Any]] = []
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
+    def stage(self, name: str, stages: list[dict[str, Any]] | None = None) -> Iterator[None]:
+        """Adds a step to those all bundles share, or to the `stages` of one."""
         begin = time.perf_counter()
         yield
-        self.stages.append({"name": name, "wall_s": time.perf_counter() - begin})
+        (self.stages if stages is None else stages).append({"name": name, "wall_s": time.perf_counter() - begin})
+
+
+@dataclass(frozen=True)
+class Order:
+    """One bundle to make: a recipe, and where the bundle goes."""
+
+    recipe: Recipe
+    out: Path
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A bundle in the making: its plan, its graphs, its work folder and what its manifest says of the request."""
+
+    plan: ExportPlan
+    graphs: list[StageGraph]
+    out: Path
+    partial: Path
+    request: dict[str, Any]
 
 
 def export_bundle(
@@ -51,49 +72,80 @@ def export_bundle(
     precision: str = "int4",
     progress: Callable[[str], None] = lambda _: None,
 ) -> Path:
-    """One recipe to one bundle at `out`, resumed from `<out>.partial` if an earlier run left one.
+    """`export_bundles` for one recipe."""
+    (bundle,) = export_bundles([Order(recipe, out)], checkpoint, precision, progress)
+    return bundle
 
-    The bundle ends with a report of the conversion; `judge` adds the proof. Raises ToolkitError before anything is
-    written if the checkpoint or the machine will not do.
+
+def export_bundles(
+    orders: Sequence[Order],
+    checkpoint: Checkpoint,
+    precision: str = "int4",
+    progress: Callable[[str], None] = lambda _: None,
+) -> list[Path]:
+    """Each recipe to its bundle, resumed from `<out>.partial` if an earlier run left one.
+
+    The checkpoint is read and quantized once for all, and data files that are equal are one on the disk. A bundle ends
+    with a report of the conversion; `judge` adds the proof. Raises ToolkitError before anything is written if the
+    checkpoint or the machine will not do.
     """
     clock = _Clock()
     with clock.stage("plan"):
-        plan = plan_export(recipe, checkpoint, out, precision)
-        config, source = plan.checkpoint.config, plan.checkpoint.source
-        graph = build_decoder(config, plan.layout, names.MODEL_DATA_FILE, recipe.context_length)
         tokenizer_files = _tokenizer_files(checkpoint)
-        request = {"recipe": asdict(recipe), "precision": precision, "synthetic": checkpoint.synthetic}
-        begun_with = {"versions": package_versions(), "checkpoint": source.identity()}
-        check_machine(plan, _written_bytes(_partial(out)))
-        partial = _open_partial(out, {**request, **begun_with})
+        plans = [plan_export(order.recipe, checkpoint, order.out, precision) for order in orders]
+        pad = pad_token_id(checkpoint.config, checkpoint.folder)
+        lowered = [lower(p.checkpoint.config, p.layout, p.target, p.recipe, pad) for p in plans]
+        check_machine(plans, sum(_written_bytes(_partial(plan.out)) for plan in plans))
+        begun = [_begin(plan, graphs, precision) for plan, graphs in zip(plans, lowered, strict=True)]
     with clock.stage("pack"):
-        packed = pack_weights(
-            source, plan.layout, partial / names.MODEL_DATA_FILE, partial / _JOURNAL_FILE, progress
-        )
-    with clock.stage("author"):
-        save_graph(graph, partial / names.MODEL_FILE)
+        source = plans[0].checkpoint.source
+        packed = pack_weights(source, [Destination(b.plan.layout, b.partial) for b in begun], progress)
+    return [
+        _finish(bundle, result, tokenizer_files, clock, [b.plan.recipe.name for b in begun if b is not bundle])
+        for bundle, result in zip(begun, packed, strict=True)
+    ]
+
+
+def _begin(plan: ExportPlan, graphs: list[StageGraph], precision: str) -> _Begun:
+    source, synthetic = plan.checkpoint.source, plan.checkpoint.synthetic
+    request = {"recipe": asdict(plan.recipe), "precision": precision, "synthetic": synthetic}
+    begun_with = {"versions": package_versions(), "checkpoint": source.identity()}
+    return _Begun(plan, graphs, plan.out, _open_partial(plan.out, {**request, **begun_with}), request)
+
+
+def _finish(
+    begun: _Begun, packed: PackResult, tokenizer_files: list[str], clock: _Clock, beside: list[str]
+) -> Path:
+    """Graphs, settings, manifest and report around the data files; then the bundle under its own name."""
+    plan, partial, stages = begun.plan, begun.partial, list(clock.stages)
+    source, folder = plan.checkpoint.source, plan.checkpoint.folder
+    with clock.stage("author", stages):
+        for graph in begun.graphs:
+            graph.save(partial)
         for name in tokenizer_files:
-            shutil.copyfile(checkpoint.folder / name, partial / name)
-        settings = genai_config(config, checkpoint.folder, recipe.context_length)
+            shutil.copyfile(folder / name, partial / name)
+        settings = genai_config(plan.checkpoint.config, folder, plan.recipe.context_length, begun.graphs)
         text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
         (partial / names.GENAI_CONFIG_FILE).write_text(text, encoding="utf-8", newline="\n")
-    with clock.stage("hash"):
-        made = [names.MODEL_FILE, names.MODEL_DATA_FILE, names.GENAI_CONFIG_FILE, *tokenizer_files]
-        known = {names.MODEL_DATA_FILE: packed.sha256}
-        manifest = write_manifest(partial, made, {**request, "checkpoint": source.digests()}, known)
+    with clock.stage("hash", stages):
+        graph_files = [graph.stage.file for graph in begun.graphs]
+        made = [*graph_files, *packed.sha256, names.GENAI_CONFIG_FILE, *tokenizer_files]
+        asked = {**begun.request, "checkpoint": source.digests()}
+        manifest = write_manifest(partial, made, asked, packed.sha256)
     report = begin_report(manifest)
     report["quantization"] = quantization_section(plan.layout, packed.errors)
-    report["partition"] = partition_section(len(graph.graph), recipe)
+    report["partition"] = partition_section(begun.graphs)
     report["conversion"] = {
         "wall_s": time.perf_counter() - clock.start,
         "peak_rss_bytes": peak_rss_bytes(),
         "bytes_read": sum(int(str(entry.get("bytes", 0))) for entry in source.digests()),
         "bytes_written": sum(entry["bytes"] for entry in manifest["files"]),
-        "stages": clock.stages,
+        "stages": stages,
+        **({"in_one_pass_with": beside} if beside else {}),
     }
     write_report(partial, report)
-    _replace(out, partial)
-    return out
+    _replace(begun.out, partial)
+    return begun.out
 
 
 def _tokenizer_files(checkpoint: Checkpoint) -> list[str]:
@@ -123,16 +175,13 @@ def _open_partial(out: Path, request: Mapping[str, object]) -> Path:
 
 def _written_bytes(partial: Path) -> int:
     """Bytes an interrupted run already holds on the disk; a sparse file's holes do not count where that is known."""
-    data = partial / names.MODEL_DATA_FILE
-    if not data.exists():
-        return 0
-    stat = data.stat()
-    return int(getattr(stat, "st_blocks", stat.st_size // 512) * 512)
+    found = [path.stat() for path in partial.glob("*.data")]
+    return sum(int(getattr(stat, "st_blocks", stat.st_size // 512) * 512) for stat in found)
 
 
 def _replace(out: Path, partial: Path) -> None:
     """The finished bundle in place of an older one; a kill between two lines leaves the old or the new one whole."""
-    for name in (_JOURNAL_FILE, _REQUEST_FILE):
+    for name in (JOURNAL_FILE, _REQUEST_FILE):
         (partial / name).unlink()
     if out.exists():
         os.replace(out, _old(out))

@@ -23,8 +23,9 @@ from toolkit.recipe import data_folder, model_facts
 from toolkit.reference.decoder import head_logits, reference_hidden
 from toolkit.report.summary import judge, read_report, section_of, write_report
 from toolkit.validate.parity import Comparison, matching_prefix
+from toolkit.validate.positions import open_positions
 from toolkit.validate.rounded import PLAIN_BITS_PER_WEIGHT, PLAIN_NAME, plain_rounding
-from toolkit.validate.session import AllPositions, continuations
+from toolkit.validate.session import continuations
 from toolkit.validate.speed import measure_speed_apart
 from toolkit.validate.tasks import Task, bundle_right, read_task, reference_right
 
@@ -116,7 +117,7 @@ def _parity_sections(
     greedy = head_logits(config, source, hidden.pop()[len(prompt) - 1 : -1]).argmax(axis=-1)
     plain = plain_rounding(source) if wants_baseline else None
     plain_hidden = reference_hidden(config, plain, sequences) if plain else None
-    session, ours, theirs = AllPositions(bundle), Comparison(), Comparison()
+    session, ours, theirs = open_positions(bundle), Comparison(), Comparison()
     cached_error = 0.0
     progress("logits of the bundle")
     for k, ids in enumerate(sequences):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -13,12 +14,12 @@ from toolkit.checkpoint.config import ModelConfig, read_config
 from toolkit.checkpoint.opened import Checkpoint
 from toolkit.checkpoint.padded_heads import pad_heads
 from toolkit.errors import MachineError, RecipeError
-from toolkit.graph.decoder import HEAD_DIM_MULTIPLE
+from toolkit.graph.blocks import HEAD_DIM_MULTIPLE
 from toolkit.graph.layout import Layout, plan_layout
-from toolkit.machine import free_memory_bytes
+from toolkit.machine import free_memory_bytes, ram_bytes
 from toolkit.partition.pack import CHUNK_BYTES
 from toolkit.recipe import Recipe
-from toolkit.target import TARGETS
+from toolkit.target import TARGETS, Target
 
 # Interpreter, numpy, onnx_ir and the compiler of the quantizers: measured, see LOG.md.
 _BASE_BYTES: Final = 220 << 20
@@ -38,6 +39,8 @@ class ExportPlan:
     report has the measured figure."""
 
     recipe: Recipe
+    target: Target
+    out: Path
     checkpoint: Checkpoint
     layout: Layout
     files: dict[str, int]
@@ -53,19 +56,27 @@ def plan_export(recipe: Recipe, checkpoint: Checkpoint, out: Path, precision: st
     check_match(recipe, checkpoint.config)
     checkpoint = pad_heads(checkpoint, HEAD_DIM_MULTIPLE)
     config = checkpoint.config
-    layout = plan_layout(config, recipe if precision == "int4" else None)
-    rotary_bytes = 4 * recipe.context_length * config.head_dim
-    graph_bytes = rotary_bytes + 6_000 * config.num_hidden_layers
+    target = TARGETS[recipe.target].in_precision(precision)
+    layout = plan_layout(config, target, recipe if precision == "int4" else None)
+    item_bytes = 2 if target.form.activations == "float16" else 4
+    rotary_bytes = item_bytes * recipe.context_length * config.head_dim
+    graphs = {stage.file: 4_000 for stage in target.stages(recipe.window)}
+    for stage in target.stages(recipe.window):
+        if stage.name not in (names.EMBEDDINGS, names.HEAD):
+            graphs[stage.file] = rotary_bytes + 6_000 * config.num_hidden_layers
+    graph_bytes = sum(graphs.values())
     cores = os.cpu_count() or 1
     existing = next(p for p in out.resolve().parents if p.exists())
     return ExportPlan(
         recipe=recipe,
+        target=target,
+        out=out,
         checkpoint=checkpoint,
         layout=layout,
-        files={names.MODEL_FILE: graph_bytes, names.MODEL_DATA_FILE: layout.nbytes},
+        files={**graphs, **layout.files},
         bits_per_weight=layout.bits_per_weight(),
-        peak_memory_bytes=_BASE_BYTES + 3 * rotary_bytes + cores * _CORE_BYTES + (2 * cores + 2) * CHUNK_BYTES,
-        kv_cache_bytes=8 * recipe.context_length * config.num_hidden_layers * config.kv_size,
+        peak_memory_bytes=_BASE_BYTES + 3 * graph_bytes + cores * _CORE_BYTES + (2 * cores + 2) * CHUNK_BYTES,
+        kv_cache_bytes=2 * item_bytes * recipe.context_length * config.num_hidden_layers * config.kv_size,
         disk_needed_bytes=layout.nbytes + graph_bytes + _DISK_MARGIN_BYTES,
         disk_free_bytes=shutil.disk_usage(existing).free,
     )
@@ -90,28 +101,51 @@ def check_match(recipe: Recipe, config: ModelConfig) -> None:
 
 
 def shorten_context(recipe: Recipe, config: ModelConfig) -> Recipe:
-    """A target's default context, cut to what the checkpoint allows."""
-    return replace(recipe, context_length=min(recipe.context_length, config.max_position_embeddings))
+    """A target's default context, cut to what the checkpoint allows, in whole windows."""
+    length = min(recipe.context_length, config.max_position_embeddings)
+    if recipe.window:
+        length = length - length % recipe.window or length
+    return replace(recipe, context_length=length)
 
 
-def check_machine(plan: ExportPlan, already_written_bytes: int) -> None:
-    """Raises MachineError if disk or memory will not do."""
-    if plan.disk_free_bytes + already_written_bytes < plan.disk_needed_bytes:
+def check_machine(plans: Sequence[ExportPlan], already_written_bytes: int) -> None:
+    """Raises MachineError if disk or memory will not do for plans made in one pass, or if a bundle's cache could never
+    be held here."""
+    for plan in plans:
+        _check_cache(plan)
+    # Equal data files are written once.
+    files = {(name, plan.layout.in_file(name)): nbytes for plan in plans for name, nbytes in plan.layout.files.items()}
+    needed = sum(files.values()) + sum(plan.disk_needed_bytes - plan.layout.nbytes for plan in plans)
+    free_disk = min(plan.disk_free_bytes for plan in plans)
+    if free_disk + already_written_bytes < needed:
         raise MachineError(
-            f"the disk has {plan.disk_free_bytes >> 20} MiB free, the bundle needs {plan.disk_needed_bytes >> 20} MiB: "
+            f"the disk has {free_disk >> 20} MiB free, the export needs {needed >> 20} MiB: "
             "free space or name another place with --out"
         )
-    if (free := free_memory_bytes()) < plan.peak_memory_bytes:
+    memory = max(plan.peak_memory_bytes for plan in plans)
+    if (free := free_memory_bytes()) < memory:
         raise MachineError(
-            f"{free >> 20} MiB of memory are free, the export needs about {plan.peak_memory_bytes >> 20} MiB: "
-            "close other programs"
+            f"{free >> 20} MiB of memory are free, the export needs about {memory >> 20} MiB: close other programs"
+        )
+
+
+def _check_cache(plan: ExportPlan) -> None:
+    ram, length, window = ram_bytes(), plan.recipe.context_length, plan.recipe.window or 64
+    if plan.kv_cache_bytes > ram:
+        # Half of the memory: the weights have to be somewhere too.
+        fits = max(length * ram // plan.kv_cache_bytes // 2 // window, 1) * window
+        raise MachineError(
+            f"the KV cache of {length} tokens is {plan.kv_cache_bytes / 2**30:.1f} GiB, allocated whole at the start, "
+            f"and this machine has {ram / 2**30:.1f} GiB: lower it with --set context_length={fits}"
         )
 
 
 def describe(plan: ExportPlan, config: ModelConfig) -> dict[str, object]:
     """The plan as `--dry-run` shows it."""
-    target = TARGETS[plan.recipe.target]
-    stage = {"stage": "model", "file": names.MODEL_FILE, "ep": target.execution_provider, "device": target.device}
+    stages = [
+        {"stage": stage.name, "file": stage.file, "ep": stage.execution_provider, "device": stage.device}
+        for stage in plan.target.stages(plan.recipe.window)
+    ]
     return {
         "recipe": plan.recipe.name,
         "model": plan.recipe.model,
@@ -119,7 +153,7 @@ def describe(plan: ExportPlan, config: ModelConfig) -> dict[str, object]:
         "context_length": plan.recipe.context_length,
         "layers": config.num_hidden_layers,
         "weights": plan.layout.weights(),
-        "stages": [stage],
+        "stages": stages,
         "files": [{"name": name, "bytes": nbytes} for name, nbytes in plan.files.items()],
         "bits_per_weight": plan.bits_per_weight,
         "peak_memory_bytes": plan.peak_memory_bytes,

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from toolkit import names
+from toolkit.graph.builder import StageGraph
 from toolkit.graph.layout import Layout, Unit
-from toolkit.recipe import Recipe
-from toolkit.target import TARGETS
 
 
 class SquaredError(Protocol):
@@ -56,12 +55,14 @@ def quantization_section(layout: Layout, errors: Sequence[SquaredError]) -> dict
     }
 
 
-def partition_section(nodes: int, recipe: Recipe) -> list[dict[str, Any]]:
-    """One graph for the target's execution provider."""
-    target = TARGETS[recipe.target]
+def partition_section(graphs: Sequence[StageGraph]) -> list[dict[str, Any]]:
+    """Each stage with its node count, and the execution provider it is meant for."""
     return [
-        {"stage": "model", "file": names.MODEL_FILE, "ep": target.execution_provider, "device": target.device,
-         "nodes": nodes}
+        {
+            "stage": graph.stage.name, "file": graph.stage.file, "ep": graph.stage.execution_provider,
+            "device": graph.stage.device, "nodes": graph.nodes,
+        }
+        for graph in graphs
     ]  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit import names
-from toolkit.bundle.genai_config import read_genai_config
+from toolkit.bundle.genai_config import max_length, read_genai_config
 from toolkit.errors import BundleError
 from toolkit.validate.session import open_model
 
@@ -25,7 +25,7 @@ class Conversation:
         self._og, self._model, _ = open_model(bundle)
         self._tokenizer = self._og.Tokenizer(self._model)
         self._max_new_tokens = max_new_tokens
-        self._context_length = int(read_genai_config(bundle)["model"]["context_length"])
+        self._config = read_genai_config(bundle)
         self._messages: list[dict[str, str]] = []
 
     def ask(self, question: str) -> Iterator[str]:
@@ -33,10 +33,11 @@ class Conversation:
         self._messages.append({"role": "user", "content": question})
         text = json.dumps(self._messages, ensure_ascii=False)
         prompt = self._tokenizer.encode(self._tokenizer.apply_chat_template(text, add_generation_prompt=True))
-        if len(prompt) >= self._context_length:
+        if max_length(self._config, len(prompt), 1) == max_length(self._config, len(prompt), 0):
             self._messages.pop()
             raise BundleError(
-                f"the conversation has {len(prompt)} tokens, the bundle's context {self._context_length}: start anew"
+                f"the conversation has {len(prompt)} tokens, the bundle's context "
+                f"{self._config['model']['context_length']}: start anew"
             )
         answer = ""
         for piece in self._stream(prompt):
@@ -46,7 +47,7 @@ class Conversation:
 
     def _stream(self, prompt: Any) -> Iterator[str]:
         params = self._og.GeneratorParams(self._model)
-        params.set_search_options(max_length=min(len(prompt) + self._max_new_tokens, self._context_length))
+        params.set_search_options(max_length=max_length(self._config, len(prompt), self._max_new_tokens))
         generator = self._og.Generator(self._model, params)
         generator.append_tokens(prompt)
         stream = self._tokenizer.create_stream()

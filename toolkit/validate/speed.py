@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from toolkit.bundle.genai_config import read_genai_config
+from toolkit.bundle.genai_config import max_length, read_genai_config
 from toolkit.errors import BundleError
 from toolkit.machine import peak_rss_bytes, physical_cores
 from toolkit.validate.session import open_model
@@ -32,12 +32,14 @@ def measure_speed(bundle: Path, prompt_tokens: int, new_tokens: int, repeat: int
     Raises BundleError if prompt and continuation do not fit the bundle's context.
     """
     og, model, load_s = open_model(bundle)
-    config = read_genai_config(bundle)["model"]
-    length = prompt_tokens + new_tokens
-    if min(prompt_tokens, new_tokens - 1, repeat) < 1 or length > config["context_length"]:
+    settings = read_genai_config(bundle)
+    config = settings["model"]
+    length = max_length(settings, prompt_tokens, new_tokens)
+    fits = length - max_length(settings, prompt_tokens, 0) == new_tokens
+    if min(prompt_tokens, new_tokens - 1, repeat) < 1 or not fits:
         raise BundleError(
             f"{prompt_tokens} prompt and {new_tokens} new tokens in {repeat} runs: expected at least 1, 2 and 1, "
-            f"and at most {config['context_length']} tokens together"
+            f"and at most {config['context_length']} tokens together, the prompt in whole windows"
         )
     prompt = [i % min(config["vocab_size"], 256) for i in range(prompt_tokens)]
     runs = []
@@ -82,4 +84,6 @@ def measure_speed_apart(bundle: Path, prompt_tokens: int, new_tokens: int, repea
 def _threads(bundle: Path) -> int:
     """The threads ORT uses; 0 in the file means one for each physical core."""
     decoder = read_genai_config(bundle)["model"]["decoder"]
-    return int(decoder["session_options"].get("intra_op_num_threads", 0)) or physical_cores()
+    stages = [stage for group in decoder.get("pipeline", []) for stage in group.values()]
+    options = stages[0]["session_options"] if stages else decoder["session_options"]
+    return int(options.get("intra_op_num_threads", 0)) or physical_cores()

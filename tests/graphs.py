@@ -1,0 +1,40 @@
+"""Graphs of a checkpoint with their data and settings, without the rest of a bundle."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from toolkit.bundle.genai_config import genai_config, pad_token_id
+from toolkit.checkpoint.opened import open_checkpoint
+from toolkit.checkpoint.padded_heads import pad_heads
+from toolkit.graph.blocks import HEAD_DIM_MULTIPLE
+from toolkit.graph.layout import Layout, plan_layout
+from toolkit.partition.data_files import Destination
+from toolkit.partition.lower import lower
+from toolkit.partition.pack import pack_weights
+from toolkit.recipe import QuantRule, Recipe
+from toolkit.target import TARGETS
+
+CONTEXT_LENGTH, WINDOW = 64, 8
+
+
+def recipe_for(target: str, rules: tuple[QuantRule, ...] = (QuantRule("*"),)) -> Recipe:
+    """A recipe of the tests' context and window."""
+    return Recipe("r", "m", target, CONTEXT_LENGTH, rules, {}, window=WINDOW if TARGETS[target].partitioned else 0)
+
+
+def write_graphs(checkpoint: Path, folder: Path, target: str = "cpu", recipe: Recipe | None = None) -> Layout:
+    """What the target's bundle computes with, float32 unless a recipe quantizes it; returns the layout."""
+    folder.mkdir(exist_ok=True)
+    row = TARGETS[target].in_precision("int4" if recipe else "fp32")
+    padded = pad_heads(open_checkpoint(checkpoint), HEAD_DIM_MULTIPLE)
+    layout = plan_layout(padded.config, row, recipe)
+    pack_weights(padded.source, [Destination(layout, folder)])
+    pad = pad_token_id(padded.config, checkpoint)
+    graphs = lower(padded.config, layout, row, recipe or recipe_for(target), pad)
+    for graph in graphs:
+        graph.save(folder)
+    settings = genai_config(padded.config, checkpoint, CONTEXT_LENGTH, graphs)
+    (folder / "genai_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    return layout

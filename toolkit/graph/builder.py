@@ -1,0 +1,162 @@
+"""Nodes and initializers of one graph file, and the matrix product every block is made of.
+
+B batch, S query length, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import onnx_ir as ir
+
+from toolkit import names
+from toolkit.graph.layout import Layout, Slot, Unit
+from toolkit.target import Form, Stage
+
+MS: Final = "com.microsoft"
+_DTYPES: Final = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "uint8": ir.DataType.UINT8}
+
+
+class GraphBuilder:
+    """Collects nodes and initializers; a node's path names its outputs `{path}/output_{k}`."""
+
+    def __init__(self, layout: Layout, form: Form) -> None:
+        self.layout = layout
+        self.form = form
+        self.nodes: list[ir.Node] = []
+        self.initializers: dict[str, ir.Value] = {}
+
+    @property
+    def dtype(self) -> ir.DataType:
+        """Of activations and of the KV cache."""
+        return _DTYPES[self.form.activations]
+
+    def op(
+        self,
+        path: str,
+        inputs: Sequence[ir.Value | None],
+        attributes: dict[str, Any] | None = None,
+        domain: str = "",
+        outputs: int = 1,
+    ) -> list[ir.Value]:
+        """Appends a node; the last part of `path` before any `.` is its op type. Returns its outputs."""
+        values = [ir.Value(name=f"{path}/output_{k}") for k in range(outputs)]
+        node = ir.node(
+            path.rsplit("/", 1)[-1].split(".")[0],
+            list(inputs),
+            attributes or {},
+            domain=domain,
+            outputs=values,
+            name=path,
+        )
+        self.nodes.append(node)
+        return values
+
+    def constant(self, name: str, array: np.ndarray[Any, Any]) -> ir.Value:
+        """A small initializer inside the graph file, shared by name."""
+        if name not in self.initializers:
+            value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
+            self.initializers[name] = value
+        return self.initializers[name]
+
+    def slot(self, slot: Slot) -> ir.Value:
+        """An initializer in its data file."""
+        if slot.name not in self.initializers:
+            tensor = ir.ExternalTensor(
+                slot.file, slot.offset, slot.nbytes, _DTYPES[slot.dtype],
+                shape=ir.Shape(slot.shape), name=slot.name,
+            )  # fmt: skip
+            self.initializers[slot.name] = ir.Value(name=slot.name, const_value=tensor)
+        return self.initializers[slot.name]
+
+    def vector(self, tensor: str) -> ir.Value:
+        """A gain or bias by its tensor name."""
+        return self.slot(self.layout.units[tensor].slots[0])
+
+    def cast(self, path: str, x: ir.Value, to: ir.DataType) -> ir.Value:
+        """`x` in another dtype; `path` ends in Cast."""
+        return self.op(path, [x], {"to": to.value})[0]
+
+    def linear(
+        self, path: str, x: ir.Value, module: str, weight_of: str | None = None, form: Form | None = None
+    ) -> ir.Value:
+        """`x` times a module's weight, plus its bias if it has one; `form` where it is not the graph's own."""
+        form = form or self.form
+        unit = self.layout.units[names.weight(weight_of or module)]
+        bias = names.bias(module)
+        bias_value = self.vector(bias) if bias in self.layout.units else None
+        inside = bias_value if unit.spec is not None and form.fused else None
+        y = self._product(path, x, unit, inside, form)
+        return self.op(f"{path}/Add", [y, bias_value])[0] if bias_value and not inside else y
+
+    def _product(self, path: str, x: ir.Value, unit: Unit, bias: ir.Value | None, form: Form) -> ir.Value:
+        """MatMulNBits on packed weights; a float product on others."""
+        if unit.spec is None:
+            weight = self.slot(unit.slots[0])
+            if form.fused:
+                return self.op(f"{path}/FusedMatMul", [x, weight], {"transB": 1}, MS)[0]
+            (turned,) = self.op(f"{path}/Transpose", [weight], {"perm": [1, 0]})
+            return self.op(f"{path}/MatMul", [x, turned])[0]
+        attributes = {
+            "K": unit.width, "N": sum(unit.rows), "bits": unit.spec.bits,
+            "block_size": unit.spec.block_size, "accuracy_level": form.accuracy_level,
+        }  # fmt: skip
+        weights: list[ir.Value | None] = [self.slot(slot) for slot in unit.slots]
+        inputs = [x, *weights]
+        if bias:
+            inputs = [x, *weights, *[None] * (4 - len(weights)), bias]
+        return self.op(f"{path}/MatMulNBits", inputs, attributes, MS)[0]
+
+    def model(self, name: str, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value]) -> ir.Model:
+        """The finished graph."""
+        for value in self.initializers.values():
+            tensor = value.const_value
+            assert tensor is not None
+            value.shape, value.dtype = tensor.shape, tensor.dtype  # type: ignore[assignment]
+        graph = ir.Graph(
+            inputs, outputs, nodes=self.nodes, initializers=list(self.initializers.values()),
+            opset_imports={"": 23, MS: 1}, name=name,
+        )  # fmt: skip
+        return ir.Model(graph, ir_version=10, producer_name="toolkit")
+
+
+def value(name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
+    """A graph input; symbolic dimensions are names."""
+    return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
+
+
+def declare(output: ir.Value, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
+    """Makes a node's output one of the graph's, under the graph's name for it."""
+    output.name, output.type, output.shape = name, ir.TensorType(dtype), ir.Shape(shape)
+    return output
+
+
+@dataclass(frozen=True)
+class StageGraph:
+    """A stage with its graph."""
+
+    stage: Stage
+    model: ir.Model
+
+    @property
+    def inputs(self) -> list[str]:
+        """Names, in the graph's order."""
+        return [str(value.name) for value in self.model.graph.inputs]
+
+    @property
+    def outputs(self) -> list[str]:
+        """Names, in the graph's order."""
+        return [str(value.name) for value in self.model.graph.outputs]
+
+    @property
+    def nodes(self) -> int:
+        """How many nodes it has."""
+        return len(self.model.graph)
+
+    def save(self, folder: Path) -> None:
+        """Writes the graph alone; its external data is where the slots say."""
+        ir.save(self.model, folder / self.stage.file)

@@ -1,0 +1,106 @@
+"""The data files of one or more bundles, opened to be filled; equal ones are one file with several names."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Lock
+from typing import BinaryIO, Final
+
+from toolkit.errors import MachineError
+from toolkit.graph.layout import Layout, Unit
+
+JOURNAL_FILE: Final = "journal.jsonl"
+
+
+@dataclass(frozen=True)
+class Destination:
+    """A bundle in the making: what its data files hold, and the folder they and the journal are in."""
+
+    layout: Layout
+    folder: Path
+
+    @property
+    def journal(self) -> Path:
+        """Names the tensors whose bytes are on disk."""
+        return self.folder / JOURNAL_FILE
+
+    def is_begun(self) -> bool:
+        """Whether every data file is there in its size, so that the journal can be believed."""
+        paths = {self.folder / file: nbytes for file, nbytes in self.layout.files.items()}
+        return all(path.is_file() and path.stat().st_size == nbytes for path, nbytes in paths.items())
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """One file on disk, open for writing. `links` are (destination, file name) pairs that share it."""
+
+    path: Path
+    units: tuple[Unit, ...]
+    nbytes: int
+    handle: BinaryIO
+    links: list[tuple[int, str]]
+    lock: Lock = field(default_factory=Lock)
+
+    def write(self, offset: int, left: memoryview) -> None:
+        """All of `left` at `offset`. Raises MachineError if the disk is full."""
+        try:
+            with self.lock:
+                self.handle.seek(offset)
+                while left:
+                    left = left[self.handle.write(left) :]
+        except OSError as problem:
+            raise disk_error(self.path, problem) from None
+
+
+def disk_error(path: Path, problem: OSError) -> MachineError:
+    """What to say when `path` cannot be written."""
+    return MachineError(f"{path} cannot be written: {problem.strerror}; free space and run again")
+
+
+@contextmanager
+def open_data_files(destinations: Sequence[Destination], resume: bool) -> Iterator[list[DataFile]]:
+    """Every data file of all destinations in its full size. `resume` keeps what is in them.
+
+    Raises MachineError if one cannot be made.
+    """
+    with ExitStack() as stack:
+        files: list[DataFile] = []
+        for k, destination in enumerate(destinations):
+            for name, nbytes in destination.layout.files.items():
+                path, units = destination.folder / name, destination.layout.in_file(name)
+                equal = next((file for file in files if file.units == units and _link(file.path, path)), None)
+                if equal:
+                    equal.links.append((k, name))
+                    continue
+                try:
+                    handle = stack.enter_context(_open(path, nbytes, resume))
+                except OSError as problem:
+                    raise disk_error(path, problem) from None
+                files.append(DataFile(path, units, nbytes, handle, [(k, name)]))
+        yield files
+
+
+def _open(path: Path, nbytes: int, resume: bool) -> BinaryIO:
+    if not resume:
+        path.unlink(missing_ok=True)  # never truncated: a finished bundle may share it
+    handle = path.open("r+b" if resume else "x+b", buffering=0)
+    handle.truncate(nbytes)
+    return handle
+
+
+def _link(existing: Path, path: Path) -> bool:
+    """Makes `path` another name of `existing`; False where the file system has no hard links."""
+    if path.exists() and os.path.samefile(existing, path):
+        return True
+    fresh = path.with_name(path.name + ".link")
+    try:
+        fresh.unlink(missing_ok=True)
+        os.link(existing, fresh)
+        os.replace(fresh, path)
+    except OSError:
+        return False
+    return True

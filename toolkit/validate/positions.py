@@ -1,0 +1,153 @@
+"""Logits of every position from a bundle's own graphs, through ORT on the CPU: what ships, judged token by token.
+
+T tokens, S query length, D hidden, V vocab.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from toolkit import names
+from toolkit.bundle.genai_config import read_genai_config
+from toolkit.errors import BundleError
+
+_NUMPY: Final[dict[str, type[np.floating[Any]]]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+_Values = dict[str, NDArray[Any]]
+
+
+class Positions(Protocol):
+    """A bundle that gives logits of every position."""
+
+    def logits(self, ids: list[int], prompt: int | None = None) -> NDArray[np.float32]:
+        """[T, V] for one sequence: the first `prompt` tokens (default all) as a prompt, each later one with the
+        cache."""
+
+
+def open_positions(bundle: Path, exact: bool = False) -> Positions:
+    """The bundle's graphs on the CPU. `exact` keeps activations as they are where the bundle rounds them to int8, so
+    that a graph's errors stand apart from rounding.
+
+    Raises BundleError for a folder without the graphs its genai_config.json names.
+    """
+    decoder = read_genai_config(bundle).get("model", {}).get("decoder", {})
+    return Pipeline(bundle, exact) if decoder.get("pipeline") else OneGraph(bundle, exact)
+
+
+class OneGraph:
+    """One model with the last-position gather bypassed in memory."""
+
+    def __init__(self, bundle: Path, exact: bool = False) -> None:
+        self._session = _session(bundle, names.MODEL, exact)
+
+    def logits(self, ids: list[int], prompt: int | None = None) -> NDArray[np.float32]:
+        """See Positions."""
+        stops = [len(ids)] if prompt is None else [prompt, *range(prompt + 1, len(ids) + 1)]
+        cache = _empty_cache(self._session, 0)
+        pieces, start = [], 0
+        for stop in stops:
+            tokens = {
+                names.INPUT_IDS: np.array([ids[start:stop]], np.int64),
+                names.ATTENTION_MASK: np.ones((1, stop), np.int64),
+            }
+            made = _run(self._session, {**tokens, **cache})
+            pieces.append(made[names.LOGITS][0])
+            cache = {past: made[past.replace("past_key_values", "present")] for past in cache}
+            start = stop
+        return np.concatenate(pieces)
+
+
+class Pipeline:
+    """The four stages as onnxruntime-genai drives them: the prompt in padded windows, then a token at a time."""
+
+    def __init__(self, bundle: Path, exact: bool = False) -> None:
+        model = read_genai_config(bundle)["model"]
+        stages = (names.EMBEDDINGS, names.CONTEXT, names.ITERATOR, names.HEAD)
+        self._sessions = {stage: _session(bundle, stage, exact) for stage in stages}
+        self._window = int(model["decoder"]["sliding_window"]["window_size"])
+        self._pad_token_id, self._context_length = int(model["pad_token_id"]), int(model["context_length"])
+
+    def logits(self, ids: list[int], prompt: int | None = None) -> NDArray[np.float32]:
+        """See Positions."""
+        prompt = len(ids) if prompt is None else prompt
+        length = self._cache_length(prompt, len(ids))
+        cache = _empty_cache(self._sessions[names.CONTEXT], length)
+        hidden = []
+        for start in range(0, prompt, self._window):
+            chunk = ids[start : min(start + self._window, prompt)]
+            padded = chunk + [self._pad_token_id] * (self._window - len(chunk))
+            made, cache = self._step(names.CONTEXT, padded, start + self._window - 1, length, cache)
+            hidden.append(made[:, : len(chunk)])
+        for position in range(prompt, len(ids)):
+            made, cache = self._step(names.ITERATOR, [ids[position]], position, length, cache)
+            hidden.append(made)
+        head = {names.LAST_HIDDEN: np.concatenate(hidden, axis=1), names.INPUT_IDS: np.array([ids], np.int64)}
+        logits: NDArray[np.float32] = _run(self._sessions[names.HEAD], head)[names.LOGITS][0]
+        return logits
+
+    def _cache_length(self, prompt: int, tokens: int) -> int:
+        """The context where the graph fixes it, else as much as the windows and the tokens after them take."""
+        fixed = _cache_inputs(self._sessions[names.CONTEXT])[0].shape[2]
+        needed = -(-prompt // self._window) * self._window + tokens - prompt
+        return fixed if isinstance(fixed, int) else needed
+
+    def _step(
+        self, stage: str, ids: list[int], last: int, length: int, cache: _Values
+    ) -> tuple[NDArray[Any], _Values]:
+        """(hidden states [1, S, D], the cache after them); `last` is the position of the last of `ids`."""
+        embedded = _run(self._sessions[names.EMBEDDINGS], {names.INPUT_IDS: np.array([ids], np.int64)})
+        lengths = {
+            names.PAST_SEQ_LEN: np.array([[last]], np.int32),
+            names.TOTAL_SEQ_LEN: np.array([length], np.int32),
+        }
+        made = _run(self._sessions[stage], {**embedded, **lengths, **cache})
+        grown = {past: made[past.replace("past_key_values", "present")] for past in cache}
+        return made[names.LAST_HIDDEN], grown
+
+
+def _session(bundle: Path, stage: str, exact: bool) -> ort.InferenceSession:
+    path = bundle / names.stage_file(stage)
+    if not path.is_file():
+        raise BundleError(f"{bundle} has no {path.name}: not a bundle this command can judge")
+    model = onnx.load(path, load_external_data=False)
+    nodes = {node.name: node for node in model.graph.node}
+    if "/lm_head/GatherND" in nodes:
+        _bypass_gather(model, nodes)
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if exact and attribute.name == "accuracy_level":
+                attribute.i = 1
+    options = ort.SessionOptions()
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle))
+    options.add_session_config_entry("session.set_denormal_as_zero", "1")
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def _bypass_gather(model: onnx.ModelProto, nodes: dict[str, onnx.NodeProto]) -> None:
+    """The head over all positions rather than the last."""
+    hidden, last = nodes["/lm_head/GatherND"].input[0], nodes["/lm_head/Unsqueeze"].output[0]
+    for node in model.graph.node:
+        if last in node.input and node.name != "/lm_head/Unsqueeze":
+            node.input[list(node.input).index(last)] = hidden
+    logits = next(value for value in model.graph.output if value.name == names.LOGITS)
+    logits.type.tensor_type.shape.dim[1].dim_param = "sequence"
+
+
+def _cache_inputs(session: ort.InferenceSession) -> list[Any]:
+    return [value for value in session.get_inputs() if value.name.startswith("past_key_values.")]
+
+
+def _empty_cache(session: ort.InferenceSession, length: int) -> _Values:
+    """Zeros of [1, kv heads, length, head_dim] for each cache input."""
+    inputs = _cache_inputs(session)
+    return {v.name: np.zeros((1, int(v.shape[1]), length, int(v.shape[3])), _NUMPY[v.type]) for v in inputs}
+
+
+def _run(session: ort.InferenceSession, feeds: _Values) -> _Values:
+    made = session.run(None, feeds)
+    return {value.name: np.asarray(array) for value, array in zip(session.get_outputs(), made, strict=True)}
