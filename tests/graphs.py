@@ -8,7 +8,7 @@ from pathlib import Path
 from toolkit.bundle.genai_config import genai_config, pad_token_id
 from toolkit.checkpoint.opened import open_checkpoint
 from toolkit.checkpoint.padded_heads import pad_heads
-from toolkit.graph.blocks import HEAD_DIM_MULTIPLE
+from toolkit.graph.attention import HEAD_DIM_MULTIPLE
 from toolkit.graph.layout import Layout, plan_layout
 from toolkit.partition.data_files import Destination
 from toolkit.partition.lower import lower

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from toolkit.checkpoint.weights import Tensors, open_weights
 from toolkit.quant.blockwise import QuantSpec
 from toolkit.recipe import QuantRule, Recipe
 from toolkit.reference.decoder import reference_logits
+from toolkit.target import TARGETS
 from toolkit.validate.positions import open_positions
 from toolkit.validate.rounded import RoundedTensors
 
@@ -30,19 +32,34 @@ def _rounded(source: Tensors, recipe: Recipe) -> RoundedTensors:
 @pytest.mark.parametrize("case", ["qwen2", "qwen2-tied", "llama-bias", "mistral-sliding", "qwen3"])
 @pytest.mark.parametrize("v_bits", [4, 8])
 def test_quantized_graphs_compute_their_dequantized_weights(
-    case: str, symmetric: bool, v_bits: int, tmp_path: Path
+    case: str, symmetric: bool, v_bits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_checkpoint(*CASES[case], tmp_path)
     config = read_config(tmp_path)
     source = open_weights(tmp_path, config)
     rules = (QuantRule("*.v_proj", bits=v_bits, symmetric=symmetric), QuantRule("*", symmetric=symmetric))
     ids = list(range(5, 45))
-    for target in ("cpu", "cpu-split"):
-        recipe = recipe_for(target, rules)
-        layout = write_graphs(tmp_path, tmp_path / target, target, recipe)
+    (expected,) = reference_logits(config, _rounded(source, recipe_for("cpu", rules)), [ids])
+    for target, row in TARGETS.items():
+        if any(config.sliding_windows) and not row.form.local_window:
+            continue
+        # In float32, since half precision alone is an error of a hundredth.
+        monkeypatch.setitem(TARGETS, target, replace(row, form=replace(row.form, activations="float32")))
+        layout = write_graphs(tmp_path, tmp_path / target, target, recipe_for(target, rules))
         packed = "model.layers.0.self_attn.qkv_proj.weight" in layout.units
-        assert packed == (v_bits == 4 and not config.qk_norm)
-        (expected,) = reference_logits(config, _rounded(source, recipe), [ids])
+        assert packed == (v_bits == 4 and not config.qk_norm and row.form.packed_qkv)
         bundle = open_positions(tmp_path / target, exact=True)
         for prompt in (None, 1, 2 * WINDOW + 3):
             assert np.abs(bundle.logits(ids, prompt) - expected).max() <= 1e-3
+
+
+@pytest.mark.parametrize("target", [name for name, row in TARGETS.items() if row.form.activations == "float16"])
+def test_half_precision_costs_no_more_than_half_precision(target: str, tmp_path: Path) -> None:
+    """The float16 graphs, computed by ORT's CPU kernels, within a hundredth of the logits' size."""
+    make_checkpoint(*CASES["qwen2"], tmp_path)
+    config, ids = read_config(tmp_path), list(range(5, 45))
+    recipe = recipe_for(target)
+    write_graphs(tmp_path, tmp_path / target, target, recipe)
+    (expected,) = reference_logits(config, _rounded(open_weights(tmp_path, config), recipe), [ids])
+    logits = open_positions(tmp_path / target, exact=True).logits(ids, 2 * WINDOW + 3)
+    assert 1e-4 < np.abs(logits - expected).max() / np.abs(expected).max() <= 1e-2

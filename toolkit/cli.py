@@ -18,7 +18,9 @@ from toolkit.errors import ToolkitError
 
 if TYPE_CHECKING:
     from toolkit.checkpoint.opened import Checkpoint
+    from toolkit.recipe import Recipe
 
+ON_CPU = click.option("--on-cpu", is_flag=True, help="Run every stage on the CPU, whatever the bundle is made for.")
 BUNDLE = click.argument("bundle", type=click.Path(path_type=Path))
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, the rest on stderr.")
 CHECKPOINT_HELP = "A folder in Hugging Face layout, or a hub id [the recipe's model]."
@@ -47,9 +49,9 @@ def commands(debug: bool) -> None:
 
 
 @commands.command()
-@click.argument("recipe")
+@click.argument("recipes", nargs=-1, required=True, metavar="RECIPE...")
 @click.option("--checkpoint", help=CHECKPOINT_HELP)
-@click.option("--out", type=click.Path(path_type=Path), help="Where the bundle goes [build/RECIPE].")
+@click.option("--out", type=click.Path(path_type=Path), help="Where the bundle goes, or several [build/RECIPE].")
 @click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="Change the recipe: quantize.0.bits=8.")
 @click.option("--precision", type=click.Choice(["int4", "fp32"]), default="int4", help="fp32 keeps every weight.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
@@ -58,35 +60,32 @@ def commands(debug: bool) -> None:
 @AS_JSON
 @effort_options
 def export(
-    recipe: str, checkpoint: str | None, out: Path | None, changes: tuple[str, ...], precision: str, dry_run: bool,
-    synthetic: bool, no_validate: bool, as_json: bool, **effort: Any,
+    recipes: tuple[str, ...], checkpoint: str | None, out: Path | None, changes: tuple[str, ...], precision: str,
+    dry_run: bool, synthetic: bool, no_validate: bool, as_json: bool, **effort: Any,
 ) -> None:  # fmt: skip
-    """Convert one RECIPE to one bundle: a name, a path, or a bare target such as cpu with --checkpoint."""
-    from toolkit.pipeline.export import export_bundle
-    from toolkit.pipeline.plan import describe, plan_export, shorten_context
-    from toolkit.progress import progress_line
-    from toolkit.recipe import load_recipe
-    from toolkit.target import TARGETS
+    """Convert one RECIPE to one bundle: a name, a path, or a bare target such as cpu with --checkpoint.
 
-    loaded = load_recipe(recipe, changes, checkpoint)
-    place = out or Path("build") / loaded.name
+    Several recipes of one model are made in one pass over its checkpoint, and share what is equal on the disk.
+    """
+    from toolkit.pipeline.export import Order, export_bundles
+    from toolkit.pipeline.plan import describe, plan_export
+    from toolkit.progress import progress_line
+
     shapes_alone = synthetic or (dry_run and not checkpoint)
-    opened = _open(checkpoint or (None if shapes_alone else loaded.model), loaded.facts(), shapes_alone)
-    if recipe in TARGETS and not any(change.startswith("context_length=") for change in changes):
-        loaded = shorten_context(loaded, opened.config)
+    opened, loaded = _load(recipes, changes, checkpoint, shapes_alone)
+    orders = [Order(recipe, _place(out, recipe.name, len(recipes))) for recipe in loaded]
     if dry_run:
-        _print_plan(describe(plan_export(loaded, opened, place, precision), opened.config), as_json)
+        plans = [describe(plan_export(o.recipe, opened, o.out, precision), opened.config) for o in orders]
+        _print_plans(plans, as_json)
         return
     with progress_line(len(opened.source.names())) as progress:
-        bundle = export_bundle(loaded, opened, place, precision, progress)
-    click.echo(f"bundle: {bundle}", err=as_json)
+        bundles = export_bundles(orders, opened, precision, progress)
     if no_validate or synthetic:
-        page = bundle / "report.html"
-        click.echo(f"report: {page} (conversion alone; `toolkit validate` adds the proof)", err=as_json)
-        if as_json:
-            click.echo((bundle / "report.json").read_text(encoding="utf-8"))
+        _print_exported(bundles, as_json)
         return
-    _validate(bundle, opened, effort, as_json)
+    for bundle in bundles:
+        click.echo(f"bundle: {bundle}", err=as_json)
+    _validate(bundles, opened, effort, as_json)
 
 
 @commands.command()
@@ -103,7 +102,7 @@ def validate(bundle: Path, checkpoint: str | None, as_json: bool, **effort: Any)
     made_by, synthetic = manifest["recipe"], manifest["synthetic"]
     place = checkpoint or (None if synthetic else made_by["model"])
     opened = _open(place, model_facts(made_by["name"], made_by["target"]), synthetic)
-    _validate(bundle, opened, effort, as_json)
+    _validate([bundle], opened, effort, as_json)
 
 
 @commands.command()
@@ -130,11 +129,23 @@ def inspect(path: Path, as_json: bool) -> None:
 @BUNDLE
 @AS_JSON
 def check(bundle: Path, as_json: bool) -> None:
-    """The genai_config.json of BUNDLE against its graph and what onnxruntime-genai reads."""
+    """BUNDLE's genai_config.json, and each node of its graphs against what its execution provider takes."""
     from toolkit.bundle.lint import lint_bundle
+    from toolkit.bundle.manifest import read_manifest
+    from toolkit.bundle.operators import place_bundle
 
-    all_well = "genai_config.json fits the graph, and onnxruntime-genai 0.12.2 and later"
-    _print_problems(lint_bundle(bundle), all_well, as_json)
+    recipe = read_manifest(bundle)["recipe"]
+    placements = place_bundle(bundle, recipe["target"], recipe["window"])
+    if not as_json:
+        for placement in placements:
+            outside = f", {placement.nodes_outside} outside on purpose" if placement.nodes_outside else ""
+            click.echo(
+                f"{placement.file}: {placement.nodes_legal} of {placement.nodes} nodes are "
+                f"{placement.execution_provider}'s by its table{outside}"
+            )
+    problems = [*lint_bundle(bundle), *(problem for placement in placements for problem in placement.problems)]
+    all_well = "genai_config.json fits the graphs, and onnxruntime-genai 0.12.2 and later"
+    _print_problems(problems, all_well, as_json)
 
 
 @commands.command()
@@ -151,16 +162,18 @@ def verify(bundle: Path, as_json: bool) -> None:
 @BUNDLE
 @click.option("--prompt", required=True, help="The question; the bundle's chat template is put around it.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=400, show_default=True)
+@ON_CPU
 @AS_JSON
-def generate(bundle: Path, prompt: str, max_new_tokens: int, as_json: bool) -> None:
+def generate(bundle: Path, prompt: str, max_new_tokens: int, on_cpu: bool, as_json: bool) -> None:
     """Text from BUNDLE through onnxruntime-genai, streamed."""
     from toolkit.validate.conversation import Conversation
 
+    conversation = Conversation(bundle, max_new_tokens, on_cpu)
     if as_json:
-        text = "".join(Conversation(bundle, max_new_tokens).ask(prompt))
+        text = "".join(conversation.ask(prompt))
         click.echo(json.dumps({"prompt": prompt, "text": text}, indent=2, ensure_ascii=False))
         return
-    for piece in Conversation(bundle, max_new_tokens).ask(prompt):
+    for piece in conversation.ask(prompt):
         click.echo(piece, nl=False)
     click.echo()
 
@@ -168,11 +181,12 @@ def generate(bundle: Path, prompt: str, max_new_tokens: int, as_json: bool) -> N
 @commands.command()
 @BUNDLE
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=1024, show_default=True)
-def chat(bundle: Path, max_new_tokens: int) -> None:
+@ON_CPU
+def chat(bundle: Path, max_new_tokens: int, on_cpu: bool) -> None:
     """A conversation with BUNDLE; an empty line or end of input ends it."""
     from toolkit.validate.conversation import Conversation
 
-    conversation = Conversation(bundle, max_new_tokens)
+    conversation = Conversation(bundle, max_new_tokens, on_cpu)
     while True:
         try:
             question = click.prompt("you", default="", show_default=False, prompt_suffix="> ")
@@ -190,12 +204,15 @@ def chat(bundle: Path, max_new_tokens: int) -> None:
 @click.option("--prompt-tokens", type=int, default=128, show_default=True)
 @click.option("--new-tokens", type=int, default=64, show_default=True)
 @click.option("--repeat", type=int, default=5, show_default=True)
+@ON_CPU
 @AS_JSON
-def bench(bundle: Path, prompt_tokens: int, new_tokens: int, repeat: int, as_json: bool) -> None:
+def bench(
+    bundle: Path, prompt_tokens: int, new_tokens: int, repeat: int, on_cpu: bool, as_json: bool
+) -> None:
     """Speed of BUNDLE through onnxruntime-genai, medians over the runs."""
     from toolkit.validate.speed import measure_speed
 
-    speed = measure_speed(bundle, prompt_tokens, new_tokens, repeat)
+    speed = measure_speed(bundle, prompt_tokens, new_tokens, repeat, on_cpu)
     if as_json:
         click.echo(json.dumps(speed, indent=2))
         return
@@ -227,6 +244,38 @@ def recipes(as_json: bool) -> None:
         )
 
 
+def _load(
+    names: tuple[str, ...], changes: tuple[str, ...], checkpoint: str | None, shapes_alone: bool
+) -> tuple[Checkpoint, list[Recipe]]:
+    """The recipes and the one checkpoint they are for. Raises RecipeError if they are for several."""
+    from toolkit.errors import RecipeError
+    from toolkit.pipeline.plan import shorten_context
+    from toolkit.recipe import load_recipe
+    from toolkit.target import TARGETS
+
+    loaded = [load_recipe(name, changes, checkpoint) for name in names]
+    if not checkpoint and len({recipe.model for recipe in loaded}) > 1:
+        models = ", ".join(f"{recipe.name} of {recipe.model}" for recipe in loaded)
+        raise RecipeError(f"one export reads one checkpoint, and these are {models}: name them one by one")
+    if len({recipe.name for recipe in loaded}) < len(loaded):
+        raise RecipeError(f"a recipe is named twice: {', '.join(names)}")
+    place = checkpoint or (None if shapes_alone else loaded[0].model)
+    opened = _open(place, loaded[0].facts(), shapes_alone)
+    if not any(change.startswith("context_length=") for change in changes):
+        loaded = [
+            shorten_context(recipe, opened.config) if name in TARGETS else recipe
+            for name, recipe in zip(names, loaded, strict=True)
+        ]
+    return opened, loaded
+
+
+def _place(out: Path | None, name: str, count: int) -> Path:
+    """Where a bundle goes: `out` itself for one, a folder of its own there for several."""
+    if out is None:
+        return Path("build") / name
+    return out if count == 1 else out / name
+
+
 def _open(place: str | None, facts: Path | None, synthetic: bool) -> Checkpoint:
     """The checkpoint at `place`; for random weights the shapes of `place`, or else of the model's facts."""
     from toolkit.checkpoint.download import resolve_checkpoint
@@ -248,10 +297,32 @@ def _print_problems(problems: list[str], all_well: str, as_json: bool) -> None:
         sys.exit(1)
 
 
-def _print_plan(plan: dict[str, Any], as_json: bool) -> None:
+def _print_plans(plans: list[dict[str, Any]], as_json: bool) -> None:
     if as_json:
-        click.echo(json.dumps(plan, indent=2, ensure_ascii=False))
+        click.echo(_one_document(plans))
         return
+    for plan in plans:
+        _print_plan(plan)
+
+
+def _one_document(parts: list[dict[str, Any]]) -> str:
+    """One plan or report as itself, several as a list."""
+    return json.dumps(parts[0] if len(parts) == 1 else parts, indent=2, ensure_ascii=False)
+
+
+def _print_exported(bundles: list[Path], as_json: bool) -> None:
+    reports = [json.loads((bundle / "report.json").read_text(encoding="utf-8")) for bundle in bundles]
+    for bundle, report in zip(bundles, reports, strict=True):
+        click.echo(f"bundle: {bundle}", err=as_json)
+        if not as_json:
+            _print_notes(report)
+        page = bundle / "report.html"
+        click.echo(f"report: {page} (conversion alone; `toolkit validate` adds the proof)", err=as_json)
+    if as_json:
+        click.echo(_one_document(reports))
+
+
+def _print_plan(plan: dict[str, Any]) -> None:
     click.echo(f"{plan['recipe']}: {plan['model']}, {plan['weights'] / 1e9:.2f} G weights in {plan['layers']} layers")
     for stage in plan["stages"]:
         click.echo(f"stage {stage['stage']}: {stage['file']} on {stage['ep']}")
@@ -264,7 +335,7 @@ def _print_plan(plan: dict[str, Any], as_json: bool) -> None:
     click.echo(f"disk: {needed:.0f} MiB needed, {free:.0f} MiB free")
 
 
-def _validate(bundle: Path, checkpoint: Checkpoint, effort: dict[str, Any], as_json: bool) -> None:
+def _validate(bundles: list[Path], checkpoint: Checkpoint, effort: dict[str, Any], as_json: bool) -> None:
     from toolkit.pipeline.judge import Effort, judge_bundle
     from toolkit.progress import progress_line
 
@@ -272,13 +343,15 @@ def _validate(bundle: Path, checkpoint: Checkpoint, effort: dict[str, Any], as_j
         tokens=effort["tokens"], examples=effort["examples"], tasks=not effort["no_tasks"],
         speed=not effort["no_speed"], baseline=effort["baseline"], text=effort["text"],
     )  # fmt: skip
-    with progress_line(None) as progress:
-        report = judge_bundle(bundle, checkpoint, wanted, progress)
+    reports = []
+    for bundle in bundles:
+        with progress_line(None) as progress:
+            reports.append(judge_bundle(bundle, checkpoint, wanted, progress))
+        if not as_json:
+            _print_verdict(bundle, reports[-1])
     if as_json:
-        click.echo(json.dumps(report, indent=2, ensure_ascii=False))
-    else:
-        _print_verdict(bundle, report)
-    if not report["verdict"]["passed"]:
+        click.echo(_one_document(reports))
+    if not all(report["verdict"]["passed"] for report in reports):
         sys.exit(1)
 
 
@@ -294,11 +367,22 @@ def _print_verdict(bundle: Path, report: dict[str, Any]) -> None:
     if speed := report.get("speed"):
         prefill, decode = speed["prefill_tokens_per_s"], speed["decode_tokens_per_s"]
         click.echo(f"speed: {prefill:.0f} prefill, {decode:.1f} decode tokens/s, {speed['threads']} threads")
+    _print_notes(report)
     for check in report["verdict"]["checks"]:
         word = "pass" if check["passed"] else "FAIL"
         value = f"{check['value']:.3g}" if "value" in check else "was not measured"
         click.echo(f"{word}: {check['name']} {value} (threshold {check['threshold']:g})")
     click.echo(f"report: {bundle / 'report.html'}")
+
+
+def _print_notes(report: dict[str, Any]) -> None:
+    """What a reader of the verdict has to know of where the stages run."""
+    for row in report.get("partition", []):
+        for problem in row.get("illegal", []):
+            click.echo(f"note: {problem}")
+    for entry in report["not_measured"]:
+        if entry["name"] == "partition.nodes_on_ep":
+            click.echo(f"note: {entry['reason']}")
 
 
 def main() -> None:

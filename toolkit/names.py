@@ -14,6 +14,9 @@ LM_HEAD: Final = "lm_head"
 QKV_PROJECTIONS: Final = ("q_proj", "k_proj", "v_proj")
 # Roles the CPU execution provider serves on every target.
 OUTSIDE_ROLES: Final = ("embed_tokens", "lm_head")
+# Where their nodes are named, and the `layer_ann` ONNX Runtime knows them by inside one graph.
+OUTSIDE_PATHS: Final = ("/model/embed_tokens/", "/lm_head/")
+OUTSIDE_ANNOTATION: Final = "embeddings_and_lm_head"
 
 # Stages, and the graph file of each. Context and iterator share the transformer's data file.
 MODEL: Final = "model"
@@ -37,6 +40,7 @@ TOKENIZER_FILE: Final = "tokenizer.json"
 
 INPUT_IDS: Final = "input_ids"
 ATTENTION_MASK: Final = "attention_mask"
+POSITION_IDS: Final = "position_ids"
 LOGITS: Final = "logits"
 # Between stages, and the lengths onnxruntime-genai gives a pipeline.
 EMBEDDED: Final = "inputs_embeds"

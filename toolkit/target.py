@@ -15,17 +15,26 @@ CPU_EP: Final = "CPUExecutionProvider"
 class Form:
     """How the transformer is written so that its execution provider takes every node.
 
-    `activations` is the dtype of hidden states, norms, scales and the KV cache. `fused` allows com.microsoft's
-    SkipSimplifiedLayerNormalization, FusedMatMul, biases inside MatMulNBits and q, k, v as one matrix; without it each
-    is written in parts. `static_cache` fixes the cache at context_length. `local_window` is whether
-    GroupQueryAttention may look back only so far.
+    `activations` is the dtype of hidden states, norms, scales and the KV cache. RMSNormalization needs `opset` 23, an
+    earlier one gets SimplifiedLayerNormalization. `fused` allows com.microsoft's SkipSimplifiedLayerNormalization and
+    FusedMatMul, `packed_qkv` q, k and v as one matrix, `bias_in_matmul` MatMulNBits' bias input and
+    `rotary_in_attention` GroupQueryAttention's do_rotary; without them each is written in parts.
+    `plain_attention` does without GroupQueryAttention, which takes a `static_cache`: one fixed at context_length.
+    `local_window` is whether GroupQueryAttention may look back only so far. `annotated` marks the nodes of embedding
+    and LM head, so that a session option keeps them on the CPU inside one graph.
     """
 
     activations: str = "float32"
+    opset: int = 23
     fused: bool = True
+    packed_qkv: bool = True
+    bias_in_matmul: bool = True
+    rotary_in_attention: bool = True
+    plain_attention: bool = False
     static_cache: bool = False
     local_window: bool = True
     accuracy_level: int = 4
+    annotated: bool = False
 
 
 CPU_FORM: Final = Form()
@@ -33,13 +42,19 @@ CPU_FORM: Final = Form()
 
 @dataclass(frozen=True)
 class Stage:
-    """One graph file: who runs it, and the options its session needs. `sequence_length` 0 is any."""
+    """One graph file: who runs it, and the options its session needs. `sequence_length` 0 is any.
+
+    `provider` is onnxruntime-genai's name of the execution provider, `package` what to install for it, and `plugin` the
+    module of that package with a `get_library_path`, where the provider is a plugin.
+    """
 
     name: str
     execution_provider: str = CPU_EP
     device: str = "cpu"
     sequence_length: int = 0
     provider: str | None = None
+    package: str = ""
+    plugin: str = ""
     provider_options: Mapping[str, str] = field(default_factory=dict)
     session_options: Mapping[str, str] = field(default_factory=dict)
 
@@ -86,8 +101,8 @@ class Target:
         )
 
     def data_file(self, role: str) -> str:
-        """Where a tensor of this role lies."""
-        if not self.partitioned:
+        """Where a tensor of this role lies: apart wherever another target may share it."""
+        if not self.partitioned and self.accelerator.execution_provider == CPU_EP:
             return names.MODEL_DATA_FILE
         outside = {"embed_tokens": names.EMBEDDINGS_DATA_FILE, "lm_head": names.HEAD_DATA_FILE}
         return outside.get(role, names.TRANSFORMER_DATA_FILE)
@@ -101,6 +116,15 @@ _CPU_RULES: Final = (
 # Embeddings and LM head in 4-bit blocks, whoever runs the rest.
 _OUTSIDE_RULE: Final = {"match": "lm_head|model.embed_tokens", "algorithm": "kquant", "bits": 4, "block_size": 32}
 _SPLIT_RULES: Final = (_OUTSIDE_RULE, {"match": "*", "algorithm": "kquant", "bits": 4, "block_size": 128})
+
+# Why each is as it is: bundle/operators.json, with sources.
+_PARTS: Final = Form(packed_qkv=False, bias_in_matmul=False, local_window=False, opset=21, accuracy_level=0)
+_DML_FORM: Final = replace(_PARTS, activations="float16", rotary_in_attention=False, annotated=True)
+_QNN_FORM: Final = replace(_PARTS, opset=23, activations="float16", fused=False, static_cache=True)
+_OPENVINO_FORM: Final = replace(
+    _PARTS, activations="float16", plain_attention=True, static_cache=True, local_window=True
+)
+_VITISAI_FORM: Final = replace(_PARTS, static_cache=True)
 
 TARGETS: Final[dict[str, Target]] = {
     "cpu": Target(
@@ -116,6 +140,84 @@ TARGETS: Final[dict[str, Target]] = {
         name="cpu-split",
         accelerator=Stage(names.CONTEXT),
         form=CPU_FORM,
+        window=64,
+        context_length=4096,
+        quantize=_SPLIT_RULES,
+        validate={"mean_kld": 0.1},
+    ),
+    "dml": Target(
+        name="dml",
+        accelerator=Stage(
+            names.MODEL,
+            execution_provider="DmlExecutionProvider",
+            device="gpu",
+            provider="dml",
+            package="onnxruntime-genai-winml (Windows)",
+            # Nodes of the CPU stand between DirectML's, and a captured graph may hold none.
+            provider_options={"enable_graph_capture": "0"},
+            session_options={
+                # Read by ONNX Runtime from 1.25 on; `=` makes it the whole annotation, not a prefix.
+                "session.layer_assignment_settings": f"{CPU_EP}(={names.OUTSIDE_ANNOTATION})"
+            },
+        ),
+        form=_DML_FORM,
+        window=0,
+        context_length=4096,
+        quantize=_SPLIT_RULES,
+        validate={"mean_kld": 0.1},
+    ),
+    "openvino": Target(
+        name="openvino",
+        accelerator=Stage(
+            names.CONTEXT,
+            execution_provider="OpenVINOExecutionProvider",
+            device="npu",
+            provider="OpenVINO",
+            package="onnxruntime-openvino",
+            provider_options={"device_type": "NPU"},
+        ),
+        form=_OPENVINO_FORM,
+        window=64,
+        context_length=4096,
+        quantize=(
+            _OUTSIDE_RULE,
+            {"match": "*", "algorithm": "kquant", "bits": 4, "block_size": 128, "symmetric": True},
+        ),
+        validate={"mean_kld": 0.1},
+    ),
+    "qnn": Target(
+        name="qnn",
+        accelerator=Stage(
+            names.CONTEXT,
+            execution_provider="QNNExecutionProvider",
+            device="npu",
+            provider="qnn",
+            package="onnxruntime-qnn",
+            plugin="onnxruntime_qnn",
+            provider_options={
+                "backend_path": "QnnHtp.dll",
+                # Without a SoC every MatMulNBits falls to the CPU; 60 is Snapdragon X Elite.
+                "soc_model": "60",
+                "htp_performance_mode": "burst",
+                "htp_graph_finalization_optimization_mode": "3",
+            },
+        ),
+        form=_QNN_FORM,
+        window=64,
+        context_length=4096,
+        quantize=_SPLIT_RULES,
+        validate={"mean_kld": 0.1},
+    ),
+    "vitisai": Target(
+        name="vitisai",
+        accelerator=Stage(
+            names.CONTEXT,
+            execution_provider="VitisAIExecutionProvider",
+            device="npu",
+            provider="VitisAI",
+            package="AMD's Ryzen AI software (Windows)",
+        ),
+        form=_VITISAI_FORM,
         window=64,
         context_length=4096,
         quantize=_SPLIT_RULES,

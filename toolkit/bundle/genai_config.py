@@ -44,7 +44,7 @@ def genai_config(
             "num_attention_heads": config.num_attention_heads,
             "num_key_value_heads": config.num_key_value_heads,
             "num_hidden_layers": config.num_hidden_layers,
-            **(_one_graph(graphs[0].stage) if len(graphs) == 1 else _pipeline(graphs)),
+            **(_one_graph(graphs[0]) if len(graphs) == 1 else _pipeline(graphs)),
         },
     }
     search = {
@@ -62,11 +62,12 @@ def genai_config(
     return {"model": model, "search": search}
 
 
-def _one_graph(stage: Stage) -> dict[str, Any]:
+def _one_graph(graph: StageGraph) -> dict[str, Any]:
+    known = (names.INPUT_IDS, names.ATTENTION_MASK, names.POSITION_IDS)
     return {
-        "filename": stage.file,
-        "session_options": _session_options(stage),
-        "inputs": {"input_ids": names.INPUT_IDS, "attention_mask": names.ATTENTION_MASK, **_PAST},
+        "filename": graph.stage.file,
+        "session_options": _session_options(graph.stage),
+        "inputs": {**{name: name for name in known if name in graph.inputs}, **_PAST},
         "outputs": {"logits": names.LOGITS, **_PRESENT},
     }
 
@@ -126,6 +127,13 @@ def read_genai_config(bundle: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise BundleError(f"{path} holds a {type(config).__name__}, expected an object")
     return config
+
+
+def stage_sections(config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The part of each graph in a genai_config: the stages of a pipeline in their order, or the decoder itself."""
+    decoder = config["model"]["decoder"]
+    stages = [stage for group in decoder.get("pipeline", []) for stage in group.values()]
+    return stages or [decoder]
 
 
 def pad_token_id(config: ModelConfig, checkpoint: Path) -> int:

@@ -1,4 +1,4 @@
-"""`genai_config.json` against the graph beside it and against what onnxruntime-genai 0.12.2 and later read.
+"""`genai_config.json` against the graphs beside it and against what onnxruntime-genai 0.12.2 and later read.
 
 onnxruntime-genai refuses an unknown key, and takes in silence a pad id that occurs in text.
 """
@@ -11,9 +11,11 @@ from typing import Any, Final
 
 from toolkit import names
 from toolkit.bundle.genai_config import read_genai_config
+from toolkit.bundle.lint_pipeline import lint_pipeline
+from toolkit.errors import BundleError
 from toolkit.graph.interface import GraphInterface, read_interface
 
-# What every version from 0.12.2 on reads of one-graph decoders, by object (src/config.cpp of onnxruntime-genai).
+# What every version from 0.12.2 on reads, by object, `*` for any stage (src/config.cpp of onnxruntime-genai).
 _KEYS: Final = {
     "": {"model", "search"},
     "model": {
@@ -21,13 +23,27 @@ _KEYS: Final = {
     },
     "model.decoder": {
         "filename", "hidden_size", "head_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers",
-        "inputs", "outputs", "session_options",
+        "inputs", "outputs", "session_options", "run_options", "sliding_window", "pipeline",
+    },
+    "model.decoder.sliding_window": {
+        "window_size", "pad_value", "alignment", "slide_key_value_cache", "slide_inputs", "layers",
+    },
+    "model.decoder.pipeline.*": {
+        "filename", "inputs", "outputs", "run_on_prompt", "run_on_token_gen", "is_lm_head", "reset_session_idx",
+        "output_names_forwarder", "session_options", "run_options",
     },
     "search": {
         "min_length", "max_length", "num_beams", "num_return_sequences", "batch_size", "top_k", "top_p", "temperature",
         "repetition_penalty", "length_penalty", "diversity_penalty", "no_repeat_ngram_size", "random_seed",
         "do_sample", "early_stopping", "past_present_share_buffer", "chunk_size",
     },
+}  # fmt: skip
+# Keys of later versions, by the first that reads them: earlier ones refuse the file.
+_SINCE: Final = {
+    "bor_token_id": "0.15", "eor_token_id": "0.15", "bot_token_id": "0.15", "eot_token_id": "0.15",
+    "tokenizer_dir": "0.15", "layer_types": "0.15", "conv_cache_size": "0.15", "blank_penalty": "0.15",
+    "cache_slack": "0.16", "inherit_session_options": "0.16", "shared_initializers": "0.16", "speculative": "0.16",
+    "draft": "0.16", "mtp": "0.16", "audio_output": "0.17",
 }  # fmt: skip
 _LAYERED: Final = ("past_key_names", "past_value_names", "present_key_names", "present_value_names")
 
@@ -41,42 +57,85 @@ def lint_bundle(bundle: Path) -> list[str]:
     problems = _unknown_keys(config)
     model, search = config.get("model", {}), config.get("search", {})
     decoder = model.get("decoder", {})
-    graph = bundle / str(decoder.get("filename", ""))
-    if Path(str(decoder.get("filename"))).name != decoder.get("filename") or not graph.is_file():
-        return [*problems, f"model.decoder.filename {decoder.get('filename')!r} names no file of the bundle"]
-    interface = read_interface(graph)
-    problems += _wiring(decoder, interface)
-    problems += _shapes(model, decoder, interface)
+    pipeline = decoder.get("pipeline")
+    if isinstance(pipeline, dict):
+        return [*problems, "model.decoder.pipeline is an object: only an array is read by every version"]
+    sections = {name: stage for group in pipeline or [] for name, stage in group.items()} or {"model": decoder}
+    graphs = {}
+    for name, section in sections.items():
+        place = f"stage {name}'s filename" if pipeline else "model.decoder.filename"
+        try:
+            graphs[name] = (section, _graph(bundle, section.get("filename"), place))
+        except BundleError as problem:
+            problems.append(str(problem))
+    if len(graphs) < len(sections):
+        return problems
+    problems += lint_pipeline(config, graphs) if pipeline else _unnamed(decoder, graphs["model"][1])
+    problems += _named(decoder, [graph for _, graph in graphs.values()])
+    for _, graph in graphs.values():
+        problems += _shapes(model, decoder, graph)
     problems += _lengths(model, search)
     problems += _pad(model, bundle)
     return problems
 
 
+def _graph(bundle: Path, filename: Any, place: str) -> GraphInterface:
+    """Raises BundleError if the file is not there or is no graph."""
+    if not isinstance(filename, str) or Path(filename).name != filename or not (bundle / filename).is_file():
+        raise BundleError(f"{place} {filename!r} names no file of the bundle")
+    return read_interface(bundle / filename)
+
+
 def _unknown_keys(config: dict[str, Any]) -> list[str]:
     problems = []
     for path, known in _KEYS.items():
-        place: Any = config
-        for part in filter(None, path.split(".")):
-            place = place.get(part, {}) if isinstance(place, dict) else {}
-        for key in sorted(set(place) - known):
-            problems.append(f"{path or 'the root'} has {key!r}, which not every onnxruntime-genai from 0.12.2 on reads")
+        for place, found in _objects(config, path):
+            for key in sorted(set(found) - known):
+                since = f"only {_SINCE[key]} and later read" if key in _SINCE else "no version is known to read"
+                problems.append(
+                    f"{place or 'the root'} has {key!r}, which {since}: not every onnxruntime-genai from 0.12.2 on"
+                )
     return problems
 
 
-def _wiring(decoder: dict[str, Any], interface: GraphInterface) -> list[str]:
-    """Every name given is the graph's, and every input and output of the graph has a name given."""
+def _objects(config: dict[str, Any], path: str) -> list[tuple[str, dict[str, Any]]]:
+    """(path, object) for each place a path means; arrays are looked through, `*` is every key."""
+    found: list[tuple[str, Any]] = [("", config)]
+    for part in filter(None, path.split(".")):
+        step: list[tuple[str, Any]] = []
+        for place, value in found:
+            for entry in value if isinstance(value, list) else [value]:
+                if isinstance(entry, dict):
+                    keys = list(entry) if part == "*" else [part]
+                    step += [(f"{place}.{key}".lstrip("."), entry[key]) for key in keys if key in entry]
+        found = step
+    return [(place, value) for place, value in found if isinstance(value, dict)]
+
+
+def _named(decoder: dict[str, Any], graphs: list[GraphInterface]) -> list[str]:
+    """Every name given is some graph's."""
     problems = []
-    layers = int(decoder.get("num_hidden_layers", 0))
-    for side, values in (("inputs", interface.inputs), ("outputs", interface.outputs)):
-        named: set[str] = set()
+    for side in ("inputs", "outputs"):
+        values = {name for graph in graphs for name in (graph.inputs if side == "inputs" else graph.outputs)}
         for key, name in decoder.get(side, {}).items():
-            expanded = [name % i for i in range(layers)] if key in _LAYERED and "%d" in name else [name]
-            named.update(expanded)
-            if missing := [n for n in expanded if n not in values]:
+            if missing := [n for n in _expanded(decoder, key, name) if n not in values]:
                 problems.append(f"model.decoder.{side}.{key} names {missing[0]!r}, which the graph does not have")
+    return problems
+
+
+def _unnamed(decoder: dict[str, Any], graph: GraphInterface) -> list[str]:
+    """Inputs and outputs of a single graph that have no name given."""
+    problems = []
+    for side, values in (("inputs", graph.inputs), ("outputs", graph.outputs)):
+        named = {n for key, name in decoder.get(side, {}).items() for n in _expanded(decoder, key, name)}
         for name in sorted(values.keys() - named):
             problems.append(f"the graph's {side[:-1]} {name!r} is not named in model.decoder.{side}")
     return problems
+
+
+def _expanded(decoder: dict[str, Any], key: str, name: str) -> list[str]:
+    layers = range(int(decoder.get("num_hidden_layers", 0)))
+    return [name % i for i in layers] if key in _LAYERED and "%d" in name else [name]
 
 
 def _shapes(model: dict[str, Any], decoder: dict[str, Any], interface: GraphInterface) -> list[str]:

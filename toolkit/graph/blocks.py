@@ -5,22 +5,23 @@ B batch, S query length, D hidden, H heads, K kv heads, Dh head_dim, V vocab.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Final
 
 import numpy as np
 import onnx_ir as ir
 
 from toolkit import names
 from toolkit.checkpoint.config import ModelConfig
-from toolkit.errors import UnsupportedError
+from toolkit.graph.attention import (
+    Lengths,
+    check_attention,
+    geometry,
+    group_query_attention,
+    plain_attention,
+)
 from toolkit.graph.builder import MS, GraphBuilder, declare, value
 from toolkit.graph.rope import rotary_caches
 from toolkit.target import CPU_FORM
-
-# GroupQueryAttention's rotary kernel refuses other widths.
-HEAD_DIM_MULTIPLE: Final = 16
 
 
 @dataclass(frozen=True)
@@ -56,21 +57,25 @@ def layers(
     config: ModelConfig,
     context_length: int,
     embedded: ir.Value,
-    lengths: Sequence[ir.Value],
+    lengths: Lengths,
     cache: CacheShape,
 ) -> tuple[ir.Value, list[ir.Value], list[ir.Value]]:
     """All layers and the final norm: ([B, S, D] hidden states, cache inputs, cache outputs).
 
-    `lengths` is GroupQueryAttention's seqlens_k and total_sequence_length. Raises UnsupportedError for a head_dim
-    that ORT's GroupQueryAttention refuses, and for a sliding window shorter than the context where the target's
-    attention knows none.
+    Raises UnsupportedError for a head_dim that ORT's GroupQueryAttention refuses, and for a sliding window shorter than
+    the context where the target's attention knows none.
     """
-    _check_attention(build, config, context_length)
+    check_attention(build, config, context_length)
     dtype = np.float16 if build.dtype == ir.DataType.FLOAT16 else np.float32
     rotary = [
         build.constant(f"/model/rotary/{name}_cache", table.astype(dtype))
         for name, table in zip(("cos", "sin"), rotary_caches(config, context_length), strict=True)
     ]
+    where = None
+    if build.form.plain_attention:
+        shape = embedded.shape
+        assert shape is not None and isinstance(shape[1], int) and isinstance(cache.past, int)
+        where = geometry(build, config, lengths, rotary, shape[1], cache.past)
     past: list[ir.Value] = []
     present: list[ir.Value] = []
     residual = embedded
@@ -79,10 +84,15 @@ def layers(
         kept = (cache.batch, config.num_key_value_heads, cache.past, config.head_dim)
         grown = (cache.batch, config.num_key_value_heads, cache.total, config.head_dim)
         pair = [value(name(i), build.dtype, kept) for name in (names.past_key, names.past_value)]
-        attended, made = _attention(build, config, i, hidden, [*pair, *lengths, *rotary])
+        query = _query_key_value(build, config, i, hidden)
+        if where:
+            mixed, made = plain_attention(build, config, i, query, pair, where)
+        else:
+            mixed, made = group_query_attention(build, config, i, query, pair, lengths, rotary)
         for output, name in zip(made, (names.present_key(i), names.present_value(i)), strict=True):
             present.append(declare(output, name, build.dtype, grown))
         past += pair
+        attended = build.linear(f"/model/layers.{i}/attn/o_proj", mixed, names.layer_module(i, "self_attn.o_proj"))
         module = names.layer_module(i, "post_attention_layernorm")
         hidden, residual = _skip_norm(build, attended, residual, module, config)
         after = names.layer_module(i + 1, "input_layernorm") if i + 1 < config.num_hidden_layers else names.FINAL_NORM
@@ -92,31 +102,19 @@ def layers(
 
 def lm_head(build: GraphBuilder, config: ModelConfig, hidden: ir.Value, index: ir.Value) -> ir.Value:
     """[B, S, D] to logits [B, 1, V] at each row's position `index` int64 [B, 1]; float32, as the CPU is fastest."""
-    (row,) = build.op("/lm_head/GatherND", [hidden, index], {"batch_dims": 1})
-    axis = build.constant("/lm_head/axis", np.array([1], np.int64))
-    (last,) = build.op("/lm_head/Unsqueeze", [row, axis])
+    (row,) = build.op("/model/last_position/GatherND", [hidden, index], {"batch_dims": 1})
+    axis = build.constant("/model/last_position/axis", np.array([1], np.int64))
+    (last,) = build.op("/model/last_position/Unsqueeze", [row, axis])
     if build.dtype != ir.DataType.FLOAT:
         last = build.cast("/lm_head/Cast", last, ir.DataType.FLOAT)
     weight_of = names.EMBED_TOKENS if config.tie_word_embeddings else names.LM_HEAD
     return build.linear("/lm_head", last, names.LM_HEAD, weight_of=weight_of, form=CPU_FORM)
 
 
-def _check_attention(build: GraphBuilder, config: ModelConfig, context_length: int) -> None:
-    if config.head_dim % HEAD_DIM_MULTIPLE:
-        raise UnsupportedError(
-            f"head_dim {config.head_dim} is not a multiple of {HEAD_DIM_MULTIPLE}, which GroupQueryAttention needs"
-        )
-    windows = [window for window in config.sliding_windows if window is not None]
-    if windows and not build.form.local_window and min(windows) < context_length:
-        raise UnsupportedError(
-            f"{config.model_type} looks back {min(windows)} tokens, and this target's attention knows no sliding "
-            f"window: within it both are the same, so lower it with --set context_length={min(windows)}"
-        )
-
-
 def _rms_norm(build: GraphBuilder, path: str, x: ir.Value, module: str, config: ModelConfig) -> ir.Value:
     attributes = {"axis": -1, "epsilon": config.rms_norm_eps}
-    return build.op(f"{path}/RMSNormalization", [x, build.vector(names.weight(module))], attributes)[0]
+    op_type = "RMSNormalization" if build.form.opset >= 23 else "SimplifiedLayerNormalization"
+    return build.op(f"{path}/{op_type}", [x, build.vector(names.weight(module))], attributes)[0]
 
 
 def _skip_norm(
@@ -135,33 +133,27 @@ def _skip_norm(
     return y[0], y[3]
 
 
-def _attention(
-    build: GraphBuilder, config: ModelConfig, i: int, x: ir.Value, rest: list[ir.Value]
-) -> tuple[ir.Value, list[ir.Value]]:
+def _query_key_value(build: GraphBuilder, config: ModelConfig, i: int, x: ir.Value) -> list[ir.Value | None]:
+    """[q, k, v], each [B, S, heads * Dh], or [all packed, None, None]."""
     path = f"/model/layers.{i}/attn"
     prefix = names.layer_module(i, "self_attn")
-    query: list[ir.Value | None]
     if names.weight(f"{prefix}.qkv_proj") in build.layout.units:
-        query = [build.linear(f"{path}/qkv_proj", x, f"{prefix}.qkv_proj"), None, None]
-    else:
-        q, k, v = (build.linear(f"{path}/{p}", x, f"{prefix}.{p}") for p in ("q_proj", "k_proj", "v_proj"))
-        if config.qk_norm:
-            q = _head_norm(build, f"{path}/q_norm", q, f"{prefix}.q_norm", config)
-            k = _head_norm(build, f"{path}/k_norm", k, f"{prefix}.k_norm", config)
-        query = [q, k, v]
-    window = config.sliding_windows[i] if build.form.local_window else None
-    attributes = {
-        "num_heads": config.num_attention_heads, "kv_num_heads": config.num_key_value_heads,
-        "scale": config.rotary_head_dim**-0.5, "do_rotary": 1, "local_window_size": window or -1,
-    }  # fmt: skip
-    y, *present = build.op(f"{path}/GroupQueryAttention", [*query, *rest], attributes, MS, outputs=3)
-    return build.linear(f"{path}/o_proj", y, f"{prefix}.o_proj"), present
+        return [build.linear(f"{path}/qkv_proj", x, f"{prefix}.qkv_proj"), None, None]
+    q, k, v = (build.linear(f"{path}/{p}", x, f"{prefix}.{p}") for p in names.QKV_PROJECTIONS)
+    if config.qk_norm:
+        q = _head_norm(build, f"{path}/q_norm", q, f"{prefix}.q_norm", config)
+        k = _head_norm(build, f"{path}/k_norm", k, f"{prefix}.k_norm", config)
+    return [q, k, v]
 
 
 def _head_norm(build: GraphBuilder, path: str, x: ir.Value, module: str, config: ModelConfig) -> ir.Value:
-    """RMSNorm over each head's Dh channels (qwen3), before RoPE."""
-    heads = build.constant("/model/constants/per_head", np.array([0, 0, -1, config.head_dim], np.int64))
-    flat = build.constant("/model/constants/flat", np.array([0, 0, -1], np.int64))
+    """RMSNorm over each head's Dh channels (qwen3), before RoPE.
+
+    As [B, S * H, Dh]: QNN computes norms of rank 4 wrongly and in silence.
+    """
+    width = sum(build.layout.units[names.weight(module.replace("_norm", "_proj"))].rows)
+    heads = build.constant("/model/constants/per_head", np.array([0, -1, config.head_dim], np.int64))
+    flat = build.constant(f"/model/constants/flat_{width}", np.array([0, -1, width], np.int64))
     (split,) = build.op(f"{path}/Reshape.split", [x, heads])
     return build.op(f"{path}/Reshape.join", [_rms_norm(build, path, split, module, config), flat])[0]
 

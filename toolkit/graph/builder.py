@@ -53,6 +53,8 @@ class GraphBuilder:
             outputs=values,
             name=path,
         )
+        if self.form.annotated and path.startswith(names.OUTSIDE_PATHS):
+            node.metadata_props["layer_ann"] = names.OUTSIDE_ANNOTATION
         self.nodes.append(node)
         return values
 
@@ -62,6 +64,15 @@ class GraphBuilder:
             value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
             self.initializers[name] = value
         return self.initializers[name]
+
+    def scalar(self, name: str, number: float) -> ir.Value:
+        """A constant in the dtype of activations."""
+        return self.constant(name, np.array(number, self.dtype.numpy()))
+
+    def once(self, path: str, inputs: Sequence[ir.Value | None]) -> ir.Value:
+        """A node's one output, made at the first call with this path."""
+        made = next((node.outputs[0] for node in self.nodes if node.name == path), None)
+        return made or self.op(path, inputs)[0]
 
     def slot(self, slot: Slot) -> ir.Value:
         """An initializer in its data file."""
@@ -89,7 +100,7 @@ class GraphBuilder:
         unit = self.layout.units[names.weight(weight_of or module)]
         bias = names.bias(module)
         bias_value = self.vector(bias) if bias in self.layout.units else None
-        inside = bias_value if unit.spec is not None and form.fused else None
+        inside = bias_value if unit.spec is not None and form.bias_in_matmul else None
         y = self._product(path, x, unit, inside, form)
         return self.op(f"{path}/Add", [y, bias_value])[0] if bias_value and not inside else y
 
@@ -119,7 +130,7 @@ class GraphBuilder:
             value.shape, value.dtype = tensor.shape, tensor.dtype  # type: ignore[assignment]
         graph = ir.Graph(
             inputs, outputs, nodes=self.nodes, initializers=list(self.initializers.values()),
-            opset_imports={"": 23, MS: 1}, name=name,
+            opset_imports={"": self.form.opset, MS: 1}, name=name,
         )  # fmt: skip
         return ir.Model(graph, ir_version=10, producer_name="toolkit")
 
@@ -151,11 +162,6 @@ class StageGraph:
     def outputs(self) -> list[str]:
         """Names, in the graph's order."""
         return [str(value.name) for value in self.model.graph.outputs]
-
-    @property
-    def nodes(self) -> int:
-        """How many nodes it has."""
-        return len(self.model.graph)
 
     def save(self, folder: Path) -> None:
         """Writes the graph alone; its external data is where the slots say."""

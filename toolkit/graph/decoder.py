@@ -7,6 +7,7 @@ import onnx_ir as ir
 
 from toolkit import names
 from toolkit.checkpoint.config import ModelConfig
+from toolkit.graph.attention import Lengths
 from toolkit.graph.blocks import CacheShape, embedding, layers, lm_head
 from toolkit.graph.builder import GraphBuilder, declare, value
 from toolkit.graph.layout import Layout
@@ -14,7 +15,8 @@ from toolkit.target import Form
 
 
 def build_decoder(config: ModelConfig, layout: Layout, form: Form, context_length: int) -> ir.Model:
-    """input_ids, attention_mask and the KV cache in; logits of each row's last position [B, 1, V] and the cache out.
+    """input_ids, attention_mask, position_ids where RoPE needs them, and the KV cache in; logits of each
+    row's last position [B, 1, V] and the cache out.
 
     Raises UnsupportedError for what GroupQueryAttention cannot do.
     """
@@ -22,11 +24,15 @@ def build_decoder(config: ModelConfig, layout: Layout, form: Form, context_lengt
     ids = value(names.INPUT_IDS, ir.DataType.INT64, ("batch", "sequence"))
     mask = value(names.ATTENTION_MASK, ir.DataType.INT64, ("batch", "total_sequence"))
     seqlens, total, index = _lengths(build, ids, mask)
-    cache = CacheShape("batch", "past_sequence", "total_sequence")
-    hidden, past, present = layers(build, config, context_length, embedding(build, ids), [seqlens, total], cache)
+    positions = None
+    if not form.rotary_in_attention:
+        positions = value(names.POSITION_IDS, ir.DataType.INT64, ("batch", "sequence"))
+    lengths, cache = Lengths(seqlens, total, positions), CacheShape("batch", "past_sequence", "total_sequence")
+    hidden, past, present = layers(build, config, context_length, embedding(build, ids), lengths, cache)
     logits = lm_head(build, config, hidden, index)
     declare(logits, names.LOGITS, ir.DataType.FLOAT, ("batch", 1, config.vocab_size))
-    return build.model("decoder", [ids, mask, *past], [logits, *present])
+    given = [ids, mask] if positions is None else [ids, mask, positions]
+    return build.model("decoder", [*given, *past], [logits, *present])
 
 
 def _lengths(build: GraphBuilder, ids: ir.Value, mask: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:

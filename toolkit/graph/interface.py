@@ -1,14 +1,20 @@
-"""What a graph file takes and gives, and which operators it is made of; its weights are not read."""
+"""What a graph file takes and gives, and the nodes it is made of; its weights are not read."""
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import onnx_ir as ir
 
 from toolkit.errors import BundleError
+
+_TO_BOOL: Final = ("And", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Not")
+_TO_INT64: Final = ("ArgMax", "Shape")
+# Which input has the dtype of the output, where it is not the first.
+_LIKE: Final = {"GatherBlockQuantized": 2, "Where": 1}
 
 
 @dataclass(frozen=True)
@@ -20,24 +26,49 @@ class ValueType:
 
 
 @dataclass(frozen=True)
+class NodeFacts:
+    """One node. `operator` is the op type, after `domain:` outside the default domain; `dtype` is of the input that
+    decides its kernel; `annotation` is its `layer_ann`."""
+
+    name: str
+    operator: str
+    dtype: str
+    inputs: int
+    attributes: dict[str, int | float | str]
+    annotation: str
+
+
+@dataclass(frozen=True)
 class GraphInterface:
-    """Inputs and outputs by name, and how often each op type stands in the graph."""
+    """Inputs and outputs by name, the nodes in order, and the opset."""
 
     inputs: dict[str, ValueType]
     outputs: dict[str, ValueType]
-    operators: dict[str, int]
+    nodes: tuple[NodeFacts, ...]
+    opset: int
+
+    def operators(self) -> dict[str, int]:
+        """How often each op type stands in the graph."""
+        return dict(sorted(Counter(node.operator.rsplit(":", 1)[-1] for node in self.nodes).items()))
 
 
 def read_interface(path: Path) -> GraphInterface:
     """Raises BundleError if the file is not an ONNX graph."""
     try:
-        graph = ir.load(path).graph
+        model = ir.load(path)
     except Exception as problem:  # protobuf's errors have no common root short of Exception
         raise BundleError(f"{path} is not an ONNX graph: {str(problem).splitlines()[0][:120]}") from None
+    return interface_of(model)
+
+
+def interface_of(model: ir.Model) -> GraphInterface:
+    """The same of a graph in memory."""
+    graph = model.graph
     return GraphInterface(
         {str(value.name): _type(value) for value in graph.inputs},
         {str(value.name): _type(value) for value in graph.outputs},
-        dict(sorted(Counter(node.op_type for node in graph).items())),
+        tuple(_nodes(graph)),
+        model.opset_imports.get("", 0),
     )
 
 
@@ -45,3 +76,41 @@ def _type(value: ir.Value) -> ValueType:
     dims = value.shape or ()
     dtype = value.dtype.name if value.dtype else "?"
     return ValueType(dtype, tuple(dim if isinstance(dim, int) else str(dim.value) for dim in dims))
+
+
+def _nodes(graph: ir.Graph) -> list[NodeFacts]:
+    """Every node, dtypes carried from inputs and initializers through the graph."""
+    given = [*graph.inputs, *graph.initializers.values()]
+    dtypes = {str(value.name): _dtype(value) for value in given}
+    facts = []
+    for node in graph:
+        inputs = [str(value.name) for value in node.inputs if value is not None]
+        decides = _LIKE.get(node.op_type, 0)
+        dtype = dtypes.get(inputs[decides], "?") if len(inputs) > decides else "?"
+        made = dtype
+        if node.op_type in _TO_BOOL:
+            made = "bool"
+        elif node.op_type in _TO_INT64:
+            made = "int64"
+        elif node.op_type == "Cast":
+            made = _name(ir.DataType(node.attributes["to"].as_int()))
+        dtypes |= {str(value.name): made for value in node.outputs if value.name}
+        plain = {
+            name: attribute.value
+            for name, attribute in node.attributes.items()
+            if isinstance(attribute.value, int | float | str)
+        }
+        operator = f"{node.domain}:{node.op_type}" if node.domain else node.op_type
+        annotation = str(node.metadata_props.get("layer_ann", ""))
+        facts.append(NodeFacts(str(node.name), operator, dtype, len(inputs), plain, annotation))
+    return facts
+
+
+def _dtype(value: ir.Value) -> str:
+    tensor = value.const_value
+    dtype = tensor.dtype if tensor is not None else value.dtype
+    return _name(dtype) if dtype else "?"
+
+
+def _name(dtype: ir.DataType) -> str:
+    return {"FLOAT": "float32", "DOUBLE": "float64"}.get(dtype.name, dtype.name.lower())

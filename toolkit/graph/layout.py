@@ -101,7 +101,7 @@ def _groups(config: ModelConfig, target: Target, recipe: Recipe | None) -> list[
         kind = ".bias" if tensor.endswith(".bias") else ".weight"
         role, prefix = names.role_of(tensor), tensor.rsplit(".", 2)[0]
         triple = tuple(f"{prefix}.{p}{kind}" for p in names.QKV_PROJECTIONS)
-        packs = target.form.fused and role in names.QKV_PROJECTIONS
+        packs = target.form.packed_qkv and role in names.QKV_PROJECTIONS
         same = packs and _packs_qkv(config, shapes, recipe, prefix)
         groups[f"{prefix}.qkv_proj{kind}" if same else tensor] = triple if same else (tensor,)
     return list(groups.items())

@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from toolkit import names
 from toolkit.checkpoint.config import ModelConfig
+from toolkit.graph.attention import Lengths
 from toolkit.graph.blocks import CacheShape, embedding, layers, lm_head
 from toolkit.graph.builder import GraphBuilder, declare, value
 from toolkit.graph.layout import Layout
@@ -38,15 +39,13 @@ def build_transformer(
     build = GraphBuilder(layout, form)
     shape = (1, sequence_length or "sequence", config.hidden_size)
     rows = value(names.EMBEDDED, build.dtype, shape)
-    lengths = [
-        value(names.PAST_SEQ_LEN, ir.DataType.INT32, (1, 1)),
-        value(names.TOTAL_SEQ_LEN, ir.DataType.INT32, (1,)),
-    ]
+    seqlens_k = value(names.PAST_SEQ_LEN, ir.DataType.INT32, (1, 1))
+    total = value(names.TOTAL_SEQ_LEN, ir.DataType.INT32, (1,))
     fixed = CacheShape(1, context_length, context_length)
     cache = fixed if form.static_cache else CacheShape(1, "past_sequence", "total_sequence")
-    hidden, past, present = layers(build, config, context_length, rows, lengths, cache)
+    hidden, past, present = layers(build, config, context_length, rows, Lengths(seqlens_k, total), cache)
     declare(hidden, names.LAST_HIDDEN, build.dtype, shape)
-    return build.model(stage, [rows, *lengths, *past], [hidden, *present])
+    return build.model(stage, [rows, seqlens_k, total, *past], [hidden, *present])
 
 
 def build_lm_head(config: ModelConfig, layout: Layout, form: Form, pad_token_id: int) -> ir.Model:
@@ -58,11 +57,11 @@ def build_lm_head(config: ModelConfig, layout: Layout, form: Form, pad_token_id:
     build = GraphBuilder(layout, form)
     hidden = value(names.LAST_HIDDEN, build.dtype, (*_IDS_SHAPE, config.hidden_size))
     ids = value(names.INPUT_IDS, ir.DataType.INT64, _IDS_SHAPE)
-    pad = build.constant("/lm_head/pad_token_id", np.array(pad_token_id, np.int64))
-    (is_pad,) = build.op("/lm_head/Equal", [ids, pad])
-    (is_token,) = build.op("/lm_head/Not", [is_pad])
-    marks = build.cast("/lm_head/Cast.marks", is_token, ir.DataType.INT32)
-    (index,) = build.op("/lm_head/ArgMax", [marks], {"axis": 1, "keepdims": 1, "select_last_index": 1})
+    pad = build.constant("/model/last_position/pad_token_id", np.array(pad_token_id, np.int64))
+    (is_pad,) = build.op("/model/last_position/Equal", [ids, pad])
+    (is_token,) = build.op("/model/last_position/Not", [is_pad])
+    marks = build.cast("/model/last_position/Cast.marks", is_token, ir.DataType.INT32)
+    (index,) = build.op("/model/last_position/ArgMax", [marks], {"axis": 1, "keepdims": 1, "select_last_index": 1})
     logits = lm_head(build, config, hidden, index)
     declare(logits, names.LOGITS, ir.DataType.FLOAT, (1, 1, config.vocab_size))
     return build.model(names.HEAD, [hidden, ids], [logits])

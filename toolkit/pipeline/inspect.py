@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from toolkit import names
+from toolkit.bundle.cache import cache_bytes
+from toolkit.bundle.genai_config import read_genai_config
 from toolkit.bundle.lint import lint_bundle
 from toolkit.bundle.manifest import read_manifest
+from toolkit.bundle.operators import place_bundle
 from toolkit.checkpoint.config import read_config
 from toolkit.checkpoint.weights import open_weights, parameter_count
 from toolkit.errors import CheckpointError
@@ -53,7 +56,15 @@ def _bundle(folder: Path) -> dict[str, Any]:
         "synthetic": manifest["synthetic"],
         "context_length": recipe["context_length"],
     }
-    facts["operators"] = read_interface(folder / names.MODEL_FILE).operators
+    facts["stages"] = [
+        {"stage": placement.stage, "file": placement.file, "ep": placement.execution_provider, "nodes": placement.nodes}
+        for placement in place_bundle(folder, recipe["target"], recipe["window"])
+    ]
+    operators: Counter[str] = Counter()
+    for stage in facts["stages"]:
+        operators.update(read_interface(folder / stage["file"]).operators())
+    facts["operators"] = dict(sorted(operators.items()))
+    facts["kv_cache_bytes"] = cache_bytes(folder, read_genai_config(folder), recipe["context_length"])
     facts["checkpoint"] = manifest["checkpoint"]
     facts["files"] = [{"name": entry["name"], "bytes": entry["bytes"]} for entry in manifest["files"]]
     facts["problems"] = [{"problem": problem} for problem in lint_bundle(folder)]

@@ -22,10 +22,11 @@ from toolkit.machine import free_memory_bytes
 from toolkit.recipe import data_folder, model_facts
 from toolkit.reference.decoder import head_logits, reference_hidden
 from toolkit.report.summary import judge, read_report, section_of, write_report
+from toolkit.target import CPU_EP
 from toolkit.validate.parity import Comparison, matching_prefix
 from toolkit.validate.positions import open_positions
 from toolkit.validate.rounded import PLAIN_BITS_PER_WEIGHT, PLAIN_NAME, plain_rounding
-from toolkit.validate.session import continuations
+from toolkit.validate.session import continuations, is_here
 from toolkit.validate.speed import measure_speed_apart
 from toolkit.validate.tasks import Task, bundle_right, read_task, reference_right
 
@@ -63,18 +64,22 @@ def judge_bundle(
     _check_same(manifest, checkpoint)
     recipe = manifest["recipe"]
     report = read_report(bundle, manifest)
-    reasons = {}
+    reasons: dict[str, str] = {}
     wants_baseline = recipe["baseline"] if effort.baseline is None else effort.baseline
     tasks = [_task_file(name, recipe, checkpoint) for name in recipe["tasks"]]
     text = effort.text or (tasks or [data_folder("models") / _TEXT_FILE])[0]
     sequences = _sequences(checkpoint, effort.tokens, text)
+    here = is_here(read_genai_config(bundle))
     report |= _parity_sections(bundle, checkpoint, sequences, wants_baseline, progress)
+    reasons |= _place(report, here)
     if not effort.tasks:
         reasons["tasks"] = "left out by --no-tasks"
     elif tasks:
         asked = [read_task(path, effort.examples) for path in tasks]
         report["tasks"] = _tasks_section(bundle, checkpoint, asked, report.get("baseline"), progress)
-    if effort.speed:
+    if effort.speed and not here:
+        reasons["speed"] = "the execution provider of the bundle is not on this machine: `toolkit bench --on-cpu`"
+    elif effort.speed:
         progress("speed")
         report["speed"] = _speed_section(bundle)
     else:
@@ -82,6 +87,21 @@ def judge_bundle(
     thresholds = _thresholds(manifest, report)
     report["verdict"] = judge(report, thresholds)
     return write_report(bundle, report, reasons)
+
+
+def _place(report: dict[str, Any], here: bool) -> dict[str, str]:
+    """Writes where ORT put each stage's nodes into `partition`; returns why that is not known for the others."""
+    placements = report.pop("placements")
+    for row in report.get("partition", []):
+        if row["ep"] == CPU_EP:
+            counts = placements[row["stage"]]
+            row |= {"nodes_run": sum(counts.values()), "nodes_on_ep": counts.get(CPU_EP, 0)}
+    others = sorted({row["ep"] for row in report.get("partition", []) if row["ep"] != CPU_EP})
+    if not others:
+        return {}
+    ran = "ran" if here else "is not on this machine: every stage ran on the CPU"
+    tables = "the nodes were checked against the operators it is known to take"
+    return {"partition.nodes_on_ep": f"{' and '.join(others)} {ran}; {tables}"}
 
 
 def _thresholds(manifest: dict[str, Any], report: dict[str, Any]) -> dict[str, float]:
@@ -112,7 +132,7 @@ def _parity_sections(
     config, source = checkpoint.config, checkpoint.source
     prompt = sequences[0][:_GREEDY_PROMPT]
     progress("greedy tokens through onnxruntime-genai")
-    (made,) = continuations(bundle, [prompt], _GREEDY_NEW)
+    (made,) = continuations(bundle, [prompt], _GREEDY_NEW, on_cpu=not is_here(read_genai_config(bundle)))
     hidden = reference_hidden(config, source, [*sequences, prompt + made], progress)
     greedy = head_logits(config, source, hidden.pop()[len(prompt) - 1 : -1]).argmax(axis=-1)
     plain = plain_rounding(source) if wants_baseline else None
@@ -131,7 +151,7 @@ def _parity_sections(
     parity = {"reference": _REFERENCE, **ours.figures()}
     parity["max_abs_logit_error"] = max(parity["max_abs_logit_error"], cached_error)
     parity |= {"greedy_match_tokens": matching_prefix(greedy.tolist(), made), "greedy_tokens": len(made)}
-    sections = {"parity": parity}
+    sections = {"parity": parity, "placements": session.placements()}
     if plain:
         figures = theirs.figures()
         del figures["tokens"], figures["reference_perplexity"]
@@ -153,7 +173,7 @@ def _tasks_section(
     rows = []
     for task in tasks:
         progress(f"task {task.name}: {len(task.answers)} questions")
-        ours = np.array(bundle_right(bundle, task))
+        ours = np.array(bundle_right(bundle, task, on_cpu=not is_here(read_genai_config(bundle))))
         row = {"name": task.name, "examples": ours.size, "accuracy": float(ours.mean())}
         if resident:
             progress(f"task {task.name}: the reference")

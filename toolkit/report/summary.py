@@ -100,10 +100,10 @@ def write_report(
 ) -> dict[str, Any]:
     """report.json and report.html; returns the report as written.
 
-    Sections that are absent are named in `not_measured` with their reason.
+    Sections that are absent are named in `not_measured` with their reason; `reasons` may name single figures too.
     """
     given = {**_OPTIONAL, **(reasons or {})}
-    absent = [{"name": name, "reason": given[name]} for name in _OPTIONAL if name not in report]
+    absent = [{"name": name, "reason": reason} for name, reason in given.items() if name not in report]
     whole = {**report, "not_measured": absent}
     text = json.dumps(whole, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     _replace(bundle / names.REPORT_FILE, text)

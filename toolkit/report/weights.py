@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from toolkit import names
+from toolkit.bundle.operators import place, support_of
 from toolkit.graph.builder import StageGraph
+from toolkit.graph.interface import interface_of
 from toolkit.graph.layout import Layout, Unit
 
 
@@ -56,14 +58,23 @@ def quantization_section(layout: Layout, errors: Sequence[SquaredError]) -> dict
 
 
 def partition_section(graphs: Sequence[StageGraph]) -> list[dict[str, Any]]:
-    """Each stage with its node count, and the execution provider it is meant for."""
-    return [
-        {
-            "stage": graph.stage.name, "file": graph.stage.file, "ep": graph.stage.execution_provider,
-            "device": graph.stage.device, "nodes": graph.nodes,
-        }
-        for graph in graphs
-    ]  # fmt: skip
+    """Each stage beside the table of what its execution provider takes.
+
+    `nodes_legal` is what the table allows, `nodes_outside` what is left to the CPU on purpose; `illegal` has a line for
+    each kind of node that would end there unasked.
+    """
+    rows = []
+    for graph in graphs:
+        placement = place(interface_of(graph.model), graph.stage)
+        rows.append(
+            {
+                "stage": graph.stage.name, "file": graph.stage.file, "ep": graph.stage.execution_provider,
+                "device": graph.stage.device, "nodes": placement.nodes, "nodes_legal": placement.nodes_legal,
+                "nodes_outside": placement.nodes_outside, "illegal": list(placement.problems),
+                "table": support_of(graph.stage.execution_provider)["source"], "compiled": False,
+            }
+        )  # fmt: skip
+    return rows
 
 
 def _format(unit: Unit) -> dict[str, Any]:

@@ -5,6 +5,7 @@ T tokens, S query length, D hidden, V vocab.
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -18,11 +19,16 @@ from toolkit.bundle.genai_config import read_genai_config
 from toolkit.errors import BundleError
 
 _NUMPY: Final[dict[str, type[np.floating[Any]]]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+_GATHER: Final = "/model/last_position/GatherND"
+_UNSQUEEZE: Final = "/model/last_position/Unsqueeze"
 _Values = dict[str, NDArray[Any]]
 
 
 class Positions(Protocol):
     """A bundle that gives logits of every position."""
+
+    def placements(self) -> dict[str, dict[str, int]]:
+        """By stage and execution provider, how many nodes run there, as ORT assigned them after its own fusions."""
 
     def logits(self, ids: list[int], prompt: int | None = None) -> NDArray[np.float32]:
         """[T, V] for one sequence: the first `prompt` tokens (default all) as a prompt, each later one with the
@@ -44,6 +50,11 @@ class OneGraph:
 
     def __init__(self, bundle: Path, exact: bool = False) -> None:
         self._session = _session(bundle, names.MODEL, exact)
+        self._has_positions = any(value.name == names.POSITION_IDS for value in self._session.get_inputs())
+
+    def placements(self) -> dict[str, dict[str, int]]:
+        """See Positions."""
+        return {names.MODEL: placement(self._session)}
 
     def logits(self, ids: list[int], prompt: int | None = None) -> NDArray[np.float32]:
         """See Positions."""
@@ -55,6 +66,8 @@ class OneGraph:
                 names.INPUT_IDS: np.array([ids[start:stop]], np.int64),
                 names.ATTENTION_MASK: np.ones((1, stop), np.int64),
             }
+            if self._has_positions:
+                tokens[names.POSITION_IDS] = np.arange(start, stop, dtype=np.int64)[None]
             made = _run(self._session, {**tokens, **cache})
             pieces.append(made[names.LOGITS][0])
             cache = {past: made[past.replace("past_key_values", "present")] for past in cache}
@@ -71,6 +84,10 @@ class Pipeline:
         self._sessions = {stage: _session(bundle, stage, exact) for stage in stages}
         self._window = int(model["decoder"]["sliding_window"]["window_size"])
         self._pad_token_id, self._context_length = int(model["pad_token_id"]), int(model["context_length"])
+
+    def placements(self) -> dict[str, dict[str, int]]:
+        """See Positions."""
+        return {stage: placement(session) for stage, session in self._sessions.items()}
 
     def logits(self, ids: list[int], prompt: int | None = None) -> NDArray[np.float32]:
         """See Positions."""
@@ -110,13 +127,21 @@ class Pipeline:
         return made[names.LAST_HIDDEN], grown
 
 
+def placement(session: ort.InferenceSession) -> dict[str, int]:
+    """Nodes by the execution provider ORT gave them to; the session must have been told to record it."""
+    counts: Counter[str] = Counter()
+    for part in session.get_provider_graph_assignment_info():
+        counts[part.ep_name] += len(part.get_nodes())
+    return dict(counts)
+
+
 def _session(bundle: Path, stage: str, exact: bool) -> ort.InferenceSession:
     path = bundle / names.stage_file(stage)
     if not path.is_file():
         raise BundleError(f"{bundle} has no {path.name}: not a bundle this command can judge")
     model = onnx.load(path, load_external_data=False)
     nodes = {node.name: node for node in model.graph.node}
-    if "/lm_head/GatherND" in nodes:
+    if _GATHER in nodes:
         _bypass_gather(model, nodes)
     for node in model.graph.node:
         for attribute in node.attribute:
@@ -125,14 +150,15 @@ def _session(bundle: Path, stage: str, exact: bool) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle))
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
 def _bypass_gather(model: onnx.ModelProto, nodes: dict[str, onnx.NodeProto]) -> None:
     """The head over all positions rather than the last."""
-    hidden, last = nodes["/lm_head/GatherND"].input[0], nodes["/lm_head/Unsqueeze"].output[0]
+    hidden, last = nodes[_GATHER].input[0], nodes[_UNSQUEEZE].output[0]
     for node in model.graph.node:
-        if last in node.input and node.name != "/lm_head/Unsqueeze":
+        if last in node.input and node.name != _UNSQUEEZE:
             node.input[list(node.input).index(last)] = hidden
     logits = next(value for value in model.graph.output if value.name == names.LOGITS)
     logits.type.tensor_type.shape.dim[1].dim_param = "sequence"

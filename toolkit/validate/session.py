@@ -2,25 +2,92 @@
 
 from __future__ import annotations
 
+import importlib
+import json
+import os
+import shutil
+import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
+
+import onnxruntime as ort
 
 from toolkit import names
-from toolkit.bundle.genai_config import max_length, read_genai_config
+from toolkit.bundle.cache import cache_bytes
+from toolkit.bundle.genai_config import max_length, read_genai_config, stage_sections
 from toolkit.errors import BundleError, MachineError
+from toolkit.machine import free_memory_bytes
+from toolkit.target import TARGETS
+
+# The execution provider behind genai's name for it, and the package that carries it as a plugin.
+_PROVIDERS: Final = {
+    str(target.accelerator.provider).lower(): target.accelerator
+    for target in TARGETS.values()
+    if target.accelerator.provider
+}
 
 
-def continuations(bundle: Path, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
-    """What onnxruntime-genai makes of each prompt, greedily, ended by eos or after `new_tokens`."""
-    og, model, _ = open_model(bundle)
+@dataclass(frozen=True)
+class OpenModel:
+    """The onnxruntime_genai module, the bundle's Model, its genai_config, and the seconds it took to load.
+
+    `folder` holds the files of a model opened on the CPU for as long as it is used.
+    """
+
+    og: Any
+    model: Any
+    config: dict[str, Any]
+    load_s: float
+    folder: tempfile.TemporaryDirectory[str] | None
+
+    def generator(self, prompt: Any, new_tokens: int, **options: Any) -> Any:
+        """A fresh generator that has read the prompt, with room for `new_tokens` where the context has it.
+
+        Raises MachineError if the cache does not fit the memory that is free.
+        """
+        params = self.og.GeneratorParams(self.model)
+        length = max_length(self.config, len(prompt), new_tokens)
+        params.set_search_options(max_length=length, **options)
+        generator = self.og.Generator(self.model, params)
+        generator.append_tokens(prompt)
+        return generator
+
+
+def open_model(bundle: Path, on_cpu: bool = False) -> OpenModel:
+    """Opens a bundle; `on_cpu` runs every stage on the CPU, whatever it was made for.
+
+    Raises BundleError for a folder that is none, MachineError if onnxruntime-genai, an execution provider or the memory
+    for the cache is missing.
+    """
+    if not (bundle / names.GENAI_CONFIG_FILE).is_file():
+        raise BundleError(f"{bundle} has no {names.GENAI_CONFIG_FILE}: not a bundle")
+    try:
+        import onnxruntime_genai as og
+    except ImportError:
+        raise MachineError("onnxruntime-genai is not installed: pip install onnxruntime-genai") from None
     config = read_genai_config(bundle)
+    _check_cache(bundle, config)
+    folder = None
+    if on_cpu and providers_of(config):
+        folder = _cpu_copy(bundle, config)
+    elif missing := [name for name in providers_of(config) if not _register(og, name)]:
+        raise MachineError(missing_provider(missing[0]))
+    start = time.perf_counter()
+    try:
+        model = og.Model(folder.name if folder else str(bundle))
+    except Exception as problem:  # whatever the runtime throws
+        raise BundleError(f"onnxruntime-genai cannot open {bundle}: {str(problem).splitlines()[0][:300]}") from None
+    return OpenModel(og, model, config, time.perf_counter() - start, folder)
+
+
+def continuations(bundle: Path, prompts: list[list[int]], new_tokens: int, on_cpu: bool = False) -> list[list[int]]:
+    """What onnxruntime-genai makes of each prompt, greedily, ended by eos or after `new_tokens`."""
+    opened = open_model(bundle, on_cpu)
     made = []
     for prompt in prompts:
-        params = og.GeneratorParams(model)
-        params.set_search_options(do_sample=False, max_length=max_length(config, len(prompt), new_tokens))
-        generator = og.Generator(model, params)
-        generator.append_tokens(prompt)
+        generator = opened.generator(prompt, new_tokens, do_sample=False)
         tokens: list[int] = []
         while len(tokens) < new_tokens and not generator.is_done():
             generator.generate_next_token()
@@ -29,16 +96,69 @@ def continuations(bundle: Path, prompts: list[list[int]], new_tokens: int) -> li
     return made
 
 
-def open_model(bundle: Path) -> tuple[Any, Any, float]:
-    """(the onnxruntime_genai module, the bundle's Model, seconds to load it).
+def providers_of(config: dict[str, Any]) -> list[str]:
+    """genai's names of the execution providers a bundle asks for besides the CPU."""
+    sections = stage_sections(config)
+    named = [name for s in sections for entry in s["session_options"]["provider_options"] for name in entry]
+    return sorted(set(named))
 
-    Raises BundleError for a folder that is none, MachineError if onnxruntime-genai is missing.
-    """
-    if not (bundle / names.GENAI_CONFIG_FILE).is_file():
-        raise BundleError(f"{bundle} has no {names.GENAI_CONFIG_FILE}: not a bundle")
+
+def is_here(config: dict[str, Any]) -> bool:
+    """Whether this machine has every execution provider a bundle asks for."""
+    return all(_execution_provider(name) in ort.get_available_providers() for name in providers_of(config))
+
+
+def missing_provider(name: str) -> str:
+    """What to say of an execution provider this machine lacks."""
+    row = _PROVIDERS.get(name.lower())
+    install = f"install {row.package}, or " if row and row.package else ""
+    return (
+        f"this machine's onnxruntime has no {_execution_provider(name)}, which the bundle is made for: {install}"
+        "run every stage on the CPU with --on-cpu"
+    )
+
+
+def _execution_provider(name: str) -> str:
+    row = _PROVIDERS.get(name.lower())
+    return row.execution_provider if row else f"{name}ExecutionProvider"
+
+
+def _register(og: Any, name: str) -> bool:
+    """Whether an execution provider is there, built in or as a plugin, which is then registered."""
+    if _execution_provider(name) in ort.get_available_providers():
+        return True
+    row = _PROVIDERS.get(name.lower())
+    if row is None or not row.plugin:
+        return False
     try:
-        import onnxruntime_genai as og
-    except ImportError:
-        raise MachineError("onnxruntime-genai is not installed: pip install onnxruntime-genai") from None
-    start = time.perf_counter()
-    return og, og.Model(str(bundle)), time.perf_counter() - start
+        library = importlib.import_module(row.plugin).get_library_path()
+        og.register_execution_provider_library(row.execution_provider, str(library))
+    except (ImportError, AttributeError, RuntimeError):
+        return False
+    return True
+
+
+def _check_cache(bundle: Path, config: dict[str, Any]) -> None:
+    length = int(config["search"]["max_length"])
+    needed, free = cache_bytes(bundle, config, length), free_memory_bytes()
+    if needed > free:
+        raise MachineError(
+            f"the KV cache of {length} tokens takes {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free: "
+            "export with a smaller --set context_length, or close other programs"
+        )
+
+
+def _cpu_copy(bundle: Path, config: dict[str, Any]) -> tempfile.TemporaryDirectory[str]:
+    """A folder beside the bundle with its files by other names, and a genai_config that asks for no provider."""
+    folder = tempfile.TemporaryDirectory(prefix=f".{bundle.name}-", dir=bundle.parent, ignore_cleanup_errors=True)
+    for path in bundle.iterdir():
+        if path.name != names.GENAI_CONFIG_FILE and path.is_file():
+            try:
+                os.link(path, Path(folder.name) / path.name)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(path, Path(folder.name) / path.name)
+    plain = json.loads(json.dumps(config))
+    for section in stage_sections(plain):
+        section["session_options"]["provider_options"] = []
+    (Path(folder.name) / names.GENAI_CONFIG_FILE).write_text(json.dumps(plain), encoding="utf-8")
+    return folder

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from toolkit.bundle.genai_config import max_length, read_genai_config
+from toolkit.bundle.genai_config import max_length, stage_sections
 from toolkit.errors import BundleError
 from toolkit.machine import peak_rss_bytes, physical_cores
 from toolkit.validate.session import open_model
@@ -26,14 +26,15 @@ class Run:
     decode_tokens_per_s: float
 
 
-def measure_speed(bundle: Path, prompt_tokens: int, new_tokens: int, repeat: int) -> dict[str, Any]:
+def measure_speed(
+    bundle: Path, prompt_tokens: int, new_tokens: int, repeat: int, on_cpu: bool = False
+) -> dict[str, Any]:
     """report.json's `speed`: medians over `repeat` runs, after one that warms up and is not counted.
 
     Raises BundleError if prompt and continuation do not fit the bundle's context.
     """
-    og, model, load_s = open_model(bundle)
-    settings = read_genai_config(bundle)
-    config = settings["model"]
+    opened = open_model(bundle, on_cpu)
+    og, settings, config = opened.og, opened.config, opened.config["model"]
     length = max_length(settings, prompt_tokens, new_tokens)
     fits = length - max_length(settings, prompt_tokens, 0) == new_tokens
     if min(prompt_tokens, new_tokens - 1, repeat) < 1 or not fits:
@@ -44,9 +45,9 @@ def measure_speed(bundle: Path, prompt_tokens: int, new_tokens: int, repeat: int
     prompt = [i % min(config["vocab_size"], 256) for i in range(prompt_tokens)]
     runs = []
     for _ in range(repeat + 1):
-        params = og.GeneratorParams(model)
+        params = og.GeneratorParams(opened.model)
         params.set_search_options(do_sample=False, min_length=length, max_length=length)
-        generator = og.Generator(model, params)
+        generator = og.Generator(opened.model, params)
         start = time.perf_counter()
         generator.append_tokens(prompt)
         prefilled = time.perf_counter()
@@ -60,8 +61,8 @@ def measure_speed(bundle: Path, prompt_tokens: int, new_tokens: int, repeat: int
     medians = {key: statistics.median(run[key] for run in counted) for key in counted[0]}
     return {
         "runtime": "onnxruntime-genai",
-        "threads": _threads(bundle),
-        "load_s": load_s,
+        "threads": _threads(settings),
+        "load_s": opened.load_s,
         "prompt_tokens": prompt_tokens,
         **medians,
         "peak_rss_bytes": peak_rss_bytes(),
@@ -81,9 +82,7 @@ def measure_speed_apart(bundle: Path, prompt_tokens: int, new_tokens: int, repea
     return measured
 
 
-def _threads(bundle: Path) -> int:
+def _threads(config: dict[str, Any]) -> int:
     """The threads ORT uses; 0 in the file means one for each physical core."""
-    decoder = read_genai_config(bundle)["model"]["decoder"]
-    stages = [stage for group in decoder.get("pipeline", []) for stage in group.values()]
-    options = stages[0]["session_options"] if stages else decoder["session_options"]
+    options = stage_sections(config)[0]["session_options"]
     return int(options.get("intra_op_num_threads", 0)) or physical_cores()

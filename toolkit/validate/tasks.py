@@ -40,10 +40,10 @@ def read_task(path: Path, examples: int | None = None) -> Task:
         raise RecipeError(f"{path} is not a task: expected JSON lines with a prompt and an answer") from None
 
 
-def bundle_right(bundle: Path, task: Task) -> list[bool]:
+def bundle_right(bundle: Path, task: Task, on_cpu: bool = False) -> list[bool]:
     """Which answers a bundle gets exactly right, through onnxruntime-genai."""
     tokenizer = Tokenizer.from_file(str(bundle / names.TOKENIZER_FILE))
-    return _right(task, tokenizer, continuations(bundle, _encode(task, tokenizer), _NEW_TOKENS))
+    return _right(task, tokenizer, continuations(bundle, _encode(task, tokenizer), _NEW_TOKENS, on_cpu))
 
 
 def reference_right(checkpoint: Checkpoint, source: Tensors, stop_ids: set[int], task: Task) -> list[bool]:

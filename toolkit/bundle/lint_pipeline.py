@@ -1,0 +1,135 @@
+"""The rules of a `decoder-pipeline`: windows, the cache between them, and stages that hand values on.
+
+Each rule is a way in which some onnxruntime-genai from 0.12.2 on refuses such a file or answers wrongly in silence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from toolkit.graph.interface import GraphInterface, ValueType
+
+_LENGTHS: Final = {
+    "past_sequence_length": ValueType("INT32", (1, 1)),
+    "total_sequence_length": ValueType("INT32", (1,)),
+}
+Stages = Mapping[str, tuple[dict[str, Any], GraphInterface]]
+
+
+def lint_pipeline(config: Mapping[str, Any], stages: Stages) -> list[str]:
+    """One line for each thing wrong with a pipeline whose graphs are there; `stages` is (section, graph) by name."""
+    decoder = config["model"]["decoder"]
+    return [
+        *_settings(config["model"], config.get("search", {})),
+        *_runs({name: section for name, (section, _) in stages.items()}),
+        *_length_inputs(decoder.get("inputs", {}), stages),
+        *_hand_over(decoder, stages),
+    ]
+
+
+def _settings(model: Mapping[str, Any], search: Mapping[str, Any]) -> list[str]:
+    """Windows and the shared cache."""
+    problems = []
+    decoder, context = model["decoder"], model.get("context_length")
+    sliding = decoder.get("sliding_window", {})
+    window = sliding.get("window_size")
+    if not isinstance(window, int) or window < 2:
+        problems.append(f"model.decoder.sliding_window.window_size is {window!r}, expected at least 2")
+    elif isinstance(context, int) and context % window:
+        problems.append(
+            f"model.decoder.sliding_window.window_size {window} does not divide model.context_length {context}: the "
+            "last window of a prompt would reach past the cache"
+        )
+    if sliding.get("slide_key_value_cache", True) is not False:
+        problems.append("model.decoder.sliding_window.slide_key_value_cache is not false: only a uint8 cache can slide")
+    if sliding.get("alignment", "right") != "left":
+        problems.append("model.decoder.sliding_window.alignment is not left: pads would come first and shift positions")
+    if search.get("chunk_size") != context:
+        problems.append(
+            f"search.chunk_size is {search.get('chunk_size')}, not model.context_length {context}: 0.16.0 would size "
+            "the cache at window + 16"
+        )
+    if decoder.get("session_options", {}).get("provider_options"):
+        problems.append(
+            "model.decoder.session_options.provider_options is not empty: onnxruntime-genai would keep the cache with "
+            "that provider and refuse the stages of others"
+        )
+    return problems
+
+
+def _runs(sections: Mapping[str, dict[str, Any]]) -> list[str]:
+    """Prompt and decoding each end in the one LM head."""
+    heads = [name for name, section in sections.items() if section.get("is_lm_head")]
+    if len(heads) != 1:
+        return [f"{len(heads)} stages have is_lm_head, expected one: it runs on the last window alone"]
+    problems = []
+    for phase in ("run_on_prompt", "run_on_token_gen"):
+        running = [name for name, section in sections.items() if section.get(phase, True)]
+        if heads[0] not in running or len(running) < 2:
+            problems.append(f"{phase} leaves {' and '.join(running) or 'nothing'} to run, which gives no logits")
+    return problems
+
+
+def _length_inputs(inputs: Mapping[str, str], stages: Stages) -> list[str]:
+    """int32 [1, 1] and [1]: what a windowed pipeline is given."""
+    problems = []
+    for key, expected in _LENGTHS.items():
+        name = inputs.get(key)
+        users = {stage: graph.inputs[name] for stage, (_, graph) in stages.items() if name in graph.inputs}
+        if not users:
+            problems.append(f"model.decoder.inputs.{key} is {name!r}, which no stage takes: both are given or none")
+        problems += [
+            f"stage {stage} takes {name} as {_words(found)}, onnxruntime-genai gives {_words(expected)}"
+            for stage, found in users.items()
+            if found != expected
+        ]
+    return problems
+
+
+def _hand_over(decoder: Mapping[str, Any], stages: Stages) -> list[str]:
+    """Each stage's names are its graph's; what it takes is managed by onnxruntime-genai or made by an earlier stage
+    that runs at the same time, in the same dtype."""
+    managed = _managed(decoder)
+    made: dict[str, list[tuple[dict[str, Any], str]]] = {}
+    problems = []
+    for stage, (section, graph) in stages.items():
+        for side, values in (("input", graph.inputs), ("output", graph.outputs)):
+            listed = section.get(f"{side}s", [])
+            unknown, unlisted = [n for n in listed if n not in values], [n for n in values if n not in listed]
+            problems += [f"stage {stage} lists {side} {name!r}, which its graph does not have" for name in unknown]
+            problems += [f"stage {stage} does not list its graph's {side} {name!r}" for name in unlisted]
+        for name in graph.inputs:
+            if name in managed:
+                continue
+            before = [dtype for earlier, dtype in made.get(name, []) if _meet(earlier, section)]
+            if not before:
+                problems.append(f"stage {stage} takes {name!r}, which no stage before it and no genai input gives")
+            problems += [
+                f"stage {stage} takes {name} as {graph.inputs[name].dtype}, a stage before it makes {dtype}"
+                for dtype in before
+                if dtype != graph.inputs[name].dtype
+            ]
+        for name, value in graph.outputs.items():
+            known_as = section.get("output_names_forwarder", {}).get(name, name)
+            made.setdefault(known_as, []).append((section, value.dtype))
+    return problems
+
+
+def _managed(decoder: Mapping[str, Any]) -> set[str]:
+    """Graph inputs that onnxruntime-genai fills itself."""
+    layers = range(int(decoder.get("num_hidden_layers", 0)))
+    names: set[str] = set()
+    for pattern in map(str, decoder.get("inputs", {}).values()):
+        names.update([pattern % i for i in layers] if "%d" in pattern else [pattern])
+    return names
+
+
+def _meet(earlier: Mapping[str, Any], later: Mapping[str, Any]) -> bool:
+    """Whether two stages run in the same phase."""
+    return any(earlier.get(phase, True) and later.get(phase, True) for phase in ("run_on_prompt", "run_on_token_gen"))
+
+
+def _words(value: ValueType) -> str:
+    return f"{value.dtype}{list(value.shape)}"
+

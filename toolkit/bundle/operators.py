@@ -1,0 +1,101 @@
+"""Each node of each stage against what its execution provider takes, by a table with its sources."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from toolkit import names
+from toolkit.graph.interface import GraphInterface, NodeFacts, read_interface
+from toolkit.target import CPU_EP, TARGETS, Stage
+
+_TABLE: Final = Path(__file__).with_name("operators.json")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One stage beside the table: how many nodes its provider takes, how many are the CPU's on purpose, and a line for
+    each kind of node that would end there unasked."""
+
+    stage: str
+    file: str
+    execution_provider: str
+    nodes: int
+    nodes_legal: int
+    nodes_outside: int
+    problems: tuple[str, ...]
+
+
+def place_bundle(bundle: Path, target_name: str, window: int) -> list[Placement]:
+    """Every stage of a bundle. Raises BundleError for a stage whose graph is missing or broken."""
+    stages = TARGETS[target_name].stages(window)
+    return [place(read_interface(bundle / stage.file), stage) for stage in stages]
+
+
+def place(graph: GraphInterface, stage: Stage) -> Placement:
+    """One stage."""
+    support, cpu = support_of(stage.execution_provider), support_of(CPU_EP)
+    reasons: dict[str, list[str]] = defaultdict(list)
+    outside = 0
+    for node in graph.nodes:
+        is_outside = node.annotation == names.OUTSIDE_ANNOTATION
+        outside += is_outside
+        if reason := _refusal(node, cpu if is_outside else support):
+            reasons[f"{node.operator} {reason}"].append(node.name)
+    problems = [
+        f"{stage.file}: {what}, for {len(where)} node{'s' * (len(where) > 1)} such as {where[0]}"
+        for what, where in reasons.items()
+    ]
+    problems += _graph_problems(graph, stage, support)
+    refused = sum(map(len, reasons.values()))
+    return Placement(
+        stage.name, stage.file, stage.execution_provider, len(graph.nodes),
+        len(graph.nodes) - outside - refused, outside, tuple(problems),
+    )  # fmt: skip
+
+
+@functools.cache
+def support_of(execution_provider: str) -> dict[str, Any]:
+    """The table's row: source, checked_by, static, opset and operators."""
+    table: dict[str, dict[str, Any]] = json.loads(_TABLE.read_text(encoding="utf-8"))
+    return table[execution_provider]
+
+
+def _refusal(node: NodeFacts, support: dict[str, Any]) -> str:
+    """Why the provider would not run a node as it stands, or nothing."""
+    row = support["operators"].get(node.operator)
+    if row is None:
+        return "is not among its operators"
+    if node.dtype not in row["types"]:
+        return f"is taken in {_words(row['types'])}, not in {node.dtype}"
+    for name, allowed in row.get("attributes", {}).items():
+        if name in node.attributes and node.attributes[name] not in allowed:
+            return f"is taken with {name} {_words(allowed)}, not {node.attributes[name]}"
+    for name in row.get("absent", []):
+        if name in node.attributes:
+            return f"is not taken with {name} written"
+    if node.inputs > row.get("max_inputs", node.inputs):
+        return f"is taken with {row['max_inputs']} inputs at most, not {node.inputs}"
+    if row.get("whole_blocks") and int(node.attributes["K"]) % int(node.attributes["block_size"]):
+        return f"needs a block_size that divides K {node.attributes['K']}, not {node.attributes['block_size']}"
+    return ""
+
+
+def _graph_problems(graph: GraphInterface, stage: Stage, support: dict[str, Any]) -> list[str]:
+    problems = []
+    low, high = support["opset"]
+    if not low <= graph.opset <= high:
+        problems.append(f"{stage.file}: opset {graph.opset}, {stage.execution_provider}'s table is for {low} to {high}")
+    loose = [name for name, value in graph.inputs.items() if any(isinstance(dim, str) for dim in value.shape)]
+    if support["static"] and loose:
+        problems.append(f"{stage.file}: input {loose[0]} has no fixed shape, which {stage.execution_provider} needs")
+    return problems
+
+
+def _words(values: Sequence[Any]) -> str:
+    return " or ".join(map(str, values))
