@@ -14,7 +14,8 @@ FLOORS = {
 ROOMS = {
     "click": {"cli"}, "numba": {"quant"}, "rich": {"progress"}, "jinja2": {"report"}, "psutil": {"machine"},
     "huggingface_hub": {"checkpoint"}, "yaml": {"recipe"}, "onnx_ir": {"graph"}, "onnx": {"validate"},
-    "onnxruntime": {"validate"}, "onnxruntime_genai": {"validate"}, "tokenizers": {"validate", "pipeline"},
+    "onnxruntime": {"validate"}, "onnxruntime_genai": {"validate"},
+    "openvino": {"validate"}, "onnxruntime_qnn": {"validate"}, "tokenizers": {"validate", "pipeline"},
     "torch": set(), "transformers": set(),
 }  # fmt: skip
 

@@ -127,25 +127,26 @@ def inspect(path: Path, as_json: bool) -> None:
 
 @commands.command()
 @BUNDLE
+@click.option("--run", is_flag=True, help="Also run the stages in their vendor's software: openvino, onnxruntime-qnn.")
 @AS_JSON
-def check(bundle: Path, as_json: bool) -> None:
+def check(bundle: Path, run: bool, as_json: bool) -> None:
     """BUNDLE's genai_config.json, and each node of its graphs against what its execution provider takes."""
-    from toolkit.bundle.lint import lint_bundle
-    from toolkit.bundle.manifest import read_manifest
-    from toolkit.bundle.operators import place_bundle
+    from toolkit.pipeline.check import check_bundle
 
-    recipe = read_manifest(bundle)["recipe"]
-    placements = place_bundle(bundle, recipe["target"], recipe["window"])
-    if not as_json:
-        for placement in placements:
-            outside = f", {placement.nodes_outside} outside on purpose" if placement.nodes_outside else ""
-            click.echo(
-                f"{placement.file}: {placement.nodes_legal} of {placement.nodes} nodes are "
-                f"{placement.execution_provider}'s by its table{outside}"
-            )
-    problems = [*lint_bundle(bundle), *(problem for placement in placements for problem in placement.problems)]
-    all_well = "genai_config.json fits the graphs, and onnxruntime-genai 0.12.2 and later"
-    _print_problems(problems, all_well, as_json)
+    found = check_bundle(bundle, run)
+    if as_json:
+        click.echo(json.dumps(found, indent=2, ensure_ascii=False))
+    else:
+        for stage in found["stages"]:
+            outside = f", {stage['nodes_outside']} are the CPU's on purpose" if stage["nodes_outside"] else ""
+            ep = stage["execution_provider"]
+            click.echo(f"{stage['file']}: {stage['nodes_legal']} of {stage['nodes']} nodes fit {ep}{outside}")
+        for entry in found["runs"]:
+            taken = "".join(f", {count} nodes on {ep}" for ep, count in entry["nodes"].items())
+            click.echo(f"{entry['file']}: {entry['software']} differs from the CPU by {entry['error']:.2g}{taken}")
+        click.echo("\n".join(found["problems"]) or "genai_config.json fits the graphs, and genai 0.12.2 and later")
+    if not found["passed"]:
+        sys.exit(1)
 
 
 @commands.command()

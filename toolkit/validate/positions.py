@@ -6,6 +6,7 @@ T tokens, S query length, D hidden, V vocab.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -70,7 +71,7 @@ class OneGraph:
                 tokens[names.POSITION_IDS] = np.arange(start, stop, dtype=np.int64)[None]
             made = _run(self._session, {**tokens, **cache})
             pieces.append(made[names.LOGITS][0])
-            cache = {past: made[past.replace("past_key_values", "present")] for past in cache}
+            cache = _grown(cache, made)
             start = stop
         return np.concatenate(pieces)
 
@@ -107,6 +108,29 @@ class Pipeline:
         logits: NDArray[np.float32] = _run(self._sessions[names.HEAD], head)[names.LOGITS][0]
         return logits
 
+    def steps(self) -> Iterator[tuple[str, _Values, NDArray[Any]]]:
+        """A window of ids through context, one through iterator: (stage, what it is fed, its hidden states)."""
+        ids = [int(i) for i in np.random.default_rng(0).integers(0, self._pad_token_id, self._window + 1)]
+        length = self._cache_length(self._window, len(ids))
+        cache = _empty_cache(self._sessions[names.CONTEXT], length)
+        for stage, tokens, last in (
+            (names.CONTEXT, ids[:-1], self._window - 1),
+            (names.ITERATOR, ids[-1:], self._window),
+        ):
+            feeds = {**self._inputs(tokens, last, length), **cache}
+            made = _run(self._sessions[stage], feeds)
+            yield stage, feeds, made[names.LAST_HIDDEN]
+            cache = _grown(cache, made)
+
+    def _inputs(self, ids: list[int], last: int, length: int) -> _Values:
+        """What a transformer stage takes besides the cache; `last` is the position of the last of `ids`."""
+        embedded = _run(self._sessions[names.EMBEDDINGS], {names.INPUT_IDS: np.array([ids], np.int64)})
+        return {
+            **embedded,
+            names.PAST_SEQ_LEN: np.array([[last]], np.int32),
+            names.TOTAL_SEQ_LEN: np.array([length], np.int32),
+        }
+
     def _cache_length(self, prompt: int, tokens: int) -> int:
         """The context where the graph fixes it, else as much as the windows and the tokens after them take."""
         fixed = _cache_inputs(self._sessions[names.CONTEXT])[0].shape[2]
@@ -116,15 +140,9 @@ class Pipeline:
     def _step(
         self, stage: str, ids: list[int], last: int, length: int, cache: _Values
     ) -> tuple[NDArray[Any], _Values]:
-        """(hidden states [1, S, D], the cache after them); `last` is the position of the last of `ids`."""
-        embedded = _run(self._sessions[names.EMBEDDINGS], {names.INPUT_IDS: np.array([ids], np.int64)})
-        lengths = {
-            names.PAST_SEQ_LEN: np.array([[last]], np.int32),
-            names.TOTAL_SEQ_LEN: np.array([length], np.int32),
-        }
-        made = _run(self._sessions[stage], {**embedded, **lengths, **cache})
-        grown = {past: made[past.replace("past_key_values", "present")] for past in cache}
-        return made[names.LAST_HIDDEN], grown
+        """(hidden states [1, S, D], the cache after them)."""
+        made = _run(self._sessions[stage], {**self._inputs(ids, last, length), **cache})
+        return made[names.LAST_HIDDEN], _grown(cache, made)
 
 
 def placement(session: ort.InferenceSession) -> dict[str, int]:
@@ -172,6 +190,11 @@ def _empty_cache(session: ort.InferenceSession, length: int) -> _Values:
     """Zeros of [1, kv heads, length, head_dim] for each cache input."""
     inputs = _cache_inputs(session)
     return {v.name: np.zeros((1, int(v.shape[1]), length, int(v.shape[3])), _NUMPY[v.type]) for v in inputs}
+
+
+def _grown(cache: _Values, made: _Values) -> _Values:
+    """The cache that a run gave back, under its names for the next."""
+    return {past: made[past.replace("past_key_values", "present")] for past in cache}
 
 
 def _run(session: ort.InferenceSession, feeds: _Values) -> _Values:

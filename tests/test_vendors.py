@@ -1,0 +1,87 @@
+"""The accelerators' stages in their vendors' own software: the openvino package, and QNN's compiler and simulator."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import onnx
+import pytest
+
+from tests.graphs import WINDOW, recipe_for, write_graphs
+from tests.test_families import CASES, make_checkpoint
+from toolkit.bundle.operators import place_bundle
+from toolkit.errors import BundleError, MachineError
+from toolkit.recipe import QuantRule
+from toolkit.validate.vendors import MAX_ERROR, run_vendor_apart
+
+NEEDS = {"openvino": "openvino", "qnn": "onnxruntime_qnn"}
+PROVIDERS = {"openvino": "OpenVINOExecutionProvider", "qnn": "QNNExecutionProvider"}
+
+
+@pytest.fixture(params=NEEDS)
+def target(request: pytest.FixtureRequest) -> str:
+    name = str(request.param)
+    if importlib.util.find_spec(NEEDS[name]) is None:
+        pytest.skip(f"{NEEDS[name]} is not installed")
+    return name
+
+
+@pytest.mark.parametrize("case", ["qwen2", "llama-llama3", "qwen3"])
+@pytest.mark.parametrize("quantized", [True, False], ids=["int4", "float"])
+def test_vendors_software_computes_what_ort_computes(
+    target: str, case: str, quantized: bool, tmp_path: Path
+) -> None:
+    make_checkpoint(*CASES[case], tmp_path)
+    # HTP takes whole blocks alone, and 112 wide matrices are among these.
+    rules = (QuantRule("*", block_size=16, symmetric=target == "openvino"),)
+    write_graphs(tmp_path, tmp_path / target, target, recipe_for(target, rules) if quantized else None)
+    context, iterator = run_vendor_apart(tmp_path / target, PROVIDERS[target])
+    assert (context.file, iterator.file) == ("context.onnx", "iterator.onnx")
+    assert 0 < context.error <= MAX_ERROR and 0 < iterator.error <= MAX_ERROR
+    # With fallback to the CPU disabled, QNN says that it took every node.
+    expected = {"QNNExecutionProvider"} if target == "qnn" else set()
+    assert context.nodes.keys() == iterator.nodes.keys() == expected
+
+
+def test_a_node_that_qnn_does_not_take_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime_qnn")
+    make_checkpoint(*CASES["qwen2"], tmp_path)
+    write_graphs(tmp_path, tmp_path / "qnn", "qnn", recipe_for("qnn"))
+    path = tmp_path / "qnn" / "context.onnx"
+    model = onnx.load(path, load_external_data=False)
+    attention = next(node for node in model.graph.node if node.op_type == "GroupQueryAttention")
+    attention.attribute.append(onnx.helper.make_attribute("smooth_softmax", 0))
+    onnx.save(model, path)
+    with pytest.raises(BundleError, match="onnxruntime-qnn did not run the stages"):
+        run_vendor_apart(tmp_path / "qnn", "QNNExecutionProvider")
+
+
+def test_the_table_knows_that_htp_takes_whole_blocks_alone(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime_qnn")
+    make_checkpoint(*CASES["qwen2"], tmp_path)
+    write_graphs(tmp_path, tmp_path / "qnn", "qnn", recipe_for("qnn"))
+    _, context, *_ = place_bundle(tmp_path / "qnn", "qnn", WINDOW)
+    assert [line.count("needs a block_size that divides K 112, not 32") for line in context.problems] == [1]
+    with pytest.raises(BundleError, match="fallback to CPU EP"):
+        run_vendor_apart(tmp_path / "qnn", "QNNExecutionProvider")
+
+
+def test_a_provider_without_software_here_is_named(tmp_path: Path) -> None:
+    with pytest.raises(MachineError, match="DmlExecutionProvider cannot be run here"):
+        run_vendor_apart(tmp_path, "DmlExecutionProvider")
+
+
+def test_check_runs_the_stages_on_request(tiny_r1: Path, target: str, tmp_path: Path) -> None:
+    def toolkit(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-m", "toolkit", *words], capture_output=True, text=True)
+
+    out = str(tmp_path / "bundle")
+    assert toolkit("export", f"tiny-r1-{target}", "--out", out, "--no-validate").returncode == 0
+    done = toolkit("check", out, "--run", "--json")
+    found = json.loads(done.stdout)
+    assert done.returncode == 0 and found["passed"] and len(found["runs"]) == 2
+    assert [stage["nodes_legal"] == stage["nodes"] for stage in found["stages"]] == [True] * 4

@@ -1,0 +1,53 @@
+"""The legality story: settings against graphs, nodes against tables, on request stages in their vendor's software."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from toolkit.bundle.lint import lint_bundle
+from toolkit.bundle.manifest import read_manifest
+from toolkit.bundle.operators import place_bundle
+from toolkit.errors import MachineError
+from toolkit.target import CPU_EP, TARGETS
+from toolkit.validate.vendors import MAX_ERROR, VendorRun, run_vendor_apart
+
+
+def check_bundle(bundle: Path, run: bool) -> dict[str, Any]:
+    """`problems`, one line each; `stages` beside their tables; `runs` in the vendor's software, if asked for.
+
+    Raises BundleError for a folder that is no bundle, MachineError if the vendor's software is asked for and missing.
+    """
+    recipe = read_manifest(bundle)["recipe"]
+    placements = place_bundle(bundle, recipe["target"], recipe["window"])
+    problems = lint_bundle(bundle)
+    for placement in placements:
+        problems += placement.problems
+    runs = _run(bundle, recipe["target"]) if run else []
+    problems += [line for entry in runs for line in _problems(entry)]
+    return {
+        "passed": not problems,
+        "problems": problems,
+        "stages": [asdict(placement) for placement in placements],
+        "runs": [asdict(entry) for entry in runs],
+    }
+
+
+def _run(bundle: Path, target_name: str) -> list[VendorRun]:
+    target = TARGETS[target_name]
+    if target.accelerator.execution_provider == CPU_EP:
+        raise MachineError(f"target {target_name} runs on the CPU alone: `toolkit validate` runs it")
+    return run_vendor_apart(bundle, target.accelerator.execution_provider)
+
+
+def _problems(run: VendorRun) -> list[str]:
+    problems = []
+    if not run.error <= MAX_ERROR:
+        problems.append(
+            f"{run.file}: {run.software} differs from the CPU by {run.error:.3g} of the hidden states' spread, "
+            f"expected at most {MAX_ERROR}"
+        )
+    elsewhere = {ep: count for ep, count in run.nodes.items() if ep == CPU_EP}
+    problems += [f"{run.file}: {run.software} leaves {count} nodes to {ep}" for ep, count in elsewhere.items()]
+    return problems

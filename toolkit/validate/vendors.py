@@ -1,0 +1,120 @@
+"""A bundle's accelerator stages in their vendor's own software, where it can be installed, beside ORT's CPU kernels.
+
+`openvino` loads and runs the stages on its CPU device; `onnxruntime-qnn` compiles them for HTP with fallback to the CPU
+disabled and runs them in its simulator. Native code of vendors may crash, so it runs in a process of its own.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from toolkit import names
+from toolkit.errors import BundleError, MachineError
+from toolkit.validate.positions import Pipeline, placement
+
+# The package behind an execution provider that can be tried without its device.
+PACKAGES: Final = {"OpenVINOExecutionProvider": "openvino", "QNNExecutionProvider": "onnxruntime-qnn"}
+# float16 over a few layers, against the spread of the hidden states; a wrong mask or position costs far more.
+MAX_ERROR: Final = 0.02
+_Values = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class VendorRun:
+    """One stage in its vendor's software. `error` is the rms difference of the hidden states from ORT's CPU kernels,
+    over their standard deviation; `nodes` by execution provider where ORT placed them."""
+
+    file: str
+    software: str
+    error: float
+    nodes: dict[str, int]
+
+
+def run_vendor_apart(bundle: Path, execution_provider: str) -> list[VendorRun]:
+    """Each accelerator stage of a pipeline, run in a process of its own.
+
+    Raises MachineError if the package is missing or there is none for this provider, BundleError for what the vendor's
+    software would not take.
+    """
+    package = PACKAGES.get(execution_provider)
+    if package is None:
+        raise MachineError(f"{execution_provider} cannot be run here: its vendor has no software for other machines")
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        raise MachineError(f"{package} is not installed: pip install {package}") from None
+    command = [sys.executable, "-m", "toolkit.validate.vendors", str(bundle), execution_provider]
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="replace")
+    line = (done.stdout.strip().splitlines() or [""])[-1]
+    if done.returncode or not line.startswith("["):
+        said = [text for text in done.stderr.strip().splitlines() if text.strip()] or [f"exit code {done.returncode}"]
+        raise BundleError(f"{package} did not run the stages of {bundle}: {said[-1][:300]}")
+    return [VendorRun(**entry) for entry in json.loads(line)]
+
+
+def _run(bundle: Path, execution_provider: str) -> list[VendorRun]:
+    """Both stages on one window of ids and the token after it, in turn with ORT."""
+    vendor = _openvino if execution_provider == "OpenVINOExecutionProvider" else _qnn
+    package = PACKAGES[execution_provider]
+    software = f"{package} {importlib.metadata.version(package)}"
+    runs = []
+    for stage, feeds, expected in Pipeline(bundle, exact=True).steps():
+        file = names.stage_file(stage)
+        made, nodes = vendor(bundle / file, feeds)
+        reference = expected.astype(np.float64)
+        rms = float(np.sqrt(((made.astype(np.float64) - reference) ** 2).mean()))
+        runs.append(VendorRun(file, software, rms / float(reference.std()), nodes))
+    return runs
+
+
+def _openvino(path: Path, feeds: _Values) -> tuple[NDArray[Any], dict[str, int]]:
+    import openvino
+
+    core = openvino.Core()
+    # By default its CPU device rounds activations to int8 before 4-bit products, as ORT does at accuracy_level 4.
+    exact = {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "0", "INFERENCE_PRECISION_HINT": "f32"}
+    compiled = core.compile_model(core.read_model(path), "CPU", exact)
+    taken = {name for value in compiled.inputs for name in value.get_names()}
+    made = compiled({name: array for name, array in feeds.items() if name in taken})
+    return np.asarray(made[names.LAST_HIDDEN]), {}
+
+
+def _qnn(path: Path, feeds: _Values) -> tuple[NDArray[Any], dict[str, int]]:
+    import onnxruntime as ort
+    import onnxruntime_qnn as qnn
+
+    provider = "QNNExecutionProvider"
+    if all(device.ep_name != provider for device in ort.get_ep_devices()):
+        ort.register_execution_provider_library(provider, qnn.get_library_path())
+    devices = [device for device in ort.get_ep_devices() if device.ep_name == provider]
+    with tempfile.TemporaryDirectory() as folder:
+        affinity = Path(folder) / "op_affinity.json"
+        affinity.write_text(json.dumps({"op_type": {"GroupQueryAttention": "htp"}}), encoding="utf-8")
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.add_provider_for_devices(
+            devices,
+            {
+                "backend_path": qnn.get_qnn_htp_path(), "soc_model": "60", "htp_arch": "73",
+                "htp_graph_finalization_optimization_mode": "3", "op_affinity": str(affinity),
+            },
+        )  # fmt: skip
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        session = ort.InferenceSession(str(path), options)
+        (made,) = session.run([names.LAST_HIDDEN], feeds)
+    return np.asarray(made), placement(session)
+
+
+if __name__ == "__main__":
+    print(json.dumps([asdict(entry) for entry in _run(Path(sys.argv[1]), sys.argv[2])]))
