@@ -141,6 +141,8 @@ def check(bundle: Path, run: bool, as_json: bool) -> None:
             outside = f", {stage['nodes_outside']} are the CPU's on purpose" if stage["nodes_outside"] else ""
             ep = stage["execution_provider"]
             click.echo(f"{stage['file']}: {stage['nodes_legal']} of {stage['nodes']} nodes fit {ep}{outside}")
+            for condition in stage["conditions"]:
+                click.echo(f"note: {condition}")
         for entry in found["runs"]:
             taken = "".join(f", {count} nodes on {ep}" for ep, count in entry["nodes"].items())
             click.echo(f"{entry['file']}: {entry['software']} differs from the CPU by {entry['error']:.2g}{taken}")
@@ -379,8 +381,8 @@ def _print_verdict(bundle: Path, report: dict[str, Any]) -> None:
 def _print_notes(report: dict[str, Any]) -> None:
     """What a reader of the verdict has to know of where the stages run."""
     for row in report.get("partition", []):
-        for problem in row.get("illegal", []):
-            click.echo(f"note: {problem}")
+        for line in [*row.get("illegal", []), *row.get("conditions", [])]:
+            click.echo(f"note: {line}")
     for entry in report["not_measured"]:
         if entry["name"] == "partition.nodes_on_ep":
             click.echo(f"note: {entry['reason']}")

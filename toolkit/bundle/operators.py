@@ -19,8 +19,8 @@ _TABLE: Final = Path(__file__).with_name("operators.json")
 
 @dataclass(frozen=True)
 class Placement:
-    """One stage beside the table: how many nodes its provider takes, how many are the CPU's on purpose, and a line for
-    each kind of node that would end there unasked."""
+    """One stage beside the table: how many nodes its provider takes, how many are the CPU's on purpose, a line for each
+    kind of node that would end there unasked, and one for each that is taken on a condition."""
 
     stage: str
     file: str
@@ -29,6 +29,7 @@ class Placement:
     nodes_legal: int
     nodes_outside: int
     problems: tuple[str, ...]
+    conditions: tuple[str, ...]
 
 
 def place_bundle(bundle: Path, target_name: str, window: int) -> list[Placement]:
@@ -55,7 +56,7 @@ def place(graph: GraphInterface, stage: Stage) -> Placement:
     refused = sum(map(len, reasons.values()))
     return Placement(
         stage.name, stage.file, stage.execution_provider, len(graph.nodes),
-        len(graph.nodes) - outside - refused, outside, tuple(problems),
+        len(graph.nodes) - outside - refused, outside, tuple(problems), tuple(_conditions(graph, stage, support)),
     )  # fmt: skip
 
 
@@ -95,6 +96,11 @@ def _graph_problems(graph: GraphInterface, stage: Stage, support: dict[str, Any]
     if support["static"] and loose:
         problems.append(f"{stage.file}: input {loose[0]} has no fixed shape, which {stage.execution_provider} needs")
     return problems
+
+
+def _conditions(graph: GraphInterface, stage: Stage, support: dict[str, Any]) -> list[str]:
+    rows = {node.operator: support["operators"].get(node.operator, {}) for node in graph.nodes}
+    return [f"{stage.file}: {name} {row['condition']}" for name, row in rows.items() if "condition" in row]
 
 
 def _words(values: Sequence[Any]) -> str:

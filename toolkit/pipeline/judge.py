@@ -72,6 +72,8 @@ def judge_bundle(
     here = is_here(read_genai_config(bundle))
     report |= _parity_sections(bundle, checkpoint, sequences, wants_baseline, progress)
     reasons |= _place(report, here)
+    if effort.baseline is False:
+        reasons["baseline"] = "left out by --no-baseline"
     if not effort.tasks:
         reasons["tasks"] = "left out by --no-tasks"
     elif tasks:

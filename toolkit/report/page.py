@@ -354,12 +354,19 @@ def _conversion(section: Section, machine: Section) -> dict[str, Any]:
 
 
 def _partition(rows: Sequence[Section]) -> list[dict[str, Any]]:
-    """The stages with the share of their nodes that the execution provider takes, as a small bar."""
+    """The stages with the share of their nodes that the execution provider takes, as a small bar.
+
+    Where ORT placed them if that was seen, else by the table; nodes that are the CPU's on purpose do not count.
+    """
     view = []
     for row in rows:
+        seen = "nodes_on_ep" in row
+        taken = row.get("nodes_on_ep", row.get("nodes_legal"))
+        whole = row.get("nodes_run", row.get("nodes")) if seen else row.get("nodes", 0) - row.get("nodes_outside", 0)
         meter = ""
-        if row.get("nodes") and "nodes_on_ep" in row:
-            share = row["nodes_on_ep"] / row["nodes"]
-            meter = charts.meter(share, "bundle", f"{format_percent(share)} of nodes on {row.get('ep', 'the EP')}")
-        view.append({**row, "meter": meter})
+        if taken is not None and whole:
+            words = f"{format_percent(taken / whole)} of nodes for {row.get('ep', 'the EP')}"
+            meter = charts.meter(taken / whole, "bundle", words)
+        basis = "as run" if seen else "by table" if taken is not None else ""
+        view.append({**row, "meter": meter, "taken": taken, "whole": whole, "basis": basis})
     return view

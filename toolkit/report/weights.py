@@ -61,7 +61,7 @@ def partition_section(graphs: Sequence[StageGraph]) -> list[dict[str, Any]]:
     """Each stage beside the table of what its execution provider takes.
 
     `nodes_legal` is what the table allows, `nodes_outside` what is left to the CPU on purpose; `illegal` has a line for
-    each kind of node that would end there unasked.
+    each kind of node that would end there unasked, `conditions` for each that is taken only if.
     """
     rows = []
     for graph in graphs:
@@ -71,6 +71,7 @@ def partition_section(graphs: Sequence[StageGraph]) -> list[dict[str, Any]]:
                 "stage": graph.stage.name, "file": graph.stage.file, "ep": graph.stage.execution_provider,
                 "device": graph.stage.device, "nodes": placement.nodes, "nodes_legal": placement.nodes_legal,
                 "nodes_outside": placement.nodes_outside, "illegal": list(placement.problems),
+                "conditions": list(placement.conditions),
                 "table": support_of(graph.stage.execution_provider)["source"], "compiled": False,
             }
         )  # fmt: skip

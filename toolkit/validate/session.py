@@ -105,7 +105,12 @@ def providers_of(config: dict[str, Any]) -> list[str]:
 
 def is_here(config: dict[str, Any]) -> bool:
     """Whether this machine has every execution provider a bundle asks for."""
-    return all(_execution_provider(name) in ort.get_available_providers() for name in providers_of(config))
+    return all(has_execution_provider(_execution_provider(name)) for name in providers_of(config))
+
+
+def has_execution_provider(name: str) -> bool:
+    """Whether the installed onnxruntime has it built in."""
+    return name in ort.get_available_providers()
 
 
 def missing_provider(name: str) -> str:
@@ -125,7 +130,7 @@ def _execution_provider(name: str) -> str:
 
 def _register(og: Any, name: str) -> bool:
     """Whether an execution provider is there, built in or as a plugin, which is then registered."""
-    if _execution_provider(name) in ort.get_available_providers():
+    if has_execution_provider(_execution_provider(name)):
         return True
     row = _PROVIDERS.get(name.lower())
     if row is None or not row.plugin:
