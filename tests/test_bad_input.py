@@ -109,7 +109,7 @@ def test_full_disk_is_one_line_and_loses_nothing(tiny_r1: Path, tmp_path: Path) 
     resource = pytest.importorskip("resource", reason="a file size limit stands in for a full disk, on POSIX alone")
     code = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, resource.RLIM_INFINITY));"
-        "from toolkit.cli import main; sys.argv = sys.argv[1:]; main()"
+        "from toolkit.cli.commands import main; sys.argv = sys.argv[1:]; main()"
     )
     out = tmp_path / "out"
     words = ["toolkit", "export", "tiny-r1-cpu", "--out", str(out), "--no-validate"]

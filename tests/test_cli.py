@@ -17,7 +17,7 @@ from toolkit.target import TARGETS
 def test_help_imports_nothing_heavy() -> None:
     code = (
         "import sys; sys.argv = ['toolkit', '--help']\n"
-        "from toolkit.cli import main\n"
+        "from toolkit.cli.commands import main\n"
         "try: main()\n"
         "finally: print(sorted({m.split('.')[0] for m in sys.modules} & "
         "{'numpy', 'onnx', 'onnx_ir', 'onnxruntime', 'torch', 'rich', 'jinja2', 'huggingface_hub'}))"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from toolkit import __version__
+from toolkit.cli.printing import one_document, print_exported, print_plans, print_problems, print_verdict
 from toolkit.errors import ToolkitError
 
 if TYPE_CHECKING:
@@ -76,12 +77,12 @@ def export(
     orders = [Order(recipe, _place(out, recipe.name, len(recipes))) for recipe in loaded]
     if dry_run:
         plans = [describe(plan_export(o.recipe, opened, o.out, precision), opened.config) for o in orders]
-        _print_plans(plans, as_json)
+        print_plans(plans, as_json)
         return
     with progress_line(len(opened.source.names())) as progress:
         bundles = export_bundles(orders, opened, precision, progress)
     if no_validate or synthetic:
-        _print_exported(bundles, as_json)
+        print_exported(bundles, as_json)
         return
     for bundle in bundles:
         click.echo(f"bundle: {bundle}", err=as_json)
@@ -158,7 +159,7 @@ def verify(bundle: Path, as_json: bool) -> None:
     """Every file of BUNDLE against its size and SHA-256."""
     from toolkit.bundle.manifest import verify_manifest
 
-    _print_problems(verify_manifest(bundle), "every file is as the manifest says", as_json)
+    print_problems(verify_manifest(bundle), "every file is as the manifest says", as_json)
 
 
 @commands.command()
@@ -209,9 +210,7 @@ def chat(bundle: Path, max_new_tokens: int, on_cpu: bool) -> None:
 @click.option("--repeat", type=int, default=5, show_default=True)
 @ON_CPU
 @AS_JSON
-def bench(
-    bundle: Path, prompt_tokens: int, new_tokens: int, repeat: int, on_cpu: bool, as_json: bool
-) -> None:
+def bench(bundle: Path, prompt_tokens: int, new_tokens: int, repeat: int, on_cpu: bool, as_json: bool) -> None:
     """Speed of BUNDLE through onnxruntime-genai, medians over the runs."""
     from toolkit.validate.speed import measure_speed
 
@@ -291,53 +290,6 @@ def _open(place: str | None, facts: Path | None, synthetic: bool) -> Checkpoint:
     return synthetic_checkpoint(folder) if synthetic else open_checkpoint(folder)
 
 
-def _print_problems(problems: list[str], all_well: str, as_json: bool) -> None:
-    if as_json:
-        click.echo(json.dumps({"passed": not problems, "problems": problems}, indent=2, ensure_ascii=False))
-    else:
-        click.echo("\n".join(problems) or all_well)
-    if problems:
-        sys.exit(1)
-
-
-def _print_plans(plans: list[dict[str, Any]], as_json: bool) -> None:
-    if as_json:
-        click.echo(_one_document(plans))
-        return
-    for plan in plans:
-        _print_plan(plan)
-
-
-def _one_document(parts: list[dict[str, Any]]) -> str:
-    """One plan or report as itself, several as a list."""
-    return json.dumps(parts[0] if len(parts) == 1 else parts, indent=2, ensure_ascii=False)
-
-
-def _print_exported(bundles: list[Path], as_json: bool) -> None:
-    reports = [json.loads((bundle / "report.json").read_text(encoding="utf-8")) for bundle in bundles]
-    for bundle, report in zip(bundles, reports, strict=True):
-        click.echo(f"bundle: {bundle}", err=as_json)
-        if not as_json:
-            _print_notes(report)
-        page = bundle / "report.html"
-        click.echo(f"report: {page} (conversion alone; `toolkit validate` adds the proof)", err=as_json)
-    if as_json:
-        click.echo(_one_document(reports))
-
-
-def _print_plan(plan: dict[str, Any]) -> None:
-    click.echo(f"{plan['recipe']}: {plan['model']}, {plan['weights'] / 1e9:.2f} G weights in {plan['layers']} layers")
-    for stage in plan["stages"]:
-        click.echo(f"stage {stage['stage']}: {stage['file']} on {stage['ep']}")
-    for file in plan["files"]:
-        click.echo(f"file {file['name']}: {file['bytes'] / 2**20:.1f} MiB")
-    click.echo(f"bits per weight: {plan['bits_per_weight']:.2f}")
-    click.echo(f"KV cache at {plan['context_length']} tokens: {plan['kv_cache_bytes'] / 2**20:.0f} MiB when run")
-    click.echo(f"peak memory of the export: about {plan['peak_memory_bytes'] / 2**20:.0f} MiB")
-    needed, free = (plan[key] / 2**20 for key in ("disk_needed_bytes", "disk_free_bytes"))
-    click.echo(f"disk: {needed:.0f} MiB needed, {free:.0f} MiB free")
-
-
 def _validate(bundles: list[Path], checkpoint: Checkpoint, effort: dict[str, Any], as_json: bool) -> None:
     from toolkit.pipeline.judge import Effort, judge_bundle
     from toolkit.progress import progress_line
@@ -351,41 +303,11 @@ def _validate(bundles: list[Path], checkpoint: Checkpoint, effort: dict[str, Any
         with progress_line(None) as progress:
             reports.append(judge_bundle(bundle, checkpoint, wanted, progress))
         if not as_json:
-            _print_verdict(bundle, reports[-1])
+            print_verdict(bundle, reports[-1])
     if as_json:
-        click.echo(_one_document(reports))
+        click.echo(one_document(reports))
     if not all(report["verdict"]["passed"] for report in reports):
         sys.exit(1)
-
-
-def _print_verdict(bundle: Path, report: dict[str, Any]) -> None:
-    parity, plain = report["parity"], report.get("baseline")
-    beside = f", plain 4-bit {plain['mean_kld']:.3g} and {plain['top1_agreement']:.1%}" if plain else ""
-    click.echo(f"parity on {parity['tokens']} tokens: mean KLD {parity['mean_kld']:.3g}, "
-               f"top-1 {parity['top1_agreement']:.1%}{beside}")  # fmt: skip
-    for k, task in enumerate(report.get("tasks", [])):
-        reference = f", checkpoint {task['reference_accuracy']:.1%}" if "reference_accuracy" in task else ""
-        rounded = f", plain 4-bit {plain['tasks'][k]['accuracy']:.1%}" if plain and "tasks" in plain else ""
-        click.echo(f"{task['name']}, {task['examples']} questions: {task['accuracy']:.1%} right{reference}{rounded}")
-    if speed := report.get("speed"):
-        prefill, decode = speed["prefill_tokens_per_s"], speed["decode_tokens_per_s"]
-        click.echo(f"speed: {prefill:.0f} prefill, {decode:.1f} decode tokens/s, {speed['threads']} threads")
-    _print_notes(report)
-    for check in report["verdict"]["checks"]:
-        word = "pass" if check["passed"] else "FAIL"
-        value = f"{check['value']:.3g}" if "value" in check else "was not measured"
-        click.echo(f"{word}: {check['name']} {value} (threshold {check['threshold']:g})")
-    click.echo(f"report: {bundle / 'report.html'}")
-
-
-def _print_notes(report: dict[str, Any]) -> None:
-    """What a reader of the verdict has to know of where the stages run."""
-    for row in report.get("partition", []):
-        for line in [*row.get("illegal", []), *row.get("conditions", [])]:
-            click.echo(f"note: {line}")
-    for entry in report["not_measured"]:
-        if entry["name"] == "partition.nodes_on_ep":
-            click.echo(f"note: {entry['reason']}")
 
 
 def main() -> None:

@@ -1,0 +1,91 @@
+"""What commands print: plans, verdicts, notes and problems, as lines or as one JSON document."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+def print_problems(problems: list[str], all_well: str, as_json: bool) -> None:
+    """One line each, or that all is well; exit code 1 if there are any."""
+    if as_json:
+        click.echo(json.dumps({"passed": not problems, "problems": problems}, indent=2, ensure_ascii=False))
+    else:
+        click.echo("\n".join(problems) or all_well)
+    if problems:
+        sys.exit(1)
+
+
+def print_plans(plans: list[dict[str, Any]], as_json: bool) -> None:
+    """What --dry-run shows."""
+    if as_json:
+        click.echo(one_document(plans))
+        return
+    for plan in plans:
+        _print_plan(plan)
+
+
+def one_document(parts: list[dict[str, Any]]) -> str:
+    """One plan or report as itself, several as a list."""
+    return json.dumps(parts[0] if len(parts) == 1 else parts, indent=2, ensure_ascii=False)
+
+
+def print_exported(bundles: list[Path], as_json: bool) -> None:
+    """Bundles that were made and not validated."""
+    reports = [json.loads((bundle / "report.json").read_text(encoding="utf-8")) for bundle in bundles]
+    for bundle, report in zip(bundles, reports, strict=True):
+        click.echo(f"bundle: {bundle}", err=as_json)
+        if not as_json:
+            _print_notes(report)
+        page = bundle / "report.html"
+        click.echo(f"report: {page} (conversion alone; `toolkit validate` adds the proof)", err=as_json)
+    if as_json:
+        click.echo(one_document(reports))
+
+
+def _print_plan(plan: dict[str, Any]) -> None:
+    click.echo(f"{plan['recipe']}: {plan['model']}, {plan['weights'] / 1e9:.2f} G weights in {plan['layers']} layers")
+    for stage in plan["stages"]:
+        click.echo(f"stage {stage['stage']}: {stage['file']} on {stage['ep']}")
+    for file in plan["files"]:
+        click.echo(f"file {file['name']}: {file['bytes'] / 2**20:.1f} MiB")
+    click.echo(f"bits per weight: {plan['bits_per_weight']:.2f}")
+    click.echo(f"KV cache at {plan['context_length']} tokens: {plan['kv_cache_bytes'] / 2**20:.0f} MiB when run")
+    click.echo(f"peak memory of the export: about {plan['peak_memory_bytes'] / 2**20:.0f} MiB")
+    needed, free = (plan[key] / 2**20 for key in ("disk_needed_bytes", "disk_free_bytes"))
+    click.echo(f"disk: {needed:.0f} MiB needed, {free:.0f} MiB free")
+
+
+def print_verdict(bundle: Path, report: dict[str, Any]) -> None:
+    """Parity, answers, speed, notes, checks, and where the report is."""
+    parity, plain = report["parity"], report.get("baseline")
+    beside = f", plain 4-bit {plain['mean_kld']:.3g} and {plain['top1_agreement']:.1%}" if plain else ""
+    click.echo(f"parity on {parity['tokens']} tokens: mean KLD {parity['mean_kld']:.3g}, "
+               f"top-1 {parity['top1_agreement']:.1%}{beside}")  # fmt: skip
+    for k, task in enumerate(report.get("tasks", [])):
+        reference = f", checkpoint {task['reference_accuracy']:.1%}" if "reference_accuracy" in task else ""
+        rounded = f", plain 4-bit {plain['tasks'][k]['accuracy']:.1%}" if plain and "tasks" in plain else ""
+        click.echo(f"{task['name']}, {task['examples']} questions: {task['accuracy']:.1%} right{reference}{rounded}")
+    if speed := report.get("speed"):
+        prefill, decode = speed["prefill_tokens_per_s"], speed["decode_tokens_per_s"]
+        click.echo(f"speed: {prefill:.0f} prefill, {decode:.1f} decode tokens/s, {speed['threads']} threads")
+    _print_notes(report)
+    for check in report["verdict"]["checks"]:
+        word = "pass" if check["passed"] else "FAIL"
+        value = f"{check['value']:.3g}" if "value" in check else "was not measured"
+        click.echo(f"{word}: {check['name']} {value} (threshold {check['threshold']:g})")
+    click.echo(f"report: {bundle / 'report.html'}")
+
+
+def _print_notes(report: dict[str, Any]) -> None:
+    """What a reader of the verdict has to know of where the stages run."""
+    for row in report.get("partition", []):
+        for line in [*row.get("illegal", []), *row.get("conditions", [])]:
+            click.echo(f"note: {line}")
+    for entry in report["not_measured"]:
+        if entry["name"] == "partition.nodes_on_ep":
+            click.echo(f"note: {entry['reason']}")
