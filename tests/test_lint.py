@@ -78,4 +78,4 @@ def test_check_fails_with_exit_code_1_and_refuses_what_is_no_bundle(bundle: Path
     done = run("check", str(tmp_path / "b"), "--json")
     assert done.returncode == 1 and not json.loads(done.stdout)["passed"]
     refused = run("check", str(tmp_path))
-    assert refused.returncode == 2 and "cannot be read" in refused.stderr
+    assert refused.returncode == 2 and "not a finished bundle" in refused.stderr

@@ -78,8 +78,42 @@ def _is_each(problems: list[str], expected: list[str]) -> bool:
 # An edit, and words of every line it brings, in their order.
 CASES: dict[str, tuple[Edit, list[str]]] = {
     "a window that does not divide": (
-        _set(SLIDING, window_size=12), ["window_size 12 does not divide model.context_length 64"],
+        _set(SLIDING, window_size=12),
+        ["window_size 12 does not divide model.context_length 64", "stage context takes 8 positions and is given 12"],
     ),
+    "a window twice the graph's": (
+        _set(SLIDING, window_size=16), ["stage context takes 8 positions and is given 16 on prompts"],
+    ),
+    "an iterator on prompts": (
+        _set(ITERATOR, run_on_prompt=True), ["stage iterator takes 1 positions and is given 8 on prompts"],
+    ),
+    "a context in decoding": (
+        _set(CONTEXT, run_on_token_gen=True), ["stage context takes 8 positions and is given 1 in decoding"],
+    ),
+    "inputs that do not slide": (_set(SLIDING, slide_inputs=False), ["slide_inputs is not true"]),
+    "another model type": (_set("model", type="qwen2"), ["model.type is 'qwen2', expected 'decoder-pipeline'"]),
+    "an unknown input name": (
+        _set(f"{DECODER}.inputs", input_idz="input_ids"), ["model.decoder.inputs has 'input_idz'"],
+    ),
+    "an array for the model": (lambda c: c.update(model=[]), ["model is [], expected an object"]),
+    "nothing for a stage": (
+        lambda c: c["model"]["decoder"]["pipeline"][0].update(context=None),
+        ["model.decoder.pipeline.context is None, expected an object"],
+    ),
+    "nothing for the window": (
+        lambda c: c["model"]["decoder"].update(sliding_window=None),
+        ["model.decoder.sliding_window is None, expected an object"],
+    ),
+    "names for stages": (
+        lambda c: c["model"]["decoder"].update(pipeline=["embeddings"]), ["pipeline is not an array of objects"],
+    ),
+    "a length in words": (_set("search", max_length="64"), ["search.max_length is '64', expected a number"]),
+    "layers in words": (_set(DECODER, num_hidden_layers="four"), ["num_hidden_layers is 'four', expected a number"]),
+    "a pattern of two": (
+        _set(f"{DECODER}.inputs", past_key_names="past_%s_%d"), ["past_key_names is 'past_%s_%d', expected a name"],
+    ),
+    "no pad": (_drop("model", "pad_token_id"), ["model.pad_token_id is None"]),
+    "a pad that begins sentences": (_set("model", pad_token_id=767), ["pad_token_id 767 is"]),
     "a window of 1": (_set(SLIDING, window_size=1), ["window_size is 1, expected at least 2"]),
     "a window in words": (_set(SLIDING, window_size="8"), ["window_size is '8', expected at least 2"]),
     "a context of half a window": (
@@ -114,13 +148,13 @@ CASES: dict[str, tuple[Edit, list[str]]] = {
     "no LM head in a prompt": (_set(HEAD, run_on_prompt=False), ["run_on_prompt leaves embeddings and context to run"]),
     "nothing but a head in decoding": (
         lambda c: [_set(stage, run_on_token_gen=False)(c) for stage in (EMBEDDINGS, ITERATOR)],
-        ["run_on_token_gen leaves lm_head to run", "stage iterator takes 'inputs_embeds', which no stage before it"],
+        ["run_on_token_gen leaves lm_head to run", "stage lm_head takes 'last_hidden_states' in decoding, where no"],
     ),
     "an iterator that never runs": (
-        _set(ITERATOR, run_on_token_gen=False), ["stage iterator takes 'inputs_embeds', which no stage before it"],
+        _set(ITERATOR, run_on_token_gen=False), ["stage lm_head takes 'last_hidden_states' in decoding, where no"],
     ),
     "embeddings of a prompt alone": (
-        _set(EMBEDDINGS, run_on_token_gen=False), ["stage iterator takes 'inputs_embeds', which no stage before it"],
+        _set(EMBEDDINGS, run_on_token_gen=False), ["stage iterator takes 'inputs_embeds' in decoding, where no"],
     ),
     "no name of the past's length": (
         _drop(f"{DECODER}.inputs", "past_sequence_length"),

@@ -12,19 +12,25 @@ from typing import Any, Final
 from toolkit import names
 from toolkit.bundle.genai_config import read_genai_config
 from toolkit.bundle.lint_pipeline import lint_pipeline
-from toolkit.errors import BundleError
 from toolkit.graph.interface import GraphInterface, read_interface
 
 # What every version from 0.12.2 on reads, by object, `*` for any stage (src/config.cpp of onnxruntime-genai).
 _KEYS: Final = {
-    "": {"model", "search"},
+    "": {"model", "search", "engine"},
     "model": {
         "type", "vocab_size", "context_length", "pad_token_id", "eos_token_id", "bos_token_id", "decoder",
+        "decoder_start_token_id", "sep_token_id",
     },
     "model.decoder": {
         "filename", "hidden_size", "head_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers",
         "inputs", "outputs", "session_options", "run_options", "sliding_window", "pipeline",
     },
+    "model.decoder.inputs": {
+        "input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_names", "past_value_names",
+        "past_names", "past_sequence_length", "current_sequence_length", "total_sequence_length",
+        "past_key_values_length",
+    },
+    "model.decoder.outputs": {"logits", "present_key_names", "present_value_names", "present_names"},
     "model.decoder.sliding_window": {
         "window_size", "pad_value", "alignment", "slide_key_value_cache", "slide_inputs", "layers",
     },
@@ -51,23 +57,24 @@ _LAYERED: Final = ("past_key_names", "past_value_names", "present_key_names", "p
 def lint_bundle(bundle: Path) -> list[str]:
     """One line for each thing wrong, empty when all is well.
 
-    Raises BundleError if the file is missing or is not a JSON object.
+    Raises BundleError if the file is missing or is not a JSON object, or a graph cannot be read.
     """
     config = read_genai_config(bundle)
+    if malformed := _malformed(config):
+        return malformed
     problems = _unknown_keys(config)
     model, search = config.get("model", {}), config.get("search", {})
     decoder = model.get("decoder", {})
     pipeline = decoder.get("pipeline")
-    if isinstance(pipeline, dict):
-        return [*problems, "model.decoder.pipeline is an object: only an array is read by every version"]
     sections = {name: stage for group in pipeline or [] for name, stage in group.items()} or {"model": decoder}
     graphs = {}
     for name, section in sections.items():
         place = f"stage {name}'s filename" if pipeline else "model.decoder.filename"
-        try:
-            graphs[name] = (section, _graph(bundle, section.get("filename"), place))
-        except BundleError as problem:
-            problems.append(str(problem))
+        filename = section.get("filename")
+        if not isinstance(filename, str) or Path(filename).name != filename or not (bundle / filename).is_file():
+            problems.append(f"{place} {filename!r} names no file of the bundle")
+        else:
+            graphs[name] = (section, read_interface(bundle / filename))
     if len(graphs) < len(sections):
         return problems
     problems += lint_pipeline(config, graphs) if pipeline else _unnamed(decoder, graphs["model"][1])
@@ -79,11 +86,34 @@ def lint_bundle(bundle: Path) -> list[str]:
     return problems
 
 
-def _graph(bundle: Path, filename: Any, place: str) -> GraphInterface:
-    """Raises BundleError if the file is not there or is no graph."""
-    if not isinstance(filename, str) or Path(filename).name != filename or not (bundle / filename).is_file():
-        raise BundleError(f"{place} {filename!r} names no file of the bundle")
-    return read_interface(bundle / filename)
+def _malformed(config: dict[str, Any]) -> list[str]:
+    """Values of a type that no rule after this one could read."""
+    problems = []
+    for path in ("model", "search", "model.decoder", *(path for path in _KEYS if path.startswith("model.decoder."))):
+        *parents, last = path.split(".")
+        for place, found in _objects(config, ".".join(parents)):
+            keys = list(found) if last == "*" else [last]
+            wrong = [key for key in keys if key in found and not isinstance(found[key], dict) and key != "pipeline"]
+            problems += [f"{place}.{key}".lstrip(".") + f" is {found[key]!r:.60}, expected an object" for key in wrong]
+    decoder = config.get("model", {}).get("decoder", {}) if not problems else {}
+    pipeline = decoder.get("pipeline", [])
+    if isinstance(pipeline, dict):
+        problems.append("model.decoder.pipeline is an object: only an array is read by every version")
+    elif not isinstance(pipeline, list) or not all(isinstance(group, dict) for group in pipeline):
+        problems.append("model.decoder.pipeline is not an array of objects")
+    for place, key in (("model", "context_length"), ("search", "max_length"), ("model.decoder", "num_hidden_layers")):
+        for _, found in _objects(config, place):
+            if key in found and (isinstance(found[key], bool) or not isinstance(found[key], int)):
+                problems.append(f"{place}.{key} is {found[key]!r}, expected a number")
+    for side in ("inputs", "outputs"):
+        for place, found in _objects(config, f"model.decoder.{side}"):
+            wrong = [key for key, name in found.items() if not _is_pattern(name)]
+            problems += [f"{place}.{key} is {found[key]!r}, expected a name, with one %d at most" for key in wrong]
+    return problems
+
+
+def _is_pattern(name: Any) -> bool:
+    return isinstance(name, str) and name.count("%") == name.count("%d") <= 1
 
 
 def _unknown_keys(config: dict[str, Any]) -> list[str]:
@@ -109,7 +139,8 @@ def _objects(config: dict[str, Any], path: str) -> list[tuple[str, dict[str, Any
                     keys = list(entry) if part == "*" else [part]
                     step += [(f"{place}.{key}".lstrip("."), entry[key]) for key in keys if key in entry]
         found = step
-    return [(place, value) for place, value in found if isinstance(value, dict)]
+    spread = [(place, entry) for place, value in found for entry in (value if isinstance(value, list) else [value])]
+    return [(place, entry) for place, entry in spread if isinstance(entry, dict)]
 
 
 def _named(decoder: dict[str, Any], graphs: list[GraphInterface]) -> list[str]:
@@ -167,13 +198,18 @@ def _lengths(model: dict[str, Any], search: dict[str, Any]) -> list[str]:
 def _pad(model: dict[str, Any], bundle: Path) -> list[str]:
     """A pad id inside a prompt gives wrong tokens in silence, on every version."""
     pad, eos = model.get("pad_token_id"), model.get("eos_token_id")
+    if isinstance(pad, bool) or not isinstance(pad, int):
+        return [f"model.pad_token_id is {pad!r}, expected an id that never stands in text"]
     if pad in (eos if isinstance(eos, list) else [eos]):
         return [f"model.pad_token_id {pad} is an end of sentence, which stands between the turns of a conversation"]
     try:
         tokenizer = json.loads((bundle / names.TOKENIZER_FILE).read_text(encoding="utf-8"))
         vocabulary = tokenizer["model"]["vocab"]
+        added = {token["id"]: token["content"] for token in tokenizer.get("added_tokens", [])}
     except (OSError, ValueError, KeyError, TypeError):
         return []
+    if pad in added and "pad" not in str(added[pad]).lower():
+        return [f"model.pad_token_id {pad} is {added[pad]!r}, which may stand in a conversation"]
     if isinstance(vocabulary, dict) and pad in vocabulary.values():
         return [f"model.pad_token_id {pad} is a token of text"]
     return []

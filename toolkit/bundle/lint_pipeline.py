@@ -8,23 +8,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
+from toolkit.bundle.genai_config import PIPELINE_TYPE
 from toolkit.graph.interface import GraphInterface, ValueType
 
 _LENGTHS: Final = {
     "past_sequence_length": ValueType("INT32", (1, 1)),
     "total_sequence_length": ValueType("INT32", (1,)),
 }
+_PHASES: Final = {"run_on_prompt": "on prompts", "run_on_token_gen": "in decoding"}
 Stages = Mapping[str, tuple[dict[str, Any], GraphInterface]]
 
 
 def lint_pipeline(config: Mapping[str, Any], stages: Stages) -> list[str]:
     """One line for each thing wrong with a pipeline whose graphs are there; `stages` is (section, graph) by name."""
-    decoder = config["model"]["decoder"]
+    model = config["model"]
+    decoder, window = model["decoder"], model["decoder"].get("sliding_window", {}).get("window_size")
     return [
         *_settings(config["model"], config.get("search", {})),
         *_runs({name: section for name, (section, _) in stages.items()}),
         *_length_inputs(decoder.get("inputs", {}), stages),
         *_hand_over(decoder, stages),
+        *_sizes(window, model.get("context_length"), stages),
     ]
 
 
@@ -32,6 +36,8 @@ def _settings(model: Mapping[str, Any], search: Mapping[str, Any]) -> list[str]:
     """Windows and the shared cache."""
     problems = []
     decoder, context = model["decoder"], model.get("context_length")
+    if model.get("type") != PIPELINE_TYPE:
+        problems.append(f"model.type is {model.get('type')!r}, expected {PIPELINE_TYPE!r} with model.decoder.pipeline")
     sliding = decoder.get("sliding_window", {})
     window = sliding.get("window_size")
     if not isinstance(window, int) or window < 2:
@@ -43,6 +49,8 @@ def _settings(model: Mapping[str, Any], search: Mapping[str, Any]) -> list[str]:
         )
     if sliding.get("slide_key_value_cache", True) is not False:
         problems.append("model.decoder.sliding_window.slide_key_value_cache is not false: only a uint8 cache can slide")
+    if sliding.get("slide_inputs", True) is not True:
+        problems.append("model.decoder.sliding_window.slide_inputs is not true: the stages take one window at a time")
     if sliding.get("alignment", "right") != "left":
         problems.append("model.decoder.sliding_window.alignment is not left: pads would come first and shift positions")
     if search.get("chunk_size") != context:
@@ -64,7 +72,7 @@ def _runs(sections: Mapping[str, dict[str, Any]]) -> list[str]:
     if len(heads) != 1:
         return [f"{len(heads)} stages have is_lm_head, expected one: it runs on the last window alone"]
     problems = []
-    for phase in ("run_on_prompt", "run_on_token_gen"):
+    for phase in _PHASES:
         running = [name for name, section in sections.items() if section.get(phase, True)]
         if heads[0] not in running or len(running) < 2:
             problems.append(f"{phase} leaves {' and '.join(running) or 'nothing'} to run, which gives no logits")
@@ -88,8 +96,8 @@ def _length_inputs(inputs: Mapping[str, str], stages: Stages) -> list[str]:
 
 
 def _hand_over(decoder: Mapping[str, Any], stages: Stages) -> list[str]:
-    """Each stage's names are its graph's; what it takes is managed by onnxruntime-genai or made by an earlier stage
-    that runs at the same time, in the same dtype."""
+    """Each stage's names are its graph's; what it takes is managed by onnxruntime-genai or made, in each phase it runs
+    in, by an earlier stage that runs there too, in the same dtype."""
     managed = _managed(decoder)
     made: dict[str, list[tuple[dict[str, Any], str]]] = {}
     problems = []
@@ -102,17 +110,39 @@ def _hand_over(decoder: Mapping[str, Any], stages: Stages) -> list[str]:
         for name in graph.inputs:
             if name in managed:
                 continue
-            before = [dtype for earlier, dtype in made.get(name, []) if _meet(earlier, section)]
-            if not before:
+            makers = made.get(name, [])
+            if not makers:
                 problems.append(f"stage {stage} takes {name!r}, which no stage before it and no genai input gives")
+                continue
+            for phase, words in _PHASES.items():
+                if section.get(phase, True) and not any(earlier.get(phase, True) for earlier, _ in makers):
+                    problems.append(f"stage {stage} takes {name!r} {words}, where no stage before it makes it")
+            meeting = [dtype for earlier, dtype in makers if _meet(earlier, section)]
             problems += [
                 f"stage {stage} takes {name} as {graph.inputs[name].dtype}, a stage before it makes {dtype}"
-                for dtype in before
+                for dtype in meeting
                 if dtype != graph.inputs[name].dtype
             ]
         for name, value in graph.outputs.items():
             known_as = section.get("output_names_forwarder", {}).get(name, name)
             made.setdefault(known_as, []).append((section, value.dtype))
+    return problems
+
+
+def _sizes(window: Any, context: Any, stages: Stages) -> list[str]:
+    """Fixed sizes of the graphs: a window of queries on prompts, one in decoding, and a cache of the whole context."""
+    problems = []
+    for stage, (section, graph) in stages.items():
+        for value in graph.inputs.values():
+            if len(value.shape) == 4 and isinstance(value.shape[2], int) and value.shape[2] != context:
+                problems.append(f"stage {stage} has a cache of {value.shape[2]}, model.context_length is {context}")
+                break
+        lengths = {value.shape[1] for value in graph.inputs.values() if len(value.shape) == 3}
+        given = {"run_on_prompt": window if isinstance(window, int) and window > 1 else None, "run_on_token_gen": 1}
+        for phase, expected in given.items():
+            wrong = [length for length in lengths if isinstance(length, int) and length != expected]
+            if section.get(phase, True) and wrong and expected:
+                problems.append(f"stage {stage} takes {wrong[0]} positions and is given {expected} {_PHASES[phase]}")
     return problems
 
 
@@ -127,7 +157,7 @@ def _managed(decoder: Mapping[str, Any]) -> set[str]:
 
 def _meet(earlier: Mapping[str, Any], later: Mapping[str, Any]) -> bool:
     """Whether two stages run in the same phase."""
-    return any(earlier.get(phase, True) and later.get(phase, True) for phase in ("run_on_prompt", "run_on_token_gen"))
+    return any(earlier.get(phase, True) and later.get(phase, True) for phase in _PHASES)
 
 
 def _words(value: ValueType) -> str:

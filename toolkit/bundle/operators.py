@@ -33,30 +33,31 @@ class Placement:
 
 
 def place_bundle(bundle: Path, target_name: str, window: int) -> list[Placement]:
-    """Every stage of a bundle. Raises BundleError for a stage whose graph is missing or broken."""
+    """Every stage whose graph is there, which the linter sees to. Raises BundleError for a graph that is broken."""
     stages = TARGETS[target_name].stages(window)
-    return [place(read_interface(bundle / stage.file), stage) for stage in stages]
+    return [place(read_interface(bundle / s.file), s) for s in stages if (bundle / s.file).is_file()]
 
 
 def place(graph: GraphInterface, stage: Stage) -> Placement:
     """One stage."""
     support, cpu = support_of(stage.execution_provider), support_of(CPU_EP)
     reasons: dict[str, list[str]] = defaultdict(list)
-    outside = 0
+    outside = legal = 0
     for node in graph.nodes:
         is_outside = node.annotation == names.OUTSIDE_ANNOTATION
         outside += is_outside
-        if reason := _refusal(node, cpu if is_outside else support):
+        reason = _refusal(node, cpu if is_outside else support)
+        legal += not (is_outside or reason)
+        if reason:
             reasons[f"{node.operator} {reason}"].append(node.name)
     problems = [
         f"{stage.file}: {what}, for {len(where)} node{'s' * (len(where) > 1)} such as {where[0]}"
         for what, where in reasons.items()
     ]
     problems += _graph_problems(graph, stage, support)
-    refused = sum(map(len, reasons.values()))
     return Placement(
         stage.name, stage.file, stage.execution_provider, len(graph.nodes),
-        len(graph.nodes) - outside - refused, outside, tuple(problems), tuple(_conditions(graph, stage, support)),
+        legal, outside, tuple(problems), tuple(_conditions(graph, stage, support)),
     )  # fmt: skip
 
 

@@ -102,7 +102,9 @@ def _nodes(graph: ir.Graph) -> list[NodeFacts]:
         }
         operator = f"{node.domain}:{node.op_type}" if node.domain else node.op_type
         annotation = str(node.metadata_props.get("layer_ann", ""))
-        facts.append(NodeFacts(str(node.name), operator, dtype, len(inputs), plain, annotation))
+        # Slots up to the last one filled: an optional input that is left out still has its place.
+        slots = max((k + 1 for k, value in enumerate(node.inputs) if value is not None), default=0)
+        facts.append(NodeFacts(str(node.name), operator, dtype, slots, plain, annotation))
     return facts
 
 
