@@ -4,10 +4,10 @@ PYTHON ?= python3.11
 BIN = .venv/bin
 EXPORT_OPTIONS = $(if $(CHECKPOINT),--checkpoint $(CHECKPOINT)) $(if $(OUT),--out $(OUT))
 
-.PHONY: help export test check validate bench
+.PHONY: help export test test-slow check validate bench
 
 help:  ## What can be made
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
 export: .venv/installed  ## Convert MODEL for TARGET [CHECKPOINT=…] [OUT=…] and validate the bundle
 	$(BIN)/toolkit export $(MODEL)-$(TARGET) $(EXPORT_OPTIONS)
@@ -20,6 +20,9 @@ bench: .venv/installed  ## Speed of BUNDLE
 
 test: .venv/tested  ## Every test that needs no special hardware
 	$(BIN)/python -m pytest -q
+
+test-slow: .venv/tested  ## Older onnxruntime-genai releases, each installed into build/ first
+	$(BIN)/python -m pytest -q tests/slow
 
 check: .venv/tested  ## Lint and types
 	$(BIN)/ruff check .

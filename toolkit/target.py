@@ -9,6 +9,7 @@ from typing import Any, Final
 from toolkit import names
 
 CPU_EP: Final = "CPUExecutionProvider"
+_STOP_SPINNING: Final = {"session.force_spinning_stop": "1"}
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Stage:
     """One graph file: who runs it, and the options its session needs. `sequence_length` 0 is any.
 
     `provider` is onnxruntime-genai's name of the execution provider, `package` what to install for it, and `plugin` the
-    module of that package with a `get_library_path`, where the provider is a plugin.
+    module of that package with a `get_library_path`, where the provider is a plugin. `threads` 0 is one for each core.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Stage:
     plugin: str = ""
     provider_options: Mapping[str, str] = field(default_factory=dict)
     session_options: Mapping[str, str] = field(default_factory=dict)
+    threads: int = 0
 
     @property
     def file(self) -> str:
@@ -90,14 +92,21 @@ class Target:
         return self if precision == "int4" else replace(self, form=replace(self.form, activations="float32"))
 
     def stages(self, window: int) -> tuple[Stage, ...]:
-        """In the order they run; `window` is the recipe's."""
+        """In the order they run; `window` is the recipe's.
+
+        Each session has threads of its own, which would spin for work after their stage is done, on the cores of the
+        next: decoding was half as fast (LOG.md).
+        """
         if not self.partitioned:
             return (replace(self.accelerator, name=names.MODEL),)
+        transformer = self.accelerator
+        if transformer.execution_provider == CPU_EP:
+            transformer = replace(transformer, session_options=_STOP_SPINNING)
         return (
-            Stage(names.EMBEDDINGS),
-            replace(self.accelerator, name=names.CONTEXT, sequence_length=window),
-            replace(self.accelerator, name=names.ITERATOR, sequence_length=1),
-            Stage(names.HEAD),
+            Stage(names.EMBEDDINGS, threads=1),
+            replace(transformer, name=names.CONTEXT, sequence_length=window),
+            replace(transformer, name=names.ITERATOR, sequence_length=1),
+            Stage(names.HEAD, session_options=_STOP_SPINNING),
         )
 
     def data_file(self, role: str) -> str:

@@ -100,7 +100,7 @@ def _session_options(stage: Stage) -> dict[str, Any]:
     provider = [{stage.provider: dict(stage.provider_options)}] if stage.provider else []
     # 0 threads lets ORT choose one per core; genai's own default is half of the logical ones.
     return {
-        "intra_op_num_threads": 0,
+        "intra_op_num_threads": stage.threads,
         "session.set_denormal_as_zero": "1",
         **stage.session_options,
         "provider_options": provider,

@@ -95,7 +95,7 @@ def export_bundles(
         plans = [plan_export(order.recipe, checkpoint, order.out, precision) for order in orders]
         pad = pad_token_id(checkpoint.config, checkpoint.folder)
         lowered = [lower(p.checkpoint.config, p.layout, p.target, p.recipe, pad) for p in plans]
-        check_machine(plans, sum(_written_bytes(_partial(plan.out)) for plan in plans))
+        check_machine(plans, _written_bytes([_partial(plan.out) for plan in plans]))
         begun = [_begin(plan, graphs, precision) for plan, graphs in zip(plans, lowered, strict=True)]
     with clock.stage("pack"):
         source = plans[0].checkpoint.source
@@ -173,10 +173,12 @@ def _open_partial(out: Path, request: Mapping[str, object]) -> Path:
     return partial
 
 
-def _written_bytes(partial: Path) -> int:
-    """Bytes an interrupted run already holds on the disk; a sparse file's holes do not count where that is known."""
-    found = [path.stat() for path in partial.glob("*.data")]
-    return sum(int(getattr(stat, "st_blocks", stat.st_size // 512) * 512) for stat in found)
+def _written_bytes(partials: list[Path]) -> int:
+    """Bytes interrupted runs already hold on the disk, a file of many names once; a sparse file's holes do not count
+    where that is known."""
+    stats = [path.stat() for partial in partials for path in partial.glob("*.data")]
+    files = {(stat.st_dev, stat.st_ino): stat for stat in stats}
+    return sum(int(getattr(stat, "st_blocks", stat.st_size // 512) * 512) for stat in files.values())
 
 
 def _replace(out: Path, partial: Path) -> None:

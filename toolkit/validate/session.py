@@ -129,18 +129,30 @@ def _execution_provider(name: str) -> str:
 
 
 def _register(og: Any, name: str) -> bool:
-    """Whether an execution provider is there, built in or as a plugin, which is then registered."""
+    """Whether an execution provider is there: built in, or as a plugin that finds its device, which is then registered.
+
+    Without the device a plugin is a compiler or a simulator, and would leave the nodes to the CPU without a word.
+    """
     if has_execution_provider(_execution_provider(name)):
         return True
     row = _PROVIDERS.get(name.lower())
     if row is None or not row.plugin:
         return False
     try:
-        library = importlib.import_module(row.plugin).get_library_path()
-        og.register_execution_provider_library(row.execution_provider, str(library))
+        library = str(importlib.import_module(row.plugin).get_library_path())
+        if not _devices(row.execution_provider):
+            ort.register_execution_provider_library(row.execution_provider, library)
+        if ort.OrtHardwareDeviceType.CPU in _devices(row.execution_provider):
+            return False
+        og.register_execution_provider_library(row.execution_provider, library)
     except (ImportError, AttributeError, RuntimeError):
         return False
     return True
+
+
+def _devices(execution_provider: str) -> set[Any]:
+    """The kinds of device a registered plugin has found."""
+    return {found.device.type for found in ort.get_ep_devices() if found.ep_name == execution_provider}
 
 
 def _check_cache(bundle: Path, config: dict[str, Any]) -> None:

@@ -83,6 +83,6 @@ def measure_speed_apart(bundle: Path, prompt_tokens: int, new_tokens: int, repea
 
 
 def _threads(config: dict[str, Any]) -> int:
-    """The threads ORT uses; 0 in the file means one for each physical core."""
-    options = stage_sections(config)[0]["session_options"]
-    return int(options.get("intra_op_num_threads", 0)) or physical_cores()
+    """The most threads ORT uses for a stage; 0 in the file means one for each physical core."""
+    threads = [int(s["session_options"].get("intra_op_num_threads", 0)) for s in stage_sections(config)]
+    return max(count or physical_cores() for count in threads)
