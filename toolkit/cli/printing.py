@@ -82,7 +82,9 @@ def print_verdict(bundle: Path, report: dict[str, Any]) -> None:
 
 
 def _print_notes(report: dict[str, Any]) -> None:
-    """What a reader of the verdict has to know of where the stages run."""
+    """What a reader of the verdict has to know of memory, and of where the stages run."""
+    if cache := report.get("kv_cache"):
+        click.echo(f"KV cache: {cache['bytes'] / 2**20:.0f} MiB for {cache['context_length']} tokens when run")
     for row in report.get("partition", []):
         for line in [*row.get("illegal", []), *row.get("conditions", [])]:
             click.echo(f"note: {line}")

@@ -135,6 +135,7 @@ def _finish(
     report = begin_report(manifest)
     report["quantization"] = quantization_section(plan.layout, packed.errors)
     report["partition"] = partition_section(begun.graphs)
+    report["kv_cache"] = {"context_length": plan.recipe.context_length, "bytes": plan.kv_cache_bytes}
     report["conversion"] = {
         "wall_s": time.perf_counter() - clock.start,
         "peak_rss_bytes": peak_rss_bytes(),

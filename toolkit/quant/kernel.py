@@ -104,12 +104,12 @@ def _search_scale(
     block: Any, start: Any, start_zero: Any, top: Any, symmetric: bool, crosses: Any, squares: Any
 ) -> Any:
     """The k-quant search without data: a grid of ranges, each scale refitted, the best kept (quant/blockwise.py)."""
-    low, energy = _F(0), _F(0)
+    low = _F(0)
     for k in range(block.size):
         x = block[k]
         low = x if x < low else low
-        energy += x * x
-    rms = np.sqrt(energy / _F(block.size))
+        squares[k] = x * x
+    rms = np.sqrt(_sum(squares) / _F(block.size))
     steps = (top + _F(1)) / _F(2) if symmetric else top
     best, scale, zero = _F(-1), start, start_zero
     for tenths in range(-9, 10, 3):
@@ -133,14 +133,15 @@ def _search_scale(
 
 @_compiled
 def _sum(terms: Any) -> Any:
-    """In four fixed chains, for the processor to run side by side; the length is a multiple of 16."""
-    a, b, c, d = _F(0), _F(0), _F(0), _F(0)
-    for k in range(0, terms.size, 4):
-        a += terms[k]
-        b += terms[k + 1]
-        c += terms[k + 2]
-        d += terms[k + 3]
-    return (a + b) + (c + d)
+    """Halves added to each other, in place, down to eight: an order the processor can run side by side, and always the
+    same. The length is a power of two from 16 on, as every block size is."""
+    half = terms.size // 2
+    while half >= 8:
+        for k in range(half):
+            terms[k] += terms[k + half]
+        half //= 2
+    low = (terms[0] + terms[1]) + (terms[2] + terms[3])
+    return low + ((terms[4] + terms[5]) + (terms[6] + terms[7]))
 
 
 @_compiled_for_reports

@@ -50,7 +50,7 @@ def read_report(bundle: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     fresh = begin_report(manifest)
     if not isinstance(report, dict):
         return fresh
-    kept = {key: report[key] for key in ("conversion", "quantization", "partition") if key in report}
+    kept = {key: report[key] for key in ("conversion", "quantization", "partition", "kv_cache") if key in report}
     return {**fresh, **kept}
 
 
