@@ -9,14 +9,18 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from toolkit.bundle.manifest import read_manifest
 from toolkit.checkpoint.opened import open_checkpoint
-from toolkit.errors import MachineError
+from toolkit.errors import BundleError, MachineError, RecipeError
 from toolkit.pipeline import plan
-from toolkit.pipeline.export import export_bundle
+from toolkit.pipeline.check import check_bundle
+from toolkit.pipeline.export import Order, export_bundle, export_bundles
 from toolkit.recipe import load_recipe
+from toolkit.validate.session import open_model
 
 
 def _export(checkpoint: Path, out: Path, recipe: str = "cpu") -> subprocess.CompletedProcess[str]:
@@ -168,3 +172,55 @@ def test_a_foreign_folder_is_not_overwritten(tiny_r1: Path, tmp_path: Path) -> N
     (tmp_path / "out" / "thesis.txt").write_text("mine", encoding="utf-8")
     assert _export(tiny_r1, tmp_path / "out").returncode == 2
     assert (tmp_path / "out" / "thesis.txt").read_text(encoding="utf-8") == "mine"
+
+
+def test_no_bundle_inside_another_and_none_with_folders_is_replaced(tiny_r1: Path, tmp_path: Path) -> None:
+    recipe, checkpoint = load_recipe("tiny-r1-cpu"), open_checkpoint(tiny_r1)
+    out = export_bundle(recipe, checkpoint, tmp_path / "out")
+    with pytest.raises(RecipeError, match="is a bundle itself"):
+        export_bundle(recipe, checkpoint, out / "inner")
+    (out / "notes").mkdir()
+    with pytest.raises(RecipeError, match="folders inside, which would be lost"):
+        export_bundle(recipe, checkpoint, out)
+    assert (out / "notes").is_dir() and not (tmp_path / "out.partial").exists()
+
+
+def test_nothing_is_written_before_every_place_is_looked_at(tiny_r1: Path, tmp_path: Path) -> None:
+    (tmp_path / "taken").mkdir()
+    places = {"tiny-r1-qnn": tmp_path / "free", "tiny-r1-cpu": tmp_path / "taken"}
+    orders = [Order(load_recipe(name), place) for name, place in places.items()]
+    with pytest.raises(RecipeError, match="is not a bundle"):
+        export_bundles(orders, open_checkpoint(tiny_r1))
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda m: m["recipe"].update(target="gone"), "which this toolkit does not know"),
+        (lambda m: m.pop("recipe"), "says nothing of recipe"),
+        (lambda m: m.pop("synthetic"), "says nothing of recipe"),
+        (lambda m: m.update(files=[1]), "says nothing of recipe"),
+    ],
+)
+def test_a_manifest_of_another_toolkit_is_named(
+    edit: Callable[[dict[str, Any]], object], message: str, tiny_r1: Path, tmp_path: Path
+) -> None:
+    bundle = export_bundle(load_recipe("tiny-r1-qnn"), open_checkpoint(tiny_r1), tmp_path / "out")
+    manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
+    manifest["recipe"].pop("window")  # as older ones are
+    (bundle / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    assert check_bundle(bundle, run=False)["passed"] and read_manifest(bundle)["recipe"]["window"] == 64
+    edit(manifest)
+    (bundle / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    with pytest.raises(BundleError, match=message):
+        check_bundle(bundle, run=False)
+
+
+@pytest.mark.parametrize("text", ["{}", '{"model": {"decoder": {"pipeline": [1]}}}', '{"model": [], "search": {}}'])
+def test_settings_that_are_not_whole_are_named(text: str, tiny_r1: Path, tmp_path: Path) -> None:
+    bundle = export_bundle(load_recipe("tiny-r1-cpu"), open_checkpoint(tiny_r1), tmp_path / "out")
+    (bundle / "genai_config.json").write_text(text, encoding="utf-8")
+    with pytest.raises(BundleError, match="is not whole: see `toolkit check"):
+        open_model(bundle)
+    assert not check_bundle(bundle, run=False)["passed"]

@@ -23,7 +23,7 @@ from toolkit.bundle.manifest import verify_manifest
 from toolkit.checkpoint.opened import Checkpoint, open_checkpoint
 from toolkit.checkpoint.padded_heads import pad_heads
 from toolkit.checkpoint.scan import Rows
-from toolkit.errors import NonFiniteError, UnsupportedError
+from toolkit.errors import MachineError, NonFiniteError, UnsupportedError
 from toolkit.graph.attention import HEAD_DIM_MULTIPLE
 from toolkit.graph.layout import Layout, Slot, plan_layout
 from toolkit.partition import pack, rows
@@ -411,15 +411,15 @@ def test_killed_between_two_bundles_the_finished_one_stays_whole(
     tiny_r1: Path, small_chunks: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It shares its data files with the work folder of the other, which the next run packs anew."""
-    orders, write_report, calls = _orders(tmp_path, "dml", "qnn"), export.write_report, []
+    orders, replace, calls = _orders(tmp_path, "dml", "qnn"), export._replace, []
 
-    def once(folder: Path, report: dict[str, Any]) -> None:
-        calls.append(folder)
+    def once(out: Path, partial: Path) -> None:
+        calls.append(out)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        write_report(folder, report)
+        replace(out, partial)
 
-    monkeypatch.setattr(export, "write_report", once)
+    monkeypatch.setattr(export, "_replace", once)
     with pytest.raises(KeyboardInterrupt):
         export_bundles(orders, open_checkpoint(tiny_r1))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dml", "qnn.partial"]
@@ -459,3 +459,40 @@ def test_recipes_that_do_not_go_together_are_refused(recipes: tuple[str, ...], m
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ") and message in line
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_resumed_bundle_leaves_a_finished_one_it_shares_with_alone(tiny_r1: Path, tmp_path: Path) -> None:
+    orders, checkpoint = _orders(tmp_path, "dml", "qnn"), open_checkpoint(tiny_r1)
+    with pytest.raises(KeyboardInterrupt):
+        export_bundles(orders, checkpoint, progress=_raise_after(20, []))
+    (dml,) = export_bundles(orders[:1], checkpoint)
+    data = dml / "transformer.onnx.data"
+    assert not os.path.samefile(data, tmp_path / "qnn.partial" / data.name)
+    # As a kill between the renames of two finished bundles leaves it.
+    (tmp_path / "qnn.partial" / data.name).unlink()
+    os.link(data, tmp_path / "qnn.partial" / data.name)
+    inode, changed = data.stat().st_ino, data.stat().st_mtime_ns
+    (qnn,) = export_bundles(orders[1:], checkpoint)
+    assert (data.stat().st_ino, data.stat().st_mtime_ns) == (inode, changed)
+    assert not os.path.samefile(data, qnn / data.name)
+    assert data.read_bytes() == (qnn / data.name).read_bytes()
+    assert not verify_manifest(dml) and not verify_manifest(qnn)
+
+
+def test_what_stops_the_second_bundle_leaves_the_pass_over_the_weights_done(
+    tiny_r1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    orders, write_report, seen = _orders(tmp_path, "dml", "qnn"), export.write_report, []
+
+    def full(folder: Path, report: dict[str, Any]) -> None:
+        if folder.name.startswith("qnn"):
+            raise OSError(28, "No space left on device", str(folder))
+        write_report(folder, report)
+
+    monkeypatch.setattr(export, "write_report", full)
+    with pytest.raises(MachineError, match=r"qnn\.partial cannot be written: No space left on device"):
+        export_bundles(orders, open_checkpoint(tiny_r1))
+    monkeypatch.undo()
+    for bundle in export_bundles(orders, open_checkpoint(tiny_r1), progress=seen.append):
+        assert not verify_manifest(bundle)
+    assert seen == []

@@ -244,7 +244,7 @@ def test_a_bundle_without_its_provider_says_what_to_do(
     (tmp_path / "onnxruntime_qnn.py").write_text("raise ImportError\n", encoding="utf-8")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setitem(sys.modules, "onnxruntime_qnn", None)
-    with pytest.raises(MachineError, match=f"no {provider}, .*{package}.*--on-cpu"):
+    with pytest.raises(MachineError, match=f"no {provider} with its device, .*{package}.*--on-cpu"):
         open_model(quantized[target])
     words = ["generate", str(quantized[target]), "--prompt", "Add 4 and 5."]
     refused = run(*words)

@@ -12,11 +12,16 @@ import jsonschema
 import pytest
 import yaml
 
+from toolkit.bundle.operators import place
 from toolkit.checkpoint.config import read_config
 from toolkit.checkpoint.download import resolve_checkpoint
+from toolkit.checkpoint.opened import synthetic_checkpoint
 from toolkit.checkpoint.weights import expected_tensors
 from toolkit.errors import CheckpointError
+from toolkit.graph.interface import interface_of
 from toolkit.graph.layout import plan_layout
+from toolkit.partition.lower import lower
+from toolkit.pipeline.plan import plan_export
 from toolkit.quant import blockwise
 from toolkit.recipe import ALGORITHMS, BITS, BLOCK_SIZES, QuantRule, Recipe, load_recipe, recipe_names
 from toolkit.target import TARGETS
@@ -73,3 +78,14 @@ def test_hub_id_that_is_not_cached_is_refused_offline() -> None:
 def test_word_that_is_no_place_is_refused() -> None:
     with pytest.raises(CheckpointError, match="neither a folder nor a hub id"):
         resolve_checkpoint("no-such-folder")
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_node_of_a_recipes_graphs_is_legal_for_its_provider(name: str, tmp_path: Path) -> None:
+    recipe = load_recipe(name)
+    facts = recipe.facts()
+    assert facts is not None
+    plan = plan_export(recipe, synthetic_checkpoint(facts), tmp_path / name, "int4")
+    for graph in lower(plan.checkpoint.config, plan.layout, plan.target, recipe, pad_token_id=0):
+        placement = place(interface_of(graph.model), graph.stage)
+        assert not placement.problems and placement.nodes_legal + placement.nodes_outside == placement.nodes

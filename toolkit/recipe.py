@@ -126,7 +126,10 @@ def _find(name_or_path: str) -> Path:
     path = data_folder("recipes") / f"{name_or_path}.yaml"
     if not path.is_file():
         known = [*recipe_names(), *TARGETS]
-        raise RecipeError(f"no recipe {name_or_path!r}{nearest(name_or_path, known)}: known are {', '.join(known)}")
+        raise RecipeError(
+            f"no recipe {name_or_path!r}{nearest(name_or_path, known)}: `toolkit recipes` lists them, and the bare "
+            f"targets are {', '.join(TARGETS)}"
+        )
     return path
 
 

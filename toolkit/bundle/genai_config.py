@@ -129,6 +129,21 @@ def read_genai_config(bundle: Path) -> dict[str, Any]:
     return config
 
 
+def read_settings(bundle: Path) -> dict[str, Any]:
+    """`read_genai_config` for those who run a bundle: raises BundleError too if what every runtime needs is missing."""
+    config = read_genai_config(bundle)
+    try:
+        sections = stage_sections(config)
+        options = [entry for s in sections for entry in s["session_options"]["provider_options"]]
+        whole = all(isinstance(entry, dict) for entry in options)
+        whole &= isinstance(config["model"]["context_length"], int) and isinstance(config["search"]["max_length"], int)
+    except (KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        raise BundleError(f"{bundle / names.GENAI_CONFIG_FILE} is not whole: see `toolkit check {bundle}`")
+    return config
+
+
 def stage_sections(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The part of each graph in a genai_config: the stages of a pipeline in their order, or the decoder itself."""
     decoder = config["model"]["decoder"]

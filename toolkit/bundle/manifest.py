@@ -11,6 +11,7 @@ from typing import Any
 from toolkit import names
 from toolkit.errors import BundleError
 from toolkit.machine import package_versions
+from toolkit.target import TARGETS
 
 
 def write_manifest(
@@ -62,6 +63,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = None
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), list):
         raise BundleError(f"{folder} has no readable {names.MANIFEST_FILE}: not a finished bundle")
+    recipe: dict[str, Any] = manifest["recipe"] if isinstance(manifest.get("recipe"), dict) else {}
+    files, known = manifest["files"], isinstance(recipe.get("name"), str) and isinstance(recipe.get("target"), str)
+    if not known or "synthetic" not in manifest or not all(isinstance(f, dict) and "name" in f for f in files):
+        raise BundleError(f"{folder / names.MANIFEST_FILE} says nothing of recipe, files or synthetic: export it again")
+    if recipe["target"] not in TARGETS:
+        raise BundleError(
+            f"{folder} was made for target {recipe['target']!r}, which this toolkit does not know: known are "
+            f"{', '.join(TARGETS)}"
+        )
+    recipe.setdefault("window", TARGETS[recipe["target"]].window)
     return manifest
 
 

@@ -6,6 +6,7 @@ Nothing heavy is imported before a command needs it, so that `--help` answers at
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -312,6 +313,8 @@ def _validate(bundles: list[Path], checkpoint: Checkpoint, effort: dict[str, Any
 
 def main() -> None:
     """The entry point: a ToolkitError becomes one line and exit code 2."""
+    # An end that is asked for leaves through the finalizers, which remove what is temporary.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         commands(standalone_mode=False)
     except click.exceptions.Abort:

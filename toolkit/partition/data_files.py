@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -67,29 +68,38 @@ def open_data_files(destinations: Sequence[Destination], resume: bool) -> Iterat
 
     Raises MachineError if one cannot be made.
     """
+    paths = [d.folder / name for d in destinations for name in d.layout.files]
+    groups: list[tuple[Path, tuple[Unit, ...], int, list[tuple[int, str]]]] = []
+    for k, destination in enumerate(destinations):
+        for name, nbytes in destination.layout.files.items():
+            path, units = destination.folder / name, destination.layout.in_file(name)
+            equal = next((links for first, kept, _, links in groups if kept == units and _link(first, path)), None)
+            if equal is not None:
+                equal.append((k, name))
+                continue
+            try:
+                _prepare(path, nbytes, resume, paths)
+            except OSError as problem:
+                raise disk_error(path, problem) from None
+            groups.append((path, units, nbytes, [(k, name)]))
+    # Opened only now: Windows renames nothing onto or from a file that is open.
     with ExitStack() as stack:
-        files: list[DataFile] = []
-        for k, destination in enumerate(destinations):
-            for name, nbytes in destination.layout.files.items():
-                path, units = destination.folder / name, destination.layout.in_file(name)
-                equal = next((file for file in files if file.units == units and _link(file.path, path)), None)
-                if equal:
-                    equal.links.append((k, name))
-                    continue
-                try:
-                    handle = stack.enter_context(_open(path, nbytes, resume))
-                except OSError as problem:
-                    raise disk_error(path, problem) from None
-                files.append(DataFile(path, units, nbytes, handle, [(k, name)]))
-        yield files
+        yield [
+            DataFile(path, units, nbytes, stack.enter_context(path.open("r+b", buffering=0)), links)
+            for path, units, nbytes, links in groups
+        ]
 
 
-def _open(path: Path, nbytes: int, resume: bool) -> BinaryIO:
+def _prepare(path: Path, nbytes: int, resume: bool, own: Sequence[Path]) -> None:
+    """A file of `nbytes` under this name that no finished bundle shares; `own` are the names this run may write."""
     if not resume:
         path.unlink(missing_ok=True)  # never truncated: a finished bundle may share it
-    handle = path.open("r+b" if resume else "x+b", buffering=0)
-    handle.truncate(nbytes)
-    return handle
+        path.touch()
+    elif path.stat().st_nlink > sum(other.exists() and os.path.samefile(path, other) for other in own):
+        fresh = path.with_name(path.name + ".own")
+        shutil.copyfile(path, fresh)
+        os.replace(fresh, path)
+    os.truncate(path, nbytes)
 
 
 def _link(existing: Path, path: Path) -> bool:
@@ -102,5 +112,6 @@ def _link(existing: Path, path: Path) -> bool:
         os.link(existing, fresh)
         os.replace(fresh, path)
     except OSError:
+        fresh.unlink(missing_ok=True)
         return False
     return True

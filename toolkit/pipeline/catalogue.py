@@ -9,7 +9,7 @@ from toolkit.checkpoint.opened import synthetic_checkpoint
 from toolkit.machine import free_memory_bytes
 from toolkit.pipeline.plan import ExportPlan, plan_export
 from toolkit.recipe import load_recipe, recipe_names
-from toolkit.validate.session import has_execution_provider
+from toolkit.validate.session import provider_is_here
 
 
 def recipe_rows() -> list[dict[str, Any]]:
@@ -42,6 +42,7 @@ def _here(plan: ExportPlan) -> str:
     # A run holds the weights about once, packed anew for the kernels, and the whole KV cache.
     if free_memory_bytes() < sum(plan.files.values()) * 1.2 + plan.kv_cache_bytes:
         return "exports; too little memory to run"
-    if not has_execution_provider(plan.target.accelerator.execution_provider):
+    provider = plan.target.accelerator.provider
+    if provider and not provider_is_here(provider):
         return "exports, and runs with --on-cpu"
     return "exports and runs"

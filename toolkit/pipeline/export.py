@@ -16,7 +16,7 @@ from toolkit import names
 from toolkit.bundle.genai_config import genai_config, pad_token_id
 from toolkit.bundle.manifest import write_manifest
 from toolkit.checkpoint.opened import Checkpoint
-from toolkit.errors import CheckpointError, RecipeError
+from toolkit.errors import CheckpointError, MachineError, RecipeError
 from toolkit.graph.builder import StageGraph
 from toolkit.machine import package_versions, peak_rss_bytes
 from toolkit.partition.data_files import JOURNAL_FILE, Destination
@@ -92,18 +92,33 @@ def export_bundles(
     clock = _Clock()
     with clock.stage("plan"):
         tokenizer_files = _tokenizer_files(checkpoint)
+        orders = [Order(order.recipe, _checked_place(order.out)) for order in orders]
         plans = [plan_export(order.recipe, checkpoint, order.out, precision) for order in orders]
         pad = pad_token_id(checkpoint.config, checkpoint.folder)
         lowered = [lower(p.checkpoint.config, p.layout, p.target, p.recipe, pad) for p in plans]
         check_machine(plans, _written_bytes([_partial(plan.out) for plan in plans]))
-        begun = [_begin(plan, graphs, precision) for plan, graphs in zip(plans, lowered, strict=True)]
+        with _disk_errors():
+            begun = [_begin(plan, graphs, precision) for plan, graphs in zip(plans, lowered, strict=True)]
     with clock.stage("pack"):
         source = plans[0].checkpoint.source
         packed = pack_weights(source, [Destination(b.plan.layout, b.partial) for b in begun], progress)
-    return [
-        _finish(bundle, result, tokenizer_files, clock, [b.plan.recipe.name for b in begun if b is not bundle])
-        for bundle, result in zip(begun, packed, strict=True)
-    ]
+    with _disk_errors():
+        for bundle, result in zip(begun, packed, strict=True):
+            beside = [other.plan.recipe.name for other in begun if other is not bundle]
+            _finish(bundle, result, tokenizer_files, clock, beside)
+        # Last, so that whatever stops one of them leaves the others to go on from here.
+        for bundle in begun:
+            _replace(bundle.out, bundle.partial)
+    return [bundle.out for bundle in begun]
+
+
+@contextmanager
+def _disk_errors() -> Iterator[None]:
+    """What the disk refuses, as a MachineError."""
+    try:
+        yield
+    except OSError as problem:
+        raise MachineError(f"{problem.filename or 'the bundle'} cannot be written: {problem.strerror}") from None
 
 
 def _begin(plan: ExportPlan, graphs: list[StageGraph], precision: str) -> _Begun:
@@ -115,8 +130,8 @@ def _begin(plan: ExportPlan, graphs: list[StageGraph], precision: str) -> _Begun
 
 def _finish(
     begun: _Begun, packed: PackResult, tokenizer_files: list[str], clock: _Clock, beside: list[str]
-) -> Path:
-    """Graphs, settings, manifest and report around the data files; then the bundle under its own name."""
+) -> None:
+    """Graphs, settings, manifest and report around the data files."""
     plan, partial, stages = begun.plan, begun.partial, list(clock.stages)
     source, folder = plan.checkpoint.source, plan.checkpoint.folder
     with clock.stage("author", stages):
@@ -145,8 +160,6 @@ def _finish(
         **({"in_one_pass_with": beside} if beside else {}),
     }
     write_report(partial, report)
-    _replace(begun.out, partial)
-    return begun.out
 
 
 def _tokenizer_files(checkpoint: Checkpoint) -> list[str]:
@@ -157,13 +170,26 @@ def _tokenizer_files(checkpoint: Checkpoint) -> list[str]:
     return [name for name in _TOKENIZER_FILES if (checkpoint.folder / name).is_file()]
 
 
-def _open_partial(out: Path, request: Mapping[str, object]) -> Path:
-    """The work folder; emptied unless it was begun by the same request on the same checkpoint."""
+def _checked_place(out: Path) -> Path:
+    """`out` as a bundle may be put there. Raises RecipeError for what is there and would be lost."""
+    if not out.name:
+        out = out.resolve()
+    if not out.name:
+        raise RecipeError(f"{out} cannot be a bundle: name a folder with --out")
     if _old(out).exists() and not out.exists():
         os.replace(_old(out), out)
-    shutil.rmtree(_old(out), ignore_errors=True)
     if out.exists() and not (out / names.MANIFEST_FILE).is_file():
         raise RecipeError(f"{out} exists and is not a bundle: name another --out, it will not be overwritten")
+    if out.exists() and any(path.is_dir() for path in out.iterdir()):
+        raise RecipeError(f"{out} is a bundle with folders inside, which would be lost: name another --out")
+    if (out.parent / names.MANIFEST_FILE).is_file():
+        raise RecipeError(f"{out.parent} is a bundle itself: name another --out")
+    return out
+
+
+def _open_partial(out: Path, request: Mapping[str, object]) -> Path:
+    """The work folder; emptied unless it was begun by the same request on the same checkpoint."""
+    shutil.rmtree(_old(out), ignore_errors=True)
     partial = _partial(out)
     text = json.dumps(request)
     marker = partial / _REQUEST_FILE
@@ -184,11 +210,11 @@ def _written_bytes(partials: list[Path]) -> int:
 
 def _replace(out: Path, partial: Path) -> None:
     """The finished bundle in place of an older one; a kill between two lines leaves the old or the new one whole."""
-    for name in (JOURNAL_FILE, _REQUEST_FILE):
-        (partial / name).unlink()
     if out.exists():
         os.replace(out, _old(out))
     os.replace(partial, out)
+    for name in (JOURNAL_FILE, _REQUEST_FILE):
+        (out / name).unlink()
     shutil.rmtree(_old(out), ignore_errors=True)
 
 

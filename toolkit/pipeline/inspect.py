@@ -9,7 +9,7 @@ from typing import Any
 
 from toolkit import names
 from toolkit.bundle.cache import cache_bytes
-from toolkit.bundle.genai_config import read_genai_config
+from toolkit.bundle.genai_config import read_settings
 from toolkit.bundle.lint import lint_bundle
 from toolkit.bundle.manifest import read_manifest
 from toolkit.bundle.operators import place_bundle
@@ -64,7 +64,7 @@ def _bundle(folder: Path) -> dict[str, Any]:
     for stage in facts["stages"]:
         operators.update(read_interface(folder / stage["file"]).operators())
     facts["operators"] = dict(sorted(operators.items()))
-    facts["kv_cache_bytes"] = cache_bytes(folder, read_genai_config(folder), recipe["context_length"])
+    facts["kv_cache_bytes"] = cache_bytes(folder, read_settings(folder), recipe["context_length"])
     facts["checkpoint"] = manifest["checkpoint"]
     facts["files"] = [{"name": entry["name"], "bytes": entry["bytes"]} for entry in manifest["files"]]
     facts["problems"] = [{"problem": problem} for problem in lint_bundle(folder)]

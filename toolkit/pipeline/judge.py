@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from toolkit import names
-from toolkit.bundle.genai_config import read_genai_config
+from toolkit.bundle.genai_config import read_settings
 from toolkit.bundle.manifest import read_manifest
 from toolkit.checkpoint.opened import Checkpoint
 from toolkit.checkpoint.weights import parameter_count
@@ -69,7 +69,7 @@ def judge_bundle(
     tasks = [_task_file(name, recipe, checkpoint) for name in recipe["tasks"]]
     text = effort.text or (tasks or [data_folder("models") / _TEXT_FILE])[0]
     sequences = _sequences(checkpoint, effort.tokens, text)
-    here = is_here(read_genai_config(bundle))
+    here = is_here(read_settings(bundle))
     report |= _parity_sections(bundle, checkpoint, sequences, wants_baseline, progress)
     reasons |= _place(report, here)
     if effort.baseline is False:
@@ -134,7 +134,7 @@ def _parity_sections(
     config, source = checkpoint.config, checkpoint.source
     prompt = sequences[0][:_GREEDY_PROMPT]
     progress("greedy tokens through onnxruntime-genai")
-    (made,) = continuations(bundle, [prompt], _GREEDY_NEW, on_cpu=not is_here(read_genai_config(bundle)))
+    (made,) = continuations(bundle, [prompt], _GREEDY_NEW, on_cpu=not is_here(read_settings(bundle)))
     hidden = reference_hidden(config, source, [*sequences, prompt + made], progress)
     greedy = head_logits(config, source, hidden.pop()[len(prompt) - 1 : -1]).argmax(axis=-1)
     plain = plain_rounding(source) if wants_baseline else None
@@ -175,7 +175,7 @@ def _tasks_section(
     rows = []
     for task in tasks:
         progress(f"task {task.name}: {len(task.answers)} questions")
-        ours = np.array(bundle_right(bundle, task, on_cpu=not is_here(read_genai_config(bundle))))
+        ours = np.array(bundle_right(bundle, task, on_cpu=not is_here(read_settings(bundle))))
         row = {"name": task.name, "examples": ours.size, "accuracy": float(ours.mean())}
         if resident:
             progress(f"task {task.name}: the reference")
@@ -193,7 +193,7 @@ def _tasks_section(
 
 def _speed_section(bundle: Path) -> dict[str, Any]:
     prompt, new, repeat = _BENCH
-    room = read_genai_config(bundle)["model"]["context_length"]
+    room = read_settings(bundle)["model"]["context_length"]
     if prompt + new > room:
         prompt, new = room // 2, room - room // 2
     return measure_speed_apart(bundle, prompt, new, repeat)
@@ -243,5 +243,5 @@ def _task_file(task: str, recipe: dict[str, Any], checkpoint: Checkpoint) -> Pat
 
 
 def _eos_token_ids(bundle: Path) -> set[int]:
-    eos = read_genai_config(bundle)["model"]["eos_token_id"]
+    eos = read_settings(bundle)["model"]["eos_token_id"]
     return set(eos if isinstance(eos, list) else [eos])

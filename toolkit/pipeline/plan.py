@@ -66,7 +66,7 @@ def plan_export(recipe: Recipe, checkpoint: Checkpoint, out: Path, precision: st
             graphs[stage.file] = rotary_bytes + 6_000 * config.num_hidden_layers
     graph_bytes = sum(graphs.values())
     cores = os.cpu_count() or 1
-    existing = next(p for p in out.resolve().parents if p.exists())
+    existing = next(p for p in out.resolve().parents if p.is_dir())
     return ExportPlan(
         recipe=recipe,
         target=target,

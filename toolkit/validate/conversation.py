@@ -23,7 +23,10 @@ class Conversation:
         if not (bundle / names.TOKENIZER_FILE).is_file():
             raise BundleError(f"{bundle} has no {names.TOKENIZER_FILE}: a synthetic bundle has no words, only speed")
         self._opened = open_model(bundle, on_cpu)
-        self._tokenizer = self._opened.og.Tokenizer(self._opened.model)
+        try:
+            self._tokenizer = self._opened.og.Tokenizer(self._opened.model)
+        except Exception as problem:  # whatever the runtime throws
+            raise BundleError(f"onnxruntime-genai cannot read {names.TOKENIZER_FILE} of {bundle}: {problem}") from None
         self._max_new_tokens = max_new_tokens
         self._messages: list[dict[str, str]] = []
 

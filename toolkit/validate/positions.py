@@ -16,7 +16,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from toolkit import names
-from toolkit.bundle.genai_config import read_genai_config
+from toolkit.bundle.genai_config import read_settings
 from toolkit.errors import BundleError
 
 _NUMPY: Final[dict[str, type[np.floating[Any]]]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
@@ -42,7 +42,7 @@ def open_positions(bundle: Path, exact: bool = False) -> Positions:
 
     Raises BundleError for a folder without the graphs its genai_config.json names.
     """
-    decoder = read_genai_config(bundle).get("model", {}).get("decoder", {})
+    decoder = read_settings(bundle).get("model", {}).get("decoder", {})
     return Pipeline(bundle, exact) if decoder.get("pipeline") else OneGraph(bundle, exact)
 
 
@@ -80,7 +80,7 @@ class Pipeline:
     """The four stages as onnxruntime-genai drives them: the prompt in padded windows, then a token at a time."""
 
     def __init__(self, bundle: Path, exact: bool = False) -> None:
-        model = read_genai_config(bundle)["model"]
+        model = read_settings(bundle)["model"]
         stages = (names.EMBEDDINGS, names.CONTEXT, names.ITERATOR, names.HEAD)
         self._sessions = {stage: _session(bundle, stage, exact) for stage in stages}
         self._window = int(model["decoder"]["sliding_window"]["window_size"])

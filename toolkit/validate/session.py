@@ -16,7 +16,7 @@ import onnxruntime as ort
 
 from toolkit import names
 from toolkit.bundle.cache import cache_bytes
-from toolkit.bundle.genai_config import max_length, read_genai_config, stage_sections
+from toolkit.bundle.genai_config import max_length, read_settings, stage_sections
 from toolkit.errors import BundleError, MachineError
 from toolkit.machine import free_memory_bytes
 from toolkit.target import TARGETS
@@ -43,10 +43,7 @@ class OpenModel:
     folder: tempfile.TemporaryDirectory[str] | None
 
     def generator(self, prompt: Any, new_tokens: int, **options: Any) -> Any:
-        """A fresh generator that has read the prompt, with room for `new_tokens` where the context has it.
-
-        Raises MachineError if the cache does not fit the memory that is free.
-        """
+        """A fresh generator that has read the prompt, with room for `new_tokens` where the context has it."""
         params = self.og.GeneratorParams(self.model)
         length = max_length(self.config, len(prompt), new_tokens)
         params.set_search_options(max_length=length, **options)
@@ -67,7 +64,7 @@ def open_model(bundle: Path, on_cpu: bool = False) -> OpenModel:
         import onnxruntime_genai as og
     except ImportError:
         raise MachineError("onnxruntime-genai is not installed: pip install onnxruntime-genai") from None
-    config = read_genai_config(bundle)
+    config = read_settings(bundle)
     _check_cache(bundle, config)
     folder = None
     if on_cpu and providers_of(config):
@@ -105,12 +102,26 @@ def providers_of(config: dict[str, Any]) -> list[str]:
 
 def is_here(config: dict[str, Any]) -> bool:
     """Whether this machine has every execution provider a bundle asks for."""
-    return all(has_execution_provider(_execution_provider(name)) for name in providers_of(config))
+    return all(provider_is_here(name) for name in providers_of(config))
 
 
-def has_execution_provider(name: str) -> bool:
-    """Whether the installed onnxruntime has it built in."""
-    return name in ort.get_available_providers()
+def provider_is_here(name: str) -> bool:
+    """Whether onnxruntime has a provider of genai's `name` built in, or as a plugin that finds its device.
+
+    Without the device a plugin is a compiler or a simulator, and would leave the nodes to the CPU without a word.
+    """
+    execution_provider, row = _execution_provider(name), _PROVIDERS.get(name.lower())
+    if execution_provider in ort.get_available_providers():
+        return True
+    if row is None or not row.plugin:
+        return False
+    try:
+        if not _devices(execution_provider):
+            library = importlib.import_module(row.plugin).get_library_path()
+            ort.register_execution_provider_library(execution_provider, str(library))
+    except (ImportError, AttributeError, RuntimeError):
+        return False
+    return bool(_devices(execution_provider) - {ort.OrtHardwareDeviceType.CPU})
 
 
 def missing_provider(name: str) -> str:
@@ -118,7 +129,7 @@ def missing_provider(name: str) -> str:
     row = _PROVIDERS.get(name.lower())
     install = f"install {row.package}, or " if row and row.package else ""
     return (
-        f"this machine's onnxruntime has no {_execution_provider(name)}, which the bundle is made for: {install}"
+        f"this machine has no {_execution_provider(name)} with its device, which the bundle is made for: {install}"
         "run every stage on the CPU with --on-cpu"
     )
 
@@ -129,24 +140,13 @@ def _execution_provider(name: str) -> str:
 
 
 def _register(og: Any, name: str) -> bool:
-    """Whether an execution provider is there: built in, or as a plugin that finds its device, which is then registered.
-
-    Without the device a plugin is a compiler or a simulator, and would leave the nodes to the CPU without a word.
-    """
-    if has_execution_provider(_execution_provider(name)):
-        return True
+    """Whether a provider is here; a plugin is made known to onnxruntime-genai."""
+    if not provider_is_here(name):
+        return False
     row = _PROVIDERS.get(name.lower())
-    if row is None or not row.plugin:
-        return False
-    try:
-        library = str(importlib.import_module(row.plugin).get_library_path())
-        if not _devices(row.execution_provider):
-            ort.register_execution_provider_library(row.execution_provider, library)
-        if ort.OrtHardwareDeviceType.CPU in _devices(row.execution_provider):
-            return False
-        og.register_execution_provider_library(row.execution_provider, library)
-    except (ImportError, AttributeError, RuntimeError):
-        return False
+    if row and row.plugin and row.execution_provider not in ort.get_available_providers():
+        library = importlib.import_module(row.plugin).get_library_path()
+        og.register_execution_provider_library(row.execution_provider, str(library))
     return True
 
 
@@ -166,16 +166,26 @@ def _check_cache(bundle: Path, config: dict[str, Any]) -> None:
 
 
 def _cpu_copy(bundle: Path, config: dict[str, Any]) -> tempfile.TemporaryDirectory[str]:
-    """A folder beside the bundle with its files by other names, and a genai_config that asks for no provider."""
-    folder = tempfile.TemporaryDirectory(prefix=f".{bundle.name}-", dir=bundle.parent, ignore_cleanup_errors=True)
-    for path in bundle.iterdir():
-        if path.name != names.GENAI_CONFIG_FILE and path.is_file():
-            try:
-                os.link(path, Path(folder.name) / path.name)
-            except OSError:  # a file system without hard links
-                shutil.copyfile(path, Path(folder.name) / path.name)
+    """A folder beside the bundle with its files by other names, and a genai_config that asks for no provider.
+
+    Raises MachineError if it cannot be made.
+    """
     plain = json.loads(json.dumps(config))
     for section in stage_sections(plain):
         section["session_options"]["provider_options"] = []
-    (Path(folder.name) / names.GENAI_CONFIG_FILE).write_text(json.dumps(plain), encoding="utf-8")
+    try:
+        folder = tempfile.TemporaryDirectory(prefix=f".{bundle.name}-", dir=bundle.parent, ignore_cleanup_errors=True)
+        for path in bundle.iterdir():
+            if path.name != names.GENAI_CONFIG_FILE and path.is_file():
+                _link_or_copy(path, Path(folder.name) / path.name)
+        (Path(folder.name) / names.GENAI_CONFIG_FILE).write_text(json.dumps(plain), encoding="utf-8")
+    except OSError as problem:
+        raise MachineError(f"no copy of {bundle} for the CPU can be made beside it: {problem.strerror}") from None
     return folder
+
+
+def _link_or_copy(path: Path, other: Path) -> None:
+    try:
+        os.link(path, other)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(path, other)
