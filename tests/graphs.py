@@ -1,4 +1,4 @@
-"""Graphs of a checkpoint with their data and settings, without the rest of a bundle."""
+"""Graphs of a checkpoint with their data and settings, without the rest of a bundle; and one bundle whole."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import json
 from pathlib import Path
 
 from toolkit.bundle.genai_config import genai_config, pad_token_id
-from toolkit.checkpoint.opened import open_checkpoint
+from toolkit.checkpoint.opened import Checkpoint, open_checkpoint
 from toolkit.checkpoint.padded_heads import pad_heads
 from toolkit.graph.attention import HEAD_DIM_MULTIPLE
 from toolkit.graph.layout import Layout, plan_layout
 from toolkit.partition.data_files import Destination
 from toolkit.partition.lower import lower
 from toolkit.partition.pack import pack_weights
+from toolkit.pipeline.export import Order, export_bundles
 from toolkit.recipe import QuantRule, Recipe
 from toolkit.target import TARGETS
 
@@ -38,3 +39,9 @@ def write_graphs(checkpoint: Path, folder: Path, target: str = "cpu", recipe: Re
     settings = genai_config(padded.config, checkpoint, CONTEXT_LENGTH, graphs)
     (folder / "genai_config.json").write_text(json.dumps(settings), encoding="utf-8")
     return layout
+
+
+def export_bundle(recipe: Recipe, checkpoint: Checkpoint, out: Path, precision: str = "int4") -> Path:
+    """One recipe to one bundle."""
+    (bundle,) = export_bundles([Order(recipe, out)], checkpoint, precision)
+    return bundle

@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 
+from tests.graphs import export_bundle
 from toolkit.bundle.manifest import read_manifest
 from toolkit.checkpoint.opened import open_checkpoint
 from toolkit.errors import BundleError, MachineError, RecipeError
 from toolkit.pipeline import plan
 from toolkit.pipeline.check import check_bundle
-from toolkit.pipeline.export import Order, export_bundle, export_bundles
+from toolkit.pipeline.export import Order, export_bundles
 from toolkit.recipe import load_recipe
 from toolkit.validate.session import open_model
 

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
+from tests.graphs import export_bundle
 from toolkit.bundle.manifest import verify_manifest
 from toolkit.checkpoint.opened import open_checkpoint
-from toolkit.pipeline.export import export_bundle
 from toolkit.recipe import load_recipe
 from toolkit.reference.decoder import reference_logits
 from toolkit.validate.session import continuations

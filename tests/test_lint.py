@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
+from tests.graphs import export_bundle
 from tests.test_bundle import run
 from toolkit.bundle.lint import lint_bundle
 from toolkit.checkpoint.opened import open_checkpoint
 from toolkit.errors import BundleError
-from toolkit.pipeline.export import export_bundle
 from toolkit.recipe import load_recipe
 
 

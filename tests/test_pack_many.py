@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from tests.graphs import CONTEXT_LENGTH, WINDOW
+from tests.graphs import CONTEXT_LENGTH, WINDOW, export_bundle
 from tests.test_bundle import run
 from tests.test_pack import Watched, _journaled, _ranges
 from toolkit.bundle.manifest import verify_manifest
@@ -30,7 +30,7 @@ from toolkit.partition import pack, rows
 from toolkit.partition.data_files import Destination
 from toolkit.partition.pack import pack_weights
 from toolkit.pipeline import export, plan
-from toolkit.pipeline.export import Order, export_bundle, export_bundles
+from toolkit.pipeline.export import Order, export_bundles
 from toolkit.quant.blockwise import QuantSpec, quantize_blocks
 from toolkit.recipe import QuantRule, Recipe, load_recipe
 from toolkit.target import TARGETS

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
+from tests.graphs import export_bundle
 from tests.test_bundle import run
 from toolkit.bundle.genai_config import max_length, read_genai_config
 from toolkit.checkpoint.opened import open_checkpoint
 from toolkit.errors import MachineError
 from toolkit.pipeline import plan
-from toolkit.pipeline.export import Order, export_bundle, export_bundles
+from toolkit.pipeline.export import Order, export_bundles
 from toolkit.recipe import load_recipe
 from toolkit.reference.decoder import reference_logits
 from toolkit.reference.greedy import greedy_continuations

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.graphs import export_bundle
 from tests.test_pipeline_genai import NEW_TOKENS, _greedy, prompt_lengths, prompt_of
 from toolkit.bundle.genai_config import max_length, read_genai_config
 from toolkit.checkpoint.opened import open_checkpoint
-from toolkit.pipeline.export import export_bundle
 from toolkit.recipe import load_recipe
 from toolkit.validate.session import continuations
 

@@ -65,18 +65,6 @@ class _Begun:
     request: dict[str, Any]
 
 
-def export_bundle(
-    recipe: Recipe,
-    checkpoint: Checkpoint,
-    out: Path,
-    precision: str = "int4",
-    progress: Callable[[str], None] = lambda _: None,
-) -> Path:
-    """`export_bundles` for one recipe."""
-    (bundle,) = export_bundles([Order(recipe, out)], checkpoint, precision, progress)
-    return bundle
-
-
 def export_bundles(
     orders: Sequence[Order],
     checkpoint: Checkpoint,

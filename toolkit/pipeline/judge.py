@@ -70,7 +70,7 @@ def judge_bundle(
     text = effort.text or (tasks or [data_folder("models") / _TEXT_FILE])[0]
     sequences = _sequences(checkpoint, effort.tokens, text)
     here = is_here(read_settings(bundle))
-    report |= _parity_sections(bundle, checkpoint, sequences, wants_baseline, progress)
+    report |= _parity_sections(bundle, checkpoint, sequences, wants_baseline, not here, progress)
     reasons |= _place(report, here)
     if effort.baseline is False:
         reasons["baseline"] = "left out by --no-baseline"
@@ -78,7 +78,7 @@ def judge_bundle(
         reasons["tasks"] = "left out by --no-tasks"
     elif tasks:
         asked = [read_task(path, effort.examples) for path in tasks]
-        report["tasks"] = _tasks_section(bundle, checkpoint, asked, report.get("baseline"), progress)
+        report["tasks"] = _tasks_section(bundle, checkpoint, asked, report.get("baseline"), not here, progress)
     if effort.speed and not here:
         reasons["speed"] = "the execution provider of the bundle is not on this machine: `toolkit bench --on-cpu`"
     elif effort.speed:
@@ -129,12 +129,13 @@ def _parity_sections(
     checkpoint: Checkpoint,
     sequences: list[list[int]],
     wants_baseline: bool,
+    on_cpu: bool,
     progress: Callable[[str], None],
 ) -> dict[str, Any]:
     config, source = checkpoint.config, checkpoint.source
     prompt = sequences[0][:_GREEDY_PROMPT]
     progress("greedy tokens through onnxruntime-genai")
-    (made,) = continuations(bundle, [prompt], _GREEDY_NEW, on_cpu=not is_here(read_settings(bundle)))
+    (made,) = continuations(bundle, [prompt], _GREEDY_NEW, on_cpu)
     hidden = reference_hidden(config, source, [*sequences, prompt + made], progress)
     greedy = head_logits(config, source, hidden.pop()[len(prompt) - 1 : -1]).argmax(axis=-1)
     plain = plain_rounding(source) if wants_baseline else None
@@ -166,6 +167,7 @@ def _tasks_section(
     checkpoint: Checkpoint,
     tasks: list[Task],
     baseline: dict[str, Any] | None,
+    on_cpu: bool,
     progress: Callable[[str], None],
 ) -> list[dict[str, Any]]:
     """Accuracy of bundle and reference; the baseline's goes into its own section. The reference answers only where
@@ -175,7 +177,7 @@ def _tasks_section(
     rows = []
     for task in tasks:
         progress(f"task {task.name}: {len(task.answers)} questions")
-        ours = np.array(bundle_right(bundle, task, on_cpu=not is_here(read_settings(bundle))))
+        ours = np.array(bundle_right(bundle, task, on_cpu))
         row = {"name": task.name, "examples": ours.size, "accuracy": float(ours.mean())}
         if resident:
             progress(f"task {task.name}: the reference")
