@@ -257,6 +257,13 @@ def test_a_bundle_without_its_provider_says_what_to_do(
     assert done.stdout.strip().endswith("9")
 
 
+@pytest.mark.parametrize("built_with_dml", [True, False])
+def test_directml_is_where_genai_was_built_with_it(built_with_dml: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its packages carry an ONNX Runtime of their own, so the installed `onnxruntime` says nothing of it."""
+    monkeypatch.setattr("onnxruntime_genai.is_dml_available", lambda: built_with_dml)
+    assert session.provider_is_here("dml") == built_with_dml
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="where QnnHtp.dll may be found")
 def test_a_provider_that_takes_no_node_is_not_passed_over(quantized: dict[str, Path]) -> None:
     pytest.importorskip("onnxruntime_qnn")

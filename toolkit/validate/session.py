@@ -113,6 +113,8 @@ def provider_is_here(name: str) -> bool:
     execution_provider, row = _execution_provider(name), _PROVIDERS.get(name.lower())
     if execution_provider in ort.get_available_providers():
         return True
+    if name.lower() == "dml" and _genai_has_dml():
+        return True
     if row is None or not row.plugin:
         return False
     try:
@@ -122,6 +124,15 @@ def provider_is_here(name: str) -> bool:
     except (ImportError, AttributeError, RuntimeError):
         return False
     return bool(_devices(execution_provider) - {ort.OrtHardwareDeviceType.CPU})
+
+
+def _genai_has_dml() -> bool:
+    """Builds of onnxruntime-genai with DirectML bring an ONNX Runtime of their own, which `onnxruntime` is not."""
+    try:
+        import onnxruntime_genai as og
+    except ImportError:
+        return False
+    return bool(og.is_dml_available())
 
 
 def missing_provider(name: str) -> str:
