@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from toolkit.quant.blockwise import ALGORITHMS, QuantSpec, quantize_blocks
+from toolkit.quant.blockwise import DATA_FREE, QuantSpec, quantize_blocks
 
 REPEAT = 9
 
@@ -26,7 +26,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 def main() -> None:
     weight = np.random.default_rng(0).standard_normal((409, 5120), np.float32)
-    for algorithm in ALGORITHMS:
+    for algorithm in DATA_FREE:
         for bits, block_size, symmetric in ((4, 32, False), (4, 32, True), (4, 128, False), (8, 128, False)):
             spec = QuantSpec(bits, block_size, symmetric, algorithm)
 

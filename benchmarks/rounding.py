@@ -13,7 +13,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from toolkit.checkpoint.opened import open_checkpoint
-from toolkit.quant.blockwise import ALGORITHMS, QuantSpec
+from toolkit.quant.blockwise import DATA_FREE, QuantSpec
 from toolkit.reference.decoder import reference_logits
 from toolkit.reference.greedy import Resident
 from toolkit.validate.parity import Comparison
@@ -51,7 +51,7 @@ def main(folder: Path, text: Path | None) -> None:
     reference = reference_logits(config, source, sequences)
     for block_size in (16, 32, 64, 128):
         for symmetric in (True, False):
-            for algorithm in ALGORITHMS:
+            for algorithm in DATA_FREE:
                 spec = QuantSpec(4, block_size, symmetric, algorithm)
                 rows = []
                 for spec_of in (lambda _, s=spec: s, lambda name, s=spec: HEAD if head in name else s):

@@ -152,9 +152,9 @@ def test_each_row_is_decoded_once_and_quantized_once_for_each_format(
         decoded.extend((of.name, row) for row in range(start, stop))
         return decode(of, start, stop)
 
-    def noting_quantize(values: NDArray[np.float32], spec: QuantSpec) -> object:
+    def noting_quantize(values: NDArray[np.float32], spec: QuantSpec, importance: None) -> object:
         quantized.append((spec, values.shape[0]))
-        return quantize_blocks(values, spec)
+        return quantize_blocks(values, spec, importance)
 
     monkeypatch.setattr(source, "decode", noting_decode)
     monkeypatch.setattr(rows, "quantize_blocks", noting_quantize)

@@ -65,7 +65,7 @@ def test_schema_says_what_the_code_takes() -> None:
         assert part["properties"].keys() == {field.name for field in fields(kind)}
         assert set(part["required"]) == {field.name for field in fields(kind) if field.default is MISSING}
     assert schema["properties"]["target"]["enum"] == list(TARGETS)
-    assert rule["properties"]["algorithm"]["enum"] == list(ALGORITHMS) == list(blockwise.ALGORITHMS)
+    assert rule["properties"]["algorithm"]["enum"] == list(ALGORITHMS) == ["auto", *blockwise.ALGORITHMS]
     assert rule["properties"]["bits"]["enum"] == list(BITS)
     assert rule["properties"]["block_size"]["enum"] == list(BLOCK_SIZES)
 

@@ -13,11 +13,12 @@ import yaml
 
 from toolkit.errors import RecipeError
 from toolkit.names import CONFIG_FILE
+from toolkit.quality import CALIBRATED_ALGORITHMS, QUALITIES
 from toolkit.target import TARGETS
 
 _HERE = Path(__file__).resolve().parent
 _ROOTS = (_HERE / "data", _HERE.parent)
-ALGORITHMS: Final = ("rtn", "kquant")
+ALGORITHMS: Final = ("auto", "rtn", "kquant", "imatrix", "gptq")
 BITS: Final = (4, 8)
 BLOCK_SIZES: Final = (16, 32, 64, 128, 256)
 # Figures of report.json that a recipe may set a threshold on.
@@ -30,10 +31,11 @@ FIGURES: Final = (
 
 @dataclass(frozen=True)
 class QuantRule:
-    """`match` is one or more globs over checkpoint module names, separated by `|`."""
+    """`match` is one or more globs over checkpoint module names, separated by `|`. The algorithm `auto` is the recipe's
+    quality's."""
 
     match: str
-    algorithm: str = "rtn"
+    algorithm: str = "auto"
     bits: int = 4
     block_size: int = 32
     symmetric: bool = False
@@ -50,6 +52,10 @@ class Recipe:
     `validate` maps figures of the report to thresholds. `tasks` names question files (JSON lines of `prompt` and
     `answer`) beside the model's facts, and `baseline` asks for plain 4-bit rounding to be measured beside. `window` is
     how many prompt tokens the context stage takes at once: the target's own unless given, 0 without such a stage.
+
+    `quality` is a row of QUALITIES. `calibration` names its text, a file beside the model's facts or a path, and
+    `calibration_tokens` how much of it is read, 0 for what the quality needs. `fold` allows channel scales (AWQ).
+    `bits_per_weight` is a budget that is spent where it helps most, 0 to keep every rule's bits.
     """
 
     name: str
@@ -61,6 +67,17 @@ class Recipe:
     tasks: tuple[str, ...] = ()
     baseline: bool = False
     window: int = 0
+    quality: str = "fast"
+    calibration: str = "calibration"
+    calibration_tokens: int = 0
+    fold: bool = True
+    bits_per_weight: float = 0
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether text has to run through the model before its weights are quantized."""
+        asked = any(rule.algorithm in CALIBRATED_ALGORITHMS for rule in self.quantize)
+        return asked or QUALITIES[self.quality].tokens > 0
 
     def rule_for(self, module: str) -> QuantRule:
         """The rule that decides a module; raises RecipeError if none matches."""
@@ -220,6 +237,7 @@ def _check_values(recipe: Recipe, where: str) -> None:
     if isinstance(length, bool) or not isinstance(length, int) or length < 1:
         raise RecipeError(f"{where}: context_length is {length!r}, expected a token count")
     _check_window(recipe, where)
+    _check_calibration(recipe, where)
     if not isinstance(recipe.baseline, bool):
         raise RecipeError(f"{where}: baseline is {recipe.baseline!r}, expected true or false")
     thresholds = recipe.validate
@@ -231,6 +249,21 @@ def _check_values(recipe: Recipe, where: str) -> None:
         if figure not in FIGURES:
             hint = nearest(str(figure), FIGURES)
             raise RecipeError(f"{where}: validate has no figure {figure!r}{hint}, expected {', '.join(FIGURES)}")
+
+
+def _check_calibration(recipe: Recipe, where: str) -> None:
+    if recipe.quality not in QUALITIES:
+        hint = nearest(str(recipe.quality), list(QUALITIES))
+        raise RecipeError(f"{where}: quality {recipe.quality!r} is unknown{hint}, expected {' or '.join(QUALITIES)}")
+    if not isinstance(recipe.calibration, str) or not recipe.calibration:
+        raise RecipeError(f"{where}: calibration is {recipe.calibration!r}, expected the name or path of a text")
+    tokens, bits = recipe.calibration_tokens, recipe.bits_per_weight
+    if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 0:
+        raise RecipeError(f"{where}: calibration_tokens is {tokens!r}, expected a token count")
+    if not isinstance(recipe.fold, bool):
+        raise RecipeError(f"{where}: fold is {recipe.fold!r}, expected true or false")
+    if isinstance(bits, bool) or not isinstance(bits, int | float) or not (bits == 0 or 4 < bits <= 10):
+        raise RecipeError(f"{where}: bits_per_weight is {bits!r}, expected a budget above 4, or 0 for none")
 
 
 def _check_window(recipe: Recipe, where: str) -> None:

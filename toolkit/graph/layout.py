@@ -7,11 +7,13 @@ can go on where it stopped.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from toolkit import names
 from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.weights import expected_tensors
+from toolkit.quality import CALIBRATED_ALGORITHMS, QUALITIES
 from toolkit.quant.blockwise import QuantSpec
 from toolkit.recipe import Recipe
 from toolkit.target import Target
@@ -76,13 +78,16 @@ class Layout:
         return 8 * sum(slot.nbytes for unit in self.matrices() for slot in unit.slots) / self.weights()
 
 
-def plan_layout(config: ModelConfig, target: Target, recipe: Recipe | None) -> Layout:
-    """The layout for a recipe's rules; `recipe` None quantizes nothing."""
+def plan_layout(
+    config: ModelConfig, target: Target, recipe: Recipe | None, formats: Mapping[str, QuantSpec] | None = None
+) -> Layout:
+    """The layout for a recipe's rules; `recipe` None quantizes nothing. `formats` by tensor overrule the rules."""
+    specs = {**planned_specs(config, recipe), **(formats or {})}
     shapes = expected_tensors(config)
     units: dict[str, Unit] = {}
     ends: dict[str, int] = {}
-    for name, sources in _groups(config, target, recipe):
-        spec = _spec(sources[0], shapes, recipe)
+    for name, sources in _groups(config, target, specs):
+        spec = specs.get(sources[0])
         rows = tuple(shapes[source][0] for source in sources)
         shape = (sum(rows), *shapes[sources[0]][1:])
         file = target.data_file(names.role_of(name))
@@ -93,7 +98,28 @@ def plan_layout(config: ModelConfig, target: Target, recipe: Recipe | None) -> L
     return Layout(units, ends)
 
 
-def _groups(config: ModelConfig, target: Target, recipe: Recipe | None) -> list[tuple[str, tuple[str, ...]]]:
+def planned_specs(config: ModelConfig, recipe: Recipe | None) -> dict[str, QuantSpec]:
+    """The format of every matrix by its rule, and the recipe's quality where the rule leaves the algorithm to it."""
+    if recipe is None:
+        return {}
+    return {name: _spec(name, config, recipe) for name, shape in expected_tensors(config).items() if len(shape) == 2}
+
+
+def _spec(tensor: str, config: ModelConfig, recipe: Recipe) -> QuantSpec:
+    """GPTQ is for 4-bit matrices that read an input: 8 bits leave it nothing to do, and rows of an embedding are
+    looked up."""
+    rule = recipe.rule_for(tensor.removesuffix(".weight"))
+    algorithm = QUALITIES[recipe.quality].algorithm if rule.algorithm == "auto" else rule.algorithm
+    if names.role_of(tensor) == "embed_tokens" and algorithm in CALIBRATED_ALGORITHMS:
+        algorithm = "imatrix" if config.tie_word_embeddings else "kquant"
+    elif algorithm == "gptq" and rule.bits != 4:
+        algorithm = "imatrix"
+    return QuantSpec(rule.bits, rule.block_size, rule.symmetric, algorithm)
+
+
+def _groups(
+    config: ModelConfig, target: Target, specs: Mapping[str, QuantSpec]
+) -> list[tuple[str, tuple[str, ...]]]:
     """Unit names with their sources: q, k and v become one matrix where target, specs and no q/k norm allow it."""
     groups: dict[str, tuple[str, ...]] = {}
     shapes = expected_tensors(config)
@@ -102,24 +128,15 @@ def _groups(config: ModelConfig, target: Target, recipe: Recipe | None) -> list[
         role, prefix = names.role_of(tensor), tensor.rsplit(".", 2)[0]
         triple = tuple(f"{prefix}.{p}{kind}" for p in names.QKV_PROJECTIONS)
         packs = target.form.packed_qkv and role in names.QKV_PROJECTIONS
-        same = packs and _packs_qkv(config, shapes, recipe, prefix)
+        same = packs and _packs_qkv(config, specs, prefix)
         groups[f"{prefix}.qkv_proj{kind}" if same else tensor] = triple if same else (tensor,)
     return list(groups.items())
 
 
-def _packs_qkv(
-    config: ModelConfig, shapes: dict[str, tuple[int, ...]], recipe: Recipe | None, prefix: str
-) -> bool:
+def _packs_qkv(config: ModelConfig, specs: Mapping[str, QuantSpec], prefix: str) -> bool:
     """Whether one matrix serves q, k and v of the attention at `prefix`: their specs must agree."""
-    specs = {_spec(names.weight(f"{prefix}.{p}"), shapes, recipe) for p in names.QKV_PROJECTIONS}
-    return not config.qk_norm and len(specs) == 1
-
-
-def _spec(tensor: str, shapes: dict[str, tuple[int, ...]], recipe: Recipe | None) -> QuantSpec | None:
-    if recipe is None or len(shapes[tensor]) != 2:
-        return None
-    rule = recipe.rule_for(tensor.removesuffix(".weight"))
-    return QuantSpec(rule.bits, rule.block_size, rule.symmetric, rule.algorithm)
+    kinds = {specs.get(names.weight(f"{prefix}.{p}")) for p in names.QKV_PROJECTIONS}
+    return not config.qk_norm and len(kinds) == 1
 
 
 def _parts(

@@ -8,11 +8,14 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
 
 from toolkit.checkpoint.scan import Rows
 from toolkit.checkpoint.weights import WeightSource
@@ -45,20 +48,23 @@ class PackResult:
 
 
 def pack_weights(
-    source: WeightSource, destinations: Sequence[Destination], progress: Callable[[str], None] = lambda _: None
+    source: WeightSource,
+    destinations: Sequence[Destination],
+    progress: Callable[[str], None] = lambda _: None,
+    importance: Mapping[str, NDArray[np.float32]] | None = None,
 ) -> list[PackResult]:
     """Writes the data files of every destination in one pass, quantizing once for each format.
 
     Tensors that every journal names are whole already and only read, to be hashed. A tensor enters the journals after
     its bytes are on disk, so a kill loses a few hundred megabytes of work at most. `progress` is called with the name
-    of each finished tensor. Raises MachineError when the disk fills, NonFiniteError for NaN or infinity,
-    UnsupportedError for what float16 cannot hold.
+    of each finished tensor; `importance` [K] by tensor weighs the errors of its columns. Raises MachineError when the
+    disk fills, NonFiniteError for NaN or infinity, UnsupportedError for what float16 cannot hold.
     """
     journals = _read_journals(destinations)
     done = set(journals[0])
     try:
         with open_data_files(destinations, resume=bool(done)) as files:
-            packer = RowPacker(source, files)
+            packer = RowPacker(source, files, importance or {})
             with _Journal(destinations, files, journals, progress) as log, _Window(log.add) as window:
                 for rows in source.scan(CHUNK_BYTES):
                     if rows.name in done:

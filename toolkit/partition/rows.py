@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -15,7 +15,7 @@ from toolkit.checkpoint.weights import WeightSource
 from toolkit.errors import UnsupportedError
 from toolkit.graph.layout import Slot, Unit
 from toolkit.partition.data_files import DataFile
-from toolkit.quant.blockwise import QuantSpec, quantize_blocks
+from toolkit.quant.blockwise import QuantizedBlocks, QuantSpec, quantize_blocks
 
 Array = NDArray[np.float32] | NDArray[np.float16] | NDArray[np.uint8]
 # Widened at a time: a megabyte of float32 stays in a core's cache until it is quantized.
@@ -33,52 +33,79 @@ class Packed:
     nbytes: int
 
 
-class RowPacker:
-    """Widens, quantizes once for each format, and writes rows at their places; `pack` runs in many threads."""
+Place = tuple[DataFile, Unit, int]
 
-    def __init__(self, source: WeightSource, files: Sequence[DataFile]) -> None:
-        self._source = source
-        # Every place of a tensor, with the row of the unit that is the tensor's first: a unit may stack several.
-        self._places: dict[str, list[tuple[DataFile, Unit, int]]] = defaultdict(list)
-        for file in files:
-            for unit in file.units:
-                for k, name in enumerate(unit.sources):
-                    self._places[name].append((file, unit, sum(unit.rows[:k])))
+
+def places(files: Sequence[DataFile]) -> dict[str, list[Place]]:
+    """Every place of each tensor, with the row of the unit that is the tensor's first: a unit may stack several."""
+    found: dict[str, list[Place]] = defaultdict(list)
+    for file in files:
+        for unit in file.units:
+            for k, name in enumerate(unit.sources):
+                found[name].append((file, unit, sum(unit.rows[:k])))
+    return found
+
+
+def write_rows(name: str, start: int, place: Place, arrays: Sequence[Array]) -> int:
+    """What became of rows [start, …) of a tensor, one array for each slot, at their place; returns the bytes written.
+
+    Raises UnsupportedError for what float16 cannot hold, MachineError if the disk is full.
+    """
+    file, unit, base = place
+    nbytes = 0
+    for slot, array in zip(unit.slots, arrays, strict=True):
+        stored = _narrowed(array, slot, name)
+        file.write(slot.offset + (base + start) * (slot.nbytes // slot.shape[0]), stored.data.cast("B"))
+        nbytes += stored.nbytes
+    return nbytes
+
+
+class RowPacker:
+    """Widens, quantizes once for each format, and writes rows at their places; `pack` runs in many threads.
+
+    `importance` [K] by tensor weighs the errors of its columns.
+    """
+
+    def __init__(
+        self, source: WeightSource, files: Sequence[DataFile], importance: Mapping[str, NDArray[np.float32]]
+    ) -> None:
+        self._source, self._importance = source, importance
+        self._places = places(files)
 
     def pack(self, rows: Rows) -> Packed:
         """Raises NonFiniteError for NaN or infinity, UnsupportedError for what float16 cannot hold, MachineError if
         the disk is full."""
-        places = self._places[rows.name]
-        step = max(1, _TILE_ELEMENTS // places[0][1].width)
+        found = self._places[rows.name]
+        step = max(1, _TILE_ELEMENTS // found[0][1].width)
         parts: dict[QuantSpec | None, list[list[Array]]] = defaultdict(list)
         noise: dict[QuantSpec | None, float] = defaultdict(float)
         signal = 0.0
         for start in range(rows.start, rows.stop, step):
             values = self._source.decode(rows, start, min(rows.stop, start + step))
-            for spec in {unit.spec for _, unit, _ in places}:
-                arrays, tile_noise = _arrays(values, spec)
+            for spec in {unit.spec for _, unit, _ in found}:
+                arrays, tile_noise = _arrays(values, spec, self._importance.get(rows.name))
                 parts[spec].append(arrays)
                 noise[spec] += tile_noise
             flat = values.reshape(-1)
             signal += float(np.vdot(flat, flat))
-        nbytes = 0
         joined = {spec: [np.concatenate(tiles) for tiles in zip(*kept, strict=True)] for spec, kept in parts.items()}
-        for file, unit, base in places:
-            for slot, array in zip(unit.slots, joined[unit.spec], strict=True):
-                stored = _narrowed(array, slot, rows.name)
-                file.write(slot.offset + (base + rows.start) * (slot.nbytes // slot.shape[0]), stored.data.cast("B"))
-                nbytes += stored.nbytes
+        nbytes = sum(write_rows(rows.name, rows.start, place, joined[place[1].spec]) for place in found)
         return Packed(rows.name, rows.stop - rows.start, signal, dict(noise), nbytes)
 
 
-def _arrays(values: NDArray[np.float32], spec: QuantSpec | None) -> tuple[list[Array], float]:
+def _arrays(
+    values: NDArray[np.float32], spec: QuantSpec | None, importance: NDArray[np.float32] | None
+) -> tuple[list[Array], float]:
     if spec is None:
         return [values], 0.0
-    blocks = quantize_blocks(values, spec)
-    arrays: list[Array] = [blocks.packed, blocks.scales]
-    if blocks.zero_points is not None:
-        arrays.append(blocks.zero_points)
-    return arrays, blocks.noise
+    blocks = quantize_blocks(values, spec, importance)
+    return arrays_of(blocks), blocks.noise
+
+
+def arrays_of(blocks: QuantizedBlocks) -> list[Array]:
+    """One for each slot of a quantized unit."""
+    zeros: list[Array] = [] if blocks.zero_points is None else [blocks.zero_points]
+    return [blocks.packed, blocks.scales, *zeros]
 
 
 def _narrowed(array: Array, slot: Slot, name: str) -> Array:

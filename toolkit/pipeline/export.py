@@ -8,9 +8,12 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from toolkit import names
 from toolkit.bundle.genai_config import genai_config, pad_token_id
@@ -22,6 +25,7 @@ from toolkit.machine import package_versions, peak_rss_bytes
 from toolkit.partition.data_files import JOURNAL_FILE, Destination
 from toolkit.partition.lower import lower
 from toolkit.partition.pack import PackResult, pack_weights
+from toolkit.pipeline.calibration import calibrate, salient_inputs
 from toolkit.pipeline.plan import ExportPlan, check_machine, plan_export
 from toolkit.recipe import Recipe
 from toolkit.report.summary import begin_report, write_report
@@ -29,6 +33,7 @@ from toolkit.report.weights import partition_section, quantization_section
 
 _TOKENIZER_FILES = (names.TOKENIZER_FILE, "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
 _REQUEST_FILE = "request.json"
+_CALIBRATION_FOLDER = "calibration"
 
 
 class _Clock:
@@ -56,13 +61,16 @@ class Order:
 
 @dataclass(frozen=True)
 class _Begun:
-    """A bundle in the making: its plan, its graphs, its work folder and what its manifest says of the request."""
+    """A bundle in the making: its plan, its work folder and what its manifest says of the request.
+
+    `importance` weighs the errors of columns, `calibration` is what the report says of it."""
 
     plan: ExportPlan
-    graphs: list[StageGraph]
     out: Path
     partial: Path
     request: dict[str, Any]
+    importance: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+    calibration: dict[str, Any] = field(default_factory=dict)
 
 
 def export_bundles(
@@ -83,17 +91,18 @@ def export_bundles(
         orders = [Order(order.recipe, _checked_place(order.out)) for order in orders]
         plans = [plan_export(order.recipe, checkpoint, order.out, precision) for order in orders]
         pad = pad_token_id(checkpoint.config, checkpoint.folder)
-        lowered = [lower(p.checkpoint.config, p.layout, p.target, p.recipe, pad) for p in plans]
+        for plan in plans:
+            _graphs(plan, pad)
         check_machine(plans, _written_bytes([_partial(plan.out) for plan in plans]))
         with _disk_errors():
-            begun = [_begin(plan, graphs, precision) for plan, graphs in zip(plans, lowered, strict=True)]
-    with clock.stage("pack"):
-        source = plans[0].checkpoint.source
-        packed = pack_weights(source, [Destination(b.plan.layout, b.partial) for b in begun], progress)
+            begun = [_begin(plan, precision) for plan in plans]
     with _disk_errors():
-        for bundle, result in zip(begun, packed, strict=True):
-            beside = [other.plan.recipe.name for other in begun if other is not bundle]
-            _finish(bundle, result, tokenizer_files, clock, beside)
+        ready = [_calibrated(bundle, clock, progress) for bundle in begun]
+        with clock.stage("pack"):
+            packed = _pack(ready, progress)
+        for bundle, result in zip(ready, packed, strict=True):
+            beside = [other.plan.recipe.name for other in begun if other.plan.out != bundle.plan.out]
+            _finish(bundle, _graphs(bundle.plan, pad), result, tokenizer_files, clock, beside)
         # Last, so that whatever stops one of them leaves the others to go on from here.
         for bundle in begun:
             _replace(bundle.out, bundle.partial)
@@ -109,35 +118,67 @@ def _disk_errors() -> Iterator[None]:
         raise MachineError(f"{problem.filename or 'the bundle'} cannot be written: {problem.strerror}") from None
 
 
-def _begin(plan: ExportPlan, graphs: list[StageGraph], precision: str) -> _Begun:
+def _graphs(plan: ExportPlan, pad: int) -> list[StageGraph]:
+    return lower(plan.checkpoint.config, plan.layout, plan.target, plan.recipe, pad)
+
+
+def _calibrated(begun: _Begun, clock: _Clock, progress: Callable[[str], None]) -> _Begun:
+    """The bundle with its plan's final formats and weights; itself where its recipe needs no text."""
+    plan = begun.plan
+    if begun.request["precision"] == "fp32" or not plan.recipe.calibrated:
+        return begun
+    with clock.stage(f"calibrate {plan.recipe.name}"):
+        made = calibrate(plan, begun.partial, begun.partial / _CALIBRATION_FOLDER, progress)
+    return replace(begun, plan=made.plan, importance=made.importance, calibration=made.section)
+
+
+def _pack(ready: Sequence[_Begun], progress: Callable[[str], None]) -> list[PackResult]:
+    """One pass over the checkpoint for all bundles without calibration, one for each of the others, whose weights are
+    folded for it alone."""
+    results: dict[Path, PackResult] = {}
+    together = [bundle for bundle in ready if not bundle.calibration]
+    for group in [together, *([bundle] for bundle in ready if bundle.calibration)]:
+        if group:
+            destinations = [Destination(bundle.plan.layout, bundle.partial) for bundle in group]
+            made = pack_weights(group[0].plan.checkpoint.source, destinations, progress, group[0].importance)
+            results |= {bundle.out: result for bundle, result in zip(group, made, strict=True)}
+    return [results[bundle.out] for bundle in ready]
+
+
+def _begin(plan: ExportPlan, precision: str) -> _Begun:
     source, synthetic = plan.checkpoint.source, plan.checkpoint.synthetic
     request = {"recipe": asdict(plan.recipe), "precision": precision, "synthetic": synthetic}
     begun_with = {"versions": package_versions(), "checkpoint": source.identity()}
-    return _Begun(plan, graphs, plan.out, _open_partial(plan.out, {**request, **begun_with}), request)
+    return _Begun(plan, plan.out, _open_partial(plan.out, {**request, **begun_with}), request)
 
 
 def _finish(
-    begun: _Begun, packed: PackResult, tokenizer_files: list[str], clock: _Clock, beside: list[str]
-) -> None:
+    begun: _Begun, graphs: list[StageGraph], packed: PackResult, tokenizer_files: list[str], clock: _Clock,
+    beside: list[str],
+) -> None:  # fmt: skip
     """Graphs, settings, manifest and report around the data files."""
     plan, partial, stages = begun.plan, begun.partial, list(clock.stages)
     source, folder = plan.checkpoint.source, plan.checkpoint.folder
     with clock.stage("author", stages):
-        for graph in begun.graphs:
+        for graph in graphs:
             graph.save(partial)
         for name in tokenizer_files:
             shutil.copyfile(folder / name, partial / name)
-        settings = genai_config(plan.checkpoint.config, folder, plan.recipe.context_length, begun.graphs)
+        settings = genai_config(plan.checkpoint.config, folder, plan.recipe.context_length, graphs)
         text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
         (partial / names.GENAI_CONFIG_FILE).write_text(text, encoding="utf-8", newline="\n")
     with clock.stage("hash", stages):
-        graph_files = [graph.stage.file for graph in begun.graphs]
+        graph_files = [graph.stage.file for graph in graphs]
         made = [*graph_files, *packed.sha256, names.GENAI_CONFIG_FILE, *tokenizer_files]
         asked = {**begun.request, "checkpoint": source.digests()}
         manifest = write_manifest(partial, made, asked, packed.sha256)
     report = begin_report(manifest)
     report["quantization"] = quantization_section(plan.layout, packed.errors)
-    report["partition"] = partition_section(begun.graphs)
+    if begun.calibration:
+        report["quantization"]["calibration"] = begun.calibration
+    elif salient := salient_inputs(plan.checkpoint):
+        report["quantization"]["salient_inputs"] = salient
+    report["partition"] = partition_section(graphs)
     report["kv_cache"] = {"context_length": plan.recipe.context_length, "bytes": plan.kv_cache_bytes}
     report["conversion"] = {
         "wall_s": time.perf_counter() - clock.start,
@@ -203,6 +244,7 @@ def _replace(out: Path, partial: Path) -> None:
     os.replace(partial, out)
     for name in (JOURNAL_FILE, _REQUEST_FILE):
         (out / name).unlink()
+    shutil.rmtree(out / _CALIBRATION_FOLDER, ignore_errors=True)
     shutil.rmtree(_old(out), ignore_errors=True)
 
 

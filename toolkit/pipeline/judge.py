@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from numpy.typing import NDArray
-from tokenizers import Tokenizer
 
-from toolkit import names
 from toolkit.bundle.genai_config import read_settings
 from toolkit.bundle.manifest import read_manifest
 from toolkit.checkpoint.opened import Checkpoint
 from toolkit.checkpoint.weights import parameter_count
-from toolkit.errors import BundleError, CheckpointError
+from toolkit.errors import BundleError
 from toolkit.machine import free_memory_bytes
+from toolkit.pipeline.text import token_sequences
 from toolkit.recipe import data_folder, model_facts
 from toolkit.reference.decoder import head_logits, reference_hidden
 from toolkit.report.summary import judge, read_report, section_of, write_report
@@ -33,8 +30,8 @@ from toolkit.validate.tasks import Task, bundle_right, read_task, reference_righ
 _TEXT_FILE: Final = "reasoning.jsonl"
 _REFERENCE: Final = "numpy float32 forward of the checkpoint"
 _FP32_THRESHOLDS: Final = {"max_abs_logit_error": 1e-3, "accuracy_drop": 0.005}
-# A passage is cut so that a budget reaches every passage of a short text, but not below what a thought needs.
-_SEQUENCE_TOKENS: Final = (160, 512)
+# What a thought needs.
+_SHORTEST: Final = 160
 _GREEDY_PROMPT, _GREEDY_NEW = 24, 32
 # The bundle's logits are taken from one run over this many tokens, and again with the cache over the first of them.
 _DECODED_TOKENS: Final = 48
@@ -68,7 +65,7 @@ def judge_bundle(
     wants_baseline = recipe["baseline"] if effort.baseline is None else effort.baseline
     tasks = [_task_file(name, recipe, checkpoint) for name in recipe["tasks"]]
     text = effort.text or (tasks or [data_folder("models") / _TEXT_FILE])[0]
-    sequences = _sequences(checkpoint, effort.tokens, text)
+    sequences = token_sequences(checkpoint, text, effort.tokens, _SHORTEST)
     here = is_here(read_settings(bundle))
     report |= _parity_sections(bundle, checkpoint, sequences, wants_baseline, not here, progress)
     reasons |= _place(report, here)
@@ -199,42 +196,6 @@ def _speed_section(bundle: Path) -> dict[str, Any]:
     if prompt + new > room:
         prompt, new = room // 2, room - room // 2
     return measure_speed_apart(bundle, prompt, new, repeat)
-
-
-def _sequences(checkpoint: Checkpoint, tokens: int, text: Path) -> list[list[int]]:
-    """Token sequences of at least `tokens` in all from a text; seeded random ids for random weights."""
-    limit = min(checkpoint.config.max_position_embeddings, _SEQUENCE_TOKENS[1])
-    if checkpoint.synthetic:
-        generator = np.random.default_rng(0)
-        ids: NDArray[np.int64] = generator.integers(0, checkpoint.config.vocab_size, max(tokens, 64))
-        return [ids[start : start + limit].tolist() for start in range(0, len(ids), limit)]
-    tokenizer = Tokenizer.from_file(str(checkpoint.folder / names.TOKENIZER_FILE))
-    passages = _texts(text)
-    limit = min(limit, max(_SEQUENCE_TOKENS[0], tokens // max(len(passages), 1)))
-    sequences: list[list[int]] = []
-    for passage in passages:
-        if sum(map(len, sequences)) >= tokens:
-            break
-        ids_of_text = tokenizer.encode(passage, add_special_tokens=False).ids[:limit]
-        if len(ids_of_text) > 1:
-            sequences.append(ids_of_text)
-    if not sequences:
-        raise CheckpointError(f"{text} holds no text: expected JSON lines with a `text`, or plain text")
-    return sequences
-
-
-def _texts(path: Path) -> list[str]:
-    """`text` of each JSON line, or the paragraphs of a plain file."""
-    try:
-        content = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as problem:
-        raise CheckpointError(f"{path} cannot be read as text: {problem}") from None
-    if path.suffix != ".jsonl":
-        return [part for part in content.split("\n\n") if part.strip()]
-    try:
-        return [str(json.loads(line)["text"]) for line in content.splitlines() if line.strip()]
-    except (ValueError, KeyError, TypeError):
-        raise CheckpointError(f"{path} is not JSON lines with a `text` each") from None
 
 
 def _task_file(task: str, recipe: dict[str, Any], checkpoint: Checkpoint) -> Path:

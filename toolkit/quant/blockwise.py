@@ -4,13 +4,16 @@ N output features, K input features, J = ceil(K / block_size) blocks a row. `pac
 low nibble first; `scales` float32 [N, J]; `zero_points` uint8 [N, ceil(J*bits/8)], or None for symmetric, where the
 operator's default of 2^(bits-1) holds (com.microsoft.MatMulNBits in ORT's ContribOperators.md).
 
-Algorithms, both without data:
+Algorithms, `rtn` and `kquant` without data:
 - `rtn` takes the scale from the range of a block.
 - `kquant` tries seven ranges around it and keeps, block by block, what minimizes sum w (x - scale (q - zero))^2 with
   w = rms(block) + |x|. For given integers l = q - zero the best scale is S(wxl)/S(wll), which removes S(wxl)^2/S(wll)
   from the error, so candidates are compared by that alone. After llama.cpp's make_qkx2_quants and make_qx_quants; those
   let the offset be any float and round it at the end, MatMulNBits takes integers, so here each candidate is judged with
   its zero point already rounded.
+- `imatrix` is the same search with w the importance of each column: the second moment of its input makes that sum the
+  expected squared error of the output, inputs taken as independent (llama.cpp's imatrix).
+- `gptq` has a file of its own.
 """
 
 from __future__ import annotations
@@ -24,8 +27,11 @@ from numpy.typing import NDArray
 from toolkit.quant import kernel
 
 Floats = NDArray[np.float32]
-_ALGORITHMS: Final = {"rtn": kernel.RTN, "kquant": kernel.KQUANT}
+# What GPTQ cannot solve is searched.
+_ALGORITHMS: Final = {"rtn": kernel.RTN, "kquant": kernel.KQUANT, "imatrix": kernel.KQUANT, "gptq": kernel.KQUANT}
+DATA_FREE: Final = ("rtn", "kquant")
 ALGORITHMS: Final = tuple(_ALGORITHMS)
+_LEAST_IMPORTANCE: Final = 1e-6
 
 
 @dataclass(frozen=True)
@@ -52,21 +58,33 @@ class QuantizedBlocks:
     noise: float
 
 
-def quantize_blocks(weight: Floats, spec: QuantSpec) -> QuantizedBlocks:
+def quantize_blocks(weight: Floats, spec: QuantSpec, importance: Floats | None = None) -> QuantizedBlocks:
     """`weight` [N, K] to blocks by the spec's algorithm, on one core and without the interpreter's lock.
 
-    Zeros, padding included, stay exactly zero.
+    Zeros, padding included, stay exactly zero. `importance` [K], not negative, weighs the errors of the search where
+    the algorithm is one that looks at data.
     """
+    if spec.algorithm in DATA_FREE:
+        importance = None
     out_features, in_features = weight.shape
     J = spec.num_blocks(in_features)
     packed = np.empty((out_features, J, spec.block_size * spec.bits // 8), np.uint8)
     scales = np.empty((out_features, J), np.float32)
     zeros = np.empty((out_features, J), np.uint8)
     noise = kernel.quantize_rows(
-        np.ascontiguousarray(weight, np.float32), _ALGORITHMS[spec.algorithm], spec.bits, spec.symmetric,
-        spec.block_size, packed, scales, zeros,
+        np.ascontiguousarray(weight, np.float32), weights_of_errors(importance), _ALGORITHMS[spec.algorithm],
+        spec.bits, spec.symmetric, spec.block_size, packed, scales, zeros,
     )  # fmt: skip
-    return QuantizedBlocks(packed, scales, None if spec.symmetric else _pack_last_axis(zeros, spec.bits), noise)
+    return QuantizedBlocks(packed, scales, None if spec.symmetric else pack_last_axis(zeros, spec.bits), noise)
+
+
+def weights_of_errors(importance: Floats | None) -> Floats:
+    """In the kernel's terms: to a mean of 1, which keeps its products in float32's range, and never quite nothing: a
+    channel that the text left silent keeps its weights. Empty for none."""
+    if importance is None or not importance.any():
+        return np.empty(0, np.float32)
+    relative = np.maximum(importance / importance.mean(dtype=np.float64), _LEAST_IMPORTANCE)
+    return np.asarray(relative, np.float32)
 
 
 def dequantize_blocks(blocks: QuantizedBlocks, spec: QuantSpec, in_features: int) -> Floats:
@@ -81,7 +99,7 @@ def dequantize_blocks(blocks: QuantizedBlocks, spec: QuantSpec, in_features: int
     return q.reshape(out_features, J * spec.block_size)[:, :in_features]
 
 
-def _pack_last_axis(values: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+def pack_last_axis(values: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     """4 bits: two values a byte, the even one in the low nibble; an odd row ends in a zero nibble."""
     if bits == 8:
         return values

@@ -41,14 +41,17 @@ def _compiled_for_reports(function: Any) -> Any:
 
 @_compiled
 def quantize_rows(
-    weight: Any, algorithm: int, bits: int, symmetric: bool, block_size: int, packed: Any, scales: Any, zeros: Any
+    weight: Any, importance: Any, algorithm: int, bits: int, symmetric: bool, block_size: int, packed: Any, scales: Any,
+    zeros: Any,
 ) -> float:
     """Fills packed [N, J, block_size*bits/8] uint8, scales [N, J] float32 and zeros [N, J] uint8 from `weight` [N, K]
-    float32; returns the sum of squared errors. What a row lacks of its last block counts as zeros."""
+    float32; returns the sum of squared errors. What a row lacks of its last block counts as zeros. `importance` [K]
+    float32 says how much an error of each column weighs; without entries the search weighs by size."""
     top = _F((1 << bits) - 1)
     block = np.zeros(block_size, np.float32)
     levels = np.empty(block_size, np.uint8)
     crosses, squares = np.empty(block_size, np.float32), np.empty(block_size, np.float32)
+    worth = np.zeros(block_size, np.float32)
     noise = 0.0
     for row in range(weight.shape[0]):
         for j in range(scales.shape[1]):
@@ -59,12 +62,49 @@ def quantize_rows(
                 block[k] = _F(0)
             scale, zero = _range_scale(block, top, symmetric)
             if algorithm == KQUANT and abs(scale) > _SMALLEST_SEARCHED:
-                scale, zero = _search_scale(block, scale, zero, top, symmetric, crosses, squares)
+                if importance.size:
+                    _given_worth(importance[j * block_size : (j + 1) * block_size], worth)
+                else:
+                    _worth_by_size(block, worth, squares)
+                scale, zero = _search_scale(block, worth, scale, zero, top, symmetric, crosses, squares)
             noise += _round(block, scale, zero, top, levels)
             _pack(levels, bits, packed[row, j])
             scales[row, j] = scale
             zeros[row, j] = np.uint8(zero)
     return noise
+
+
+@_compiled
+def gptq_columns(
+    columns: Any, upper: Any, worth: Any, bits: int, symmetric: bool, block_size: int, levels: Any, errors: Any,
+    scales: Any, zeros: Any,
+) -> None:
+    """Rounds `columns` [N, n] float32 from left to right, in place, each error passed on by `upper` [n, n]
+    (quant/gptq.py). Fills levels and errors [N, n], scales and zeros [N, n / block_size]."""
+    top = _F((1 << bits) - 1)
+    block = np.empty(block_size, np.float32)
+    crosses, squares = np.empty(block_size, np.float32), np.empty(block_size, np.float32)
+    for row in range(columns.shape[0]):
+        for j in range(scales.shape[1]):
+            first = j * block_size
+            for k in range(block_size):
+                block[k] = columns[row, first + k]
+            scale, zero = _range_scale(block, top, symmetric)
+            if abs(scale) > _SMALLEST_SEARCHED:
+                scale, zero = _search_scale(
+                    block, worth[first : first + block_size], scale, zero, top, symmetric, crosses, squares
+                )
+            inverse = _inverse(scale)
+            for i in range(first, first + block_size):
+                x = columns[row, i]
+                level = np.rint(x * inverse) + zero
+                level = _F(0) if level < _F(0) else level
+                level = top if level > top else level
+                error = (x - (level - zero) * scale) / upper[i, i]
+                for k in range(i + 1, columns.shape[1]):
+                    columns[row, k] -= error * upper[i, k]
+                levels[row, i], errors[row, i] = np.uint8(np.int32(level)), error
+            scales[row, j], zeros[row, j] = scale, np.uint8(zero)
 
 
 @_compiled
@@ -100,16 +140,32 @@ def _inverse(scale: Any) -> Any:
 
 
 @_compiled
+def _worth_by_size(block: Any, worth: Any, squares: Any) -> None:
+    """What an error weighs without data: the block's root mean square plus the weight's own size."""
+    for k in range(block.size):
+        squares[k] = block[k] * block[k]
+    rms = np.sqrt(_sum(squares) / _F(block.size))
+    for k in range(block.size):
+        worth[k] = abs(block[k]) + rms
+
+
+@_compiled
+def _given_worth(importance: Any, worth: Any) -> None:
+    for k in range(importance.size):
+        worth[k] = importance[k]
+    for k in range(importance.size, worth.size):
+        worth[k] = _F(0)
+
+
+@_compiled
 def _search_scale(
-    block: Any, start: Any, start_zero: Any, top: Any, symmetric: bool, crosses: Any, squares: Any
+    block: Any, worth: Any, start: Any, start_zero: Any, top: Any, symmetric: bool, crosses: Any, squares: Any
 ) -> Any:
-    """The k-quant search without data: a grid of ranges, each scale refitted, the best kept (quant/blockwise.py)."""
+    """The k-quant search: a grid of ranges, each scale refitted, the best kept (quant/blockwise.py)."""
     low = _F(0)
     for k in range(block.size):
         x = block[k]
         low = x if x < low else low
-        squares[k] = x * x
-    rms = np.sqrt(_sum(squares) / _F(block.size))
     steps = (top + _F(1)) / _F(2) if symmetric else top
     best, scale, zero = _F(-1), start, start_zero
     for tenths in range(-9, 10, 3):
@@ -121,7 +177,7 @@ def _search_scale(
             level = np.rint(x * inverse)
             level = bottom if level < bottom else level
             level = ceiling if level > ceiling else level
-            weighted = (abs(x) + rms) * level
+            weighted = worth[k] * level
             crosses[k] = weighted * x
             squares[k] = weighted * level
         cross, square = _sum(crosses), _sum(squares)

@@ -7,7 +7,7 @@ B is 1 throughout; T tokens, D hidden, H heads, K kv heads, G = H/K, Dh head_dim
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Final
 
 import numpy as np
@@ -54,16 +54,23 @@ def embed(source: Tensors, ids: list[int]) -> Array:
 
 def head_logits(config: ModelConfig, source: Tensors, hidden: Array) -> Array:
     """[T, D] to [T, V], the head read by rows."""
-    name = names.weight(names.EMBED_TOKENS if config.tie_word_embeddings else names.LM_HEAD)
     logits = np.empty((hidden.shape[0], config.vocab_size), np.float32)
-    for start in range(0, config.vocab_size, _HEAD_ROWS):
-        stop = min(config.vocab_size, start + _HEAD_ROWS)
-        logits[:, start:stop] = hidden @ source.read_rows(name, start, stop).T
+    start = 0
+    for rows in head_rows(config, source):
+        logits[:, start : start + rows.shape[0]] = hidden @ rows.T
+        start += rows.shape[0]
     return logits
 
 
+def head_rows(config: ModelConfig, source: Tensors) -> Iterator[Array]:
+    """The head from its first row to its last, some [rows, D] at a time."""
+    name = names.weight(names.EMBED_TOKENS if config.tie_word_embeddings else names.LM_HEAD)
+    for start in range(0, config.vocab_size, _HEAD_ROWS):
+        yield source.read_rows(name, start, min(config.vocab_size, start + _HEAD_ROWS))
+
+
 class Layer:
-    """One decoder layer with its weights in memory."""
+    """One decoder layer with its weights in memory: whole, or step by step for who looks at what linears read."""
 
     def __init__(self, config: ModelConfig, source: Tensors, layer_index: int) -> None:
         self.config = config
@@ -73,42 +80,66 @@ class Layer:
 
     def __call__(self, x: Array) -> Array:
         """[T, D] to [T, D], causal, from position 0."""
-        q, k, v = self.project(x, np.arange(x.shape[0]))
-        return self.finish(x, attend(q, k, v, np.arange(x.shape[0]), self.window))
+        x = self.after_attention(x, self.mixed(self.attention_input(x)))
+        return self.after_mlp(x, self.mlp_hidden(self.mlp_input(x)))
 
-    def project(self, x: Array, positions: NDArray[np.int64]) -> tuple[Array, Array, Array]:
-        """q [T, H, Dh], k and v [T, K, Dh] of tokens at `positions`, normed and rotated."""
-        c, T = self.config, x.shape[0]
-        x = rms_norm(x, self.tensors["input_layernorm.weight"], c.rms_norm_eps)
-        q = self._linear("self_attn.q_proj", x).reshape(T, c.num_attention_heads, c.head_dim)
-        k = self._linear("self_attn.k_proj", x).reshape(T, c.num_key_value_heads, c.head_dim)
-        v = self._linear("self_attn.v_proj", x).reshape(T, c.num_key_value_heads, c.head_dim)
+    def attention_input(self, x: Array) -> Array:
+        """[T, D], what q, k and v read."""
+        return rms_norm(x, self.tensors["input_layernorm.weight"], self.config.rms_norm_eps)
+
+    def mixed(self, normed: Array) -> Array:
+        """[T, D] to [T, H * Dh], what o_proj reads, causal, from position 0."""
+        positions = np.arange(normed.shape[0])
+        q, k, v = self.project(normed, positions)
+        return attend(q, k, v, positions, self.window, self.config.rotary_head_dim)
+
+    def after_attention(self, x: Array, mixed: Array) -> Array:
+        """The residual stream [T, D] with attention's output added."""
+        return x + self.linear("self_attn.o_proj", mixed)
+
+    def mlp_input(self, x: Array) -> Array:
+        """[T, D], what gate and up read."""
+        return rms_norm(x, self.tensors["post_attention_layernorm.weight"], self.config.rms_norm_eps)
+
+    def mlp_hidden(self, normed: Array) -> Array:
+        """[T, D] to [T, intermediate_size], what down_proj reads."""
+        gate = self.linear("mlp.gate_proj", normed)
+        hidden: Array = gate / (1 + np.exp(-gate)) * self.linear("mlp.up_proj", normed)
+        return hidden
+
+    def after_mlp(self, x: Array, hidden: Array) -> Array:
+        """The residual stream [T, D] with the MLP's output added."""
+        return x + self.linear("mlp.down_proj", hidden)
+
+    def project(self, normed: Array, positions: NDArray[np.int64]) -> tuple[Array, Array, Array]:
+        """q [T, H, Dh], k and v [T, K, Dh] of tokens at `positions`, rotated."""
+        c, T = self.config, normed.shape[0]
+        q = self.linear("self_attn.q_proj", normed).reshape(T, c.num_attention_heads, c.head_dim)
+        k = self.linear("self_attn.k_proj", normed).reshape(T, c.num_key_value_heads, c.head_dim)
+        v = self.linear("self_attn.v_proj", normed).reshape(T, c.num_key_value_heads, c.head_dim)
         if c.qk_norm:
             q = rms_norm(q, self.tensors["self_attn.q_norm.weight"], c.rms_norm_eps)
             k = rms_norm(k, self.tensors["self_attn.k_norm.weight"], c.rms_norm_eps)
-        cos, sin = _rotation(c.rope, c.head_dim, positions)
+        cos, sin = _rotation(c.rope, c.rotary_head_dim, positions)
         return _rotate(q, cos, sin), _rotate(k, cos, sin), v
 
-    def finish(self, x: Array, mixed: Array) -> Array:
-        """The residual stream after attention's output projection and the MLP; `mixed` is [T, H * Dh]."""
-        x = x + self._linear("self_attn.o_proj", mixed)
-        y = rms_norm(x, self.tensors["post_attention_layernorm.weight"], self.config.rms_norm_eps)
-        gate = self._linear("mlp.gate_proj", y)
-        return x + self._linear("mlp.down_proj", gate / (1 + np.exp(-gate)) * self._linear("mlp.up_proj", y))
-
-    def _linear(self, module: str, x: Array) -> Array:
+    def linear(self, module: str, x: Array) -> Array:
+        """[T, in_features] to [T, out_features]."""
         y: Array = x @ self.tensors[f"{module}.weight"].T
         if f"{module}.bias" in self.tensors:
             y = y + self.tensors[f"{module}.bias"]
         return y
 
 
-def attend(q: Array, k: Array, v: Array, positions: NDArray[np.int64], window: int | None) -> Array:
+def attend(
+    q: Array, k: Array, v: Array, positions: NDArray[np.int64], window: int | None, head_dim: int
+) -> Array:
     """Softmax attention [T, H * Dh] of queries at `positions` over keys at positions 0 … S-1.
 
-    A query sees keys up to its own position, of which the last `window` where the layer slides.
+    A query sees keys up to its own position, of which the last `window` where the layer slides. `head_dim` is what the
+    scale comes from.
     """
-    T, H, head_dim = q.shape
+    T, H, _ = q.shape
     S, G = k.shape[0], H // k.shape[1]
     k, v = np.repeat(k, G, axis=1), np.repeat(v, G, axis=1)
     scores = np.einsum("thd,shd->hts", q, k, optimize=True) / np.float32(math.sqrt(head_dim))
@@ -127,7 +158,10 @@ def rms_norm(x: Array, gain: Array, eps: float) -> Array:
 
 
 def _rotate(x: Array, cos: Array, sin: Array) -> Array:
-    """Half-split rotation: pair (i, i + Dh/2), as every supported family stores it."""
+    """Half-split rotation: pair (i, i + Dh/2), as every supported family stores it. Each half of a padded head ends in
+    channels without an angle, which stay."""
+    unturned = ((0, 0), (0, 0), (0, x.shape[-1] // 2 - cos.shape[-1]))
+    cos, sin = np.pad(cos, unturned, constant_values=1), np.pad(sin, unturned)
     first, second = np.split(x, 2, axis=-1)
     return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 

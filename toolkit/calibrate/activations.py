@@ -1,0 +1,41 @@
+"""Activations of many sequences in a file, so that memory does not grow with the text: written once, read in order."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+
+
+class ActivationFile:
+    """[T, width] float32 for each sequence. A name that exists is whole: it is given after the last byte."""
+
+    def __init__(self, path: Path, lengths: Sequence[int], width: int) -> None:
+        self.path, self._lengths, self._width = path, tuple(lengths), width
+
+    def is_whole(self) -> bool:
+        """Whether every sequence is there."""
+        return self.path.is_file() and self.path.stat().st_size == 4 * sum(self._lengths) * self._width
+
+    def write(self, sequences: Iterable[Floats]) -> ActivationFile:
+        """Takes every sequence in order; returns itself."""
+        fresh = self.path.with_name(self.path.name + ".new")
+        with fresh.open("wb") as file:
+            for x in sequences:
+                np.ascontiguousarray(x, np.float32).tofile(file)
+        os.replace(fresh, self.path)
+        return self
+
+    def __iter__(self) -> Iterator[Floats]:
+        with self.path.open("rb") as file:
+            for length in self._lengths:
+                yield np.fromfile(file, np.float32, length * self._width).reshape(length, self._width)
+
+    def remove(self) -> None:
+        """Frees the disk."""
+        self.path.unlink(missing_ok=True)

@@ -1,0 +1,90 @@
+"""What a survey finds, and how its state lies on the disk between two layers."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from toolkit.quant.awq import FoldChoice
+from toolkit.quant.blockwise import QuantSpec
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class InputFacts:
+    """What became of one input. `importance` [K] are its second moments after folding, `fold` how it was folded, and
+    `losses` the error of the output by format, as a share of its energy."""
+
+    importance: Floats
+    fold: FoldChoice
+    losses: dict[QuantSpec, float]
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Facts of every input by its name, and the mean KLD that rounding its readers alone causes (`divergences`; under
+    the embedding's name that of the embedding); `tokens` is how much text it saw."""
+
+    inputs: dict[str, InputFacts]
+    divergences: dict[str, float]
+    tokens: int
+
+    def scales(self) -> dict[str, Floats]:
+        """Channel scales of the inputs that are folded."""
+        return {name: facts.fold.scales for name, facts in self.inputs.items() if facts.fold.scales is not None}
+
+
+@dataclass
+class State:
+    """Where a survey stands: facts so far, and each probe's hidden states [T', D] before the next layer."""
+
+    inputs: dict[str, InputFacts] = field(default_factory=dict)
+    probes: dict[str, list[Floats]] = field(default_factory=dict)
+
+
+def state_file(folder: Path, k: int) -> Path:
+    """What is known before layer `k`."""
+    return folder / f"before-{k}.npz"
+
+
+def save_state(folder: Path, k: int, state: State) -> None:
+    """Writes it whole or not at all."""
+    arrays: dict[str, Any] = {}
+    facts = {}
+    for name, given in state.inputs.items():
+        arrays[f"importance {name}"] = given.importance
+        if given.fold.scales is not None:
+            arrays[f"scales {name}"] = given.fold.scales
+        figures = {key: value for key, value in asdict(given.fold).items() if key != "scales"}
+        facts[name] = {"fold": figures, "losses": [[asdict(spec), loss] for spec, loss in given.losses.items()]}
+    for name, probe in state.probes.items():
+        for k_piece, piece in enumerate(probe):
+            arrays[f"probe {k_piece} {name}"] = piece
+    arrays["facts"] = np.frombuffer(json.dumps(facts).encode(), np.uint8)
+    fresh = folder / "before.new.npz"
+    with fresh.open("wb") as file:
+        np.savez(file, **arrays)
+    os.replace(fresh, state_file(folder, k))
+
+
+def load_state(folder: Path, k: int) -> State:
+    """What `save_state` wrote."""
+    state = State()
+    with np.load(state_file(folder, k), allow_pickle=False) as arrays:
+        facts = json.loads(arrays["facts"].tobytes())
+        for name, entry in facts.items():
+            scales = arrays[f"scales {name}"] if f"scales {name}" in arrays else None
+            losses = {QuantSpec(**spec): loss for spec, loss in entry["losses"]}
+            fold = FoldChoice(scales, **entry["fold"])
+            state.inputs[name] = InputFacts(arrays[f"importance {name}"], fold, losses)
+        for key in arrays.files:
+            if key.startswith("probe "):
+                state.probes.setdefault(key.split(" ", 2)[2], []).append(arrays[key])
+    return state

@@ -1,0 +1,281 @@
+"""The second pass: GPTQ, layer by layer, each matrix against the input that reaches it through those before.
+
+Two streams run through the layers, one exact and one rounded as far as matrices are solved; what a matrix reads in both
+gives its second moment and its corrected target (quant/gptq.py). Every finished layer is kept, and an interrupted
+pass goes on after it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Final, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from toolkit import names
+from toolkit.calibrate.activations import ActivationFile
+from toolkit.calibrate.statistics import Products
+from toolkit.checkpoint.config import ModelConfig
+from toolkit.checkpoint.linear_inputs import LinearInput, head_input, layer_inputs
+from toolkit.checkpoint.weights import Tensors
+from toolkit.quant.activations import rounded_activations
+from toolkit.quant.blockwise import QuantizedBlocks, QuantSpec, dequantize_blocks, quantize_blocks
+from toolkit.quant.gptq import Factor, NotPositiveDefiniteError, corrected_target, factorize, gptq_blocks
+from toolkit.reference.decoder import Layer, embed, rms_norm
+
+Floats = NDArray[np.float32]
+# Below about two tokens a channel GPTQ fits the text's accidents: worse than rounding (quantization.md of the field:
+# Olive's measurements).
+TOKENS_PER_CHANNEL: Final = 2
+_ROWS: Final = 8192
+_PROGRESS_FILE: Final = "progress.json"
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """A matrix that was rounded with importance weights instead, and why."""
+
+    tensor: str
+    reason: str
+
+
+class Writer(Protocol):
+    """Where solved rows go."""
+
+    def write(self, tensor: str, start: int, weight: Floats, blocks: QuantizedBlocks) -> None:
+        """Rows [start, …) of a tensor, as they were and as they are stored."""
+        ...
+
+    def commit(self) -> None:
+        """Everything written so far is on disk and stays when this returns."""
+        ...
+
+
+@dataclass(frozen=True)
+class Task:
+    """What to solve. `specs` has the format of every matrix; `importance` by tensor serves where GPTQ cannot, and
+    `rounds_activations` is whether the bundle rounds a product's input to int8."""
+
+    specs: Mapping[str, QuantSpec]
+    importance: Mapping[str, Floats]
+    rounds_activations: bool
+
+
+def solve(
+    config: ModelConfig,
+    source: Tensors,
+    sequences: Sequence[Sequence[int]],
+    task: Task,
+    writer: Writer,
+    folder: Path,
+    progress: Callable[[str], None] = lambda _: None,
+) -> list[Fallback]:
+    """Writes every matrix whose algorithm is `gptq`; returns those that were rounded otherwise.
+
+    `source` holds the weights as they are to be stored, folded if they are.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lengths = [len(ids) for ids in sequences]
+
+    def stream(kind: str, k: int) -> ActivationFile:
+        return ActivationFile(folder / f"{kind}-{k}.f32", lengths, config.hidden_size)
+
+    start, fallbacks = _read_progress(folder)
+    if not (stream("exact", start).is_whole() and stream("rounded", start).is_whole()):
+        start, fallbacks = 0, []
+        embedding = _rounded_embedding(source, task)
+        stream("exact", 0).write(embed(source, list(ids)) for ids in sequences)
+        stream("rounded", 0).write(embedding(list(ids)) for ids in sequences)
+    for k in range(start, config.num_hidden_layers):
+        layer = _LayerPass(config, source, k, task, writer, folder, lengths)
+        layer.run((stream("exact", k), stream("rounded", k)), (stream("exact", k + 1), stream("rounded", k + 1)))
+        fallbacks += layer.fallbacks
+        writer.commit()
+        # Only now: a layer that the journal does not name is solved again.
+        _write_progress(folder, k + 1, fallbacks)
+        layer.finish()
+        stream("exact", k).remove()
+        stream("rounded", k).remove()
+        progress(f"solved layer {k}")
+    last = config.num_hidden_layers
+    fallbacks += _solve_head(config, source, task, writer, (stream("exact", last), stream("rounded", last)))
+    writer.commit()
+    progress("solved head")
+    return fallbacks
+
+
+def _rounded_embedding(source: Tensors, task: Task) -> Callable[[list[int]], Floats]:
+    name = names.weight(names.EMBED_TOKENS)
+    spec = task.specs[name]
+
+    def look_up(ids: list[int]) -> Floats:
+        rows = embed(source, ids)
+        return dequantize_blocks(quantize_blocks(rows, spec, task.importance.get(name)), spec, rows.shape[1])
+
+    return look_up
+
+
+class _LayerPass:
+    """One layer in both streams; matrices of the rounded one are replaced as they are solved."""
+
+    def __init__(
+        self, config: ModelConfig, source: Tensors, k: int, task: Task, writer: Writer, folder: Path,
+        lengths: Sequence[int],
+    ) -> None:  # fmt: skip
+        self._config, self._k, self._task, self._writer = config, k, task, writer
+        self._folder, self._lengths = folder, lengths
+        self._exact = Layer(config, source, k)
+        self._rounded = _ArrivingLayer(self._exact)
+        self.fallbacks: list[Fallback] = []
+        self._spills: list[ActivationFile] = []
+
+    def run(
+        self, before: tuple[ActivationFile, ActivationFile], after: tuple[ActivationFile, ActivationFile]
+    ) -> None:
+        """Solves the layer's matrices in the order they are used; fills both streams after it."""
+        exact, rounded = self._exact, self._rounded
+        qkv, attention, mlp, down = layer_inputs(self._config, self._k)
+        layers: tuple[Layer, Layer] = (exact, rounded)
+        self._solve(qkv, lambda n: (layers[n].attention_input(x) for x in before[n]))
+        mixed = [
+            self._spill(
+                f"mixed{n}", attention.width, (layers[n].mixed(layers[n].attention_input(x)) for x in before[n])
+            )
+            for n in (0, 1)
+        ]
+        self._solve(attention, lambda n: iter(mixed[n]))
+        middle = [
+            self._spill(
+                f"middle{n}", self._config.hidden_size,
+                (layers[n].after_attention(x, y) for x, y in zip(before[n], mixed[n], strict=True)),
+            )
+            for n in (0, 1)
+        ]  # fmt: skip
+        self._solve(mlp, lambda n: (layers[n].mlp_input(x) for x in middle[n]))
+        hidden = [
+            self._spill(f"hidden{n}", down.width, (layers[n].mlp_hidden(layers[n].mlp_input(x)) for x in middle[n]))
+            for n in (0, 1)
+        ]
+        self._solve(down, lambda n: iter(hidden[n]))
+        for n in (0, 1):
+            after[n].write(layers[n].after_mlp(x, y) for x, y in zip(middle[n], hidden[n], strict=True))
+
+    def finish(self) -> None:
+        """Frees the disk."""
+        for spill in self._spills:
+            spill.remove()
+
+    def _spill(self, name: str, width: int, sequences: Iterator[Floats]) -> ActivationFile:
+        made = ActivationFile(self._folder / f"{name}.f32", self._lengths, width).write(sequences)
+        self._spills.append(made)
+        return made
+
+    def _solve(self, given: LinearInput, stream: Callable[[int], Iterator[Floats]]) -> None:
+        tensors = [names.weight(reader) for reader in given.readers]
+        wanted = [t for t in tensors if self._task.specs[t].algorithm == "gptq"]
+        spec = self._task.specs[tensors[0]]
+        solver = _InputSolver(given, self._task, spec, wanted)
+        if solver.wants_products(sum(self._lengths)):
+            solver.gather(zip(stream(0), stream(1), strict=True))
+        self.fallbacks += solver.fallbacks
+        for reader, tensor in zip(given.readers, tensors, strict=True):
+            local = names.weight(reader.removeprefix(names.layer_module(self._k, "")))
+            weight = self._exact.tensors[local]
+            blocks = solver.blocks(tensor, weight)
+            if tensor in wanted:
+                self._writer.write(tensor, 0, weight, blocks)
+            spec = self._task.specs[tensor]
+            self._rounded.tensors[local] = dequantize_blocks(blocks, spec, weight.shape[1])
+            if self._task.rounds_activations:
+                self._rounded.blocks[local] = spec.block_size
+
+
+class _ArrivingLayer(Layer):
+    """A layer whose linears round their input by `blocks`, by local tensor name, once they are solved."""
+
+    def __init__(self, exact: Layer) -> None:
+        self.config, self.window, self.tensors = exact.config, exact.window, dict(exact.tensors)
+        self.blocks: dict[str, int] = {}
+
+    def linear(self, module: str, x: Floats) -> Floats:
+        """As the bundle computes it."""
+        width = self.blocks.get(names.weight(module))
+        return super().linear(module, rounded_activations(x, width) if width else x)
+
+
+class _InputSolver:
+    """The matrices that read one input, once its products are gathered."""
+
+    def __init__(self, given: LinearInput, task: Task, spec: QuantSpec, wanted: Sequence[str]) -> None:
+        self._given, self._task, self._spec, self._wanted = given, task, spec, wanted
+        self._factor: Factor | None = None
+        self._cross: Floats | None = None
+        self.fallbacks: list[Fallback] = []
+
+    def wants_products(self, tokens: int) -> bool:
+        """Whether anything is to be solved, and the text is long enough for it."""
+        if not self._wanted:
+            return False
+        needed = TOKENS_PER_CHANNEL * self._given.width
+        if tokens < needed:
+            reason = f"{tokens} calibration tokens, and {self._given.width} channels need {needed}"
+            self.fallbacks += [Fallback(tensor, reason) for tensor in self._wanted]
+        return tokens >= needed
+
+    def gather(self, pairs: Iterator[tuple[Floats, Floats]]) -> None:
+        """Both products and the factor, from every sequence's exact and arriving input."""
+        products = Products(self._given.width, with_exact=True)
+        for exact, arriving in pairs:
+            rounds = self._task.rounds_activations
+            products.add(exact, rounded_activations(arriving, self._spec.block_size) if rounds else arriving)
+        moment, self._cross = products.result()
+        try:
+            self._factor = factorize(moment, self._spec.block_size)
+        except NotPositiveDefiniteError as problem:
+            self.fallbacks += [Fallback(tensor, str(problem)) for tensor in self._wanted]
+
+    def blocks(self, tensor: str, weight: Floats) -> QuantizedBlocks:
+        """Rows of a matrix, solved where that was asked for and possible."""
+        spec = self._task.specs[tensor]
+        if tensor not in self._wanted or self._factor is None or self._cross is None:
+            return quantize_blocks(weight, spec, self._task.importance.get(tensor))
+        return gptq_blocks(corrected_target(weight, self._cross, self._factor), self._factor, spec)
+
+
+def _solve_head(
+    config: ModelConfig, source: Tensors, task: Task, writer: Writer, streams: tuple[ActivationFile, ActivationFile]
+) -> list[Fallback]:
+    given = head_input(config)
+    tensor = names.weight(given.name)
+    if task.specs[tensor].algorithm != "gptq":
+        return []
+    norm = source.read(names.weight(names.FINAL_NORM))
+    solver = _InputSolver(given, task, task.specs[tensor], [tensor])
+    ends = [(rms_norm(x, norm, config.rms_norm_eps) for x in stream) for stream in streams]
+    if solver.wants_products(sum(x.shape[0] for x in streams[0])):
+        solver.gather(zip(*ends, strict=True))
+    for start in range(0, config.vocab_size, _ROWS):
+        weight = source.read_rows(tensor, start, min(config.vocab_size, start + _ROWS))
+        writer.write(tensor, start, weight, solver.blocks(tensor, weight))
+    return solver.fallbacks
+
+
+def _read_progress(folder: Path) -> tuple[int, list[Fallback]]:
+    """How many layers are solved, and what fell back in them."""
+    path = folder / _PROGRESS_FILE
+    if not path.is_file():
+        return 0, []
+    state = json.loads(path.read_text(encoding="utf-8"))
+    return state["layers"], [Fallback(**entry) for entry in state["fallbacks"]]
+
+
+def _write_progress(folder: Path, layers: int, fallbacks: Sequence[Fallback]) -> None:
+    fresh = folder / (_PROGRESS_FILE + ".new")
+    state = {"layers": layers, "fallbacks": [asdict(fallback) for fallback in fallbacks]}
+    fresh.write_text(json.dumps(state), encoding="utf-8")
+    os.replace(fresh, folder / _PROGRESS_FILE)

@@ -1,0 +1,281 @@
+"""The first pass over the text: what each input of a linear looks like, and what follows for the formats.
+
+One layer is in memory at a time. For each input: second moments (imatrix), channel scales (AWQ), the error of the
+output in each format, and, where a budget is to be spent, the divergence that rounding its readers alone causes at the
+model's end. For that each input starts a probe, a copy of some of the text that goes on from there with the rounding
+in it; the probes of all layers run side by side, so that one pass serves them all.
+Every finished layer is kept on disk, and an interrupted survey goes on after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from toolkit import names
+from toolkit.calibrate.activations import ActivationFile
+from toolkit.calibrate.facts import InputFacts, State, Survey, load_state, save_state, state_file
+from toolkit.calibrate.ladder import Unit, formats
+from toolkit.calibrate.statistics import InputStatistics
+from toolkit.checkpoint.config import ModelConfig
+from toolkit.checkpoint.linear_inputs import LinearInput, head_input, layer_inputs
+from toolkit.checkpoint.weights import Tensors
+from toolkit.quant.activations import rounded_activations
+from toolkit.quant.awq import FoldChoice, Reader, choose_scales, output_loss, thinned_rows
+from toolkit.quant.blockwise import QuantSpec, dequantize_blocks, quantize_blocks
+from toolkit.reference.decoder import Layer, embed, rms_norm
+from toolkit.reference.divergence import mean_divergences
+
+Floats = NDArray[np.float32]
+_PROBE_TOKENS: Final = (128, 2048)
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a survey is for. `specs` has each matrix' format by its rule; `rounds_activations` is whether the bundle
+    rounds a product's input to int8; `folds` allows channel scales, `probes` measures divergences."""
+
+    specs: Mapping[str, QuantSpec]
+    rounds_activations: bool
+    folds: bool
+    probes: bool
+
+
+def survey(
+    config: ModelConfig,
+    source: Tensors,
+    sequences: Sequence[Sequence[int]],
+    wish: Wish,
+    folder: Path,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Survey:
+    """Runs the text through the model, layer by layer; `folder` holds what is finished.
+
+    Raises NonFiniteError if an activation is NaN or infinite.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lengths = [len(ids) for ids in sequences]
+    streams = [
+        ActivationFile(folder / f"hidden-{k}.f32", lengths, config.hidden_size)
+        for k in range(config.num_hidden_layers + 1)
+    ]
+    begun = [k for k, stream in enumerate(streams) if stream.is_whole() and state_file(folder, k).is_file()]
+    start = max(begun, default=0)
+    if begun:
+        state = load_state(folder, start)
+    else:
+        state = State()
+        streams[0].write(embed(source, list(ids)) for ids in sequences)
+        if wish.probes:
+            state.probes = _first_probes(config, source, sequences, wish)
+    pass_over = _Pass(config, source, sum(lengths), wish)
+    for k in range(start, config.num_hidden_layers):
+        pass_over.layer(k, streams[k], streams[k + 1], state)
+        save_state(folder, k + 1, state)
+        streams[k].remove()
+        state_file(folder, k).unlink(missing_ok=True)
+        progress(f"calibrated layer {k}")
+    divergences = pass_over.head(streams[-1], state)
+    progress("calibrated head")
+    return Survey(state.inputs, divergences, sum(lengths))
+
+
+def units_of(
+    config: ModelConfig, specs: Mapping[str, QuantSpec], shapes: Mapping[str, tuple[int, ...]], found: Survey
+) -> list[Unit]:
+    """Matrices that share a format, with what the survey measured of them."""
+    inputs = [given for k in range(config.num_hidden_layers) for given in layer_inputs(config, k)]
+    groups = [(given.name, tuple(names.weight(reader) for reader in given.readers)) for given in inputs]
+    head = head_input(config)
+    groups.append((head.name, (names.weight(head.name),)))
+    if not config.tie_word_embeddings:
+        groups.append((names.EMBED_TOKENS, (names.weight(names.EMBED_TOKENS),)))
+    return [
+        Unit(
+            tensors, tuple((shapes[t][0], shapes[t][1]) for t in tensors), specs[tensors[0]], found.divergences[name],
+            found.inputs[name].losses,
+        )
+        for name, tensors in groups
+    ]  # fmt: skip
+
+
+class _Pass:
+    """One layer after the other."""
+
+    def __init__(self, config: ModelConfig, source: Tensors, tokens: int, wish: Wish) -> None:
+        self._config, self._source, self._tokens, self._wish = config, source, tokens, wish
+
+    def layer(self, k: int, before: ActivationFile, after: ActivationFile, state: State) -> None:
+        """Statistics of the layer's inputs, its folds and losses, and every probe one layer further."""
+        layer = Layer(self._config, self._source, k)
+        inputs = layer_inputs(self._config, k)
+        seen = [InputStatistics(given.name, given.width, self._tokens) for given in inputs]
+        after.write(_through(layer, x, seen) for x in before)
+        read = {given.name: {r: layer.tensors[names.weight(_local(r, k))] for r in given.readers} for given in inputs}
+        for given, statistics in zip(inputs, seen, strict=True):
+            state.inputs[given.name] = self._facts(given, statistics, read[given.name])
+        if not self._wish.probes:
+            return
+        exact = state.probes[""]
+        fresh = {}
+        for given in inputs:
+            rounded = _RoundedLayer(layer)
+            for reader in given.readers:
+                spec = self._wish.specs[names.weight(reader)]
+                facts = state.inputs[given.name]
+                rounded.round(_local(reader, k), spec, facts, self._wish.rounds_activations)
+            fresh[given.name] = [rounded(x) for x in exact]
+        state.probes = {name: [layer(x) for x in probe] for name, probe in state.probes.items()} | fresh
+
+    def head(self, before: ActivationFile, state: State) -> dict[str, float]:
+        """The head's facts; the divergence of every probe."""
+        config, source = self._config, self._source
+        norm = source.read(names.weight(names.FINAL_NORM))
+        given = head_input(config)
+        statistics = InputStatistics(given.name, given.width, self._tokens)
+        for x in before:
+            statistics.add(rms_norm(x, norm, config.rms_norm_eps))
+        rows = _spread_rows(source, names.weight(given.name), config.vocab_size)
+        state.inputs[given.name] = self._facts(given, statistics, {given.name: rows})
+        if not config.tie_word_embeddings:
+            rows = _spread_rows(source, names.weight(names.EMBED_TOKENS), config.vocab_size)
+            state.inputs[names.EMBED_TOKENS] = _embedding_facts(rows, self._wish.specs)
+        if not self._wish.probes:
+            return {}
+        ended = {
+            name: rms_norm(np.concatenate(probe), norm, config.rms_norm_eps) for name, probe in state.probes.items()
+        }
+        exact = ended.pop("")
+        found = mean_divergences(config, source, exact, ended)
+        rounded = _RoundedHead(source, given.name, self._wish, state.inputs[given.name])
+        arriving = ended.get(given.name, exact)
+        found[given.name] = rounded.divergence(config, exact, arriving)
+        return found
+
+    def _facts(self, given: LinearInput, statistics: InputStatistics, read: Mapping[str, Floats]) -> InputFacts:
+        moments, sample = statistics.moments(), statistics.sample()
+        specs = {reader: self._wish.specs[names.weight(reader)] for reader in given.readers}
+        rounds = self._wish.rounds_activations
+        readers = {reader: thinned_rows(read[reader]) for reader in given.readers}
+        plain = FoldChoice(None, 0.0, 0.0, 0.0, 0.0)
+        fold = plain
+        if self._wish.folds and given.writers:
+            asked = [Reader(readers[r], specs[r]) for r in given.readers]
+            fold = choose_scales(asked, sample, moments, _shared(given), rounds)
+        scales = fold.scales if fold.scales is not None else np.ones(given.width, np.float32)
+        importance, sample = moments / scales**2, sample / scales
+        losses: dict[QuantSpec, float] = {}
+        for spec in formats(specs[given.name], given.width) if self._wish.probes else []:
+            asked = [Reader(readers[r] * scales, spec) for r in given.readers]
+            losses[spec] = sum(output_loss(reader, sample, importance, rounds) for reader in asked) / len(asked)
+        return InputFacts(importance, fold, losses)
+
+
+def _through(layer: Layer, x: Floats, seen: Sequence[InputStatistics]) -> Floats:
+    """One sequence through a layer, each input counted."""
+    qkv, attention, mlp, down = seen
+    x = layer.after_attention(x, attention.add(layer.mixed(qkv.add(layer.attention_input(x)))))
+    return layer.after_mlp(x, down.add(layer.mlp_hidden(mlp.add(layer.mlp_input(x)))))
+
+
+class _RoundedLayer(Layer):
+    """A layer of which some linears compute as the bundle will: folded, rounded weights, perhaps rounded inputs."""
+
+    def __init__(self, exact: Layer) -> None:
+        self.config, self.window, self.tensors = exact.config, exact.window, exact.tensors
+        self._rounded: dict[str, tuple[Floats, Floats, int]] = {}
+
+    def round(self, module: str, spec: QuantSpec, facts: InputFacts, rounds_activations: bool) -> None:
+        """Rounds one linear's weight, and its input too if asked."""
+        weight = self.tensors[names.weight(module)]
+        scales = facts.fold.scales if facts.fold.scales is not None else np.ones(weight.shape[1], np.float32)
+        blocks = quantize_blocks(weight * scales, spec, facts.importance)
+        width = spec.block_size if rounds_activations else 0
+        self._rounded[module] = (dequantize_blocks(blocks, spec, weight.shape[1]), scales, width)
+
+    def linear(self, module: str, x: Floats) -> Floats:
+        """As the exact layer's, but for what was rounded."""
+        if module not in self._rounded:
+            return super().linear(module, x)
+        weight, scales, width = self._rounded[module]
+        x = x / scales
+        y: Floats = (rounded_activations(x, width) if width else x) @ weight.T
+        bias = names.bias(module)
+        return y + self.tensors[bias] if bias in self.tensors else y
+
+
+class _RoundedHead:
+    """The head as the bundle will compute it, a few rows at a time."""
+
+    def __init__(self, source: Tensors, module: str, wish: Wish, facts: InputFacts) -> None:
+        self._source, self._name = source, names.weight(module)
+        self._spec, self._facts = wish.specs[self._name], facts
+        self._scales = facts.fold.scales if facts.fold.scales is not None else np.ones(1, np.float32)
+        self._width = self._spec.block_size if wish.rounds_activations else 0
+
+    def names(self) -> list[str]:
+        return self._source.names()
+
+    def read(self, name: str) -> Floats:
+        return self._source.read(name)
+
+    def read_rows(self, name: str, start: int, stop: int) -> Floats:
+        rows = self._source.read_rows(name, start, stop)
+        blocks = quantize_blocks(rows * self._scales, self._spec, self._facts.importance)
+        return dequantize_blocks(blocks, self._spec, rows.shape[1])
+
+    def divergence(self, config: ModelConfig, exact: Floats, arriving: Floats) -> float:
+        """Mean KLD from the exact head on `exact` [T, D] to this one on `arriving`."""
+        x = arriving / self._scales
+        x = rounded_activations(x, self._width) if self._width else x
+        return mean_divergences(config, self._source, exact, {"": x}, self)[""]
+
+
+def _first_probes(
+    config: ModelConfig, source: Tensors, sequences: Sequence[Sequence[int]], wish: Wish
+) -> dict[str, list[Floats]]:
+    """The exact probe under no name, and one with the embedding rounded."""
+    least, most = _PROBE_TOKENS
+    # About as many tokens through the layers as the text itself has: probes of all inputs, half the depth each.
+    room = 2 * sum(map(len, sequences)) // (4 * config.num_hidden_layers)
+    left, exact = min(max(room, least), most), []
+    for ids in sequences:
+        if left > 1:
+            exact.append(embed(source, list(ids)[:left]))
+            left -= exact[-1].shape[0]
+    spec = wish.specs[names.weight(names.EMBED_TOKENS)]
+    rounded = [dequantize_blocks(quantize_blocks(x, spec), spec, x.shape[1]) for x in exact]
+    return {"": exact, names.EMBED_TOKENS: rounded}
+
+
+def _embedding_facts(rows: Floats, specs: Mapping[str, QuantSpec]) -> InputFacts:
+    """Nothing arrives at an embedding: its error is that of its rows."""
+    ones = np.ones(rows.shape[1], np.float32)
+    losses: dict[QuantSpec, float] = {}
+    for spec in formats(specs[names.weight(names.EMBED_TOKENS)], rows.shape[1]):
+        miss = dequantize_blocks(quantize_blocks(rows, spec), spec, rows.shape[1]) - rows
+        losses[spec] = float(np.vdot(miss, miss) / (np.vdot(rows, rows) or 1.0))
+    return InputFacts(ones, FoldChoice(None, 0.0, 0.0, 0.0, 0.0), losses)
+
+
+def _spread_rows(source: Tensors, name: str, rows: int) -> Floats:
+    """Some hundred rows of a table too large to read whole."""
+    every = max(1, rows // 512)
+    return np.concatenate([source.read_rows(name, row, row + 1) for row in range(0, rows, every)])
+
+
+def _shared(given: LinearInput) -> NDArray[np.int64]:
+    """[width]: which channels have one writer's row in common."""
+    channel = np.arange(given.width)
+    head, within = channel // given.head_dim, channel % given.head_dim
+    return np.asarray(head // given.shared * given.head_dim + within, np.int64)
+
+
+def _local(module: str, layer_index: int) -> str:
+    """A module's name inside its layer."""
+    return module.removeprefix(names.layer_module(layer_index, ""))

@@ -1,0 +1,57 @@
+"""Matrices that were solved before the streaming pass: written at once at their places, and named in the journal."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+
+import numpy as np
+from numpy.typing import NDArray
+
+from toolkit.partition.data_files import DataFile, Destination, open_data_files
+from toolkit.partition.pack import TensorError
+from toolkit.partition.rows import arrays_of, places, write_rows
+from toolkit.quant.blockwise import QuantizedBlocks, dequantize_blocks
+
+Floats = NDArray[np.float32]
+
+
+class SolvedWriter:
+    """Takes solved rows; `commit` makes the journal name their tensors, which the streaming pass then leaves alone."""
+
+    def __init__(self, destination: Destination, files: Sequence[DataFile]) -> None:
+        self._destination, self._files = destination, files
+        self._places = places(files)
+        self._sums: dict[str, tuple[float, float]] = {}
+
+    def write(self, tensor: str, start: int, weight: Floats, blocks: QuantizedBlocks) -> None:
+        """Rows [start, …) of a tensor, as they were [N, K] and as they are stored. Raises as `write_rows`."""
+        for place in self._places[tensor]:
+            write_rows(tensor, start, place, arrays_of(blocks))
+        spec = self._places[tensor][0][1].spec
+        assert spec is not None
+        miss = (dequantize_blocks(blocks, spec, weight.shape[1]) - weight).reshape(-1)
+        signal, noise = self._sums.get(tensor, (0.0, 0.0))
+        flat = weight.reshape(-1)
+        self._sums[tensor] = (signal + float(np.vdot(flat, flat)), noise + float(np.vdot(miss, miss)))
+
+    def commit(self) -> None:
+        """Syncs the data, then names the tensors written since."""
+        for file in self._files:
+            os.fsync(file.handle.fileno())
+        with self._destination.journal.open("a", encoding="utf-8") as log:
+            for tensor, (signal, noise) in self._sums.items():
+                log.write(json.dumps(asdict(TensorError(tensor, signal, noise))) + "\n")
+            log.flush()
+            os.fsync(log.fileno())
+        self._sums = {}
+
+
+@contextmanager
+def open_solved(destination: Destination) -> Iterator[SolvedWriter]:
+    """A writer into a bundle's data files, made in full size if they are not there yet."""
+    with open_data_files([destination], resume=destination.is_begun()) as files:
+        yield SolvedWriter(destination, files)

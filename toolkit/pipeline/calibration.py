@@ -1,0 +1,157 @@
+"""The calibration story: text through the model, then formats, folds and, for GPTQ, solved matrices."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from toolkit import names
+from toolkit.calibrate.facts import Survey
+from toolkit.calibrate.ladder import spend_budget
+from toolkit.calibrate.solve import TOKENS_PER_CHANNEL, Fallback, Task, solve
+from toolkit.calibrate.survey import Wish, survey, units_of
+from toolkit.checkpoint.config import ModelConfig
+from toolkit.checkpoint.folded import FoldedTensors
+from toolkit.checkpoint.linear_inputs import linear_inputs
+from toolkit.checkpoint.opened import Checkpoint
+from toolkit.checkpoint.weights import expected_tensors
+from toolkit.errors import RecipeError
+from toolkit.graph.layout import plan_layout, planned_specs
+from toolkit.partition.data_files import Destination
+from toolkit.partition.solved import open_solved
+from toolkit.pipeline.plan import ExportPlan
+from toolkit.pipeline.text import LONGEST, find_text, token_sequences
+from toolkit.quality import QUALITIES
+from toolkit.quant.blockwise import QuantSpec
+from toolkit.recipe import Recipe
+
+Floats = NDArray[np.float32]
+# Fewer say nothing about a channel.
+_FEWEST_TOKENS: Final = 256
+_SALIENT: Final = 8.0
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """A plan with its final formats and folded weights, the importance of columns by tensor, and what the report says
+    of it."""
+
+    plan: ExportPlan
+    importance: Mapping[str, Floats]
+    section: dict[str, Any]
+
+
+def calibrate(
+    plan: ExportPlan, partial: Path, work: Path, progress: Callable[[str], None] = lambda _: None
+) -> Calibrated:
+    """Runs the recipe's text through the checkpoint and decides how each matrix is stored; `work` holds what is
+    finished, solved matrices go into the data files in `partial`.
+
+    Raises RecipeError or CheckpointError for a text that cannot serve.
+    """
+    start = time.perf_counter()
+    recipe, checkpoint, config = plan.recipe, plan.checkpoint, plan.checkpoint.config
+    sequences, text = calibration_sequences(recipe, checkpoint)
+    specs = planned_specs(config, recipe)
+    rounds = plan.target.form.accuracy_level == 4
+    wish = Wish(specs, rounds, recipe.fold, recipe.bits_per_weight > 0)
+    found = survey(config, checkpoint.source, sequences, wish, work / "survey", progress)
+    surveyed = time.perf_counter()
+    folded = FoldedTensors(checkpoint.source, linear_inputs(config), found.scales())
+    formats = _formats(plan, specs, found)
+    layout = plan_layout(config, plan.target, recipe, formats)
+    graphs = {name: nbytes for name, nbytes in plan.files.items() if name not in plan.layout.files}
+    plan = replace(
+        plan, checkpoint=replace(checkpoint, source=folded), layout=layout, files={**graphs, **layout.files},
+        bits_per_weight=layout.bits_per_weight(),
+    )  # fmt: skip
+    importance = {
+        names.weight(reader): found.inputs[given.name].importance
+        for given in linear_inputs(config)
+        for reader in given.readers
+    }
+    fallbacks: list[Fallback] = []
+    if any(spec.algorithm == "gptq" for spec in formats.values()):
+        with open_solved(Destination(layout, partial)) as writer:
+            task = Task(formats, importance, rounds)
+            fallbacks = solve(config, folded, sequences, task, writer, work / "solve", progress)
+    section = _section(recipe, found, text, fallbacks)
+    section |= {"survey_s": surveyed - start, "solve_s": time.perf_counter() - surveyed}
+    return Calibrated(plan, importance, section)
+
+
+def calibration_tokens(recipe: Recipe, config: ModelConfig) -> int:
+    """How much text the recipe's quality reads: for GPTQ enough for its widest input."""
+    if recipe.calibration_tokens:
+        return recipe.calibration_tokens
+    quality = QUALITIES[recipe.quality]
+    tokens = quality.tokens or QUALITIES["balanced"].tokens
+    solves = any(spec.algorithm == "gptq" for spec in planned_specs(config, recipe).values())
+    widest = max(config.intermediate_size, config.hidden_size, config.q_size)
+    return max(tokens, TOKENS_PER_CHANNEL * widest + LONGEST) if solves else tokens
+
+
+def calibration_sequences(recipe: Recipe, checkpoint: Checkpoint) -> tuple[list[list[int]], str]:
+    """The text as token sequences, and what it is called. Raises RecipeError if there is less than was asked for."""
+    path = find_text(recipe.calibration, recipe.name, recipe.target, checkpoint)
+    wanted = calibration_tokens(recipe, checkpoint.config)
+    sequences = token_sequences(checkpoint, path, wanted, LONGEST)
+    found = sum(map(len, sequences))
+    needed = recipe.calibration_tokens or _FEWEST_TOKENS
+    if found < needed:
+        raise RecipeError(
+            f"{path} holds {found} tokens of calibration text, at least {needed} are needed: name a longer text with "
+            "--calibration"
+        )
+    return sequences, "random ids" if checkpoint.synthetic else path.name
+
+
+def salient_inputs(checkpoint: Checkpoint) -> list[str]:
+    """Norms with gains many times their median: where such channels are read, rounding without data does harm."""
+    found = []
+    for given in linear_inputs(checkpoint.config):
+        for writer in given.writers:
+            if "norm" in writer:
+                gains = np.abs(checkpoint.source.read(writer))
+                if float(gains.max()) >= _SALIENT * float(np.median(gains)):
+                    found.append(given.name)
+    return found
+
+
+def _formats(plan: ExportPlan, specs: Mapping[str, QuantSpec], found: Survey) -> dict[str, QuantSpec]:
+    """The rules' formats, or what the budget buys. GPTQ has nothing to do where it bought 8 bits."""
+    recipe, config = plan.recipe, plan.checkpoint.config
+    if not recipe.bits_per_weight:
+        return dict(specs)
+
+    def scale_bytes(tensor: str) -> int:
+        outside = names.role_of(tensor) in names.OUTSIDE_ROLES
+        return 4 if outside or plan.target.form.activations == "float32" else 2
+
+    units = units_of(config, specs, expected_tensors(config), found)
+    bought = spend_budget(units, recipe.bits_per_weight, scale_bytes)
+    return {
+        tensor: replace(spec, algorithm="imatrix") if spec.algorithm == "gptq" and spec.bits != 4 else spec
+        for tensor, spec in bought.items()
+    }
+
+
+def _section(recipe: Recipe, found: Survey, text: str, fallbacks: list[Fallback]) -> dict[str, Any]:
+    folds = []
+    for name, facts in found.inputs.items():
+        if facts.fold.scales is not None:
+            figures = {key: value for key, value in asdict(facts.fold).items() if key != "scales"}
+            folds.append({"input": name, **figures})
+    section: dict[str, Any] = {
+        "quality": recipe.quality, "text": text, "tokens": found.tokens, "inputs": len(found.inputs), "folded": folds,
+        "fallbacks": [asdict(fallback) for fallback in fallbacks],
+    }  # fmt: skip
+    if recipe.bits_per_weight:
+        section |= {"budget_bits_per_weight": recipe.bits_per_weight, "divergences": found.divergences}
+    return section

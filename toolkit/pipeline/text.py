@@ -1,0 +1,71 @@
+"""Text as token sequences: what a bundle is judged on, and what its weights are calibrated on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from toolkit import names
+from toolkit.checkpoint.opened import Checkpoint
+from toolkit.errors import CheckpointError
+from toolkit.recipe import data_folder, model_facts
+
+LONGEST: Final = 512
+
+
+def token_sequences(checkpoint: Checkpoint, text: Path, tokens: int, shortest: int) -> list[list[int]]:
+    """Passages of a text as ids, until there are `tokens` in all or no more.
+
+    Each is cut so that they reach every passage of a short text, but not below `shortest`. Random weights get seeded
+    random ids. Raises CheckpointError for a text that holds none.
+    """
+    limit = min(checkpoint.config.max_position_embeddings, LONGEST)
+    if checkpoint.synthetic:
+        generator = np.random.default_rng(0)
+        ids: NDArray[np.int64] = generator.integers(0, checkpoint.config.vocab_size, max(tokens, 64))
+        return [ids[start : start + limit].tolist() for start in range(0, len(ids), limit)]
+    tokenizer = Tokenizer.from_file(str(checkpoint.folder / names.TOKENIZER_FILE))
+    passages = _passages(text)
+    limit = min(limit, max(shortest, tokens // max(len(passages), 1)))
+    sequences: list[list[int]] = []
+    for passage in passages:
+        if sum(map(len, sequences)) >= tokens:
+            break
+        ids_of_text = tokenizer.encode(passage, add_special_tokens=False).ids[:limit]
+        if len(ids_of_text) > 1:
+            sequences.append(ids_of_text)
+    if not sequences:
+        raise CheckpointError(
+            f"{text} holds no text: expected JSON lines with a `text`, or a `prompt`, or plain text"
+        )
+    return sequences
+
+
+def find_text(name: str, recipe_name: str, target: str, checkpoint: Checkpoint) -> Path:
+    """A text by path, or by name: the checkpoint's own, or those beside the model's facts or among all models."""
+    path = Path(name)
+    if path.suffix or len(path.parts) > 1:
+        return path
+    facts = model_facts(recipe_name, target)
+    places = [checkpoint.folder, *([facts] if facts else []), data_folder("models")]
+    return next((p for place in places if (p := place / f"{name}.jsonl").is_file()), places[-1] / f"{name}.jsonl")
+
+
+def _passages(path: Path) -> list[str]:
+    """Each JSON line's `text`, or its `prompt`; or the paragraphs of a plain file."""
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as problem:
+        raise CheckpointError(f"{path} cannot be read as text: {problem}") from None
+    if path.suffix != ".jsonl":
+        return [part for part in content.split("\n\n") if part.strip()]
+    try:
+        lines = [json.loads(line) for line in content.splitlines() if line.strip()]
+        return [str(line["text"] if "text" in line else line["prompt"]) for line in lines]
+    except (ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{path} is not JSON lines with a `text` or a `prompt` each") from None

@@ -1,0 +1,116 @@
+"""AWQ: channel scales that move salient input channels into the grid's better half, chosen by the error of the output.
+
+A reader's columns are multiplied by s, whatever writes the input is divided by it (arXiv 2306.00978): rounding the
+columns of a large channel then errs less, at the price of the others. s = m^alpha / w^beta, with m the root mean square
+of a channel and w that of the columns that read it, on a grid; each candidate is quantized and judged by the squared
+error of the output on a sample of the input, its rounding to int8 included where the bundle rounds it.
+T sampled tokens, K channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from toolkit.quant.activations import rounded_activations
+from toolkit.quant.blockwise import QuantSpec, dequantize_blocks, quantize_blocks
+
+Floats = NDArray[np.float32]
+_ALPHAS: Final = tuple(step / 20 for step in range(1, 21))
+_BETAS: Final = (0.0, 0.5, 1.0)
+# Wider scales leave what float16 can hold of a norm's gain.
+_LIMIT: Final = 256.0
+_ROWS: Final = 256
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Rows of one matrix that reads the input, and how it is stored."""
+
+    weight: Floats
+    spec: QuantSpec
+
+
+@dataclass(frozen=True)
+class FoldChoice:
+    """`scales` [K] float32, or None where nothing beats leaving the input alone. Losses are shares of the output's
+    energy on the sample."""
+
+    scales: Floats | None
+    alpha: float
+    beta: float
+    plain_loss: float
+    loss: float
+
+
+def choose_scales(
+    readers: Sequence[Reader], sample: Floats, moments: Floats, shared: NDArray[np.int64], rounds_activations: bool
+) -> FoldChoice:
+    """The best scales for an input. `sample` [T, K], `moments` [K] second moments; channels of equal `shared` [K] get
+    one scale."""
+    readers = [Reader(thinned_rows(reader.weight), reader.spec) for reader in readers]
+    wanted = [sample @ reader.weight.T for reader in readers]
+    energy = sum(float(np.vdot(y, y)) for y in wanted) or 1.0
+
+    def loss_of(scales: Floats) -> float:
+        lost = 0.0
+        for reader, y in zip(readers, wanted, strict=True):
+            miss = _output(reader, sample, moments, scales, rounds_activations) - y
+            lost += float(np.vdot(miss, miss))
+        return lost / energy
+
+    ones = np.ones(sample.shape[1], np.float32)
+    plain = loss_of(ones)
+    best = FoldChoice(None, 0.0, 0.0, plain, plain)
+    m = np.sqrt(_pooled(moments, shared))
+    columns = sum((reader.weight.astype(np.float64) ** 2).mean(axis=0) for reader in readers)
+    w = np.sqrt(_pooled(np.asarray(columns), shared))
+    for beta in _BETAS:
+        for alpha in _ALPHAS:
+            scales = _bounded(m, w, alpha, beta)
+            if (loss := loss_of(scales)) < best.loss:
+                best = FoldChoice(scales, alpha, beta, plain, loss)
+    return best
+
+
+def output_loss(reader: Reader, sample: Floats, moments: Floats, rounds_activations: bool) -> float:
+    """The squared error of a reader's output on the sample, as a share of the output's energy."""
+    thin = Reader(thinned_rows(reader.weight), reader.spec)
+    y = sample @ thin.weight.T
+    miss = _output(thin, sample, moments, np.ones(sample.shape[1], np.float32), rounds_activations) - y
+    return float(np.vdot(miss, miss)) / (float(np.vdot(y, y)) or 1.0)
+
+
+def _output(reader: Reader, sample: Floats, moments: Floats, scales: Floats, rounds_activations: bool) -> Floats:
+    x = np.asarray(sample / scales, np.float32)
+    scaled = np.asarray(reader.weight * scales, np.float32)
+    blocks = quantize_blocks(scaled, reader.spec, (moments / scales**2).astype(np.float32))
+    if rounds_activations:
+        x = rounded_activations(x, reader.spec.block_size)
+    y: Floats = x @ dequantize_blocks(blocks, reader.spec, scaled.shape[1]).T
+    return y
+
+
+def _bounded(m: NDArray[np.float64], w: NDArray[np.float64], alpha: float, beta: float) -> Floats:
+    """m^alpha / w^beta about a geometric mean of 1; 1 for channels that are silent or unread."""
+    heard = (m > 0) & (w > 0)
+    logs = np.zeros(m.shape)
+    logs[heard] = alpha * np.log(m[heard]) - beta * np.log(w[heard])
+    if heard.any():
+        logs[heard] -= logs[heard].mean()
+    return np.asarray(np.exp(np.clip(logs, -np.log(_LIMIT), np.log(_LIMIT))), np.float32)
+
+
+def _pooled(values: NDArray[np.floating], shared: NDArray[np.int64]) -> NDArray[np.float64]:
+    """The mean over the channels that share a scale, at each of them."""
+    sums = np.bincount(shared, weights=values.astype(np.float64))
+    return np.asarray((sums / np.maximum(np.bincount(shared), 1))[shared])
+
+
+def thinned_rows(weight: Floats) -> Floats:
+    """Some hundreds of rows, evenly spaced: enough to judge an error by."""
+    return weight[:: max(1, weight.shape[0] // _ROWS)]
