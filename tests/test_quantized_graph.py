@@ -23,7 +23,7 @@ from toolkit.validate.rounded import RoundedTensors
 def _rounded(source: Tensors, recipe: Recipe) -> RoundedTensors:
     def spec_of(tensor: str) -> QuantSpec:
         rule = recipe.rule_for(tensor.removesuffix(".weight"))
-        return QuantSpec(rule.bits, rule.block_size, rule.symmetric, rule.algorithm)
+        return QuantSpec(rule.bits, rule.block_size, rule.symmetric, "kquant")  # what `auto` is without data
 
     return RoundedTensors(source, spec_of)
 
