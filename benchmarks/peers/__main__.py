@@ -118,8 +118,9 @@ def _print_table(material: Material, rows: list[Row], left_out: dict[str, str], 
     print("| file | bits/weight | mean KLD | median | 99% | 99.9% | top-1 | accuracy | s | peak RSS, MiB |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     for row in rows:
+        figures = f"{_figures(row.weights_alone)} | {_share(row.accuracy)}"
         cost = f"{row.wall_s:.1f} | {row.peak_rss_bytes / 2**20:.0f}"
-        print(f"| {row.name} | {row.bits_per_weight:.2f} | {_figures(row.weights_alone)} | {_share(row.accuracy)} | {cost} |")
+        print(f"| {row.name} | {row.bits_per_weight:.2f} | {figures} | {cost} |")
         if row.as_it_runs:
             print(f"| … as it runs | | {_figures(row.as_it_runs)} | {_share(row.accuracy_as_it_runs)} | | |")
     print()

@@ -1,4 +1,4 @@
-"""llama.cpp's importance matrix: E[x^2] of each linear's inputs over calibration text, in the file llama-quantize reads.
+"""llama.cpp's importance matrix: E[x^2] of each linear's inputs over calibration text, as llama-quantize reads it.
 
 As llama-imatrix by default, it leaves the embedding and the LM head without. K input features.
 """

@@ -124,7 +124,8 @@ class ONNXLogits:
             made = self._session.run([names.LOGITS], feeds)[0]
         except Exception as problem:
             raise PeerError(f"onnxruntime does not run it: {_first_line(problem)}") from None
-        return np.asarray(made, np.float32)[0]
+        logits: NDArray[np.float32] = np.asarray(made, np.float32)[0]
+        return logits
 
 
 def _matrices(model: onnx.ModelProto, config: ModelConfig) -> dict[str, _Matrix]:
@@ -154,7 +155,8 @@ def _matrices(model: onnx.ModelProto, config: ModelConfig) -> dict[str, _Matrix]
 
 def _dequantized(matrix: _Matrix, rows: slice) -> NDArray[np.float32]:
     if matrix.node.op_type == "Gather":
-        return np.asarray(matrix.constants[0], np.float32)[rows]
+        embedding: NDArray[np.float32] = np.asarray(matrix.constants[0], np.float32)[rows]
+        return embedding
     attributes = _attributes(matrix.node)
     spec = QuantSpec(attributes["bits"], attributes["block_size"])
     _, packed, scales, *rest = matrix.constants

@@ -12,7 +12,7 @@ import numpy as np
 from benchmarks.peers import genai_builder
 from benchmarks.peers.gguf_file import GGUFWeights, gguf_package, write_gguf
 from benchmarks.peers.imatrix import second_moments, write_imatrix
-from benchmarks.peers.llama_cpp import LLAMA_TYPES, llama_quantize, quantize
+from benchmarks.peers.llama_cpp import LLAMA_TYPES, LlamaCpp, llama_cpp, open_logits, quantize
 from benchmarks.peers.onnx_model import ONNXLogits, ONNXWeights
 from benchmarks.peers.tool import Cost, PeerError
 from toolkit.checkpoint.config import ModelConfig
@@ -32,9 +32,9 @@ class Row:
     """One peer's file.
 
     `bits_per_weight` is over the checkpoint's matrices, scales included, from the file. `weights_alone` has
-    `Comparison.figures` of the reference on the dequantized weights, `as_it_runs` those of the file in its runtime, None
-    where that was not or could not be measured. Accuracies are shares of right answers, None without a task. `wall_s`
-    and `peak_rss_bytes` are the tool's own process.
+    `Comparison.figures` of the reference on the dequantized weights, `as_it_runs` those of the file in its runtime on
+    this CPU, None where it could not be run. Accuracies are shares of right answers, None without a task and for
+    llama.cpp as it runs. `wall_s` and `peak_rss_bytes` are the tool's own process.
     """
 
     name: str
@@ -135,24 +135,23 @@ def _llama_cpp(bench: _Bench, wanted: Sequence[str], folder: Path, work: Path) -
     """The maker of llama.cpp's rows, once there is something to make them with."""
     kinds = {name: LLAMA_TYPES[name.removeprefix("llama.cpp ")] for name in wanted}
     gguf_package()
-    tool = llama_quantize(folder)
+    tools = llama_cpp(folder)
     source, imatrix, checkpoint = work / "checkpoint.gguf", work / "imatrix.dat", bench.checkpoint
     write_gguf(checkpoint, source)
     calibration = bench.material.calibration
-    if any(kind.imatrix for kind in kinds.values()):
-        if calibration:
-            moments = second_moments(checkpoint.config, checkpoint.source, calibration)
-            write_imatrix(imatrix, moments, len(calibration))
+    if calibration and any(kind.imatrix for kind in kinds.values()):
+        moments = second_moments(checkpoint.config, checkpoint.source, calibration)
+        write_imatrix(imatrix, moments, len(calibration))
 
     def make(name: str) -> Row:
         kind = kinds[name]
         if kind.imatrix and not calibration:
             raise PeerError("an importance matrix needs calibration text: name one with --calibration")
         out = work / f"{name.removeprefix('llama.cpp ')}.gguf"
-        cost = quantize(tool, source, kind, imatrix if kind.imatrix else None, out)
+        cost = quantize(tools, source, kind, imatrix if kind.imatrix else None, out)
         weights = GGUFWeights(out, checkpoint.config)
         note = ", ".join(f"{count} {kind}" for kind, count in weights.formats().most_common())
-        return _row(name, bench, weights, cost, note)
+        return _run_gguf(tools, out, bench, _row(name, bench, weights, cost, note))
 
     return make
 
@@ -167,7 +166,7 @@ def _genai(bench: _Bench, wanted: Sequence[str], folder: Path, work: Path) -> Ca
         weights = ONNXWeights(out / "model.onnx", bench.checkpoint)
         formats = ", ".join(f"{count} {kind}" for kind, count in weights.formats().most_common())
         note = f"{formats}; {weights.linear_bits_per_weight():.2f} bits a weight without the embedding"
-        return _run(out, bench, _row(name, bench, weights, cost, note))
+        return _run_onnx(out, bench, _row(name, bench, weights, cost, note))
 
     return make
 
@@ -178,8 +177,20 @@ def _row(name: str, bench: _Bench, weights: _Weights, cost: Cost, note: str) -> 
     return Row(name, bits, figures, None, accuracy, None, cost.wall_s, cost.peak_rss_bytes, note)
 
 
-def _run(folder: Path, bench: _Bench, row: Row) -> Row:
-    """The row with what the model does in ONNX Runtime, or why it does nothing there."""
+def _run_gguf(tools: LlamaCpp, path: Path, bench: _Bench, row: Row) -> Row:
+    """The row with the file's logits in llama.cpp, or why there are none. Its answers are not asked for."""
+    config, sequences = bench.checkpoint.config, bench.material.sequences
+    if config.rope.rope_type != "default" or any(config.sliding_windows):
+        return replace(row, note=f"{row.note}; not run: the file says nothing of scaled RoPE or sliding windows")
+    try:
+        with open_logits(tools, path, config.vocab_size, max(map(len, sequences))) as model:
+            return replace(row, as_it_runs=bench.compare(lambda k: model.logits(sequences[k])))
+    except PeerError as problem:
+        return replace(row, note=f"{row.note}; {problem}")
+
+
+def _run_onnx(folder: Path, bench: _Bench, row: Row) -> Row:
+    """The row with what the model does in ONNX Runtime and onnxruntime-genai, or why it does nothing there."""
     task, accuracy = bench.material.task, None
     try:
         model = ONNXLogits(folder / "model.onnx", bench.checkpoint.config)
@@ -187,5 +198,5 @@ def _run(folder: Path, bench: _Bench, row: Row) -> Row:
         if task is not None:
             accuracy = float(np.mean(bundle_right(folder, task)))
     except ToolkitError as problem:
-        return replace(row, note=f"{row.note}; does not run: {problem}")
+        return replace(row, note=f"{row.note}; {problem}")
     return replace(row, as_it_runs=figures, accuracy_as_it_runs=accuracy)
