@@ -99,6 +99,13 @@ def test_stacked_matrices_of_the_builder_are_taken_apart(tmp_path: Path, stories
     assert weights.formats() == {"4-bit": 4 * 5 + 1, "4-bit with zero points": 5, "float32 embedding": 1}
 
 
+def test_a_tied_embedding_is_the_heads_own_numbers(tmp_path: Path, stories260k: Path) -> None:
+    expected, nbytes = _write_builder_model(tmp_path / "model.onnx", tied=True)
+    weights = ONNXWeights(tmp_path / "model.onnx", open_checkpoint(stories260k))
+    assert np.array_equal(weights.read_rows("model.embed_tokens.weight", 5, 9), expected["lm_head.weight"][5:9])
+    assert weights.matrix_bytes() == nbytes
+
+
 def test_a_matrix_the_builder_did_not_write_is_missed(tmp_path: Path, stories260k: Path) -> None:
     _write_builder_model(tmp_path / "model.onnx", left_out="/model/layers.2/mlp/down_proj/MatMul_Q4")
     with pytest.raises(PeerError, match=r"model\.layers\.2\.mlp\.down_proj"):
@@ -115,7 +122,7 @@ def test_a_tool_is_measured_and_its_last_line_is_the_reason_it_failed(tmp_path: 
         run_tool([str(tmp_path / "nowhere")], tmp_path / "log")
 
 
-def _write_builder_model(path: Path, left_out: str = "") -> tuple[dict[str, np.ndarray], int]:
+def _write_builder_model(path: Path, left_out: str = "", tied: bool = False) -> tuple[dict[str, np.ndarray], int]:
     """Nodes and constants as onnxruntime-genai 0.18 names them for stories260k's shape; the dequantized matrices by the
     checkpoint's names, and the bytes of all constants. Nothing joins the nodes."""
     generator, constants, nodes, matrices = np.random.default_rng(0), [], [], {}
@@ -143,9 +150,14 @@ def _write_builder_model(path: Path, left_out: str = "") -> tuple[dict[str, np.n
         linear(f"/model/layers.{i}/mlp/up_proj/MatMul_Q4", {f"{mlp}.up_proj": 172}, 64)
         linear(f"/model/layers.{i}/mlp/down_proj/MatMul_Q4", {f"{mlp}.down_proj": 64}, 172)
     linear("/lm_head/MatMul_Q4", {"lm_head": 512}, 64)
-    matrices["model.embed_tokens.weight"] = generator.standard_normal((512, 64), np.float32)
-    constants.append(numpy_helper.from_array(matrices["model.embed_tokens.weight"], "embedding"))
-    nodes.append(helper.make_node("Gather", ["embedding", "input_ids"], ["x"], "/model/embed_tokens/Gather"))
+    gather = "/model/embed_tokens/Gather"
+    if tied:
+        inputs = ["/model/embed_tokens/Reshape/output_0", "input_ids", "/lm_head/MatMul_Q4/1"]
+        nodes.append(helper.make_node("GatherBlockQuantized", inputs, ["x"], f"{gather}BlockQuantized"))
+    else:
+        matrices["model.embed_tokens.weight"] = generator.standard_normal((512, 64), np.float32)
+        constants.append(numpy_helper.from_array(matrices["model.embed_tokens.weight"], "embedding"))
+        nodes.append(helper.make_node("Gather", ["embedding", "input_ids"], ["x"], gather))
     kept = [node for node in nodes if node.name != left_out]
     onnx.save(helper.make_model(helper.make_graph(kept, "model", [], [], constants)), path)
     return matrices, sum(numpy_helper.to_array(constant).nbytes for constant in constants)

@@ -1,7 +1,8 @@
 """The builder's ONNX model: its weights for the reference, and its logits as it runs.
 
-Linears are MatMulNBits in the layout of toolkit/quant/blockwise.py, the embedding is a float Gather: 0.18.0 takes
-`op_types_to_quantize=MatMul/Gather` and leaves the embedding as it is. T tokens, V vocab.
+Linears are MatMulNBits in the layout of toolkit/quant/blockwise.py. The embedding is a float Gather (0.18.0 takes
+`op_types_to_quantize=MatMul/Gather` and leaves it as it is), of a tied model a GatherBlockQuantized over the LM head's
+own numbers. T tokens, V vocab.
 """
 
 from __future__ import annotations
@@ -48,8 +49,8 @@ class _Matrix:
 class ONNXWeights:
     """`Tensors`: the model's matrices dequantized; vectors are the checkpoint's, which the builder keeps as float32.
 
-    `config` has a head of its own where the model holds one apart from the embedding. Raises PeerError for a graph
-    whose matrices are not where this builder puts them.
+    `config` has a head of its own, since a float embedding may stand beside the tied head's numbers. Raises PeerError
+    for a graph whose matrices are not where this builder puts them.
     """
 
     def __init__(self, path: Path, checkpoint: Checkpoint) -> None:
@@ -135,11 +136,14 @@ def _matrices(model: onnx.ModelProto, config: ModelConfig) -> dict[str, _Matrix]
         "q": config.q_size, "k": config.kv_size, "v": config.kv_size, "o": config.hidden_size,
         "gate": config.intermediate_size, "up": config.intermediate_size, "down": config.hidden_size,
     }  # fmt: skip
-    found = {}
+    found: dict[str, _Matrix] = {}
+    shared_scales = ""
     for node in model.graph.node:
         held = tuple(constants.get(name) for name in node.input)
         if node.op_type == "Gather" and node.name.startswith("/model/embed_tokens/"):
             found[names.weight(names.EMBED_TOKENS)] = _Matrix(node, held, 0, config.vocab_size)
+        if node.op_type == "GatherBlockQuantized" and node.name.startswith("/model/embed_tokens/"):
+            shared_scales = node.input[2]
         if node.op_type != "MatMulNBits":
             continue
         if node.name.startswith("/lm_head/"):
@@ -150,6 +154,9 @@ def _matrices(model: onnx.ModelProto, config: ModelConfig) -> dict[str, _Matrix]
                 module = names.layer_module(int(layer_index), f"{_MODULES[group]}.{part}_proj")
                 found[names.weight(module)] = _Matrix(node, held, start, start + out_features[part])
                 start += out_features[part]
+    head = found.get(names.weight(names.LM_HEAD))
+    if shared_scales and head and head.node.input[2] == shared_scales:
+        found[names.weight(names.EMBED_TOKENS)] = head
     return found
 
 
