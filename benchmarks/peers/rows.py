@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -138,10 +139,11 @@ def _llama_cpp(bench: _Bench, wanted: Sequence[str], folder: Path, work: Path) -
     tools = llama_cpp(folder)
     source, imatrix, checkpoint = work / "checkpoint.gguf", work / "imatrix.dat", bench.checkpoint
     write_gguf(checkpoint, source)
-    calibration = bench.material.calibration
+    calibration, begin = bench.material.calibration, time.perf_counter()
     if calibration and any(kind.imatrix for kind in kinds.values()):
         moments = second_moments(checkpoint.config, checkpoint.source, calibration)
         write_imatrix(imatrix, moments, len(calibration))
+    calibrated = f"; imatrix of {sum(map(len, calibration))} tokens, {time.perf_counter() - begin:.0f} s more in numpy"
 
     def make(name: str) -> Row:
         kind = kinds[name]
@@ -150,7 +152,8 @@ def _llama_cpp(bench: _Bench, wanted: Sequence[str], folder: Path, work: Path) -
         out = work / f"{name.removeprefix('llama.cpp ')}.gguf"
         cost = quantize(tools, source, kind, imatrix if kind.imatrix else None, out)
         weights = GGUFWeights(out, checkpoint.config)
-        note = ", ".join(f"{count} {kind}" for kind, count in weights.formats().most_common())
+        note = ", ".join(f"{count} {stored}" for stored, count in weights.formats().most_common())
+        note += calibrated if kind.imatrix else ""
         return _run_gguf(tools, out, bench, _row(name, bench, weights, cost, note))
 
     return make
@@ -164,7 +167,7 @@ def _genai(bench: _Bench, wanted: Sequence[str], folder: Path, work: Path) -> Ca
         out = work / name.replace(" ", "-")
         cost = genai_builder.build(python, bench.checkpoint.folder, genai_builder.ALGORITHMS[name], out)
         weights = ONNXWeights(out / "model.onnx", bench.checkpoint)
-        formats = ", ".join(f"{count} {kind}" for kind, count in weights.formats().most_common())
+        formats = ", ".join(f"{count} {stored}" for stored, count in weights.formats().most_common())
         note = f"{formats}; {weights.linear_bits_per_weight():.2f} bits a weight without the embedding"
         return _run_onnx(out, bench, _row(name, bench, weights, cost, note))
 

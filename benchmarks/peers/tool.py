@@ -16,7 +16,8 @@ import psutil
 
 from toolkit.errors import ToolkitError
 
-_POLL_S: Final = 0.002
+# Seconds between looks at a process: often while it is young, for some end at once; later its peak is rarely missed.
+_POLL_S: Final = (0.002, 0.05)
 
 
 class PeerError(ToolkitError):
@@ -51,7 +52,7 @@ def run_tool(command: list[str], log: Path, environment: Mapping[str, str] | Non
         try:
             while child.poll() is None:
                 peak = max(peak, _peak_rss_bytes(child))
-                time.sleep(_POLL_S)
+                time.sleep(min(max(_POLL_S[0], (time.perf_counter() - begin) / 100), _POLL_S[1]))
         except BaseException:
             child.kill()
             raise
