@@ -112,12 +112,15 @@ def test_a_matrix_the_builder_did_not_write_is_missed(tmp_path: Path, stories260
         ONNXWeights(tmp_path / "model.onnx", open_checkpoint(stories260k))
 
 
-def test_a_tool_is_measured_and_its_last_line_is_the_reason_it_failed(tmp_path: Path) -> None:
+def test_a_tool_is_measured_and_its_complaint_is_the_reason_it_failed(tmp_path: Path) -> None:
     hold = "import time; held = b'x' * (200 << 20); time.sleep(.2)"
     cost = run_tool([sys.executable, "-c", hold], tmp_path / "log")
     assert cost.wall_s > 0.2 and 200 << 20 < cost.peak_rss_bytes < 300 << 20
     with pytest.raises(PeerError, match=r"failed with 3: no such tensor"):
         run_tool([sys.executable, "-c", "print('no such tensor'); raise SystemExit(3)"], tmp_path / "log")
+    with pytest.raises(PeerError, match=r"failed with 1: CMake Error: no compiler \("):
+        says = "CMake Error: no compiler\nSee also this.log\n"
+        run_tool([sys.executable, "-c", f"print({says!r}); raise SystemExit(1)"], tmp_path / "log")
     with pytest.raises(PeerError, match="cannot be started"):
         run_tool([str(tmp_path / "nowhere")], tmp_path / "log")
 

@@ -107,10 +107,12 @@ class ONNXLogits:
 
     def __init__(self, path: Path, config: ModelConfig) -> None:
         self._head_dim = config.head_dim
+        options = ort.SessionOptions()
+        options.log_severity_level = 4  # what fails is raised, and said once
         try:
-            self._session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+            self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as problem:  # whatever the runtime throws
-            raise PeerError(f"onnxruntime does not open it: {_first_line(problem)}") from None
+            raise PeerError(f"onnxruntime does not open it: {_reason(problem)}") from None
 
     def logits(self, ids: list[int]) -> NDArray[np.float32]:
         """[T, V] of every position of one sequence. Raises PeerError if the model fails on it."""
@@ -124,7 +126,7 @@ class ONNXLogits:
         try:
             made = self._session.run([names.LOGITS], feeds)[0]
         except Exception as problem:
-            raise PeerError(f"onnxruntime does not run it: {_first_line(problem)}") from None
+            raise PeerError(f"onnxruntime does not run it: {_reason(problem)}") from None
         logits: NDArray[np.float32] = np.asarray(made, np.float32)[0]
         return logits
 
@@ -187,5 +189,6 @@ def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
     return {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
 
 
-def _first_line(problem: Exception) -> str:
-    return str(problem).strip().splitlines()[0][:200]
+def _reason(problem: Exception) -> str:
+    """The kernel's own words where ORT's message ends in them."""
+    return str(problem).strip().splitlines()[0].rpartition("Status Message: ")[2][:200]

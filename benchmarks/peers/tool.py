@@ -38,7 +38,7 @@ def program(name: str) -> str | None:
 
 
 def run_tool(command: list[str], log: Path, environment: Mapping[str, str] | None = None) -> Cost:
-    """Runs a command to its end, its output in `log`. Raises PeerError with the last line of it if it fails."""
+    """Runs a command to its end, its output in `log`. Raises PeerError with its complaint if it fails."""
     log.parent.mkdir(parents=True, exist_ok=True)
     begin, peak = time.perf_counter(), 0
     with log.open("wb") as output:
@@ -57,7 +57,7 @@ def run_tool(command: list[str], log: Path, environment: Mapping[str, str] | Non
             child.kill()
             raise
     if child.returncode:
-        raise PeerError(f"{Path(command[0]).name} failed with {child.returncode}: {_last_line(log)} ({log})")
+        raise PeerError(f"{Path(command[0]).name} failed with {child.returncode}: {_complaint(log)} ({log})")
     return Cost(time.perf_counter() - begin, peak)
 
 
@@ -75,6 +75,8 @@ def _peak_rss_bytes(process: psutil.Process) -> int:
         return 0
 
 
-def _last_line(log: Path) -> str:
+def _complaint(log: Path) -> str:
+    """The last line that calls itself an error, else the last line: build tools end in where to read on."""
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    return lines[-1][:200] if lines else "it said nothing"
+    errors = [line for line in lines if "error:" in line.lower()]
+    return (errors or lines or ["it said nothing"])[-1][:200]
