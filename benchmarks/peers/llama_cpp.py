@@ -1,0 +1,140 @@
+"""llama.cpp, built from the sources that the llama-cpp-python package carries: its quantizer, and its logits.
+
+T tokens, V vocab.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.peers.tool import Cost, PeerError, program, run_tool
+
+VERSION: Final = "0.3.36"
+_JOBS: Final = 2
+_PROGRAMS: Final = ("llama-quantize", "llama-logits")
+_OPTIONS: Final = {
+    "CMAKE_BUILD_TYPE": "Release", "BUILD_SHARED_LIBS": "OFF", "LLAMA_BUILD_COMMON": "ON", "LLAMA_BUILD_TOOLS": "ON",
+    "LLAMA_BUILD_SERVER": "OFF", "LLAMA_BUILD_APP": "OFF", "LLAMA_BUILD_TESTS": "OFF", "LLAMA_BUILD_EXAMPLES": "OFF",
+    "LLAMA_OPENSSL": "OFF", "GGML_OPENMP": "OFF",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LlamaType:
+    """One of llama-quantize's types, with an importance matrix or without."""
+
+    type: str
+    imatrix: bool = False
+
+
+LLAMA_TYPES: Final = {
+    "q4_0": LlamaType("Q4_0"),
+    "q4_k_m": LlamaType("Q4_K_M"),
+    "q4_k_m+imatrix": LlamaType("Q4_K_M", imatrix=True),
+    "iq4_xs+imatrix": LlamaType("IQ4_XS", imatrix=True),
+    "q6_k": LlamaType("Q6_K"),
+}
+
+
+@dataclass(frozen=True)
+class LlamaCpp:
+    """Where llama.cpp's programs are."""
+
+    quantizer: Path
+    runner: Path
+
+
+def llama_cpp(folder: Path) -> LlamaCpp:
+    """The programs, built in `folder` the first time (six minutes of one core). Raises PeerError if they cannot be."""
+    suffix, made = ".exe" if os.name == "nt" else "", folder / f"llama.cpp-{VERSION}"
+    tools = LlamaCpp(*(made / f"{name}{suffix}" for name in _PROGRAMS))
+    if made.is_dir():
+        return tools
+    cmake = program("cmake")
+    if cmake is None:
+        raise PeerError("cmake is not here, llama.cpp is built with it: pip install cmake ninja")
+    build = folder / f"llama.cpp-{VERSION}.build"
+    options = [f"-D{key}={value}" for key, value in {**_OPTIONS, "LLAMA_CPP": _sources(folder).as_posix()}.items()]
+    generator = ["-G", "Ninja"] if program("ninja") else []
+    ours = Path(__file__).parent / "llama_logits"
+    run_tool([cmake, "-S", str(ours), "-B", str(build), *generator, *options], folder / "cmake.log")
+    targets = ["--config", "Release", "--parallel", str(_JOBS), "--target", *_PROGRAMS]
+    run_tool([cmake, "--build", str(build), *targets], folder / "build.log")
+    partial = made.with_suffix(".partial")
+    partial.mkdir(exist_ok=True)
+    for tool in (tools.quantizer, tools.runner):
+        built = next((path for path in sorted(build.rglob(tool.name)) if path.is_file()), None)
+        if built is None:
+            raise PeerError(f"{build} has no {tool.name} after the build ({folder / 'build.log'})")
+        built.replace(partial / tool.name)
+    partial.rename(made)
+    return tools
+
+
+def quantize(tools: LlamaCpp, source: Path, kind: LlamaType, imatrix: Path | None, out: Path) -> Cost:
+    """`source` to `out`, by llama.cpp's own choice of a type for each tensor."""
+    calibrated = ["--imatrix", str(imatrix)] if imatrix else []
+    threads = str(os.cpu_count() or 1)
+    return run_tool([str(tools.quantizer), *calibrated, str(source), str(out), kind.type, threads], _log(out))
+
+
+class LlamaLogits:
+    """A GGUF file as llama.cpp runs it on the CPU, activations rounded to int8 and the cache to float16."""
+
+    def __init__(self, process: subprocess.Popen[bytes], vocab_size: int, log: Path) -> None:
+        self._process, self._vocab_size, self._log = process, vocab_size, log
+
+    def logits(self, ids: list[int]) -> NDArray[np.float32]:
+        """[T, V] of every position of one sequence. Raises PeerError if llama.cpp gives up."""
+        source, answer = self._process.stdin, self._process.stdout
+        assert source and answer
+        nbytes = 4 * len(ids) * self._vocab_size
+        try:
+            source.write(np.array([len(ids), *ids], "<i4").tobytes())
+            source.flush()
+            made = answer.read(nbytes)
+        except OSError:
+            made = b""
+        if len(made) < nbytes:
+            raise PeerError(f"llama.cpp does not run it: exit code {self._process.wait()} ({self._log})")
+        return np.frombuffer(made, "<f4").reshape(len(ids), self._vocab_size)
+
+
+@contextmanager
+def open_logits(tools: LlamaCpp, path: Path, vocab_size: int, max_tokens: int) -> Iterator[LlamaLogits]:
+    """llama.cpp with a file open, for sequences of at most `max_tokens`."""
+    command, log = [str(tools.runner), str(path), str(max_tokens)], path.with_suffix(".run.log")
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=output)
+        try:
+            yield LlamaLogits(process, vocab_size, log)
+        finally:
+            process.kill()
+            process.communicate()
+
+
+def _log(out: Path) -> Path:
+    return out.with_name(out.name + ".log")
+
+
+def _sources(folder: Path) -> Path:
+    """llama.cpp's folder out of the source package."""
+    inside = f"llama_cpp_python-{VERSION}/vendor/llama.cpp"
+    if not (folder / inside / "CMakeLists.txt").is_file():
+        download = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "-d", str(folder)]
+        run_tool([*download, f"llama-cpp-python=={VERSION}"], folder / "download.log")
+        with tarfile.open(folder / f"llama_cpp_python-{VERSION}.tar.gz") as package:
+            members = [member for member in package if member.name.startswith(inside + "/")]
+            package.extractall(folder, members, filter="data")
+    return folder / inside

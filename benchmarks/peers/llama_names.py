@@ -1,0 +1,50 @@
+"""A checkpoint's tensors under llama.cpp's names, and in its order of rows.
+
+llama.cpp rotates neighbouring pairs (2i, 2i + 1) in architecture `llama`, Hugging Face pairs (i, i + head_dim/2), so
+rows of q_proj and k_proj change places there; in `qwen2` and `qwen3` both rotate halves (LlamaModel.permute in
+llama.cpp's conversion/llama.py).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from toolkit import names
+from toolkit.checkpoint.config import ModelConfig
+
+ARCHITECTURES: Final = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+_OUTSIDE: Final = {names.EMBED_TOKENS: "token_embd", names.FINAL_NORM: "output_norm", names.LM_HEAD: "output"}
+_IN_LAYER: Final = {
+    "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm", "post_attention_layernorm": "ffn_norm", "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+}  # fmt: skip
+
+
+def gguf_name(name: str) -> str:
+    """`model.layers.3.mlp.down_proj.weight` to `blk.3.ffn_down.weight`."""
+    module, _, kind = name.rpartition(".")
+    layer_index = names.layer_of(name)
+    if layer_index is None:
+        return f"{_OUTSIDE[module]}.{kind}"
+    return f"blk.{layer_index}.{_IN_LAYER[module.removeprefix(names.layer_module(layer_index, ''))]}.{kind}"
+
+
+def rotated_heads(config: ModelConfig, name: str) -> int | None:
+    """How many heads a tensor's rows belong to if llama.cpp has them in another order, else None."""
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    return heads.get(names.role_of(name)) if ARCHITECTURES[config.model_type] == "llama" else None
+
+
+def to_neighbours(rows: NDArray[Any], heads: int) -> NDArray[Any]:
+    """Rows of each head from halves (i, i + Dh/2) to neighbours (2i, 2i + 1)."""
+    return np.ascontiguousarray(rows.reshape(heads, 2, -1, *rows.shape[1:]).swapaxes(1, 2)).reshape(rows.shape)
+
+
+def to_halves(rows: NDArray[Any], heads: int) -> NDArray[Any]:
+    """The inverse of `to_neighbours`."""
+    return np.ascontiguousarray(rows.reshape(heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2)).reshape(rows.shape)
