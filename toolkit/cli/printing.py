@@ -81,7 +81,7 @@ def print_verdict(bundle: Path, report: dict[str, Any]) -> None:
 
 def _print_task(task: dict[str, Any], plain: dict[str, Any]) -> None:
     """Accuracy with its standard error and length of answers, the checkpoint's and plain 4-bit rounding's beside."""
-    error = f" ± {task['accuracy_se']:.1%}" if "accuracy_se" in task else ""
+    error = f" (± {task['accuracy_se']:.1%})" if "accuracy_se" in task else ""
     reference = f", checkpoint {task['reference_accuracy']:.1%}" if "reference_accuracy" in task else ""
     rounded = f", plain 4-bit {plain['accuracy']:.1%}" if plain else ""
     click.echo(f"{task['name']}, {task['examples']} questions: {task['accuracy']:.1%}{error} right{reference}{rounded}")
