@@ -8,7 +8,7 @@ import pytest
 
 from toolkit.validate.checkers import (
     CHECKERS,
-    answer_text,
+    after_thought,
     default_checker,
     last_boxed,
     last_number,
@@ -27,9 +27,9 @@ GSM8K = (
 @pytest.mark.parametrize(
     ("prompt", "made", "text"),
     [
-        (OPEN, "4 + 5 is 9.\n</think>\n9", "9"),
+        (OPEN, "4 + 5 is 9.\n</think>\n9", "\n9"),
         (OPEN, "4 + 5 is 9. So 9", None),  # cut inside the thought: the 9 in it is no answer
-        ("<｜Assistant｜>", "<think>\nhm</think>\n\n 9 ", "9"),
+        ("<｜Assistant｜>", "<think>\nhm</think>\n\n 9 ", "\n\n 9 "),
         ("<｜Assistant｜>", "<think>\n9", None),
         ("<｜Assistant｜>", "9", "9"),
         ("<｜Assistant｜><think>\n\n</think>\n\n", "9", "9"),  # thinking switched off by the template
@@ -39,7 +39,7 @@ GSM8K = (
     ],
 )
 def test_the_answer_is_what_follows_the_thought(prompt: str, made: str, text: str | None) -> None:
-    assert answer_text(prompt, made) == text
+    assert after_thought(prompt, made) == text
 
 
 @pytest.mark.parametrize(

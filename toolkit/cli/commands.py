@@ -238,6 +238,17 @@ def bench(bundle: Path, prompt_tokens: int, new_tokens: int, repeat: int, on_cpu
     )
 
 
+@commands.command(context_settings={"ignore_unknown_options": True, "help_option_names": ["--help"]})
+@BUNDLE
+@ON_CPU
+@click.argument("options", nargs=-1, type=click.UNPROCESSED, metavar="[LM_EVAL_OPTION]...")
+def harness(bundle: Path, on_cpu: bool, options: tuple[str, ...]) -> None:
+    """lm-evaluation-harness with BUNDLE for its model: toolkit harness BUNDLE --tasks gsm8k --apply_chat_template."""
+    from toolkit.validate.harness import run_harness
+
+    run_harness(bundle, on_cpu, options)
+
+
 @commands.command()
 @AS_JSON
 def recipes(as_json: bool) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,7 @@ from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.weights import Tensors
 from toolkit.errors import BundleError, RecipeError
 from toolkit.reference.greedy import greedy_continuations
-from toolkit.validate.checkers import answer_text
+from toolkit.validate.checkers import after_thought
 from toolkit.validate.conversation import ChatTemplate
 from toolkit.validate.session import continuations, open_model
 from toolkit.validate.tasks import Task
@@ -73,7 +73,7 @@ def ask(bundle: Path, task: Task, new_tokens: int, on_cpu: bool = False) -> Aske
     tokenizer = Tokenizer.from_file(str(bundle / names.TOKENIZER_FILE))
     texts = _texts(bundle, task, on_cpu)
     ids = tuple(tokenizer.encode(text, add_special_tokens=False).ids for text in texts)
-    rooms = tuple(max_length(config, len(i), new_tokens) - max_length(config, len(i), 0) for i in ids)
+    rooms = tuple(room_after(config, len(prompt), new_tokens) for prompt in ids)
     for question, prompt, room in zip(task.questions, ids, rooms, strict=True):
         if room < 1:
             raise RecipeError(
@@ -113,6 +113,11 @@ def compared(ours: Answers, theirs: Answers) -> dict[str, float]:
     return {"right_to_wrong": lost, "wrong_to_right": won, **error}
 
 
+def room_after(config: Mapping[str, Any], prompt_tokens: int, new_tokens: int) -> int:
+    """How many of so many new tokens the context leaves to a prompt; `config` is a bundle's whole genai_config."""
+    return max_length(config, prompt_tokens, new_tokens) - max_length(config, prompt_tokens, 0)
+
+
 def _texts(bundle: Path, task: Task, on_cpu: bool) -> tuple[str, ...]:
     if not any(question.plain for question in task.questions):
         return tuple(question.text for question in task.questions)
@@ -126,6 +131,6 @@ def _texts(bundle: Path, task: Task, on_cpu: bool) -> tuple[str, ...]:
 def _judged(asked: Asked, made: Sequence[list[int]]) -> Answers:
     ended = np.array([bool(ids) and ids[-1] in asked.stop_ids for ids in made])
     texts = [asked.tokenizer.decode(ids, skip_special_tokens=True) for ids in made]
-    answers = [answer_text(prompt, text) for prompt, text in zip(asked.texts, texts, strict=True)]
+    answers = [after_thought(prompt, text) for prompt, text in zip(asked.texts, texts, strict=True)]
     right = [question.is_right(text) for question, text in zip(asked.task.questions, answers, strict=True)]
     return Answers(np.array(right), np.array([len(ids) for ids in made]) - ended, ~ended)

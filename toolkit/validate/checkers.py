@@ -64,17 +64,17 @@ class Checker:
         return value is not None and value == self.expected(answer)
 
 
-def answer_text(prompt: str, made: str) -> str | None:
-    """What follows the thought, stripped; None where a thought that prompt or text begins never ends.
+def after_thought(prompt: str, made: str) -> str | None:
+    """What follows the thought; None where a thought that prompt or text begins never ends.
 
     Text without any thought is an answer as a whole.
     """
     thought, end, text = made.partition(END_OF_THOUGHT)
     if end:
-        return text.strip()
+        return text
     _, begun, rest = prompt.rpartition(BEGIN_OF_THOUGHT)
     unfinished = BEGIN_OF_THOUGHT in thought or (begun and END_OF_THOUGHT not in rest)
-    return None if unfinished else made.strip()
+    return None if unfinished else made
 
 
 def default_checker(answer: str) -> str:

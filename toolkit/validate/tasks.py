@@ -29,7 +29,7 @@ class Question:
 
     def is_right(self, text: str | None) -> bool:
         """Whether the text after the thought gives the answer; None, a thought that never ended, does not."""
-        return text is not None and CHECKERS[self.checker].is_right(text, self.answer)
+        return text is not None and CHECKERS[self.checker].is_right(text.strip(), self.answer)
 
 
 @dataclass(frozen=True)
