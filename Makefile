@@ -21,7 +21,7 @@ bench: .venv/installed  ## Speed of BUNDLE
 test: .venv/tested  ## Every test that needs no special hardware
 	$(BIN)/python -m pytest -q
 
-test-slow: .venv/tested  ## Older onnxruntime-genai releases, each installed into build/ first
+test-slow: .venv/tested  ## Older onnxruntime-genai releases and lm-evaluation-harness, each installed into build/ first
 	$(BIN)/python -m pytest -q tests/slow
 
 check: .venv/tested  ## Lint and types

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -110,3 +111,9 @@ def test_inspect_reads_checkpoints_and_bundles(tiny_r1: Path, tmp_path: Path) ->
     assert "recipe: tiny-r1-cpu" in run("inspect", str(out)).stdout
     refused = run("inspect", str(tmp_path))
     assert refused.returncode == 2 and "neither a bundle" in refused.stderr
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="lm_eval is installed")
+def test_harness_says_what_it_lacks(tmp_path: Path) -> None:
+    done = run("harness", str(tmp_path), "--tasks", "gsm8k", "--limit", "1")
+    assert done.returncode == 2 and "error: lm_eval is not installed: pip install lm_eval" in done.stderr

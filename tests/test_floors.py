@@ -17,7 +17,7 @@ ROOMS = {
     "huggingface_hub": {"checkpoint"}, "yaml": {"recipe"}, "onnx_ir": {"graph"}, "onnx": {"validate"},
     "onnxruntime": {"validate"}, "onnxruntime_genai": {"validate"},
     "openvino": {"validate"}, "onnxruntime_qnn": {"validate"}, "tokenizers": {"validate", "pipeline"},
-    "torch": set(), "transformers": set(),
+    "lm_eval": {"validate"}, "torch": set(), "transformers": set(),
 }  # fmt: skip
 
 

@@ -94,12 +94,16 @@ def _measured(rng: random.Random) -> dict[str, Any]:
             "name": "rtn, 4 bits, block 32, symmetric", "bits_per_weight": 4.51, "top1_agreement": 0.9312,
             "perplexity": 8.702, **_kld(-2.4, rng),
             "tasks": [
-                {"name": "gsm8k", "examples": 400, "accuracy": 0.7075},
+                {"name": "gsm8k", "examples": 400, "accuracy": 0.7075, "accuracy_se": 0.02277,
+                 "mean_answer_tokens": 1311.2, "truncated": 0.1075},
                 {"name": "arc_easy", "examples": 1000, "accuracy": 0.654},
             ],
         },
         "tasks": [
-            {"name": "gsm8k", "examples": 400, "accuracy": 0.735, "reference_accuracy": 0.7425},
+            {"name": "gsm8k", "examples": 400, "max_new_tokens": 4000, "accuracy": 0.735, "accuracy_se": 0.02209,
+             "mean_answer_tokens": 1044.6, "truncated": 0.0425, "reference_accuracy": 0.7425,
+             "reference_accuracy_se": 0.02189, "reference_mean_answer_tokens": 988.3, "reference_truncated": 0.0375,
+             "right_to_wrong": 14, "wrong_to_right": 11, "accuracy_drop_se": 0.01251},
             {"name": "arc_easy", "examples": 1000, "accuracy": 0.671, "reference_accuracy": 0.668},
         ],
         "speed": {
@@ -291,6 +295,25 @@ def test_baseline_stands_beside_the_bundle() -> None:
     assert "plain 4-bit" in render_report(report)
     del report["baseline"]
     assert "plain 4-bit" not in render_report(report)
+
+
+def test_answers_have_their_errors_lengths_and_cuts() -> None:
+    page = render_report(sample_report(4))
+    section = page[page.index('<section id="tasks">') : page.index('<section id="speed">')]
+    cell = re.compile(r"<t[hd][^>]*>(?:<span.*?</i>)?(.*?)(?:</span>)?</t[hd]>")
+    rows = [cell.findall(row) for row in section.split("<tr>")[2:]]
+    assert rows[:3] == [
+        ["gsm8k", "reference", "74.2% ± 2.2%", "", "988", "3.8%"],
+        ["gsm8k", "this bundle", "73.5% ± 2.2%", "0.8 ± 1.3", "1,045", "4.2%"],
+        ["gsm8k", "plain 4-bit", "70.8% ± 2.3%", "", "1,311", "10.8%"],
+    ]
+    assert rows[4] == ["arc_easy", "this bundle", "67.1%", "", "–", "–"] and "of 4000 tokens" in section
+    report = sample_report(4)
+    for task in (*report["tasks"], *report["baseline"]["tasks"]):
+        for key in [key for key in task if key.endswith(("_se", "tokens", "truncated"))]:
+            del task[key]
+    section = render_report(report)
+    assert "Tokens of an answer" not in section and "standard error" not in section
 
 
 def test_direction_of_a_check_is_shown() -> None:

@@ -20,6 +20,7 @@ from toolkit.errors import ToolkitError
 
 if TYPE_CHECKING:
     from toolkit.checkpoint.opened import Checkpoint
+    from toolkit.pipeline.judge import Effort
     from toolkit.recipe import Recipe
 
 ON_CPU = click.option("--on-cpu", is_flag=True, help="Run every stage on the CPU, whatever the bundle is made for.")
@@ -33,7 +34,15 @@ def effort_options(command: Callable[..., None]) -> Callable[..., None]:
     for option in (
         click.option("--tokens", type=click.IntRange(min=2), default=2000, show_default=True, help="Tokens compared."),
         click.option("--text", type=click.Path(path_type=Path), help="Text to compare on, or JSONL with `text`."),
+        click.option(
+            "--task", "own_tasks", type=click.Path(path_type=Path), multiple=True, metavar="FILE",
+            help="Questions of your own beside the recipe's: JSONL of `question` or `prompt`, `answer`, `checker`.",
+        ),
         click.option("--examples", type=click.IntRange(min=1), help="Questions of each task [all]."),
+        click.option(
+            "--max-new-tokens", type=click.IntRange(min=1), default=300, show_default=True,
+            help="Tokens of an answer, its thought included; real distills need thousands.",
+        ),
         click.option("--baseline/--no-baseline", default=None, help="Measure plain 4-bit rounding beside [recipe]."),
         click.option("--no-tasks", is_flag=True, help="Leave the recipe's questions out."),
         click.option("--no-speed", is_flag=True, help="Leave tokens per second out."),
@@ -80,14 +89,15 @@ def export(
         plans = [describe(plan_export(o.recipe, opened, o.out, precision), opened.config) for o in orders]
         print_plans(plans, as_json)
         return
+    wanted = None if no_validate or synthetic else _effort(effort)
     with progress_line(len(opened.source.names())) as progress:
         bundles = export_bundles(orders, opened, precision, progress)
-    if no_validate or synthetic:
+    if wanted is None:
         print_exported(bundles, as_json)
         return
     for bundle in bundles:
         click.echo(f"bundle: {bundle}", err=as_json)
-    _validate(bundles, opened, effort, as_json)
+    _validate(bundles, opened, wanted, as_json)
 
 
 @commands.command()
@@ -102,9 +112,10 @@ def validate(bundle: Path, checkpoint: str | None, as_json: bool, **effort: Any)
 
     manifest = read_manifest(bundle)
     made_by, synthetic = manifest["recipe"], manifest["synthetic"]
+    wanted = _effort(effort)
     place = checkpoint or (None if synthetic else made_by["model"])
     opened = _open(place, model_facts(made_by["name"], made_by["target"]), synthetic)
-    _validate([bundle], opened, effort, as_json)
+    _validate([bundle], opened, wanted, as_json)
 
 
 @commands.command()
@@ -227,6 +238,17 @@ def bench(bundle: Path, prompt_tokens: int, new_tokens: int, repeat: int, on_cpu
     )
 
 
+@commands.command(context_settings={"ignore_unknown_options": True, "help_option_names": ["--help"]})
+@BUNDLE
+@ON_CPU
+@click.argument("options", nargs=-1, type=click.UNPROCESSED, metavar="[LM_EVAL_OPTION]...")
+def harness(bundle: Path, on_cpu: bool, options: tuple[str, ...]) -> None:
+    """lm-evaluation-harness with BUNDLE for its model: toolkit harness BUNDLE --tasks gsm8k --apply_chat_template."""
+    from toolkit.validate.harness import run_harness
+
+    run_harness(bundle, on_cpu, options)
+
+
 @commands.command()
 @AS_JSON
 def recipes(as_json: bool) -> None:
@@ -291,14 +313,23 @@ def _open(place: str | None, facts: Path | None, synthetic: bool) -> Checkpoint:
     return synthetic_checkpoint(folder) if synthetic else open_checkpoint(folder)
 
 
-def _validate(bundles: list[Path], checkpoint: Checkpoint, effort: dict[str, Any], as_json: bool) -> None:
-    from toolkit.pipeline.judge import Effort, judge_bundle
+def _effort(options: dict[str, Any]) -> Effort:
+    """What the options ask for. A user's own tasks are read here: before hours of work, rather than after."""
+    from toolkit.pipeline.judge import Effort
+    from toolkit.validate.tasks import read_task
+
+    own_tasks = tuple(read_task(path, options["examples"]) for path in options["own_tasks"])
+    return Effort(
+        tokens=options["tokens"], examples=options["examples"], tasks=not options["no_tasks"], own_tasks=own_tasks,
+        max_new_tokens=options["max_new_tokens"], speed=not options["no_speed"], baseline=options["baseline"],
+        text=options["text"],
+    )  # fmt: skip
+
+
+def _validate(bundles: list[Path], checkpoint: Checkpoint, wanted: Effort, as_json: bool) -> None:
+    from toolkit.pipeline.judge import judge_bundle
     from toolkit.progress import progress_line
 
-    wanted = Effort(
-        tokens=effort["tokens"], examples=effort["examples"], tasks=not effort["no_tasks"],
-        speed=not effort["no_speed"], baseline=effort["baseline"], text=effort["text"],
-    )  # fmt: skip
     reports = []
     for bundle in bundles:
         with progress_line(None) as progress:

@@ -67,9 +67,7 @@ def print_verdict(bundle: Path, report: dict[str, Any]) -> None:
     click.echo(f"parity on {parity['tokens']} tokens: mean KLD {parity['mean_kld']:.3g}, "
                f"top-1 {parity['top1_agreement']:.1%}{beside}")  # fmt: skip
     for k, task in enumerate(report.get("tasks", [])):
-        reference = f", checkpoint {task['reference_accuracy']:.1%}" if "reference_accuracy" in task else ""
-        rounded = f", plain 4-bit {plain['tasks'][k]['accuracy']:.1%}" if plain and "tasks" in plain else ""
-        click.echo(f"{task['name']}, {task['examples']} questions: {task['accuracy']:.1%} right{reference}{rounded}")
+        _print_task(task, plain["tasks"][k] if plain and "tasks" in plain else {})
     if speed := report.get("speed"):
         prefill, decode = speed["prefill_tokens_per_s"], speed["decode_tokens_per_s"]
         click.echo(f"speed: {prefill:.0f} prefill, {decode:.1f} decode tokens/s, {speed['threads']} threads")
@@ -79,6 +77,20 @@ def print_verdict(bundle: Path, report: dict[str, Any]) -> None:
         value = f"{check['value']:.3g}" if "value" in check else "was not measured"
         click.echo(f"{word}: {check['name']} {value} (threshold {check['threshold']:g})")
     click.echo(f"report: {bundle / 'report.html'}")
+
+
+def _print_task(task: dict[str, Any], plain: dict[str, Any]) -> None:
+    """Accuracy with its standard error and length of answers, the checkpoint's and plain 4-bit rounding's beside."""
+    error = f" (± {task['accuracy_se']:.1%})" if "accuracy_se" in task else ""
+    reference = f", checkpoint {task['reference_accuracy']:.1%}" if "reference_accuracy" in task else ""
+    rounded = f", plain 4-bit {plain['accuracy']:.1%}" if plain else ""
+    click.echo(f"{task['name']}, {task['examples']} questions: {task['accuracy']:.1%}{error} right{reference}{rounded}")
+    beside = f", checkpoint {task['reference_mean_answer_tokens']:.0f}" if reference else ""
+    click.echo(f"{task['name']}, tokens of an answer: {task['mean_answer_tokens']:.0f}{beside}")
+    if task["truncated"]:
+        share = f", checkpoint {task['reference_truncated']:.1%}" if reference else ""
+        limit = f"at {task['max_new_tokens']} tokens (--max-new-tokens) or the context's end"
+        click.echo(f"{task['name']}, cut {limit}: {task['truncated']:.1%}{share}")
 
 
 def _print_notes(report: dict[str, Any]) -> None:

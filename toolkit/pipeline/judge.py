@@ -13,19 +13,20 @@ from toolkit.bundle.genai_config import read_settings
 from toolkit.bundle.manifest import read_manifest
 from toolkit.checkpoint.opened import Checkpoint
 from toolkit.checkpoint.weights import parameter_count
-from toolkit.errors import BundleError
+from toolkit.errors import BundleError, RecipeError
 from toolkit.machine import free_memory_bytes
 from toolkit.pipeline.text import token_sequences
 from toolkit.recipe import data_folder, model_facts
 from toolkit.reference.decoder import head_logits, reference_hidden
 from toolkit.report.summary import judge, read_report, section_of, write_report
 from toolkit.target import CPU_EP
+from toolkit.validate.answers import Asked, ask, bundle_answers, compared, reference_answers
 from toolkit.validate.parity import Comparison, matching_prefix
 from toolkit.validate.positions import open_positions
 from toolkit.validate.rounded import PLAIN_BITS_PER_WEIGHT, PLAIN_NAME, plain_rounding
 from toolkit.validate.session import continuations, is_here
 from toolkit.validate.speed import measure_speed_apart
-from toolkit.validate.tasks import Task, bundle_right, read_task, reference_right
+from toolkit.validate.tasks import Task, read_task
 
 _TEXT_FILE: Final = "reasoning.jsonl"
 _REFERENCE: Final = "numpy float32 forward of the checkpoint"
@@ -40,11 +41,16 @@ _BENCH: Final = (128, 64, 3)
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is measured. `examples` None asks every question of a task; `baseline` None leaves it to the recipe."""
+    """How much is measured. `examples` None asks every question of a task; `baseline` None leaves it to the recipe.
+
+    `tasks` asks the recipe's own, beside `own_tasks`; an answer may have `max_new_tokens`.
+    """
 
     tokens: int = 2000
     examples: int | None = None
     tasks: bool = True
+    own_tasks: tuple[Task, ...] = ()
+    max_new_tokens: int = 300
     speed: bool = True
     baseline: bool | None = None
     text: Path | None = None
@@ -67,15 +73,17 @@ def judge_bundle(
     text = effort.text or (tasks or [data_folder("models") / _TEXT_FILE])[0]
     sequences = token_sequences(checkpoint, text, effort.tokens, _SHORTEST)
     here = is_here(read_settings(bundle))
+    asked = _asked(bundle, tasks, effort, not here)
     report |= _parity_sections(bundle, checkpoint, sequences, wants_baseline, not here, progress)
     reasons |= _place(report, here)
     if effort.baseline is False:
         reasons["baseline"] = "left out by --no-baseline"
     if not effort.tasks:
         reasons["tasks"] = "left out by --no-tasks"
-    elif tasks:
-        asked = [read_task(path, effort.examples) for path in tasks]
+    if asked:
         report["tasks"] = _tasks_section(bundle, checkpoint, asked, report.get("baseline"), not here, progress)
+        if any("reference_accuracy" not in row for row in report["tasks"]):
+            reasons["tasks.reference_accuracy"] = "the checkpoint as float32 does not fit into this machine's memory"
     if effort.speed and not here:
         reasons["speed"] = "the execution provider of the bundle is not on this machine: `toolkit bench --on-cpu`"
     elif effort.speed:
@@ -159,33 +167,40 @@ def _parity_sections(
     return sections
 
 
+def _asked(bundle: Path, files: list[Path], effort: Effort, on_cpu: bool) -> list[Asked]:
+    """The tasks as the bundle is asked them: the recipe's and a user's own. Raises RecipeError for two of one name."""
+    tasks = [*((read_task(path, effort.examples) for path in files) if effort.tasks else ()), *effort.own_tasks]
+    for k, task in enumerate(tasks):
+        if any(task.name == other.name for other in tasks[:k]):
+            raise RecipeError(f"two tasks are called {task.name!r}: rename the file of one, rows go by its name")
+    return [ask(bundle, task, effort.max_new_tokens, on_cpu) for task in tasks]
+
+
 def _tasks_section(
     bundle: Path,
     checkpoint: Checkpoint,
-    tasks: list[Task],
+    tasks: list[Asked],
     baseline: dict[str, Any] | None,
     on_cpu: bool,
     progress: Callable[[str], None],
 ) -> list[dict[str, Any]]:
     """Accuracy of bundle and reference; the baseline's goes into its own section. The reference answers only where
     its weights fit into memory."""
-    stop_ids = _eos_token_ids(bundle)
-    resident = 8 * parameter_count(checkpoint.config) < free_memory_bytes()
+    config, resident = checkpoint.config, 8 * parameter_count(checkpoint.config) < free_memory_bytes()
     rows = []
-    for task in tasks:
-        progress(f"task {task.name}: {len(task.answers)} questions")
-        ours = np.array(bundle_right(bundle, task, on_cpu))
-        row = {"name": task.name, "examples": ours.size, "accuracy": float(ours.mean())}
+    for asked in tasks:
+        identity = {"name": asked.task.name, "examples": len(asked.ids)}
+        progress(f"task {asked.task.name}: {len(asked.ids)} questions")
+        ours = bundle_answers(bundle, asked, on_cpu)
+        row = {**identity, "max_new_tokens": asked.new_tokens, **ours.figures()}
         if resident:
-            progress(f"task {task.name}: the reference")
-            theirs = np.array(reference_right(checkpoint, checkpoint.source, stop_ids, task))
-            row["reference_accuracy"] = float(theirs.mean())
-            row |= {"right_to_wrong": int((theirs & ~ours).sum()), "wrong_to_right": int((ours & ~theirs).sum())}
+            progress(f"task {asked.task.name}: the reference")
+            theirs = reference_answers(config, checkpoint.source, asked)
+            row |= {**theirs.figures("reference_"), **compared(ours, theirs)}
             if baseline is not None:
-                progress(f"task {task.name}: plain 4-bit rounding")
-                plain = np.array(reference_right(checkpoint, plain_rounding(checkpoint.source), stop_ids, task))
-                entry = {"name": task.name, "examples": plain.size, "accuracy": float(plain.mean())}
-                baseline.setdefault("tasks", []).append(entry)
+                progress(f"task {asked.task.name}: plain 4-bit rounding")
+                plain = reference_answers(config, plain_rounding(checkpoint.source), asked)
+                baseline.setdefault("tasks", []).append({**identity, **plain.figures()})
         rows.append(row)
     return rows
 
@@ -203,8 +218,3 @@ def _task_file(task: str, recipe: dict[str, Any], checkpoint: Checkpoint) -> Pat
     own = checkpoint.folder / f"{task}.jsonl"
     facts = model_facts(recipe["name"], recipe["target"])
     return facts / own.name if facts and not own.is_file() else own
-
-
-def _eos_token_ids(bundle: Path) -> set[int]:
-    eos = read_settings(bundle)["model"]["eos_token_id"]
-    return set(eos if isinstance(eos, list) else [eos])

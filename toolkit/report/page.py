@@ -29,6 +29,8 @@ _LABELS: Final = {
     "max_abs_logit_error": "Max abs logit error", "greedy_match_tokens": "Greedy tokens in agreement",
     "perplexity": "Perplexity", "reference_perplexity": "Perplexity of the reference",
 }  # fmt: skip
+# Of a row of `tasks`, for the bundle and, with `reference_` before, the checkpoint.
+_ANSWER_FIGURES: Final = ("accuracy", "accuracy_se", "mean_answer_tokens", "truncated")
 # The share of its allowance at which a check's bar ends: the limit itself stands at two thirds of the track.
 _METER_END: Final = 1.5
 
@@ -270,26 +272,51 @@ def _parity(parity: Section, baseline: Section) -> dict[str, Any]:
 
 
 def _tasks(tasks: Sequence[Section], baseline: Section) -> dict[str, Any]:
-    """Bars of accuracy per task: reference, this bundle, plain 4-bit rounding."""
+    """Bars of accuracy per task: reference, this bundle, plain 4-bit rounding; and a row a task and side."""
     plain = {task["name"]: task for task in baseline.get("tasks") or ()}
-    groups = []
+    groups, rows, limits = [], [], set()
     for task in tasks:
+        of_reference = {key: task.get(f"reference_{key}") for key in _ANSWER_FIGURES}
         sides = (
-            ("reference", "reference", task.get("reference_accuracy"), task),
-            ("bundle", "this bundle", task.get("accuracy"), task),
-            ("plain", "plain 4-bit", plain.get(task["name"], {}).get("accuracy"), plain.get(task["name"], {})),
+            ("reference", "reference", {**of_reference, "examples": task.get("examples", 0)}),
+            ("bundle", "this bundle", task),
+            ("plain", "plain 4-bit", plain.get(task["name"], {})),
         )
-        bars = [
-            Bar(style, name, value, format_percent(value), wilson_interval(value, side.get("examples", 0)))
-            for style, name, value, side in sides
-            if value is not None
-        ]
+        bars = []
+        for style, name, side in sides:
+            if (value := side.get("accuracy")) is not None:
+                interval = wilson_interval(value, side.get("examples", 0))
+                bars.append(Bar(style, name, value, format_percent(value), interval))
+                rows.append({"task": task["name"], "series": style, "side": name, **_answer_figures(side)})
+                if style == "bundle" and "accuracy_drop_se" in task:
+                    rows[-1]["drop"] = _drop(task)
+        if "max_new_tokens" in task:
+            limits.add(task["max_new_tokens"])
         examples = f", {task['examples']:,} examples" if "examples" in task else ""
         groups.append((f"{task['name']}{examples}", bars))
     described = "; ".join(name + ": " + ", ".join(f"{bar.name} {bar.text}" for bar in bars) for name, bars in groups)
     styles = {bar.series for _, bars in groups for bar in bars}
     figure = charts.horizontal_bars(groups, 1.0, f"Accuracy by task. {described}") if groups else ""
-    return {"present": bool(groups), "figure": figure, "styles": styles}
+    detailed = any(row["tokens"] for row in rows)
+    table = {"rows": rows if detailed else [], "drops": any("drop" in row for row in rows), "limits": sorted(limits)}
+    return {"present": bool(groups), "figure": figure, "styles": styles, **table}
+
+
+def _answer_figures(side: Section) -> dict[str, str]:
+    """Accuracy with its standard error, tokens of an answer, and the share that was cut; empty where not known."""
+    error, tokens, cut = (side.get(key) for key in _ANSWER_FIGURES[1:])
+    accuracy = format_percent(side["accuracy"]) + (f" ± {format_percent(error)}" if error is not None else "")
+    return {
+        "accuracy": accuracy,
+        "tokens": format_number(float(tokens)) if tokens is not None else "",
+        "truncated": format_percent(cut) if cut is not None else "",
+    }
+
+
+def _drop(task: Section) -> str:
+    """What quantizing took, with the standard error between the same questions answered twice."""
+    drop = format_percent(task["reference_accuracy"] - task["accuracy"] + 0.0)
+    return f"{drop} ± {format_percent(task['accuracy_drop_se'])}".replace("%", "")
 
 
 def wilson_interval(share: float, examples: int) -> tuple[float, float] | None:

@@ -10,7 +10,30 @@ from typing import Any
 from toolkit import names
 from toolkit.bundle.genai_config import max_length
 from toolkit.errors import BundleError
-from toolkit.validate.session import open_model
+from toolkit.validate.session import OpenModel, open_model
+
+
+class ChatTemplate:
+    """A bundle's chat template, as onnxruntime-genai renders it, and the tokenizer that it comes with.
+
+    Raises BundleError for a tokenizer that onnxruntime-genai cannot read.
+    """
+
+    def __init__(self, bundle: Path, opened: OpenModel) -> None:
+        self._bundle = bundle
+        try:
+            self.tokenizer = opened.og.Tokenizer(opened.model)
+        except Exception as problem:  # whatever the runtime throws
+            raise BundleError(f"onnxruntime-genai cannot read {names.TOKENIZER_FILE} of {bundle}: {problem}") from None
+
+    def render(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Messages of `role` and `content` as one prompt. Raises BundleError where there is no template for them."""
+        text = json.dumps(messages, ensure_ascii=False)
+        try:
+            return str(self.tokenizer.apply_chat_template(text, add_generation_prompt=add_generation_prompt))
+        except Exception as problem:  # whatever the runtime throws
+            reason = str(problem).splitlines()[0][:200]
+            raise BundleError(f"onnxruntime-genai cannot apply the chat template of {self._bundle}: {reason}") from None
 
 
 class Conversation:
@@ -23,18 +46,15 @@ class Conversation:
         if not (bundle / names.TOKENIZER_FILE).is_file():
             raise BundleError(f"{bundle} has no {names.TOKENIZER_FILE}: a synthetic bundle has no words, only speed")
         self._opened = open_model(bundle, on_cpu)
-        try:
-            self._tokenizer = self._opened.og.Tokenizer(self._opened.model)
-        except Exception as problem:  # whatever the runtime throws
-            raise BundleError(f"onnxruntime-genai cannot read {names.TOKENIZER_FILE} of {bundle}: {problem}") from None
+        self._template = ChatTemplate(bundle, self._opened)
+        self._tokenizer = self._template.tokenizer
         self._max_new_tokens = max_new_tokens
         self._messages: list[dict[str, str]] = []
 
     def ask(self, question: str) -> Iterator[str]:
         """Pieces of the answer as they come. Raises BundleError if the conversation has outgrown the context."""
         self._messages.append({"role": "user", "content": question})
-        text = json.dumps(self._messages, ensure_ascii=False)
-        prompt = self._tokenizer.encode(self._tokenizer.apply_chat_template(text, add_generation_prompt=True))
+        prompt = self._tokenizer.encode(self._template.render(self._messages))
         config = self._opened.config
         if max_length(config, len(prompt), 1) == max_length(config, len(prompt), 0):
             self._messages.pop()

@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -51,6 +52,15 @@ class OpenModel:
         generator.append_tokens(prompt)
         return generator
 
+    def stream(self, prompt: list[int], new_tokens: int, **options: Any) -> Iterator[int]:
+        """The tokens after a prompt as they come, ended by (and including) eos, by `new_tokens` or by the context."""
+        generator = self.generator(prompt, new_tokens, **options)
+        for _ in range(new_tokens):
+            if generator.is_done():
+                return
+            generator.generate_next_token()
+            yield int(generator.get_next_tokens()[0])
+
 
 def open_model(bundle: Path, on_cpu: bool = False) -> OpenModel:
     """Opens a bundle; `on_cpu` runs every stage on the CPU, whatever it was made for.
@@ -82,15 +92,7 @@ def open_model(bundle: Path, on_cpu: bool = False) -> OpenModel:
 def continuations(bundle: Path, prompts: list[list[int]], new_tokens: int, on_cpu: bool = False) -> list[list[int]]:
     """What onnxruntime-genai makes of each prompt, greedily, ended by eos or after `new_tokens`."""
     opened = open_model(bundle, on_cpu)
-    made = []
-    for prompt in prompts:
-        generator = opened.generator(prompt, new_tokens, do_sample=False)
-        tokens: list[int] = []
-        while len(tokens) < new_tokens and not generator.is_done():
-            generator.generate_next_token()
-            tokens.append(int(generator.get_next_tokens()[0]))
-        made.append(tokens)
-    return made
+    return [list(opened.stream(prompt, new_tokens, do_sample=False)) for prompt in prompts]
 
 
 def providers_of(config: dict[str, Any]) -> list[str]:

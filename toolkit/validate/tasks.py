@@ -1,65 +1,91 @@
-"""Questions with known answers: how many a bundle, and how many its checkpoint, gets right, greedily."""
+"""A task: questions with known answers, JSON lines that each say how an answer is checked."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from tokenizers import Tokenizer
-
-from toolkit import names
-from toolkit.checkpoint.opened import Checkpoint
-from toolkit.checkpoint.weights import Tensors
 from toolkit.errors import RecipeError
-from toolkit.reference.greedy import greedy_continuations
-from toolkit.validate.session import continuations
+from toolkit.recipe import nearest
+from toolkit.validate.checkers import CHECKERS, default_checker
 
-_NEW_TOKENS: Final = 300
-_END_OF_THOUGHT: Final = "</think>"
+# The words of published files: GSM8K's question and answer, MATH's problem and solution.
+_QUESTIONS: Final = ("question", "problem")
+_ANSWERS: Final = ("answer", "solution")
+
+
+@dataclass(frozen=True)
+class Question:
+    """`text` is a whole prompt, chat format included, or where `plain` what the bundle's chat template goes around."""
+
+    line: int
+    text: str
+    plain: bool
+    answer: str
+    checker: str
+
+    def is_right(self, text: str | None) -> bool:
+        """Whether the text after the thought gives the answer; None, a thought that never ended, does not."""
+        return text is not None and CHECKERS[self.checker].is_right(text.strip(), self.answer)
 
 
 @dataclass(frozen=True)
 class Task:
-    """`prompts` are whole, chat format included; an answer is what follows the end of thought, stripped."""
+    """Named after its file."""
 
     name: str
-    prompts: tuple[str, ...]
-    answers: tuple[str, ...]
+    questions: tuple[Question, ...]
 
 
 def read_task(path: Path, examples: int | None = None) -> Task:
-    """The first `examples` lines of a JSONL file of `prompt` and `answer`. Raises RecipeError if it is not one."""
+    """The first `examples` lines of a JSONL file.
+
+    A line has a `prompt`, whole, or a plain `question` (or `problem`); an `answer` (or `solution`); and it may have a
+    `checker`: without one it is exact, but a number after GSM8K's `####`, and boxed where MATH's solution has a box.
+    Raises RecipeError with the line that is not so.
+    """
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[:examples]]
-        return Task(path.stem, tuple(line["prompt"] for line in lines), tuple(line["answer"] for line in lines))
+        content = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise RecipeError(f"the recipe's task {path.stem!r} has no questions: expected them in {path}") from None
-    except (OSError, ValueError, KeyError, TypeError):
-        raise RecipeError(f"{path} is not a task: expected JSON lines with a prompt and an answer") from None
+        raise RecipeError(f"task {path.stem!r} has no questions: there is no file {path}") from None
+    except (OSError, UnicodeDecodeError) as problem:
+        raise RecipeError(f"task {path.stem!r} cannot be read from {path}: {problem}") from None
+    # Not splitlines(), which also splits at separators that JSON strings may hold.
+    lines = [(k, line) for k, line in enumerate(content.split("\n"), 1) if line.strip()][:examples]
+    if not lines:
+        raise RecipeError(f"{path} is empty: expected JSON lines, each with a prompt or question, and an answer")
+    return Task(path.stem, tuple(_question(line, k, f"{path}, line {k}") for k, line in lines))
 
 
-def bundle_right(bundle: Path, task: Task, on_cpu: bool = False) -> list[bool]:
-    """Which answers a bundle gets exactly right, through onnxruntime-genai."""
-    tokenizer = Tokenizer.from_file(str(bundle / names.TOKENIZER_FILE))
-    return _right(task, tokenizer, continuations(bundle, _encode(task, tokenizer), _NEW_TOKENS, on_cpu))
+def _question(text: str, number: int, where: str) -> Question:
+    try:
+        line = json.loads(text)
+    except ValueError as problem:
+        raise RecipeError(f"{where} is not JSON: {problem}") from None
+    if not isinstance(line, dict):
+        raise RecipeError(f"{where} holds a {type(line).__name__}, expected an object with a question and an answer")
+    prompt, question, answer = _word(line, ("prompt",)), _word(line, _QUESTIONS), _word(line, _ANSWERS)
+    if answer is None or not (asked := prompt or question):
+        keys = ", ".join(map(str, line)) or "nothing"
+        raise RecipeError(f"{where} has {keys}: expected a prompt or question, and an answer, as text")
+    checker = line.get("checker", default_checker(_word(line, ("solution",)) or answer))
+    if not isinstance(checker, str) or checker not in CHECKERS:
+        hint = nearest(str(checker), list(CHECKERS))
+        raise RecipeError(f"{where}: checker {checker!r} is unknown{hint}, expected {', '.join(CHECKERS)}")
+    if CHECKERS[checker].expected(answer) is None:
+        raise RecipeError(f"{where}: checker {checker!r} finds nothing to compare with in the answer {answer[-60:]!r}")
+    return Question(number, asked, prompt is None, answer, checker)
 
 
-def reference_right(checkpoint: Checkpoint, source: Tensors, stop_ids: set[int], task: Task) -> list[bool]:
-    """Which answers the reference forward gets right with the tensors of `source`."""
-    tokenizer = Tokenizer.from_file(str(checkpoint.folder / names.TOKENIZER_FILE))
-    made = greedy_continuations(checkpoint.config, source, _encode(task, tokenizer), _NEW_TOKENS, stop_ids)
-    return _right(task, tokenizer, made)
-
-
-def _encode(task: Task, tokenizer: Tokenizer) -> list[list[int]]:
-    return [tokenizer.encode(prompt, add_special_tokens=False).ids for prompt in task.prompts]
-
-
-def _right(task: Task, tokenizer: Tokenizer, made: list[list[int]]) -> list[bool]:
-    right = []
-    for ids, answer in zip(made, task.answers, strict=True):
-        _, thought, text = tokenizer.decode(ids, skip_special_tokens=True).partition(_END_OF_THOUGHT)
-        right.append(bool(thought) and text.strip() == answer)
-    return right
+def _word(line: Mapping[str, Any], keys: tuple[str, ...]) -> str | None:
+    """The first of the keys that holds text, or a number, which is written out."""
+    for key in keys:
+        value = line.get(key)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return str(value)
+        if isinstance(value, str) and value.strip():
+            return value
+    return None

@@ -1,0 +1,136 @@
+"""A task put to a bundle and to its checkpoint, greedily: what each gets right, how long its answers are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from toolkit import names
+from toolkit.bundle.genai_config import max_length, read_settings
+from toolkit.checkpoint.config import ModelConfig
+from toolkit.checkpoint.weights import Tensors
+from toolkit.errors import BundleError, RecipeError
+from toolkit.reference.greedy import greedy_continuations
+from toolkit.validate.checkers import after_thought
+from toolkit.validate.conversation import ChatTemplate
+from toolkit.validate.session import continuations, open_model
+from toolkit.validate.tasks import Task
+
+# What the reference may take for the cache of the questions it answers side by side.
+_CACHE_BYTES: Final = 4 << 30
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A task as one bundle and its checkpoint are asked it.
+
+    `texts` and `ids` are the whole prompts; an answer may have `new_tokens`, and `rooms` of them by what the context
+    leaves; one of `stop_ids` ends it.
+    """
+
+    task: Task
+    texts: tuple[str, ...]
+    ids: tuple[list[int], ...]
+    rooms: tuple[int, ...]
+    new_tokens: int
+    stop_ids: frozenset[int]
+    tokenizer: Tokenizer
+
+
+@dataclass(frozen=True)
+class Answers:
+    """By question: whether it is right, its tokens (thought included, stop id not), whether the limit cut it."""
+
+    right: NDArray[np.bool_]
+    tokens: NDArray[np.int64]
+    truncated: NDArray[np.bool_]
+
+    def figures(self, prefix: str = "") -> dict[str, float]:
+        """`accuracy`, its standard error where there are two questions, `mean_answer_tokens`, share `truncated`."""
+        n, accuracy = self.right.size, float(self.right.mean())
+        # As lm-evaluation-harness has it: the sample's deviation over the root of n.
+        error = {"accuracy_se": math.sqrt(accuracy * (1 - accuracy) / (n - 1))} if n > 1 else {}
+        length = {"mean_answer_tokens": float(self.tokens.mean()), "truncated": float(self.truncated.mean())}
+        return {f"{prefix}{name}": value for name, value in {"accuracy": accuracy, **error, **length}.items()}
+
+
+def ask(bundle: Path, task: Task, new_tokens: int, on_cpu: bool = False) -> Asked:
+    """A task's prompts for a bundle, its chat template around plain questions.
+
+    Raises BundleError for a bundle without a tokenizer or a template that is needed, RecipeError for a prompt that
+    leaves no room in the context.
+    """
+    config = read_settings(bundle)
+    if not (bundle / names.TOKENIZER_FILE).is_file():
+        raise BundleError(f"{bundle} has no {names.TOKENIZER_FILE} to ask questions with: leave them out (--no-tasks)")
+    tokenizer = Tokenizer.from_file(str(bundle / names.TOKENIZER_FILE))
+    texts = _texts(bundle, task, on_cpu)
+    ids = tuple(tokenizer.encode(text, add_special_tokens=False).ids for text in texts)
+    rooms = tuple(room_after(config, len(prompt), new_tokens) for prompt in ids)
+    for question, prompt, room in zip(task.questions, ids, rooms, strict=True):
+        if room < 1:
+            raise RecipeError(
+                f"task {task.name}, line {question.line}: the prompt has {len(prompt)} tokens, and the bundle's "
+                f"context of {config['model']['context_length']} leaves none for an answer: export with a larger "
+                "--set context_length, or leave the question out"
+            )
+    eos = config["model"]["eos_token_id"]
+    stop_ids = frozenset(eos if isinstance(eos, list) else [eos])
+    return Asked(task, texts, ids, rooms, new_tokens, stop_ids, tokenizer)
+
+
+def bundle_answers(bundle: Path, asked: Asked, on_cpu: bool = False) -> Answers:
+    """What a bundle answers through onnxruntime-genai."""
+    return _judged(asked, continuations(bundle, list(asked.ids), asked.new_tokens, on_cpu))
+
+
+def reference_answers(config: ModelConfig, source: Tensors, asked: Asked) -> Answers:
+    """What the reference forward answers with the tensors of `source`, in groups whose cache fits `_CACHE_BYTES`."""
+    room = max(asked.rooms)
+    token_bytes = 8 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    group = max(1, _CACHE_BYTES // (token_bytes * (max(map(len, asked.ids)) + room)))
+    made: list[list[int]] = []
+    for start in range(0, len(asked.ids), group):
+        prompts = list(asked.ids[start : start + group])
+        made += greedy_continuations(config, source, prompts, room, set(asked.stop_ids))
+    return _judged(asked, [ids[:room] for ids, room in zip(made, asked.rooms, strict=True)])
+
+
+def compared(ours: Answers, theirs: Answers) -> dict[str, float]:
+    """Questions that became wrong, and right, and the standard error of the drop in accuracy between such pairs."""
+    lost, won = int((theirs.right & ~ours.right).sum()), int((ours.right & ~theirs.right).sum())
+    n = ours.right.size
+    # The variance of -1, 0 and 1 over the pairs (McNemar's setting): what both get right, or wrong, adds nothing.
+    spread = (lost + won - (lost - won) ** 2 / n) / (n - 1) if n > 1 else math.nan
+    error = {"accuracy_drop_se": math.sqrt(spread / n)} if n > 1 else {}
+    return {"right_to_wrong": lost, "wrong_to_right": won, **error}
+
+
+def room_after(config: Mapping[str, Any], prompt_tokens: int, new_tokens: int) -> int:
+    """How many of so many new tokens the context leaves to a prompt; `config` is a bundle's whole genai_config."""
+    return max_length(config, prompt_tokens, new_tokens) - max_length(config, prompt_tokens, 0)
+
+
+def _texts(bundle: Path, task: Task, on_cpu: bool) -> tuple[str, ...]:
+    if not any(question.plain for question in task.questions):
+        return tuple(question.text for question in task.questions)
+    template = ChatTemplate(bundle, open_model(bundle, on_cpu))
+    return tuple(
+        template.render([{"role": "user", "content": question.text}]) if question.plain else question.text
+        for question in task.questions
+    )
+
+
+def _judged(asked: Asked, made: Sequence[list[int]]) -> Answers:
+    ended = np.array([bool(ids) and ids[-1] in asked.stop_ids for ids in made])
+    texts = [asked.tokenizer.decode(ids, skip_special_tokens=True) for ids in made]
+    answers = [after_thought(prompt, text) for prompt, text in zip(asked.texts, texts, strict=True)]
+    right = [question.is_right(text) for question, text in zip(asked.task.questions, answers, strict=True)]
+    return Answers(np.array(right), np.array([len(ids) for ids in made]) - ended, ~ended)
