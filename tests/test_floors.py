@@ -7,8 +7,8 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "toolkit"
 FLOORS = {
-    "errors": 0, "names": 0, "machine": 0, "progress": 0, "target": 0, "recipe": 1, "checkpoint": 2, "quant": 3,
-    "graph": 4, "reference": 4,
+    "errors": 0, "names": 0, "machine": 0, "progress": 0, "target": 0, "soc": 0, "recipe": 1, "checkpoint": 2,
+    "quant": 3, "graph": 4, "reference": 4,
     "partition": 6, "bundle": 7, "validate": 8, "report": 9, "pipeline": 10, "cli": 11, "__main__": 12,
 }  # fmt: skip
 ROOMS = {

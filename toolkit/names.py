@@ -5,6 +5,7 @@ No tensor or file name is formatted anywhere else, so a name can be searched for
 
 from __future__ import annotations
 
+import re
 from typing import Final
 
 EMBED_TOKENS: Final = "model.embed_tokens"
@@ -51,6 +52,26 @@ TOTAL_SEQ_LEN: Final = "total_seq_len"
 def stage_file(stage: str) -> str:
     """The graph file of a stage."""
     return f"{stage}.onnx"
+
+
+def part_stage(stage: str, part: int, parts: int) -> str:
+    """A transformer stage's name: `context`, or `context_3` where there are several parts of it."""
+    return stage if parts == 1 else f"{stage}_{part}"
+
+
+def stage_kind(stage: str) -> str:
+    """What a stage does: `context` of `context_3`."""
+    return re.sub(r"_\d+$", "", stage)
+
+
+def part_input(part: int) -> str:
+    """The hidden states that one part of the transformer hands to the next, numbered by its taker."""
+    return EMBEDDED if part == 0 else f"hidden_states_{part}"
+
+
+def part_output(part: int, parts: int) -> str:
+    """The hidden states that a part of the transformer makes: the last part's are normalized, for the LM head."""
+    return LAST_HIDDEN if part == parts - 1 else part_input(part + 1)
 
 
 def layer_module(layer_index: int, module: str) -> str:

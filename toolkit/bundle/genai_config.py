@@ -73,17 +73,17 @@ def _one_graph(graph: StageGraph) -> dict[str, Any]:
 
 
 def _pipeline(graphs: Sequence[StageGraph]) -> dict[str, Any]:
-    """Four stages with a shared cache. The default session options name no provider: the cache lives with the CPU."""
+    """Stages with a shared cache. The default session options name no provider: the cache lives with the CPU."""
     stages = {}
     for graph in graphs:
         stages[graph.stage.name] = {
             "filename": graph.stage.file,
             "inputs": graph.inputs,
             "outputs": graph.outputs,
-            **_RUNS.get(graph.stage.name, {}),
+            **_RUNS.get(graph.stage.kind, {}),
             "session_options": _session_options(graph.stage),
         }
-    window = next(graph.stage.sequence_length for graph in graphs if graph.stage.name == names.CONTEXT)
+    window = next(graph.stage.sequence_length for graph in graphs if graph.stage.kind == names.CONTEXT)
     lengths = {"past_sequence_length": names.PAST_SEQ_LEN, "total_sequence_length": names.TOTAL_SEQ_LEN}
     return {
         "session_options": {"provider_options": []},

@@ -20,7 +20,7 @@ def check_bundle(bundle: Path, run: bool) -> dict[str, Any]:
     Raises BundleError for a folder that is no bundle, MachineError if the vendor's software is asked for and missing.
     """
     recipe = read_manifest(bundle)["recipe"]
-    placements = place_bundle(bundle, recipe["target"], recipe["window"])
+    placements = place_bundle(bundle, recipe["target"], recipe["window"], recipe["parts"])
     problems = lint_bundle(bundle)
     for placement in placements:
         problems += placement.problems
