@@ -136,7 +136,7 @@ def test_parts_decode_what_the_reference_decodes(
 def test_quantized_parts_decode_what_one_part_decodes(
     quantized: dict[str, Path], tiny_r1: Path, tmp_path: Path
 ) -> None:
-    """But for float16 between them, which a single graph on the CPU computes in float32. The weights are the same file."""
+    """But for float16 between them, where a single graph on the CPU keeps float32. The weights are the same file."""
     parts = export_bundle(load_recipe("tiny-r1-qnn", ["parts=2"]), open_checkpoint(tiny_r1), tmp_path / "parts")
     data = "transformer.onnx.data"
     assert (parts / data).read_bytes() == (quantized["qnn"] / data).read_bytes()

@@ -31,6 +31,7 @@ TRANSFORMER_DATA_FILE: Final = "transformer.onnx.data"
 HEAD_DATA_FILE: Final = "lm_head.onnx.data"
 GENAI_CONFIG_FILE: Final = "genai_config.json"
 MANIFEST_FILE: Final = "manifest.json"
+COMPILE_LOG_FILE: Final = "compile.log"
 REPORT_FILE: Final = "report.json"
 REPORT_PAGE_FILE: Final = "report.html"
 CONFIG_FILE: Final = "config.json"
@@ -42,6 +43,8 @@ INPUT_IDS: Final = "input_ids"
 ATTENTION_MASK: Final = "attention_mask"
 POSITION_IDS: Final = "position_ids"
 LOGITS: Final = "logits"
+# The one node of a compiled stage.
+EP_CONTEXT: Final = "com.microsoft:EPContext"
 # Between stages, and the lengths onnxruntime-genai gives a pipeline.
 EMBEDDED: Final = "inputs_embeds"
 LAST_HIDDEN: Final = "last_hidden_states"
@@ -52,6 +55,11 @@ TOTAL_SEQ_LEN: Final = "total_seq_len"
 def stage_file(stage: str) -> str:
     """The graph file of a stage."""
     return f"{stage}.onnx"
+
+
+def compiled_file(stage: str) -> str:
+    """The EPContext file of a stage that was compiled ahead of time."""
+    return f"{stage}_ctx.onnx"
 
 
 def part_stage(stage: str, part: int, parts: int) -> str:

@@ -70,6 +70,10 @@ def print_verdict(bundle: Path, report: dict[str, Any]) -> None:
         reference = f", checkpoint {task['reference_accuracy']:.1%}" if "reference_accuracy" in task else ""
         rounded = f", plain 4-bit {plain['tasks'][k]['accuracy']:.1%}" if plain and "tasks" in plain else ""
         click.echo(f"{task['name']}, {task['examples']} questions: {task['accuracy']:.1%} right{reference}{rounded}")
+    if simulated := report.get("simulator"):
+        error, agree = simulated["hidden_rms_error"], simulated["top1_agreement"]
+        click.echo(f"{simulated['software']}'s simulator beside the CPU on {simulated['tokens']} tokens: "
+                   f"hidden states differ by {error:.2g}, top-1 {agree:.1%}")  # fmt: skip
     if speed := report.get("speed"):
         prefill, decode = speed["prefill_tokens_per_s"], speed["decode_tokens_per_s"]
         click.echo(f"speed: {prefill:.0f} prefill, {decode:.1f} decode tokens/s, {speed['threads']} threads")

@@ -19,6 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toolkit import names
+from toolkit.bundle.genai_config import read_settings, soc_options
+from toolkit.epcontext.htp import open_htp
 from toolkit.errors import BundleError, MachineError
 from toolkit.validate.positions import Pipeline, placement, some_ids
 
@@ -90,28 +92,9 @@ def _openvino(path: Path, feeds: _Values, output: str) -> tuple[NDArray[Any], di
 
 
 def _qnn(path: Path, feeds: _Values, output: str) -> tuple[NDArray[Any], dict[str, int]]:
-    import onnxruntime as ort
-    import onnxruntime_qnn as qnn
-
-    provider = "QNNExecutionProvider"
-    if all(device.ep_name != provider for device in ort.get_ep_devices()):
-        ort.register_execution_provider_library(provider, qnn.get_library_path())
-    devices = [device for device in ort.get_ep_devices() if device.ep_name == provider]
     with tempfile.TemporaryDirectory() as folder:
-        affinity = Path(folder) / "op_affinity.json"
-        affinity.write_text(json.dumps({"op_type": {"GroupQueryAttention": "htp"}}), encoding="utf-8")
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        options.add_provider_for_devices(
-            devices,
-            {
-                "backend_path": qnn.get_qnn_htp_path(), "soc_model": "60", "htp_arch": "73",
-                "htp_graph_finalization_optimization_mode": "3", "op_affinity": str(affinity),
-            },
-        )  # fmt: skip
-        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-        session = ort.InferenceSession(str(path), options)
+        entries = {"session.record_ep_graph_assignment_info": "1"}
+        session = open_htp(path, soc_options(read_settings(path.parent)), entries, Path(folder))
         (made,) = session.run([output], feeds)
     return np.asarray(made), placement(session)
 
