@@ -27,6 +27,7 @@ from toolkit.errors import BundleError, MachineError, UnsupportedError
 from toolkit.graph.interface import external_bytes
 from toolkit.pipeline.check import check_bundle
 from toolkit.pipeline.compile import compile_bundle, compile_exported
+from toolkit.pipeline.plan import plan_export
 from toolkit.recipe import load_recipe
 from toolkit.report.summary import figures_of
 from toolkit.soc import SOCS
@@ -357,6 +358,19 @@ def test_export_compiles_unless_told_not_to(tmp_path: Path) -> None:
     made = run(*words, "--json")
     assert made.returncode == 0 and sum(row["compiled"] for row in json.loads(made.stdout)["partition"]) == 2
     assert run("check", str(tmp_path / "b")).returncode == 0
+
+
+def test_fp32_is_compiled_on_request_alone(tiny_r1: Path, tmp_path: Path) -> None:
+    bundle = export_bundle(load_recipe("tiny-r1-qnn"), open_checkpoint(tiny_r1), tmp_path / "b", "fp32")
+    assert "fp32 is for parity work" in compile_exported(bundle, wanted=True)
+
+
+def test_the_plan_counts_the_binaries(tiny_r1: Path, tmp_path: Path) -> None:
+    recipe, checkpoint = load_recipe("tiny-r1-qnn", ["parts=2"]), open_checkpoint(tiny_r1)
+    whole, left = (plan_export(recipe, checkpoint, tmp_path / "b", precision) for precision in ("int4", "fp32"))
+    weights = whole.layout.files["transformer.onnx.data"]
+    assert whole.disk_needed_bytes - sum(whole.files.values()) - (64 << 20) == pytest.approx(1.09 * weights, rel=1e-3)
+    assert 250 << 20 < whole.compile_memory_bytes < (250 << 20) + 12.5 * weights and left.compile_memory_bytes == 0
 
 
 @needs_compiler

@@ -58,7 +58,7 @@ def plan_parts(layers: list[int]) -> int:
     """
     _check_layers(layers)
     fits = max(_most_weight_bytes(), max(layers))
-    return next(n for n in range(1, len(layers) + 1) if _largest(layers, n) <= fits)
+    return next(n for n in range(1, len(layers) + 1) if largest_part(layers, n) <= fits)
 
 
 def check_parts(layers: list[int], parts: int) -> None:
@@ -66,7 +66,7 @@ def check_parts(layers: list[int], parts: int) -> None:
     if parts > len(layers):
         raise UnsupportedError(f"parts is {parts}, and the model has {len(layers)} layers: set as many or fewer")
     _check_layers(layers)
-    if (largest := _largest(layers, parts)) * BINARY_SHARE > MAX_BINARY_BYTES:
+    if (largest := largest_part(layers, parts)) * BINARY_SHARE > MAX_BINARY_BYTES:
         raise UnsupportedError(
             f"parts={parts} leaves a part of {largest / 2**30:.2f} GiB, and a context binary may have 2 GiB: set "
             f"parts={plan_parts(layers)}, or leave parts out"
@@ -78,7 +78,8 @@ def _most_weight_bytes() -> int:
     return int(min(by_memory, MAX_BINARY_BYTES / BINARY_SHARE))
 
 
-def _largest(layers: list[int], parts: int) -> int:
+def largest_part(layers: list[int], parts: int) -> int:
+    """The bytes of the largest of so many parts."""
     return max(sum(layers[i] for i in span) for span in cut_layers(layers, parts))
 
 

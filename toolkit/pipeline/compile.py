@@ -24,10 +24,15 @@ from toolkit.target import TARGETS
 def compile_exported(bundle: Path, wanted: bool, progress: Callable[[str], None] = lambda _: None) -> str:
     """`compile_bundle` for a bundle fresh from its export; returns why it was not compiled, or nothing if it was or its
     target has no such step. The report says so too. Raises what `compile_bundle` raises once the compiler is here."""
-    if not read_manifest(bundle)["recipe"]["soc"]:
+    manifest = read_manifest(bundle)
+    if not manifest["recipe"]["soc"]:
         return ""
+    if manifest["precision"] == "fp32":
+        wanted, left_out = False, "fp32 is for parity work"
+    else:
+        left_out = "left out by --no-compile"
     try:
-        reason = "" if wanted else "left out by --no-compile"
+        reason = "" if wanted else left_out
         if wanted:
             htp_version()
     except MachineError as problem:

@@ -18,7 +18,14 @@ from toolkit.graph.attention import HEAD_DIM_MULTIPLE
 from toolkit.graph.layout import Layout, plan_layout
 from toolkit.machine import free_memory_bytes, ram_bytes
 from toolkit.partition.pack import CHUNK_BYTES
-from toolkit.partition.parts import check_parts, layer_bytes, plan_parts
+from toolkit.partition.parts import (
+    BINARY_SHARE,
+    check_parts,
+    compile_memory_bytes,
+    largest_part,
+    layer_bytes,
+    plan_parts,
+)
 from toolkit.recipe import Recipe
 from toolkit.soc import SOCS
 from toolkit.target import TARGETS, Target
@@ -38,7 +45,7 @@ _SHAPE_FIELDS: Final = (
 @dataclass(frozen=True)
 class ExportPlan:
     """One export, sized. `checkpoint` is as the graph needs it, heads padded; `peak_memory_bytes` is a forecast, the
-    report has the measured figure."""
+    report has the measured figure, and `compile_memory_bytes` one of compiling a part, 0 where that is no step."""
 
     recipe: Recipe
     target: Target
@@ -48,6 +55,7 @@ class ExportPlan:
     files: dict[str, int]
     bits_per_weight: float
     peak_memory_bytes: int
+    compile_memory_bytes: int
     kv_cache_bytes: int
     disk_needed_bytes: int
     disk_free_bytes: int
@@ -65,7 +73,9 @@ def plan_export(recipe: Recipe, checkpoint: Checkpoint, out: Path, precision: st
     if recipe.soc:
         target = target.on_soc(SOCS[recipe.soc])
     layout = plan_layout(config, target, recipe if precision == "int4" else None)
-    recipe = _with_parts(recipe, target, layer_bytes(layout, config.num_hidden_layers))
+    layers = layer_bytes(layout, config.num_hidden_layers)
+    recipe = _with_parts(recipe, target, layers)
+    compiled = bool(target.soc) and precision == "int4"
     item_bytes = 2 if target.form.activations == "float16" else 4
     rotary_bytes = item_bytes * recipe.context_length * config.head_dim
     stages = target.stages(recipe.window, recipe.parts)
@@ -85,8 +95,9 @@ def plan_export(recipe: Recipe, checkpoint: Checkpoint, out: Path, precision: st
         files={**graphs, **layout.files},
         bits_per_weight=layout.bits_per_weight(),
         peak_memory_bytes=_BASE_BYTES + 3 * graph_bytes + cores * _CORE_BYTES + (2 * cores + 2) * CHUNK_BYTES,
+        compile_memory_bytes=compile_memory_bytes(largest_part(layers, recipe.parts)) if compiled else 0,
         kv_cache_bytes=2 * item_bytes * recipe.context_length * config.num_hidden_layers * config.kv_size,
-        disk_needed_bytes=layout.nbytes + graph_bytes + _DISK_MARGIN_BYTES,
+        disk_needed_bytes=layout.nbytes + graph_bytes + _DISK_MARGIN_BYTES + int(compiled * BINARY_SHARE * sum(layers)),
         disk_free_bytes=shutil.disk_usage(existing).free,
     )
 
@@ -173,6 +184,7 @@ def describe(plan: ExportPlan, config: ModelConfig) -> dict[str, object]:
         "files": [{"name": name, "bytes": nbytes} for name, nbytes in plan.files.items()],
         "bits_per_weight": plan.bits_per_weight,
         "peak_memory_bytes": plan.peak_memory_bytes,
+        **({"compile_memory_bytes": plan.compile_memory_bytes} if plan.compile_memory_bytes else {}),
         "kv_cache_bytes": plan.kv_cache_bytes,
         "disk_needed_bytes": plan.disk_needed_bytes,
         "disk_free_bytes": plan.disk_free_bytes,
