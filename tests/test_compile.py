@@ -374,9 +374,24 @@ def test_the_plan_counts_the_binaries(tiny_r1: Path, tmp_path: Path) -> None:
 
 
 @needs_compiler
+def test_validate_measures_in_the_simulator(compiled_copy: Path) -> None:
+    words = ["--no-tasks", "--no-speed", "--no-baseline", "--tokens", "140"]
+    done = run("validate", str(compiled_copy), *words)
+    assert done.returncode == 0 and "simulator beside the CPU on 136 tokens" in done.stdout, done.stderr
+    report = _report(compiled_copy)
+    assert 0 < report["simulator"]["hidden_rms_error"] < 0.02 and report["simulator"]["tokens"] == 136
+    assert report["ceiling"] and sum(row["compiled"] for row in report["partition"]) == 4
+    absent = {entry["name"]: entry["reason"] for entry in report["not_measured"]}
+    assert not absent.keys() & {"simulator", "partition.bin_bytes", "partition.nodes_on_ep"}
+    assert run("validate", str(compiled_copy), *words, "--no-simulate").returncode == 0
+    absent = {entry["name"]: entry["reason"] for entry in _report(compiled_copy)["not_measured"]}
+    assert absent["simulator"] == "left out by --no-simulate"
+
+
+@needs_compiler
 def test_the_simulator_computes_what_the_cpu_computes(uncompiled: Path) -> None:
     ids = some_ids(uncompiled, 40)
-    found = simulate(uncompiled, ids, len(ids) - 8)
+    found = simulate(uncompiled, ids, len(ids) - 4)
     assert (found["ep"], found["stage"], found["parts"]) == ("QNNExecutionProvider", "transformer", 2)
     assert found["tokens"] == len(ids) == 104
     assert 0 < found["hidden_rms_error"] < 0.02 and found["top1_agreement"] > 0.95

@@ -138,10 +138,9 @@ def _simulate(
         htp_version()
     except MachineError as problem:
         return {"simulator": str(problem)}
-    window = recipe["window"]
-    cut = ids[: window + 1] if large else ids[: 2 * window + window // 2]
-    prompt = max(len(cut) - 1, 1) if large else max(len(cut) - window // 2, 1)
-    report["simulator"] = simulate(bundle, cut, prompt, progress)
+    windows, decoded = (1, 1) if large else (2, 8)
+    cut = ids[: windows * recipe["window"] + decoded]
+    report["simulator"] = simulate(bundle, cut, max(len(cut) - decoded, 1), progress)
     return {}
 
 

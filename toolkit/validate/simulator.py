@@ -25,6 +25,7 @@ from toolkit.errors import BundleError
 from toolkit.validate.positions import Pipeline
 
 _CHILD: Final = [sys.executable, "-m", "toolkit.validate.simulator"]
+_NUMPY: Final[dict[str, type[np.floating[Any]]]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def _run_part(job: dict[str, Any]) -> None:
             continue
         session = open_htp(bundle / names.stage_file(stage), options, {}, Path(job["folder"]))
         inputs = [value for value in session.get_inputs() if len(value.shape) == 4]
-        cache = cache or {value.name: np.zeros(value.shape, np.float16) for value in inputs}
+        cache = cache or {value.name: np.zeros(value.shape, _NUMPY[value.type]) for value in inputs}
         (entry,) = [value.name for value in session.get_inputs() if len(value.shape) == 3]
         outputs = [value.name for value in session.get_outputs()]
         for array, (_, last, total) in runs:
