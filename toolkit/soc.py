@@ -27,17 +27,17 @@ class Soc:
         return {"soc_model": str(self.soc_model), "htp_arch": str(self.htp_arch)}
 
 
-# soc_model and htp_arch: Qualcomm's table of supported Snapdragon devices, each compiled with onnxruntime-qnn 2.7.0.
+# Each pair of numbers compiles with onnxruntime-qnn 2.7.0, which writes them into the compiled file.
 SOCS: Final = {
     soc.name: soc
     for soc in (
         Soc(
             "x-elite", "Snapdragon X Elite", 60, 73, 135e9,
-            "Qualcomm's product brief: LPDDR5x, 8448 MT/s, 128 bits, 135 GB/s",
+            "as Qualcomm publishes it: LPDDR5x-8448 on 128 bits, 135 GB/s",
         ),
         Soc(
             "x2-elite", "Snapdragon X2 Elite", 88, 81, 152e9,
-            "Qualcomm's product brief: LPDDR5x, 9523 MT/s, 128 bits, 152 GB/s (X2 Elite Extreme: 192 bits, 228 GB/s)",
+            "as the press reports it: LPDDR5x-9523 on 128 bits, 152 GB/s (X2 Elite Extreme: 192 bits, 228 GB/s)",
         ),
     )
 }  # fmt: skip
