@@ -24,6 +24,7 @@ from toolkit.reference.decoder import reference_logits
 from toolkit.reference.greedy import greedy_continuations
 from toolkit.validate import session
 from toolkit.validate.conversation import Conversation
+from toolkit.validate.positions import open_positions
 from toolkit.validate.session import OpenModel, continuations, open_model
 from toolkit.validate.speed import measure_speed
 
@@ -31,6 +32,8 @@ NEW_TOKENS = 32
 WINDOWS = (8, 64)
 # fp32 bundles by (target, window); what is one graph is given the prompts around 64.
 BUNDLES = [(t, w) for t in ("cpu-split", "qnn", "openvino", "vitisai") for w in WINDOWS] + [("dml", 64), ("cpu", 64)]
+# fp32 bundles whose transformer is split, by (target, parts).
+SPLIT = [("qnn", 2), ("qnn", 4), ("cpu-split", 3), ("openvino", 2), ("vitisai", 2)]
 # What each accelerator's provider is called, and what to install for it.
 PROVIDERS = {
     "dml": ("DmlExecutionProvider", "onnxruntime-genai-winml"),
@@ -65,6 +68,16 @@ def fp32(tiny_r1: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[
     for target, window in BUNDLES:
         changes = [f"window={window}"] if window != 64 else []
         orders[target, window] = Order(load_recipe(f"tiny-r1-{target}", changes), folder / f"{target}-{window}")
+    return dict(zip(orders, export_bundles(list(orders.values()), open_checkpoint(tiny_r1), "fp32"), strict=True))
+
+
+@pytest.fixture(scope="session")
+def split(tiny_r1: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], Path]:
+    folder = tmp_path_factory.mktemp("split")
+    orders = {
+        (target, parts): Order(load_recipe(f"tiny-r1-{target}", [f"parts={parts}"]), folder / f"{target}-{parts}")
+        for target, parts in SPLIT
+    }
     return dict(zip(orders, export_bundles(list(orders.values()), open_checkpoint(tiny_r1), "fp32"), strict=True))
 
 
@@ -106,6 +119,31 @@ def test_genai_decodes_what_the_reference_decodes(
         fp32[target, window], [prompt_of(n) for n in lengths], NEW_TOKENS, on_cpu=target in PROVIDERS
     )
     assert dict(zip(lengths, made, strict=True)) == {length: reference[length] for length in lengths}
+
+
+@pytest.mark.parametrize(("target", "parts"), SPLIT)
+def test_parts_decode_what_the_reference_decodes(
+    split: dict[tuple[str, int], Path], reference: dict[int, list[int]], target: str, parts: int
+) -> None:
+    lengths, bundle = prompt_lengths(64), split[target, parts]
+    stages = [f"{kind}_{part}" for kind in ("context", "iterator") for part in range(parts)]
+    (pipeline,) = read_genai_config(bundle)["model"]["decoder"]["pipeline"]
+    assert list(pipeline) == ["embeddings", *stages, "lm_head"]
+    made = continuations(bundle, [prompt_of(n) for n in lengths], NEW_TOKENS, on_cpu=target in PROVIDERS)
+    assert dict(zip(lengths, made, strict=True)) == {length: reference[length] for length in lengths}
+
+
+def test_quantized_parts_decode_what_one_part_decodes(
+    quantized: dict[str, Path], tiny_r1: Path, tmp_path: Path
+) -> None:
+    """But for float16 between them, where a single graph on the CPU keeps float32. The weights are the same file."""
+    parts = export_bundle(load_recipe("tiny-r1-qnn", ["parts=2"]), open_checkpoint(tiny_r1), tmp_path / "parts")
+    data = "transformer.onnx.data"
+    assert (parts / data).read_bytes() == (quantized["qnn"] / data).read_bytes()
+    ids = prompt_of(131)
+    made, whole = (open_positions(bundle).logits(ids, 100) for bundle in (parts, quantized["qnn"]))
+    assert 0 < np.sqrt(((made - whole) ** 2).mean()) / whole.std() < 0.01
+    assert (made.argmax(axis=-1) == whole.argmax(axis=-1)).mean() > 0.95
 
 
 @pytest.mark.parametrize("window", WINDOWS)

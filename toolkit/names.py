@@ -5,6 +5,7 @@ No tensor or file name is formatted anywhere else, so a name can be searched for
 
 from __future__ import annotations
 
+import re
 from typing import Final
 
 EMBED_TOKENS: Final = "model.embed_tokens"
@@ -30,6 +31,7 @@ TRANSFORMER_DATA_FILE: Final = "transformer.onnx.data"
 HEAD_DATA_FILE: Final = "lm_head.onnx.data"
 GENAI_CONFIG_FILE: Final = "genai_config.json"
 MANIFEST_FILE: Final = "manifest.json"
+COMPILE_LOG_FILE: Final = "compile.log"
 REPORT_FILE: Final = "report.json"
 REPORT_PAGE_FILE: Final = "report.html"
 CONFIG_FILE: Final = "config.json"
@@ -41,6 +43,8 @@ INPUT_IDS: Final = "input_ids"
 ATTENTION_MASK: Final = "attention_mask"
 POSITION_IDS: Final = "position_ids"
 LOGITS: Final = "logits"
+# The one node of a compiled stage.
+EP_CONTEXT: Final = "com.microsoft:EPContext"
 # Between stages, and the lengths onnxruntime-genai gives a pipeline.
 EMBEDDED: Final = "inputs_embeds"
 LAST_HIDDEN: Final = "last_hidden_states"
@@ -51,6 +55,31 @@ TOTAL_SEQ_LEN: Final = "total_seq_len"
 def stage_file(stage: str) -> str:
     """The graph file of a stage."""
     return f"{stage}.onnx"
+
+
+def compiled_file(stage: str) -> str:
+    """The EPContext file of a stage that was compiled ahead of time."""
+    return f"{stage}_ctx.onnx"
+
+
+def part_stage(stage: str, part: int, parts: int) -> str:
+    """A transformer stage's name: `context`, or `context_3` where there are several parts of it."""
+    return stage if parts == 1 else f"{stage}_{part}"
+
+
+def stage_kind(stage: str) -> str:
+    """What a stage does: `context` of `context_3`."""
+    return re.sub(r"_\d+$", "", stage)
+
+
+def part_input(part: int) -> str:
+    """The hidden states that one part of the transformer hands to the next, numbered by its taker."""
+    return EMBEDDED if part == 0 else f"hidden_states_{part}"
+
+
+def part_output(part: int, parts: int) -> str:
+    """The hidden states that a part of the transformer makes: the last part's are normalized, for the LM head."""
+    return LAST_HIDDEN if part == parts - 1 else part_input(part + 1)
 
 
 def layer_module(layer_index: int, module: str) -> str:

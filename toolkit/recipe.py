@@ -14,6 +14,7 @@ import yaml
 from toolkit.errors import RecipeError
 from toolkit.names import CONFIG_FILE
 from toolkit.quality import CALIBRATED_ALGORITHMS, QUALITIES
+from toolkit.soc import SOCS
 from toolkit.target import TARGETS
 
 _HERE = Path(__file__).resolve().parent
@@ -25,7 +26,7 @@ BLOCK_SIZES: Final = (16, 32, 64, 128, 256)
 FIGURES: Final = (
     "max_abs_logit_error", "mean_kld", "median_kld", "p99_kld", "p999_kld", "top1_agreement", "perplexity",
     "greedy_match_tokens", "accuracy", "accuracy_drop", "ttft_s", "prefill_tokens_per_s", "decode_tokens_per_s",
-    "peak_rss_bytes",
+    "peak_rss_bytes", "hidden_rms_error",
 )  # fmt: skip
 
 
@@ -52,6 +53,8 @@ class Recipe:
     `validate` maps figures of the report to thresholds. `tasks` names question files (JSON lines of `prompt` and
     `answer`) beside the model's facts, and `baseline` asks for plain 4-bit rounding to be measured beside. `window` is
     how many prompt tokens the context stage takes at once: the target's own unless given, 0 without such a stage.
+    `soc` is what a target with an ahead-of-time compiler compiles for, and `parts` how many parts the transformer is
+    split into, 0 for as few as the compiler's limits allow.
 
     `quality` is a row of QUALITIES. `calibration` names its text, a file beside the model's facts or a path, and
     `calibration_tokens` how much of it is read, 0 for what the quality needs. `fold` allows channel scales (AWQ).
@@ -67,6 +70,8 @@ class Recipe:
     tasks: tuple[str, ...] = ()
     baseline: bool = False
     window: int = 0
+    soc: str = ""
+    parts: int = 0
     quality: str = "fast"
     calibration: str = "calibration"
     calibration_tokens: int = 0
@@ -122,6 +127,7 @@ def load_recipe(name_or_path: str, changes: Sequence[str] = (), checkpoint: str 
     _check_keys(raw, Recipe, where)
     if isinstance(raw["target"], str) and raw["target"] in TARGETS:
         raw.setdefault("window", TARGETS[raw["target"]].window)
+        raw.setdefault("soc", TARGETS[raw["target"]].soc)
     rules = raw["quantize"]
     if not isinstance(rules, list) or not rules:
         raise RecipeError(f"{where}: quantize must be a list of rules")
@@ -238,6 +244,7 @@ def _check_values(recipe: Recipe, where: str) -> None:
         raise RecipeError(f"{where}: context_length is {length!r}, expected a token count")
     _check_window(recipe, where)
     _check_calibration(recipe, where)
+    _check_parts(recipe, where)
     if not isinstance(recipe.baseline, bool):
         raise RecipeError(f"{where}: baseline is {recipe.baseline!r}, expected true or false")
     thresholds = recipe.validate
@@ -282,6 +289,20 @@ def _check_window(recipe: Recipe, where: str) -> None:
             f"{where}: window {window} does not divide context_length {length}: the last window of a prompt would "
             f"reach past the cache; set context_length={below} or another window"
         )
+
+
+def _check_parts(recipe: Recipe, where: str) -> None:
+    """A SoC is for a target that compiles for one, parts for a transformer that is a stage of its own."""
+    target, soc, parts = TARGETS[recipe.target], recipe.soc, recipe.parts
+    if not isinstance(soc, str) or bool(soc) != bool(target.soc):
+        have = f"needs one of {', '.join(SOCS)}" if target.soc else "is not compiled for one"
+        raise RecipeError(f"{where}: soc is {soc!r}, and target {recipe.target} {have}")
+    if soc and soc not in SOCS:
+        raise RecipeError(f"{where}: soc {soc!r} is unknown{nearest(soc, list(SOCS))}, expected {' or '.join(SOCS)}")
+    if isinstance(parts, bool) or not isinstance(parts, int) or parts < 0:
+        raise RecipeError(f"{where}: parts is {parts!r}, expected a count, or 0 for as few as will compile")
+    if parts and not target.partitioned:
+        raise RecipeError(f"{where}: parts is {parts}, and target {recipe.target} has no transformer stage to split")
 
 
 def _check_keys(raw: dict[str, Any], kind: type[Any], where: str) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from toolkit import names
+from toolkit.soc import SOCS, Soc
 
 CPU_EP: Final = "CPUExecutionProvider"
 _STOP_SPINNING: Final = {"session.force_spinning_stop": "1"}
@@ -43,7 +44,8 @@ CPU_FORM: Final = Form()
 
 @dataclass(frozen=True)
 class Stage:
-    """One graph file: who runs it, and the options its session needs. `sequence_length` 0 is any.
+    """One graph file: who runs it, and the options its session needs. `sequence_length` 0 is any; `part` is which part
+    of the transformer it is.
 
     `provider` is onnxruntime-genai's name of the execution provider, `package` what to install for it, and `plugin` the
     module of that package with a `get_library_path`, where the provider is a plugin. `threads` 0 is one for each core.
@@ -59,6 +61,12 @@ class Stage:
     provider_options: Mapping[str, str] = field(default_factory=dict)
     session_options: Mapping[str, str] = field(default_factory=dict)
     threads: int = 0
+    part: int = 0
+
+    @property
+    def kind(self) -> str:
+        """Its name without the number of its part: `context`, `iterator`."""
+        return names.stage_kind(self.name)
 
     @property
     def file(self) -> str:
@@ -70,7 +78,8 @@ class Stage:
 class Target:
     """One row. `accelerator` is a stage without a name: what the transformer's stages have in common.
 
-    `window` is the context stage's sequence length, 0 where the whole model is one graph. `quantize`,
+    `window` is the context stage's sequence length, 0 where the whole model is one graph. `soc` names what its stages
+    are compiled for ahead of time, in parts of limited size, where there is such a step. `quantize`,
     `context_length` and `validate` are the defaults of a checkpoint without a recipe of its own.
     """
 
@@ -81,6 +90,7 @@ class Target:
     context_length: int
     quantize: tuple[dict[str, Any], ...]
     validate: dict[str, float]
+    soc: str = ""
 
     @property
     def partitioned(self) -> bool:
@@ -91,8 +101,13 @@ class Target:
         """This row for `int4`, or for `fp32`, which computes in float32 everywhere."""
         return self if precision == "int4" else replace(self, form=replace(self.form, activations="float32"))
 
-    def stages(self, window: int) -> tuple[Stage, ...]:
-        """In the order they run; `window` is the recipe's.
+    def on_soc(self, soc: Soc) -> Target:
+        """This row for another SoC than its own."""
+        options = {**self.accelerator.provider_options, **soc.provider_options}
+        return replace(self, accelerator=replace(self.accelerator, provider_options=options), soc=soc.name)
+
+    def stages(self, window: int, parts: int = 1) -> tuple[Stage, ...]:
+        """In the order they run; `window` and `parts`, of the transformer, are the recipe's.
 
         Each session has threads of its own, which would spin for work after their stage is done, on the cores of the
         next: decoding was half as fast (LOG.md).
@@ -104,8 +119,11 @@ class Target:
             transformer = replace(transformer, session_options=_STOP_SPINNING)
         return (
             Stage(names.EMBEDDINGS, threads=1),
-            replace(transformer, name=names.CONTEXT, sequence_length=window),
-            replace(transformer, name=names.ITERATOR, sequence_length=1),
+            *(
+                replace(transformer, name=names.part_stage(kind, part, parts), sequence_length=length, part=part)
+                for kind, length in ((names.CONTEXT, window), (names.ITERATOR, 1))
+                for part in range(parts)
+            ),
             Stage(names.HEAD, session_options=_STOP_SPINNING),
         )
 
@@ -205,8 +223,8 @@ TARGETS: Final[dict[str, Target]] = {
             plugin="onnxruntime_qnn",
             provider_options={
                 "backend_path": "QnnHtp.dll",
-                # Without a SoC every MatMulNBits falls to the CPU; 60 is Snapdragon X Elite.
-                "soc_model": "60",
+                # Without a SoC every MatMulNBits falls to the CPU.
+                **SOCS["x-elite"].provider_options,
                 "htp_performance_mode": "burst",
                 "htp_graph_finalization_optimization_mode": "3",
             },
@@ -216,6 +234,7 @@ TARGETS: Final[dict[str, Target]] = {
         context_length=4096,
         quantize=_SPLIT_RULES,
         validate={"mean_kld": 0.1},
+        soc="x-elite",
     ),
     "vitisai": Target(
         name="vitisai",

@@ -18,6 +18,7 @@ _PAD_TOKENS: Final = ("<|fim_pad|>", "<|finetune_right_pad_id|>")
 PIPELINE_TYPE: Final = "decoder-pipeline"
 _PAST: Final = {"past_key_names": names.past_key("%d"), "past_value_names": names.past_value("%d")}
 _PRESENT: Final = {"present_key_names": names.present_key("%d"), "present_value_names": names.present_value("%d")}
+_SOC: Final = ("soc_model", "htp_arch")
 # When a stage runs, where that is not always.
 _RUNS: Final[dict[str, dict[str, bool]]] = {
     names.CONTEXT: {"run_on_token_gen": False},
@@ -73,17 +74,17 @@ def _one_graph(graph: StageGraph) -> dict[str, Any]:
 
 
 def _pipeline(graphs: Sequence[StageGraph]) -> dict[str, Any]:
-    """Four stages with a shared cache. The default session options name no provider: the cache lives with the CPU."""
+    """Stages with a shared cache. The default session options name no provider: the cache lives with the CPU."""
     stages = {}
     for graph in graphs:
         stages[graph.stage.name] = {
             "filename": graph.stage.file,
             "inputs": graph.inputs,
             "outputs": graph.outputs,
-            **_RUNS.get(graph.stage.name, {}),
+            **_RUNS.get(graph.stage.kind, {}),
             "session_options": _session_options(graph.stage),
         }
-    window = next(graph.stage.sequence_length for graph in graphs if graph.stage.name == names.CONTEXT)
+    window = next(graph.stage.sequence_length for graph in graphs if graph.stage.kind == names.CONTEXT)
     lengths = {"past_sequence_length": names.PAST_SEQ_LEN, "total_sequence_length": names.TOTAL_SEQ_LEN}
     return {
         "session_options": {"provider_options": []},
@@ -142,6 +143,13 @@ def read_settings(bundle: Path) -> dict[str, Any]:
     if not whole:
         raise BundleError(f"{bundle / names.GENAI_CONFIG_FILE} is not whole: see `toolkit check {bundle}`")
     return config
+
+
+def soc_options(config: Mapping[str, Any]) -> dict[str, str]:
+    """What a bundle's settings tell QNNExecutionProvider of the SoC it is made for."""
+    entries = [entry for s in stage_sections(config) for entry in s["session_options"]["provider_options"]]
+    given = [option for entry in entries for options in entry.values() for option in options.items()]
+    return {key: value for key, value in given if key in _SOC}
 
 
 def stage_sections(config: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -176,7 +176,8 @@ def _shapes(model: dict[str, Any], decoder: dict[str, Any], interface: GraphInte
     if logits and logits.shape[-1] != model.get("vocab_size"):
         problems.append(f"model.vocab_size is {model.get('vocab_size')}, the graph's logits have {logits.shape[-1]}")
     pattern = str(decoder.get("inputs", {}).get("past_key_names", ""))
-    past = interface.inputs.get(pattern % 0 if "%d" in pattern else pattern)
+    keys = _expanded(decoder, "past_key_names", pattern)
+    past = next((interface.inputs[key] for key in keys if key in interface.inputs), None)
     for axis, key in ((1, "num_key_value_heads"), (3, "head_size")):
         if past and past.shape[axis] != decoder.get(key):
             problems.append(f"model.decoder.{key} is {decoder.get(key)}, the graph's cache has {past.shape[axis]}")

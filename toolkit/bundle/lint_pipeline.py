@@ -29,6 +29,7 @@ def lint_pipeline(config: Mapping[str, Any], stages: Stages) -> list[str]:
         *_length_inputs(decoder.get("inputs", {}), stages),
         *_hand_over(decoder, stages),
         *_sizes(window, model.get("context_length"), stages),
+        *_caches(decoder, stages),
     ]
 
 
@@ -143,6 +144,20 @@ def _sizes(window: Any, context: Any, stages: Stages) -> list[str]:
             wrong = [length for length in lengths if isinstance(length, int) and length != expected]
             if section.get(phase, True) and wrong and expected:
                 problems.append(f"stage {stage} takes {wrong[0]} positions and is given {expected} {_PHASES[phase]}")
+    return problems
+
+
+def _caches(decoder: Mapping[str, Any], stages: Stages) -> list[str]:
+    """Each layer's cache goes through one part in both phases: one that is left out keeps its zeros, in silence."""
+    pattern, count = str(decoder.get("inputs", {}).get("past_key_names", "")), decoder.get("num_hidden_layers", 0)
+    names = [pattern % layer for layer in range(int(count))] if "%d" in pattern else []
+    known = [name for name in names if any(name in graph.inputs for _, graph in stages.values())]
+    problems = []
+    for phase, words in _PHASES.items():
+        running = [graph for section, graph in stages.values() if section.get(phase, True)]
+        users = {name: sum(name in graph.inputs for graph in running) for name in known}
+        wrong = [name for name in known if users[name] != 1] if len(set(users.values())) > 1 else []
+        problems += [f"{name} goes through {users[name] or 'no'} stages {words}, expected one" for name in wrong[:1]]
     return problems
 
 

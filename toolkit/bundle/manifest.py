@@ -73,6 +73,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{', '.join(TARGETS)}"
         )
     recipe.setdefault("window", TARGETS[recipe["target"]].window)
+    recipe.setdefault("soc", TARGETS[recipe["target"]].soc)
+    recipe.setdefault("parts", 1)
     return manifest
 
 

@@ -32,9 +32,9 @@ class Placement:
     conditions: tuple[str, ...]
 
 
-def place_bundle(bundle: Path, target_name: str, window: int) -> list[Placement]:
+def place_bundle(bundle: Path, target_name: str, window: int, parts: int = 1) -> list[Placement]:
     """Every stage whose graph is there, which the linter sees to. Raises BundleError for a graph that is broken."""
-    stages = TARGETS[target_name].stages(window)
+    stages = TARGETS[target_name].stages(window, parts)
     return [place(read_interface(bundle / s.file), s) for s in stages if (bundle / s.file).is_file()]
 
 

@@ -45,6 +45,7 @@ def effort_options(command: Callable[..., None]) -> Callable[..., None]:
         ),
         click.option("--baseline/--no-baseline", default=None, help="Measure plain 4-bit rounding beside [recipe]."),
         click.option("--no-tasks", is_flag=True, help="Leave the recipe's questions out."),
+        click.option("--simulate/--no-simulate", default=None, help="Run qnn's stages in QNN's simulator [if small]."),
         click.option("--no-speed", is_flag=True, help="Leave tokens per second out."),
     ):
         command = option(command)
@@ -68,16 +69,18 @@ def commands(debug: bool) -> None:
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
 @click.option("--synthetic", is_flag=True, help="Random weights of the recipe's true shapes; nothing is downloaded.")
 @click.option("--no-validate", is_flag=True, help="Skip the comparison with the checkpoint.")
+@click.option("--no-compile", is_flag=True, help="Leave qnn's compiling out; `toolkit compile` does it.")
 @AS_JSON
 @effort_options
 def export(
     recipes: tuple[str, ...], checkpoint: str | None, out: Path | None, changes: tuple[str, ...], precision: str,
-    dry_run: bool, synthetic: bool, no_validate: bool, as_json: bool, **effort: Any,
+    dry_run: bool, synthetic: bool, no_validate: bool, no_compile: bool, as_json: bool, **effort: Any,
 ) -> None:  # fmt: skip
     """Convert one RECIPE to one bundle: a name, a path, or a bare target such as cpu with --checkpoint.
 
     Several recipes of one model are made in one pass over its checkpoint, and share what is equal on the disk.
     """
+    from toolkit.pipeline.compile import compile_exported
     from toolkit.pipeline.export import Order, export_bundles
     from toolkit.pipeline.plan import describe, plan_export
     from toolkit.progress import progress_line
@@ -92,12 +95,35 @@ def export(
     wanted = None if no_validate or synthetic else _effort(effort)
     with progress_line(len(opened.source.names())) as progress:
         bundles = export_bundles(orders, opened, precision, progress)
+    for bundle in bundles:
+        with progress_line(None) as progress:
+            if note := compile_exported(bundle, not no_compile, progress):
+                click.echo(f"note: {note}", err=True)
     if wanted is None:
         print_exported(bundles, as_json)
         return
     for bundle in bundles:
         click.echo(f"bundle: {bundle}", err=as_json)
     _validate(bundles, opened, wanted, as_json)
+
+
+@commands.command(name="compile")
+@BUNDLE
+@AS_JSON
+def compile_(bundle: Path, as_json: bool) -> None:
+    """The transformer of BUNDLE to EPContext files for its SoC, part by part; goes on where it was stopped."""
+    from toolkit.pipeline.compile import compile_bundle
+    from toolkit.progress import progress_line
+
+    with progress_line(None) as progress:
+        rows = compile_bundle(bundle, progress)
+    if as_json:
+        click.echo(json.dumps(rows, indent=2, ensure_ascii=False))
+        return
+    for row in rows:
+        if row["compiled"]:
+            size = f"{row['bin']}, {row['bin_bytes'] / 2**20:.1f} MiB"
+            click.echo(f"{row['file']}: {row['nodes']} nodes in EPContext, {size}")
 
 
 @commands.command()
@@ -322,7 +348,7 @@ def _effort(options: dict[str, Any]) -> Effort:
     return Effort(
         tokens=options["tokens"], examples=options["examples"], tasks=not options["no_tasks"], own_tasks=own_tasks,
         max_new_tokens=options["max_new_tokens"], speed=not options["no_speed"], baseline=options["baseline"],
-        text=options["text"],
+        text=options["text"], simulate=options["simulate"],
     )  # fmt: skip
 
 

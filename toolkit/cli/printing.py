@@ -56,6 +56,8 @@ def _print_plan(plan: dict[str, Any]) -> None:
     click.echo(f"bits per weight: {plan['bits_per_weight']:.2f}")
     click.echo(f"KV cache at {plan['context_length']} tokens: {plan['kv_cache_bytes'] / 2**20:.0f} MiB when run")
     click.echo(f"peak memory of the export: about {plan['peak_memory_bytes'] / 2**20:.0f} MiB")
+    if "compile_memory_bytes" in plan:
+        click.echo(f"peak memory of compiling a part: about {plan['compile_memory_bytes'] / 2**20:.0f} MiB")
     needed, free = (plan[key] / 2**20 for key in ("disk_needed_bytes", "disk_free_bytes"))
     click.echo(f"disk: {needed:.0f} MiB needed, {free:.0f} MiB free")
 
@@ -68,6 +70,10 @@ def print_verdict(bundle: Path, report: dict[str, Any]) -> None:
                f"top-1 {parity['top1_agreement']:.1%}{beside}")  # fmt: skip
     for k, task in enumerate(report.get("tasks", [])):
         _print_task(task, plain["tasks"][k] if plain and "tasks" in plain else {})
+    if simulated := report.get("simulator"):
+        error, agree = simulated["hidden_rms_error"], simulated["top1_agreement"]
+        click.echo(f"{simulated['software']}'s simulator beside the CPU on {simulated['tokens']} tokens: "
+                   f"hidden states differ by {error:.2g}, top-1 {agree:.1%}")  # fmt: skip
     if speed := report.get("speed"):
         prefill, decode = speed["prefill_tokens_per_s"], speed["decode_tokens_per_s"]
         click.echo(f"speed: {prefill:.0f} prefill, {decode:.1f} decode tokens/s, {speed['threads']} threads")

@@ -26,11 +26,13 @@ from toolkit.target import CPU_FORM
 
 @dataclass(frozen=True)
 class CacheShape:
-    """The KV cache as graph inputs and outputs: batch, past and total length, each a number or a name."""
+    """The KV cache as graph inputs and outputs: batch, past and total length, each a number or a name, for these
+    layers, all if None."""
 
     batch: int | str
     past: int | str
     total: int | str
+    layers: range | None = None
 
 
 def embedding(build: GraphBuilder, ids: ir.Value) -> ir.Value:
@@ -60,7 +62,8 @@ def layers(
     lengths: Lengths,
     cache: CacheShape,
 ) -> tuple[ir.Value, list[ir.Value], list[ir.Value]]:
-    """All layers and the final norm: ([B, S, D] hidden states, cache inputs, cache outputs).
+    """The cache's layers, and the final norm after the model's last: ([B, S, D] hidden states, cache inputs, cache
+    outputs). Layers that are not the first take, and those that are not the last give, the residual sum.
 
     Raises UnsupportedError for a head_dim that ORT's GroupQueryAttention refuses, and for a sliding window shorter than
     the context where the target's attention knows none.
@@ -78,9 +81,10 @@ def layers(
         where = geometry(build, config, lengths, rotary, shape[1], cache.past)
     past: list[ir.Value] = []
     present: list[ir.Value] = []
-    residual = embedded
-    hidden = _rms_norm(build, "/model/layers.0/input_layernorm", residual, "model.layers.0.input_layernorm", config)
-    for i in range(config.num_hidden_layers):
+    residual, span = embedded, cache.layers or range(config.num_hidden_layers)
+    first = names.layer_module(span.start, "input_layernorm")
+    hidden = _rms_norm(build, f"/model/layers.{span.start}/input_layernorm", residual, first, config)
+    for i in span:
         kept = (cache.batch, config.num_key_value_heads, cache.past, config.head_dim)
         grown = (cache.batch, config.num_key_value_heads, cache.total, config.head_dim)
         pair = [value(name(i), build.dtype, kept) for name in (names.past_key, names.past_value)]
@@ -95,8 +99,12 @@ def layers(
         attended = build.linear(f"/model/layers.{i}/attn/o_proj", mixed, names.layer_module(i, "self_attn.o_proj"))
         module = names.layer_module(i, "post_attention_layernorm")
         hidden, residual = _skip_norm(build, attended, residual, module, config)
+        product = _mlp(build, i, hidden)
+        if i + 1 == span.stop < config.num_hidden_layers:
+            (hidden,) = build.op(f"/model/layers.{i}/Add", [product, residual])
+            break
         after = names.layer_module(i + 1, "input_layernorm") if i + 1 < config.num_hidden_layers else names.FINAL_NORM
-        hidden, residual = _skip_norm(build, _mlp(build, i, hidden), residual, after, config)
+        hidden, residual = _skip_norm(build, product, residual, after, config)
     return hidden, past, present
 
 

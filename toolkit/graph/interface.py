@@ -40,12 +40,13 @@ class NodeFacts:
 
 @dataclass(frozen=True)
 class GraphInterface:
-    """Inputs and outputs by name, the nodes in order, and the opset."""
+    """Inputs and outputs by name, the nodes in order, the opset, and what else the file says of itself."""
 
     inputs: dict[str, ValueType]
     outputs: dict[str, ValueType]
     nodes: tuple[NodeFacts, ...]
     opset: int
+    metadata: dict[str, str]
 
     def operators(self) -> dict[str, int]:
         """How often each op type stands in the graph."""
@@ -54,11 +55,7 @@ class GraphInterface:
 
 def read_interface(path: Path) -> GraphInterface:
     """Raises BundleError if the file is not an ONNX graph."""
-    try:
-        model = ir.load(path)
-    except Exception as problem:  # protobuf's errors have no common root short of Exception
-        raise BundleError(f"{path} is not an ONNX graph: {str(problem).splitlines()[0][:120]}") from None
-    return interface_of(model)
+    return interface_of(_load(path))
 
 
 def interface_of(model: ir.Model) -> GraphInterface:
@@ -69,7 +66,21 @@ def interface_of(model: ir.Model) -> GraphInterface:
         {str(value.name): _type(value) for value in graph.outputs},
         tuple(_nodes(graph)),
         model.opset_imports.get("", 0),
+        dict(model.metadata_props),
     )
+
+
+def external_bytes(path: Path) -> int:
+    """How many bytes of its data file a graph's initializers are. Raises BundleError if the file is not a graph."""
+    tensors = [value.const_value for value in _load(path).graph.initializers.values()]
+    return sum(int(tensor.length or 0) for tensor in tensors if isinstance(tensor, ir.ExternalTensor))
+
+
+def _load(path: Path) -> ir.Model:
+    try:
+        return ir.load(path)
+    except Exception as problem:  # protobuf's errors have no common root short of Exception
+        raise BundleError(f"{path} is not an ONNX graph: {str(problem).splitlines()[0][:120]}") from None
 
 
 def _type(value: ir.Value) -> ValueType:

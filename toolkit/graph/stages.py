@@ -5,6 +5,8 @@ S query length: the window in context, 1 in iterator. D hidden, V vocab.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import onnx_ir as ir
 
@@ -19,6 +21,16 @@ from toolkit.target import Form
 _IDS_SHAPE = (1, "sequence")
 
 
+@dataclass(frozen=True)
+class Part:
+    """A stage's name, which of how many parts of the transformer it is, and its layers."""
+
+    stage: str
+    index: int
+    count: int
+    layers: range
+
+
 def build_embeddings(config: ModelConfig, layout: Layout, form: Form) -> ir.Model:
     """input_ids [1, S] in, inputs_embeds [1, S, D] out, in the transformer's dtype."""
     build = GraphBuilder(layout, form)
@@ -28,9 +40,11 @@ def build_embeddings(config: ModelConfig, layout: Layout, form: Form) -> ir.Mode
 
 
 def build_transformer(
-    config: ModelConfig, layout: Layout, form: Form, context_length: int, stage: str, sequence_length: int
+    config: ModelConfig, layout: Layout, form: Form, context_length: int, part: Part, sequence_length: int
 ) -> ir.Model:
-    """inputs_embeds [1, S, D], the lengths and the KV cache in; last_hidden_states [1, S, D] and the cache out.
+    """Hidden states [1, S, D], the lengths and its layers' KV cache in; hidden states [1, S, D] and the cache out.
+
+    The first part takes inputs_embeds, the last gives last_hidden_states, normalized; between them goes the residual.
 
     past_seq_len int32 [1, 1] is the index of the last valid position and total_seq_len int32 [1] the cache's length:
     GroupQueryAttention's own meaning, and what onnxruntime-genai gives a windowed pipeline. Raises UnsupportedError
@@ -38,14 +52,14 @@ def build_transformer(
     """
     build = GraphBuilder(layout, form)
     shape = (1, sequence_length or "sequence", config.hidden_size)
-    rows = value(names.EMBEDDED, build.dtype, shape)
+    rows = value(names.part_input(part.index), build.dtype, shape)
     seqlens_k = value(names.PAST_SEQ_LEN, ir.DataType.INT32, (1, 1))
     total = value(names.TOTAL_SEQ_LEN, ir.DataType.INT32, (1,))
-    fixed = CacheShape(1, context_length, context_length)
-    cache = fixed if form.static_cache else CacheShape(1, "past_sequence", "total_sequence")
+    fixed = CacheShape(1, context_length, context_length, part.layers)
+    cache = fixed if form.static_cache else CacheShape(1, "past_sequence", "total_sequence", part.layers)
     hidden, past, present = layers(build, config, context_length, rows, Lengths(seqlens_k, total), cache)
-    declare(hidden, names.LAST_HIDDEN, build.dtype, shape)
-    return build.model(stage, [rows, seqlens_k, total, *past], [hidden, *present])
+    declare(hidden, names.part_output(part.index, part.count), build.dtype, shape)
+    return build.model(part.stage, [rows, seqlens_k, total, *past], [hidden, *present])
 
 
 def build_lm_head(config: ModelConfig, layout: Layout, form: Form, pad_token_id: int) -> ir.Model:

@@ -1,4 +1,4 @@
-"""A layout to the graphs of its bundle: one model, or the four stages of a pipeline."""
+"""A layout to the graphs of its bundle: one model, or the stages of a pipeline."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from toolkit.checkpoint.config import ModelConfig
 from toolkit.graph.builder import StageGraph
 from toolkit.graph.decoder import build_decoder
 from toolkit.graph.layout import Layout
-from toolkit.graph.stages import build_embeddings, build_lm_head, build_transformer
+from toolkit.graph.stages import Part, build_embeddings, build_lm_head, build_transformer
+from toolkit.partition.parts import cut_layers, layer_bytes
 from toolkit.recipe import Recipe
 from toolkit.target import Target
 
@@ -15,13 +16,14 @@ from toolkit.target import Target
 def lower(
     config: ModelConfig, layout: Layout, target: Target, recipe: Recipe, pad_token_id: int
 ) -> list[StageGraph]:
-    """Every stage with its graph, in the order they run.
+    """Every stage with its graph, in the order they run; a recipe without `parts` has one.
 
     Raises UnsupportedError for what the target's operators cannot do.
     """
-    form, length = target.form, recipe.context_length
+    form, length, parts = target.form, recipe.context_length, recipe.parts or 1
+    spans = cut_layers(layer_bytes(layout, config.num_hidden_layers), parts)
     graphs = []
-    for stage in target.stages(recipe.window):
+    for stage in target.stages(recipe.window, parts):
         if stage.name == names.MODEL:
             graph = build_decoder(config, layout, form, length)
         elif stage.name == names.EMBEDDINGS:
@@ -29,6 +31,7 @@ def lower(
         elif stage.name == names.HEAD:
             graph = build_lm_head(config, layout, form, pad_token_id)
         else:
-            graph = build_transformer(config, layout, form, length, stage.name, stage.sequence_length)
+            part = Part(stage.name, stage.part, parts, spans[stage.part])
+            graph = build_transformer(config, layout, form, length, part, stage.sequence_length)
         graphs.append(StageGraph(stage, graph))
     return graphs

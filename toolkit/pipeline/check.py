@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from toolkit.bundle.compiled import lint_compiled
 from toolkit.bundle.lint import lint_bundle
 from toolkit.bundle.manifest import read_manifest
 from toolkit.bundle.operators import place_bundle
@@ -20,8 +21,10 @@ def check_bundle(bundle: Path, run: bool) -> dict[str, Any]:
     Raises BundleError for a folder that is no bundle, MachineError if the vendor's software is asked for and missing.
     """
     recipe = read_manifest(bundle)["recipe"]
-    placements = place_bundle(bundle, recipe["target"], recipe["window"])
+    placements = place_bundle(bundle, recipe["target"], recipe["window"], recipe["parts"])
     problems = lint_bundle(bundle)
+    if recipe["soc"] and not problems:
+        problems += lint_compiled(bundle, recipe["soc"])
     for placement in placements:
         problems += placement.problems
     runs = _run(bundle, recipe["target"]) if run else []

@@ -29,7 +29,8 @@ from toolkit.pipeline.calibration import calibrate, salient_inputs
 from toolkit.pipeline.plan import ExportPlan, check_machine, plan_export
 from toolkit.recipe import Recipe
 from toolkit.report.summary import begin_report, write_report
-from toolkit.report.weights import partition_section, quantization_section
+from toolkit.report.weights import ceiling_section, partition_section, quantization_section
+from toolkit.soc import SOCS
 
 _TOKENIZER_FILES = (names.TOKENIZER_FILE, "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
 _REQUEST_FILE = "request.json"
@@ -179,6 +180,8 @@ def _finish(
     elif salient := salient_inputs(plan.checkpoint):
         report["quantization"]["salient_inputs"] = salient
     report["partition"] = partition_section(graphs)
+    if plan.recipe.soc:
+        report["ceiling"] = ceiling_section(plan.layout, SOCS[plan.recipe.soc])
     report["kv_cache"] = {"context_length": plan.recipe.context_length, "bytes": plan.kv_cache_bytes}
     report["conversion"] = {
         "wall_s": time.perf_counter() - clock.start,

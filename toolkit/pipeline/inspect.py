@@ -58,7 +58,7 @@ def _bundle(folder: Path) -> dict[str, Any]:
     }
     facts["stages"] = [
         {"stage": placement.stage, "file": placement.file, "ep": placement.execution_provider, "nodes": placement.nodes}
-        for placement in place_bundle(folder, recipe["target"], recipe["window"])
+        for placement in place_bundle(folder, recipe["target"], recipe["window"], recipe["parts"])
     ]
     operators: Counter[str] = Counter()
     for stage in facts["stages"]:

@@ -9,11 +9,13 @@ from typing import Any, Final
 
 import numpy as np
 
+from toolkit import names
 from toolkit.bundle.genai_config import read_settings
 from toolkit.bundle.manifest import read_manifest
 from toolkit.checkpoint.opened import Checkpoint
 from toolkit.checkpoint.weights import parameter_count
-from toolkit.errors import BundleError, RecipeError
+from toolkit.epcontext.htp import PROVIDER, htp_version
+from toolkit.errors import BundleError, MachineError, RecipeError
 from toolkit.machine import free_memory_bytes
 from toolkit.pipeline.text import token_sequences
 from toolkit.recipe import data_folder, model_facts
@@ -25,6 +27,7 @@ from toolkit.validate.parity import Comparison, matching_prefix
 from toolkit.validate.positions import open_positions
 from toolkit.validate.rounded import PLAIN_BITS_PER_WEIGHT, PLAIN_NAME, plain_rounding
 from toolkit.validate.session import continuations, is_here
+from toolkit.validate.simulator import simulate
 from toolkit.validate.speed import measure_speed_apart
 from toolkit.validate.tasks import Task, read_task
 
@@ -37,11 +40,14 @@ _GREEDY_PROMPT, _GREEDY_NEW = 24, 32
 # The bundle's logits are taken from one run over this many tokens, and again with the cache over the first of them.
 _DECODED_TOKENS: Final = 48
 _BENCH: Final = (128, 64, 3)
+# The simulator takes seconds a token at the width of the 1.5B, so a larger transformer is simulated on request.
+_SIMULATED_BYTES: Final = 64 << 20
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is measured. `examples` None asks every question of a task; `baseline` None leaves it to the recipe.
+    """How much is measured. `examples` None asks every question of a task; `baseline` None leaves it to the recipe, and
+    `simulate` None to the transformer's size.
 
     `tasks` asks the recipe's own, beside `own_tasks`; an answer may have `max_new_tokens`.
     """
@@ -54,6 +60,7 @@ class Effort:
     speed: bool = True
     baseline: bool | None = None
     text: Path | None = None
+    simulate: bool | None = None
 
 
 def judge_bundle(
@@ -76,6 +83,8 @@ def judge_bundle(
     asked = _asked(bundle, tasks, effort, not here)
     report |= _parity_sections(bundle, checkpoint, sequences, wants_baseline, not here, progress)
     reasons |= _place(report, here)
+    ids = [token for sequence in sequences for token in sequence]
+    reasons |= _simulate(report, bundle, manifest, ids, effort.simulate, progress)
     if effort.baseline is False:
         reasons["baseline"] = "left out by --no-baseline"
     if not effort.tasks:
@@ -103,18 +112,48 @@ def _place(report: dict[str, Any], here: bool) -> dict[str, str]:
         if row["ep"] == CPU_EP:
             counts = placements[row["stage"]]
             row |= {"nodes_run": sum(counts.values()), "nodes_on_ep": counts.get(CPU_EP, 0)}
-    others = sorted({row["ep"] for row in report.get("partition", []) if row["ep"] != CPU_EP})
+    elsewhere = [row for row in report.get("partition", []) if row["ep"] != CPU_EP and not row["compiled"]]
+    others = sorted({row["ep"] for row in elsewhere})
     if not others:
         return {}
+    reasons = {}
+    if PROVIDER in others:
+        reasons["partition.bin_bytes"] = "not compiled ahead of time: `toolkit compile`"
     ran = "ran" if here else "is not on this machine: every stage ran on the CPU"
     tables = "the nodes were checked against the operators it is known to take"
-    return {"partition.nodes_on_ep": f"{' and '.join(others)} {ran}; {tables}"}
+    return {**reasons, "partition.nodes_on_ep": f"{' and '.join(others)} {ran}; {tables}"}
+
+
+def _simulate(
+    report: dict[str, Any],
+    bundle: Path,
+    manifest: dict[str, Any],
+    ids: list[int],
+    wanted: bool | None,
+    progress: Callable[[str], None],
+) -> dict[str, str]:
+    """Writes `simulator`, or returns why there is none."""
+    recipe = manifest["recipe"]
+    if not recipe["soc"]:
+        return {}
+    data = bundle / names.TRANSFORMER_DATA_FILE
+    large = not data.is_file() or data.stat().st_size > _SIMULATED_BYTES
+    if wanted is False or (wanted is None and large):
+        return {"simulator": "left out by --no-simulate" if wanted is False else "takes long at this size: --simulate"}
+    try:
+        htp_version()
+    except MachineError as problem:
+        return {"simulator": str(problem)}
+    windows, decoded = (1, 1) if large else (2, 8)
+    cut = ids[: windows * recipe["window"] + decoded]
+    report["simulator"] = simulate(bundle, cut, max(len(cut) - decoded, 1), progress)
+    return {}
 
 
 def _thresholds(manifest: dict[str, Any], report: dict[str, Any]) -> dict[str, float]:
     """The recipe's, or those of an unquantized bundle; what was left out on request is not checked, and said to be."""
     wanted = _FP32_THRESHOLDS if manifest["precision"] == "fp32" else manifest["recipe"]["validate"]
-    left_out = {section for section in ("tasks", "speed") if section not in report}
+    left_out = {section for section in ("tasks", "speed", "simulator") if section not in report}
     return {name: limit for name, limit in wanted.items() if section_of(name) not in left_out}
 
 

@@ -18,7 +18,16 @@ from toolkit.graph.attention import HEAD_DIM_MULTIPLE
 from toolkit.graph.layout import Layout, plan_layout
 from toolkit.machine import free_memory_bytes, ram_bytes
 from toolkit.partition.pack import CHUNK_BYTES
+from toolkit.partition.parts import (
+    BINARY_SHARE,
+    check_parts,
+    compile_memory_bytes,
+    largest_part,
+    layer_bytes,
+    plan_parts,
+)
 from toolkit.recipe import Recipe
+from toolkit.soc import SOCS
 from toolkit.target import TARGETS, Target
 
 # Interpreter, numpy, onnx_ir and the compiler of the quantizers: measured, see LOG.md.
@@ -36,7 +45,7 @@ _SHAPE_FIELDS: Final = (
 @dataclass(frozen=True)
 class ExportPlan:
     """One export, sized. `checkpoint` is as the graph needs it, heads padded; `peak_memory_bytes` is a forecast, the
-    report has the measured figure."""
+    report has the measured figure, and `compile_memory_bytes` one of compiling a part, 0 where that is no step."""
 
     recipe: Recipe
     target: Target
@@ -46,24 +55,34 @@ class ExportPlan:
     files: dict[str, int]
     bits_per_weight: float
     peak_memory_bytes: int
+    compile_memory_bytes: int
     kv_cache_bytes: int
     disk_needed_bytes: int
     disk_free_bytes: int
 
 
 def plan_export(recipe: Recipe, checkpoint: Checkpoint, out: Path, precision: str) -> ExportPlan:
-    """The plan; raises RecipeError if recipe and checkpoint do not belong together."""
+    """The plan; its recipe has the number of parts.
+
+    Raises RecipeError if recipe and checkpoint do not belong together, UnsupportedError for parts that cannot be.
+    """
     check_match(recipe, checkpoint.config)
     checkpoint = pad_heads(checkpoint, HEAD_DIM_MULTIPLE)
     config = checkpoint.config
     target = TARGETS[recipe.target].in_precision(precision)
+    if recipe.soc:
+        target = target.on_soc(SOCS[recipe.soc])
     layout = plan_layout(config, target, recipe if precision == "int4" else None)
+    layers = layer_bytes(layout, config.num_hidden_layers)
+    recipe = _with_parts(recipe, target, layers)
+    compiled = bool(target.soc) and precision == "int4"
     item_bytes = 2 if target.form.activations == "float16" else 4
     rotary_bytes = item_bytes * recipe.context_length * config.head_dim
-    graphs = {stage.file: 4_000 for stage in target.stages(recipe.window)}
-    for stage in target.stages(recipe.window):
+    stages = target.stages(recipe.window, recipe.parts)
+    graphs = {stage.file: 4_000 for stage in stages}
+    for stage in stages:
         if stage.name not in (names.EMBEDDINGS, names.HEAD):
-            graphs[stage.file] = rotary_bytes + 6_000 * config.num_hidden_layers
+            graphs[stage.file] = rotary_bytes + 6_000 * -(-config.num_hidden_layers // recipe.parts)
     graph_bytes = sum(graphs.values())
     cores = os.cpu_count() or 1
     existing = next(p for p in out.resolve().parents if p.is_dir())
@@ -76,10 +95,18 @@ def plan_export(recipe: Recipe, checkpoint: Checkpoint, out: Path, precision: st
         files={**graphs, **layout.files},
         bits_per_weight=layout.bits_per_weight(),
         peak_memory_bytes=_BASE_BYTES + 3 * graph_bytes + cores * _CORE_BYTES + (2 * cores + 2) * CHUNK_BYTES,
+        compile_memory_bytes=compile_memory_bytes(largest_part(layers, recipe.parts)) if compiled else 0,
         kv_cache_bytes=2 * item_bytes * recipe.context_length * config.num_hidden_layers * config.kv_size,
-        disk_needed_bytes=layout.nbytes + graph_bytes + _DISK_MARGIN_BYTES,
+        disk_needed_bytes=layout.nbytes + graph_bytes + _DISK_MARGIN_BYTES + int(compiled * BINARY_SHARE * sum(layers)),
         disk_free_bytes=shutil.disk_usage(existing).free,
     )
+
+
+def _with_parts(recipe: Recipe, target: Target, layers: list[int]) -> Recipe:
+    if recipe.parts:
+        check_parts(layers, recipe.parts)
+        return recipe
+    return replace(recipe, parts=plan_parts(layers) if target.soc else 1)
 
 
 def check_match(recipe: Recipe, config: ModelConfig) -> None:
@@ -144,7 +171,7 @@ def describe(plan: ExportPlan, config: ModelConfig) -> dict[str, object]:
     """The plan as `--dry-run` shows it."""
     stages = [
         {"stage": stage.name, "file": stage.file, "ep": stage.execution_provider, "device": stage.device}
-        for stage in plan.target.stages(plan.recipe.window)
+        for stage in plan.target.stages(plan.recipe.window, plan.recipe.parts)
     ]
     return {
         "recipe": plan.recipe.name,
@@ -157,6 +184,7 @@ def describe(plan: ExportPlan, config: ModelConfig) -> dict[str, object]:
         "files": [{"name": name, "bytes": nbytes} for name, nbytes in plan.files.items()],
         "bits_per_weight": plan.bits_per_weight,
         "peak_memory_bytes": plan.peak_memory_bytes,
+        **({"compile_memory_bytes": plan.compile_memory_bytes} if plan.compile_memory_bytes else {}),
         "kv_cache_bytes": plan.kv_cache_bytes,
         "disk_needed_bytes": plan.disk_needed_bytes,
         "disk_free_bytes": plan.disk_free_bytes,

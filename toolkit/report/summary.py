@@ -5,11 +5,12 @@ from __future__ import annotations
 import datetime
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from toolkit import names
+from toolkit.errors import BundleError
 from toolkit.machine import machine_facts
 from toolkit.report.page import render_report
 
@@ -22,9 +23,11 @@ _OPTIONAL: Final = {
     "baseline": "the recipe does not ask for plain 4-bit rounding to be measured beside",
     "tasks": "the recipe names no tasks",
     "speed": "not validated yet: run `toolkit validate`",
-    "simulator": "this target has no simulator",
+    "simulator": "not validated yet, or the target has no simulator",
     "ceiling": "this target's memory bandwidth is not known",
 }
+# What measuring anew leaves as it is.
+_KEPT: Final = ("conversion", "quantization", "partition", "kv_cache", "ceiling")
 _AT_LEAST: Final = ("top1_agreement", "greedy_match_tokens", "accuracy")
 
 
@@ -50,12 +53,28 @@ def read_report(bundle: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     fresh = begin_report(manifest)
     if not isinstance(report, dict):
         return fresh
-    kept = {key: report[key] for key in ("conversion", "quantization", "partition", "kv_cache") if key in report}
-    return {**fresh, **kept}
+    return {**fresh, **{key: report[key] for key in _KEPT if key in report}}
+
+
+def amend_report(bundle: Path, change: Callable[[dict[str, Any]], None], reasons: Mapping[str, str]) -> dict[str, Any]:
+    """The bundle's report with `change` made to it and nothing measured anew; returns it as written.
+
+    Raises BundleError if there is none to read.
+    """
+    path = bundle / names.REPORT_FILE
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        absent = {entry["name"]: entry["reason"] for entry in report.pop("not_measured")}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        raise BundleError(f"{path} is no report that can be read: `toolkit validate {bundle}` makes it anew") from None
+    change(report)
+    if any(row.get("compiled") for row in report.get("partition", [])):
+        absent.pop("partition.bin_bytes", None)
+    return write_report(bundle, report, {**absent, **reasons})
 
 
 def figures_of(report: Mapping[str, Any]) -> dict[str, float]:
-    """Every figure a threshold may name: those of `parity` and `speed`, and the tasks' worst.
+    """Every figure a threshold may name: those of `parity` and `speed`, the simulator's error, and the tasks' worst.
 
     `accuracy_drop` is the reference's accuracy less the bundle's, the largest over the tasks.
     """
@@ -65,6 +84,8 @@ def figures_of(report: Mapping[str, Any]) -> dict[str, float]:
         for key, value in report.get(section, {}).items()
         if isinstance(value, int | float) and not isinstance(value, bool)
     }
+    if "simulator" in report:
+        figures["hidden_rms_error"] = report["simulator"]["hidden_rms_error"]
     tasks = report.get("tasks", [])
     if tasks:
         figures["accuracy"] = min(task["accuracy"] for task in tasks)
@@ -75,9 +96,11 @@ def figures_of(report: Mapping[str, Any]) -> dict[str, float]:
 
 
 def section_of(figure: str) -> str:
-    """The section of the report that a figure is measured in: `tasks`, `speed` or `parity`."""
+    """The section of the report that a figure is measured in: `tasks`, `simulator`, `speed` or `parity`."""
     if figure.startswith("accuracy"):
         return "tasks"
+    if figure == "hidden_rms_error":
+        return "simulator"
     return "speed" if figure.endswith(("_s", "_bytes")) else "parity"
 
 

@@ -12,6 +12,7 @@ from toolkit.bundle.operators import place, support_of
 from toolkit.graph.builder import StageGraph
 from toolkit.graph.interface import interface_of
 from toolkit.graph.layout import Layout, Unit
+from toolkit.soc import Soc
 
 
 class SquaredError(Protocol):
@@ -76,6 +77,24 @@ def partition_section(graphs: Sequence[StageGraph]) -> list[dict[str, Any]]:
             }
         )  # fmt: skip
     return rows
+
+
+def ceiling_section(layout: Layout, soc: Soc) -> list[dict[str, Any]]:
+    """What memory bandwidth allows: each token reads every matrix but the embedding, of which it reads a row.
+
+    A tied embedding is read as the LM head. The KV cache comes on top, and what a device measures lies below.
+    """
+    matrices = layout.matrices()
+    tied = not any(names.role_of(unit.name) == "lm_head" for unit in matrices)
+    read = [unit for unit in matrices if tied or names.role_of(unit.name) != "embed_tokens"]
+    nbytes = sum(slot.nbytes for unit in read for slot in unit.slots)
+    return [
+        {
+            "device": soc.device, "memory_bytes_per_s": soc.memory_bytes_per_s, "source": soc.memory_source,
+            "weight_bytes_per_token": nbytes, "decode_tokens_per_s": soc.memory_bytes_per_s / nbytes,
+            "basis": "an upper bound by memory bandwidth over the bytes of weights a token reads, not a measurement",
+        }
+    ]  # fmt: skip
 
 
 def _format(unit: Unit) -> dict[str, Any]:

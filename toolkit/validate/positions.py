@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -22,6 +23,8 @@ from toolkit.errors import BundleError
 _NUMPY: Final[dict[str, type[np.floating[Any]]]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 _GATHER: Final = "/model/last_position/GatherND"
 _UNSQUEEZE: Final = "/model/last_position/Unsqueeze"
+_KINDS: Final = (names.CONTEXT, names.ITERATOR)
+_PRESENT: Final = names.present_key(0).split(".")[0] + "."
 _Values = dict[str, NDArray[Any]]
 
 
@@ -76,12 +79,25 @@ class OneGraph:
         return np.concatenate(pieces)
 
 
+@dataclass(frozen=True)
+class Step:
+    """One run of one transformer stage: what it is fed, and the hidden states it makes of that, by their name."""
+
+    stage: str
+    feeds: _Values
+    output: str
+    hidden: NDArray[Any]
+
+
 class Pipeline:
-    """The four stages as onnxruntime-genai drives them: the prompt in padded windows, then a token at a time."""
+    """The stages as onnxruntime-genai drives them: the prompt in padded windows, then a token at a time.
+
+    The graphs are the uncompiled ones, whichever the settings name.
+    """
 
     def __init__(self, bundle: Path, exact: bool = False) -> None:
         model = read_settings(bundle)["model"]
-        stages = (names.EMBEDDINGS, names.CONTEXT, names.ITERATOR, names.HEAD)
+        stages = [stage for group in model["decoder"]["pipeline"] for stage in group]
         self._sessions = {stage: _session(bundle, stage, exact) for stage in stages}
         self._window = int(model["decoder"]["sliding_window"]["window_size"])
         self._pad_token_id, self._context_length = int(model["pad_token_id"]), int(model["context_length"])
@@ -92,57 +108,65 @@ class Pipeline:
 
     def logits(self, ids: list[int], prompt: int | None = None) -> NDArray[np.float32]:
         """See Positions."""
+        hidden = [step.hidden[:, :kept] for step, kept in self.steps(ids, prompt) if step.output == names.LAST_HIDDEN]
+        return self.head(ids, np.concatenate(hidden, axis=1))
+
+    def head(self, ids: list[int], hidden: NDArray[Any]) -> NDArray[np.float32]:
+        """Logits [T, V] of normalized hidden states [1, T, D]."""
+        given = {names.LAST_HIDDEN: hidden, names.INPUT_IDS: np.array([ids], np.int64)}
+        logits: NDArray[np.float32] = _run(self._sessions[names.HEAD], given)[names.LOGITS][0]
+        return logits
+
+    def steps(self, ids: list[int], prompt: int | None = None) -> Iterator[tuple[Step, int]]:
+        """Each run of a transformer stage with how many of its positions are no pads: the first `prompt` ids (default
+        all) in windows, each later one by itself."""
         prompt = len(ids) if prompt is None else prompt
         length = self._cache_length(prompt, len(ids))
-        cache = _empty_cache(self._sessions[names.CONTEXT], length)
-        hidden = []
+        kinds = {kind: [s for s in self._sessions if names.stage_kind(s) == kind] for kind in _KINDS}
+        cache = self._empty_cache(kinds[names.CONTEXT], length)
         for start in range(0, prompt, self._window):
             chunk = ids[start : min(start + self._window, prompt)]
             padded = chunk + [self._pad_token_id] * (self._window - len(chunk))
-            made, cache = self._step(names.CONTEXT, padded, start + self._window - 1, length, cache)
-            hidden.append(made[:, : len(chunk)])
+            for step in self._through(kinds[names.CONTEXT], padded, start + self._window - 1, length, cache):
+                yield step, len(chunk)
         for position in range(prompt, len(ids)):
-            made, cache = self._step(names.ITERATOR, [ids[position]], position, length, cache)
-            hidden.append(made)
-        head = {names.LAST_HIDDEN: np.concatenate(hidden, axis=1), names.INPUT_IDS: np.array([ids], np.int64)}
-        logits: NDArray[np.float32] = _run(self._sessions[names.HEAD], head)[names.LOGITS][0]
-        return logits
+            for step in self._through(kinds[names.ITERATOR], [ids[position]], position, length, cache):
+                yield step, 1
 
-    def steps(self) -> Iterator[tuple[str, _Values, NDArray[Any]]]:
-        """A window of ids through context, one through iterator: (stage, what it is fed, its hidden states)."""
-        ids = [int(i) for i in np.random.default_rng(0).integers(0, self._pad_token_id, self._window + 1)]
-        length = self._cache_length(self._window, len(ids))
-        cache = _empty_cache(self._sessions[names.CONTEXT], length)
-        for stage, tokens, last in (
-            (names.CONTEXT, ids[:-1], self._window - 1),
-            (names.ITERATOR, ids[-1:], self._window),
-        ):
-            feeds = {**self._inputs(tokens, last, length), **cache}
-            made = _run(self._sessions[stage], feeds)
-            yield stage, feeds, made[names.LAST_HIDDEN]
-            cache = _grown(cache, made)
-
-    def _inputs(self, ids: list[int], last: int, length: int) -> _Values:
-        """What a transformer stage takes besides the cache; `last` is the position of the last of `ids`."""
-        embedded = _run(self._sessions[names.EMBEDDINGS], {names.INPUT_IDS: np.array([ids], np.int64)})
-        return {
-            **embedded,
+    def _through(
+        self, stages: list[str], ids: list[int], last: int, length: int, cache: _Values
+    ) -> Iterator[Step]:
+        """One part of the transformer after another, which change `cache`; `last` is the position of the last id."""
+        values = {
+            **_run(self._sessions[names.EMBEDDINGS], {names.INPUT_IDS: np.array([ids], np.int64)}),
             names.PAST_SEQ_LEN: np.array([[last]], np.int32),
             names.TOTAL_SEQ_LEN: np.array([length], np.int32),
         }
+        for stage in stages:
+            session = self._sessions[stage]
+            feeds = {value.name: {**values, **cache}[value.name] for value in session.get_inputs()}
+            made = _run(session, feeds)
+            cache |= _grown({name: array for name, array in feeds.items() if name in cache}, made)
+            (output,) = [name for name in made if not name.startswith(_PRESENT)]
+            values[output] = made[output]
+            yield Step(stage, feeds, output, made[output])
 
     def _cache_length(self, prompt: int, tokens: int) -> int:
         """The context where the graph fixes it, else as much as the windows and the tokens after them take."""
-        fixed = _cache_inputs(self._sessions[names.CONTEXT])[0].shape[2]
+        session = next(s for stage, s in self._sessions.items() if names.stage_kind(stage) == names.CONTEXT)
+        fixed = _cache_inputs(session)[0].shape[2]
         needed = -(-prompt // self._window) * self._window + tokens - prompt
         return fixed if isinstance(fixed, int) else needed
 
-    def _step(
-        self, stage: str, ids: list[int], last: int, length: int, cache: _Values
-    ) -> tuple[NDArray[Any], _Values]:
-        """(hidden states [1, S, D], the cache after them)."""
-        made = _run(self._sessions[stage], {**self._inputs(ids, last, length), **cache})
-        return made[names.LAST_HIDDEN], _grown(cache, made)
+    def _empty_cache(self, stages: list[str], length: int) -> _Values:
+        return {name: zero for stage in stages for name, zero in _empty_cache(self._sessions[stage], length).items()}
+
+
+def some_ids(bundle: Path, extra: int) -> list[int]:
+    """Seeded random ids, none of them the pad: one window and `extra` more."""
+    model = read_settings(bundle)["model"]
+    window = int(model["decoder"]["sliding_window"]["window_size"])
+    return [int(i) for i in np.random.default_rng(0).integers(0, model["pad_token_id"], window + extra)]
 
 
 def placement(session: ort.InferenceSession) -> dict[str, int]:

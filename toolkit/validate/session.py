@@ -17,6 +17,7 @@ import onnxruntime as ort
 
 from toolkit import names
 from toolkit.bundle.cache import cache_bytes
+from toolkit.bundle.compiled import uncompiled_settings
 from toolkit.bundle.genai_config import max_length, read_settings, stage_sections
 from toolkit.errors import BundleError, MachineError
 from toolkit.machine import free_memory_bytes
@@ -183,7 +184,7 @@ def _cpu_copy(bundle: Path, config: dict[str, Any]) -> tempfile.TemporaryDirecto
 
     Raises MachineError if it cannot be made.
     """
-    plain = json.loads(json.dumps(config))
+    plain = uncompiled_settings(config)
     for section in stage_sections(plain):
         section["session_options"]["provider_options"] = []
     try:

@@ -19,8 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toolkit import names
+from toolkit.bundle.genai_config import read_settings, soc_options
+from toolkit.epcontext.htp import open_htp
 from toolkit.errors import BundleError, MachineError
-from toolkit.validate.positions import Pipeline, placement
+from toolkit.validate.positions import Pipeline, placement, some_ids
 
 # The package behind an execution provider that can be tried without its device.
 PACKAGES: Final = {"OpenVINOExecutionProvider": "openvino", "QNNExecutionProvider": "onnxruntime-qnn"}
@@ -67,17 +69,17 @@ def _run(bundle: Path, execution_provider: str) -> list[VendorRun]:
     vendor = _openvino if execution_provider == "OpenVINOExecutionProvider" else _qnn
     package = PACKAGES[execution_provider]
     software = f"{package} {importlib.metadata.version(package)}"
-    runs = []
-    for stage, feeds, expected in Pipeline(bundle, exact=True).steps():
-        file = names.stage_file(stage)
-        made, nodes = vendor(bundle / file, feeds)
-        reference = expected.astype(np.float64)
+    runs, ids = [], some_ids(bundle, 1)
+    for step, _ in Pipeline(bundle, exact=True).steps(ids, len(ids) - 1):
+        file = names.stage_file(step.stage)
+        made, nodes = vendor(bundle / file, step.feeds, step.output)
+        reference = step.hidden.astype(np.float64)
         rms = float(np.sqrt(((made.astype(np.float64) - reference) ** 2).mean()))
         runs.append(VendorRun(file, software, rms / float(reference.std()), nodes))
     return runs
 
 
-def _openvino(path: Path, feeds: _Values) -> tuple[NDArray[Any], dict[str, int]]:
+def _openvino(path: Path, feeds: _Values, output: str) -> tuple[NDArray[Any], dict[str, int]]:
     import openvino
 
     core = openvino.Core()
@@ -86,33 +88,14 @@ def _openvino(path: Path, feeds: _Values) -> tuple[NDArray[Any], dict[str, int]]
     compiled = core.compile_model(core.read_model(path), "CPU", exact)
     taken = {name for value in compiled.inputs for name in value.get_names()}
     made = compiled({name: array for name, array in feeds.items() if name in taken})
-    return np.asarray(made[names.LAST_HIDDEN]), {}
+    return np.asarray(made[output]), {}
 
 
-def _qnn(path: Path, feeds: _Values) -> tuple[NDArray[Any], dict[str, int]]:
-    import onnxruntime as ort
-    import onnxruntime_qnn as qnn
-
-    provider = "QNNExecutionProvider"
-    if all(device.ep_name != provider for device in ort.get_ep_devices()):
-        ort.register_execution_provider_library(provider, qnn.get_library_path())
-    devices = [device for device in ort.get_ep_devices() if device.ep_name == provider]
+def _qnn(path: Path, feeds: _Values, output: str) -> tuple[NDArray[Any], dict[str, int]]:
     with tempfile.TemporaryDirectory() as folder:
-        affinity = Path(folder) / "op_affinity.json"
-        affinity.write_text(json.dumps({"op_type": {"GroupQueryAttention": "htp"}}), encoding="utf-8")
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        options.add_provider_for_devices(
-            devices,
-            {
-                "backend_path": qnn.get_qnn_htp_path(), "soc_model": "60", "htp_arch": "73",
-                "htp_graph_finalization_optimization_mode": "3", "op_affinity": str(affinity),
-            },
-        )  # fmt: skip
-        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-        session = ort.InferenceSession(str(path), options)
-        (made,) = session.run([names.LAST_HIDDEN], feeds)
+        entries = {"session.record_ep_graph_assignment_info": "1"}
+        session = open_htp(path, soc_options(read_settings(path.parent)), entries, Path(folder))
+        (made,) = session.run([output], feeds)
     return np.asarray(made), placement(session)
 
 

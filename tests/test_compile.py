@@ -1,0 +1,431 @@
+"""Ahead of time: tiny-r1 compiled for HTP in two parts, what is true of the files, and each way to fail."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+
+from tests.graphs import export_bundle
+from tests.test_bundle import run
+from toolkit.bundle.compiled import lint_compiled
+from toolkit.bundle.genai_config import read_genai_config
+from toolkit.bundle.lint import lint_bundle
+from toolkit.bundle.manifest import read_manifest, verify_manifest
+from toolkit.checkpoint.opened import open_checkpoint
+from toolkit.epcontext import htp
+from toolkit.epcontext import parts as compiling
+from toolkit.errors import BundleError, MachineError, UnsupportedError
+from toolkit.graph.interface import external_bytes
+from toolkit.pipeline.check import check_bundle
+from toolkit.pipeline.compile import compile_bundle, compile_exported
+from toolkit.pipeline.plan import plan_export
+from toolkit.recipe import load_recipe
+from toolkit.report.summary import figures_of
+from toolkit.soc import SOCS
+from toolkit.validate import simulator
+from toolkit.validate.positions import some_ids
+from toolkit.validate.session import continuations
+from toolkit.validate.simulator import simulate
+
+STAGES = ("context_0", "context_1", "iterator_0", "iterator_1")
+BINARIES = ("context_0_ctx_qnn.bin", "context_1_ctx_qnn.bin")
+# A child that does something at the part that begins with argv[2], and compiles all others.
+CHILD = """
+import json, os, resource, runpy, signal, sys
+if json.load(open(sys.argv[-1]))["stages"][0] == {stage!r}:
+    {what}
+sys.argv = sys.argv[-2:]
+runpy.run_module("toolkit.epcontext.child", run_name="__main__")
+"""
+# A child that leaves a node outside, and reports success.
+LIAR = """
+import json, onnx, sys
+job = json.load(open(sys.argv[-1]))
+graph = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["a"], ["b"], name="/l/Relu")], "g", [], [])
+for stage in job["stages"]:
+    onnx.save(onnx.helper.make_model(graph), job["out"] + f"/{stage}_ctx.onnx")
+open(job["out"] + "/done.json", "w").write('{"peak_rss_bytes": 1}')
+"""
+
+
+def _why_not() -> str:
+    try:
+        htp.htp_version()
+    except MachineError as problem:
+        return str(problem)
+    return ""
+
+
+needs_compiler = pytest.mark.skipif(bool(_why_not()), reason=_why_not() or "the compiler is here")
+
+
+@pytest.fixture(scope="session")
+def uncompiled(tiny_r1: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("ahead") / "b"
+    return export_bundle(load_recipe("tiny-r1-qnn", ["parts=2"]), open_checkpoint(tiny_r1), out)
+
+
+@pytest.fixture(scope="session")
+def compiled(uncompiled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    bundle = tmp_path_factory.mktemp("compiled") / "b"
+    shutil.copytree(uncompiled, bundle)
+    compile_bundle(bundle)
+    return bundle
+
+
+@pytest.fixture
+def bundle(uncompiled: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(uncompiled, tmp_path / "b"))
+
+
+@pytest.fixture
+def compiled_copy(compiled: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(compiled, tmp_path / "b"))
+
+
+def _report(bundle: Path) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads((bundle / "report.json").read_text(encoding="utf-8"))
+    return report
+
+
+def _plant(monkeypatch: pytest.MonkeyPatch, what: str, stage: str = "context_1") -> None:
+    monkeypatch.setattr(compiling, "_CHILD", [sys.executable, "-c", CHILD.format(stage=stage, what=what)])
+
+
+@needs_compiler
+def test_each_stage_is_one_node_that_runs_from_its_parts_binary(compiled: Path) -> None:
+    (pipeline,) = read_genai_config(compiled)["model"]["decoder"]["pipeline"]
+    for stage in STAGES:
+        assert pipeline[stage]["filename"] == f"{stage}_ctx.onnx"
+        (options,) = pipeline[stage]["session_options"]["provider_options"]
+        assert options["qnn"]["backend_path"] == "QnnHtp.dll" and options["qnn"]["soc_model"] == "60"
+        model = onnx.load(compiled / f"{stage}_ctx.onnx")
+        (node,) = model.graph.node
+        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        assert (node.op_type, node.domain, attributes["embed_mode"]) == ("EPContext", "com.microsoft", 0)
+        assert attributes["ep_cache_context"].decode() == BINARIES[int(stage[-1])]
+        # As our own graphs: ONNX Runtime would write its newest, which older ones refuse.
+        assert model.ir_version == 10 and {o.domain for o in model.opset_import} == {"", "com.microsoft"}
+    assert [pipeline[stage]["filename"] for stage in ("embeddings", "lm_head")] == ["embeddings.onnx", "lm_head.onnx"]
+    assert not compiled.with_name("b.compile").exists() and (compiled / "compile.log").is_file()
+
+
+@needs_compiler
+def test_manifest_and_report_know_the_binaries(compiled: Path, uncompiled: Path) -> None:
+    names = {entry["name"] for entry in read_manifest(compiled)["files"]}
+    assert names >= {*BINARIES, *(f"{stage}_ctx.onnx" for stage in STAGES), "context_0.onnx", "transformer.onnx.data"}
+    assert verify_manifest(compiled) == []
+    rows = {row["stage"]: row for row in _report(compiled)["partition"]}
+    for stage in STAGES:
+        row = rows[stage]
+        assert row["compiled"] and row["file"] == f"{stage}_ctx.onnx" and row["nodes_on_ep"] == row["nodes"] > 30
+        assert row["bin_bytes"] == (compiled / row["bin"]).stat().st_size
+        # Weights and code, once for both stages: twice the weights would be more.
+        weights = external_bytes(compiled / f"{stage}.onnx")
+        assert weights < row["bin_bytes"] < 1.5 * weights
+    assert not rows["lm_head"]["compiled"] and "bin_bytes" not in rows["lm_head"]
+    made = _report(compiled)["conversion"]
+    assert [row["stages"] for row in made["compiled_parts"]] == [[f"context_{k}", f"iterator_{k}"] for k in (0, 1)]
+    assert all(100 << 20 < row["peak_rss_bytes"] < 2 << 30 for row in made["compiled_parts"])
+    assert [stage["name"] for stage in made["stages"]].count("compile") == 1
+    assert "partition.bin_bytes" not in {entry["name"] for entry in _report(compiled)["not_measured"]}
+    assert not any(row["compiled"] for row in _report(uncompiled)["partition"])
+
+
+@needs_compiler
+def test_compiling_again_does_nothing(compiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling, "_CHILD", ["no such program"])
+    assert [row["compiled"] for row in compile_bundle(compiled)] == [False, True, True, True, True, False]
+
+
+@needs_compiler
+def test_a_compiled_bundle_runs_its_graphs_on_the_cpu(compiled: Path, uncompiled: Path) -> None:
+    prompts = [[5, 6, 7] * n for n in (1, 30)]
+    made = continuations(compiled, prompts, 16, on_cpu=True)
+    assert made == continuations(uncompiled, prompts, 16, on_cpu=True) and len(made[1]) > 4
+
+
+@needs_compiler
+def test_check_passes_and_knows_another_soc(compiled: Path) -> None:
+    assert check_bundle(compiled, run=False)["problems"] == []
+    problems = lint_compiled(compiled, "x2-elite")
+    words = "compiled for HTP arch and SoC model 73 and 60, the recipe's soc x2-elite has 81 and 88"
+    assert len(problems) == 4 and all(words in line for line in problems)
+
+
+def _edit(stage: str, change: Callable[[onnx.ModelProto], object]) -> Callable[[Path], object]:
+    def edit(bundle: Path) -> None:
+        path = bundle / f"{stage}_ctx.onnx"
+        model = onnx.load(path)
+        change(model)
+        onnx.save(model, path)
+
+    return edit
+
+
+def _attribute(name: str, value: object) -> Callable[[onnx.ModelProto], object]:
+    def change(model: onnx.ModelProto) -> None:
+        (node,) = model.graph.node
+        kept = [a for a in node.attribute if a.name != name]
+        del node.attribute[:]
+        node.attribute.extend([*kept, onnx.helper.make_attribute(name, value)])
+
+    return change
+
+
+PLANTED = {
+    "a node outside": (
+        _edit("context_1", lambda m: m.graph.node.append(onnx.helper.make_node("Identity", ["past_seq_len"], ["x"]))),
+        "context_1_ctx.onnx: 1 nodes stand outside EPContext",
+    ),
+    "no node": (_edit("iterator_0", lambda m: m.graph.ClearField("node")), "iterator_0_ctx.onnx: no node at all"),
+    "no binary": (lambda b: (b / BINARIES[1]).unlink(), f"its binary '{BINARIES[1]}' is no file of the bundle"),
+    "a binary elsewhere": (
+        _edit("context_0", _attribute("ep_cache_context", "../b/context_0_ctx_qnn.bin")), "is no file of the bundle",
+    ),
+    "a binary inside": (_edit("context_0", _attribute("embed_mode", 1)), "embed_mode is not 0"),
+    "a binary of another part": (
+        _edit("iterator_0", _attribute("ep_cache_context", BINARIES[1])), "part 0 has 2 binaries",
+    ),
+    "no SoC": (_edit("context_0", lambda m: m.ClearField("metadata_props")), "HTP arch and SoC model unknown"),
+    "other inputs": (
+        lambda b: shutil.copy(b / "context_1_ctx.onnx", b / "context_0_ctx.onnx"), "are not those of context_0.onnx",
+    ),
+}  # fmt: skip
+
+
+@needs_compiler
+@pytest.mark.parametrize("case", PLANTED)
+def test_each_planted_fault_of_a_compiled_stage_is_named(case: str, compiled_copy: Path) -> None:
+    change, words = PLANTED[case]
+    assert lint_compiled(compiled_copy, "x-elite") == []
+    change(compiled_copy)
+    problems = lint_compiled(compiled_copy, "x-elite") + lint_bundle(compiled_copy)
+    assert any(words in line for line in problems), problems
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("what", "kind", "words"),
+    [
+        ("os.kill(os.getpid(), signal.SIGSEGV)", BundleError, "onnxruntime-qnn crashed compiling part 2 of 2 "
+         r"\(context_1 and iterator_1\) \(SIGSEGV\)"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", MachineError, "part 2 of 2 .* ran out of memory .*was killed"),
+        ("raise SystemExit('error: Failed to finalize QNN graph: QNN_COMMON_ERROR_MEM_ALLOC')", MachineError,
+         "part 2 of 2 .* ran out of memory .*MEM_ALLOC"),
+        ("raise SystemExit('no licence')", BundleError, "did not compile part 2 of 2 .*: no licence"),
+        ("raise SystemExit(0)", BundleError, "did not compile part 2 of 2"),
+    ],
+    ids=["crash", "killed", "out of memory", "refused", "silent"],
+)  # fmt: skip
+def test_a_childs_end_is_told_and_finished_parts_are_kept(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, what: str, kind: type[Exception], words: str
+) -> None:
+    before = {path.name: path.read_bytes() for path in bundle.iterdir()}
+    with monkeypatch.context() as patch:
+        _plant(patch, what)
+        with pytest.raises(kind, match=words) as said:
+            compile_bundle(bundle)
+    message, work = str(said.value), bundle.with_name("b.compile")
+    assert "\n" not in message and "finished parts are kept" in message and str(work / "part_1.log") in message
+    if "out of memory" in message or "crashed" in message:
+        assert "toolkit compile" in message and "parts=4" in message
+    # The bundle is what it was, and runs uncompiled.
+    assert {path.name: path.read_bytes() for path in bundle.iterdir()} == before
+    first = (work / BINARIES[0]).stat()
+    rows = compile_bundle(bundle)
+    assert (bundle / BINARIES[0]).stat().st_mtime_ns == first.st_mtime_ns
+    assert all(row["compiled"] for row in rows[1:5]) and not work.exists() and verify_manifest(bundle) == []
+
+
+@needs_compiler
+def test_a_finished_part_that_was_harmed_is_compiled_again(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    work = bundle.with_name("b.compile")
+    with monkeypatch.context() as patch:
+        _plant(patch, "os.kill(os.getpid(), signal.SIGKILL)")
+        with pytest.raises(MachineError):
+            compile_bundle(bundle)
+    whole = (work / BINARIES[0]).read_bytes()
+    (work / BINARIES[0]).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    steps: list[str] = []
+    compile_bundle(bundle, steps.append)
+    assert steps == ["compile part 1 of 2", "compile part 2 of 2"] and verify_manifest(bundle) == []
+
+
+@needs_compiler
+def test_a_graph_the_compiler_does_not_take_whole_is_refused(bundle: Path) -> None:
+    path = bundle / "context_1.onnx"
+    model = onnx.load(path, load_external_data=False)
+    attention = next(node for node in model.graph.node if node.op_type == "GroupQueryAttention")
+    attention.attribute.append(onnx.helper.make_attribute("smooth_softmax", 0))
+    onnx.save(model, path)
+    with pytest.raises(BundleError, match=r"did not compile part 2 of 2 .*fallback to CPU EP"):
+        compile_bundle(bundle)
+
+
+@needs_compiler
+def test_nodes_left_outside_are_counted_in_the_compiled_file(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the compiler says: a child that makes such a file and reports success."""
+    monkeypatch.setattr(compiling, "_CHILD", [sys.executable, "-c", LIAR])
+    with pytest.raises(BundleError, match=r"context_0_ctx\.onnx has 1 nodes outside EPContext, such as /l/Relu \("):
+        compile_bundle(bundle)
+
+
+@needs_compiler
+def test_a_kill_between_manifest_and_settings_is_seen_and_mended(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace = os.replace
+
+    def failing(source: Any, to: Any) -> None:
+        if Path(to) == bundle / "genai_config.json":
+            raise KeyboardInterrupt
+        replace(source, to)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", failing)
+        with pytest.raises(KeyboardInterrupt):
+            compile_bundle(bundle)
+    (problem,) = verify_manifest(bundle)
+    assert problem.startswith("genai_config.json ")
+    steps: list[str] = []
+    compile_bundle(bundle, steps.append)
+    assert steps == [] and verify_manifest(bundle) == [] and lint_bundle(bundle) == []
+
+
+def test_too_little_memory_is_said_before_the_compiler_starts(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("toolkit.pipeline.compile.htp_version", lambda: "2.7.0")
+    monkeypatch.setattr(compiling, "_CHILD", ["no such program"])
+    monkeypatch.setattr(compiling, "free_memory_bytes", lambda: 100 << 20)
+    words = r"part 1 of 2 .* takes about 0\.3 GiB of memory and 0\.1 are free: close .*parts=4"
+    with pytest.raises(MachineError, match=words):
+        compile_bundle(bundle)
+
+
+def test_a_target_without_a_compiler_is_refused(tiny_r1: Path, tmp_path: Path) -> None:
+    bundle = export_bundle(load_recipe("tiny-r1-cpu-split"), open_checkpoint(tiny_r1), tmp_path / "b")
+    with pytest.raises(UnsupportedError, match=r"target cpu-split has no ahead-of-time compiler; .* have one: qnn"):
+        compile_bundle(bundle)
+    assert compile_exported(bundle, wanted=True) == ""
+
+
+@pytest.mark.parametrize(
+    ("machine", "version", "words"),
+    [
+        (("win32", "ARM64"), "2.7.0", "compiles for HTP on x86-64 Linux, this is"),
+        (("linux", "aarch64"), "2.7.0", "compiles for HTP on x86-64 Linux, this is"),
+        (("linux", "x86_64"), None, "onnxruntime-qnn is not installed: pip install onnxruntime-qnn"),
+        (("linux", "x86_64"), "2.5.0", "onnxruntime-qnn 2.5.0 is known to be wrong: pip install 'onnxruntime-qnn>=2.6"),
+    ],
+)
+def test_where_the_compiler_is_not_export_says_so_and_compile_refuses(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, machine: tuple[str, str], version: str | None, words: str
+) -> None:
+    def installed(package: str) -> str:
+        if version is None:
+            raise htp.importlib.metadata.PackageNotFoundError(package)
+        return version
+
+    monkeypatch.setattr(htp.sys, "platform", machine[0])
+    monkeypatch.setattr(htp.platform, "machine", lambda: machine[1])
+    monkeypatch.setattr(htp.importlib.metadata, "version", installed)
+    with pytest.raises(MachineError, match=words):
+        compile_bundle(bundle)
+    with pytest.raises(MachineError, match=words):
+        simulate(bundle, [1, 2], 1)
+    note = compile_exported(bundle, wanted=True)
+    assert note.startswith("not compiled ahead of time: ") and "toolkit compile" in note
+    reasons = {entry["name"]: entry["reason"] for entry in _report(bundle)["not_measured"]}
+    assert reasons["partition.bin_bytes"].startswith("not compiled ahead of time: onnxruntime-qnn")
+
+
+@needs_compiler
+def test_export_compiles_unless_told_not_to(tmp_path: Path) -> None:
+    words = ["export", "tiny-r1-qnn", "--no-validate", "--set", "soc=x2-elite", "--out", str(tmp_path / "b")]
+    left = run(*words, "--no-compile")
+    assert left.returncode == 0 and "note: not compiled ahead of time: left out by --no-compile" in left.stderr
+    assert not list((tmp_path / "b").glob("*.bin"))
+    done = run("compile", str(tmp_path / "b"), "--json")
+    assert done.returncode == 0 and sum(row["compiled"] for row in json.loads(done.stdout)) == 2
+    assert lint_compiled(tmp_path / "b", "x2-elite") == []
+    made = run(*words, "--json")
+    assert made.returncode == 0 and sum(row["compiled"] for row in json.loads(made.stdout)["partition"]) == 2
+    assert run("check", str(tmp_path / "b")).returncode == 0
+
+
+def test_fp32_is_compiled_on_request_alone(tiny_r1: Path, tmp_path: Path) -> None:
+    bundle = export_bundle(load_recipe("tiny-r1-qnn"), open_checkpoint(tiny_r1), tmp_path / "b", "fp32")
+    assert "fp32 is for parity work" in compile_exported(bundle, wanted=True)
+
+
+def test_the_plan_counts_the_binaries(tiny_r1: Path, tmp_path: Path) -> None:
+    recipe, checkpoint = load_recipe("tiny-r1-qnn", ["parts=2"]), open_checkpoint(tiny_r1)
+    whole, left = (plan_export(recipe, checkpoint, tmp_path / "b", precision) for precision in ("int4", "fp32"))
+    weights = whole.layout.files["transformer.onnx.data"]
+    assert whole.disk_needed_bytes - sum(whole.files.values()) - (64 << 20) == pytest.approx(1.09 * weights, rel=1e-3)
+    assert 250 << 20 < whole.compile_memory_bytes < (250 << 20) + 12.5 * weights and left.compile_memory_bytes == 0
+
+
+@needs_compiler
+def test_validate_measures_in_the_simulator(compiled_copy: Path) -> None:
+    words = ["--no-tasks", "--no-speed", "--no-baseline", "--tokens", "140"]
+    done = run("validate", str(compiled_copy), *words)
+    assert done.returncode == 0 and "simulator beside the CPU on 136 tokens" in done.stdout, done.stderr
+    report = _report(compiled_copy)
+    assert 0 < report["simulator"]["hidden_rms_error"] < 0.02 and report["simulator"]["tokens"] == 136
+    assert report["ceiling"] and sum(row["compiled"] for row in report["partition"]) == 4
+    absent = {entry["name"]: entry["reason"] for entry in report["not_measured"]}
+    assert not absent.keys() & {"simulator", "partition.bin_bytes", "partition.nodes_on_ep"}
+    assert run("validate", str(compiled_copy), *words, "--no-simulate").returncode == 0
+    absent = {entry["name"]: entry["reason"] for entry in _report(compiled_copy)["not_measured"]}
+    assert absent["simulator"] == "left out by --no-simulate"
+
+
+@needs_compiler
+def test_the_simulator_computes_what_the_cpu_computes(uncompiled: Path) -> None:
+    ids = some_ids(uncompiled, 40)
+    found = simulate(uncompiled, ids, len(ids) - 4)
+    assert (found["ep"], found["stage"], found["parts"]) == ("QNNExecutionProvider", "transformer", 2)
+    assert found["tokens"] == len(ids) == 104
+    assert 0 < found["hidden_rms_error"] < 0.02 and found["top1_agreement"] > 0.95
+    assert figures_of({"simulator": found})["hidden_rms_error"] == found["hidden_rms_error"]
+
+
+def test_the_simulators_error_is_the_hidden_states_own(uncompiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With ORT's CPU kernels in the simulator's place it is 0; what is a tenth too large has an error of a tenth."""
+    monkeypatch.setattr(simulator, "htp_version", lambda: "2.7.0")
+    pipeline = simulator.Pipeline(uncompiled, exact=True)
+    ids = some_ids(uncompiled, 70)
+    steps = [step for step, _ in pipeline.steps(ids, 130)]
+
+    def exact(bundle: Path, stages: dict[str, str], runs: Any, hidden: Any) -> list[Any]:
+        return [step.hidden for step in steps if step.stage in stages.values()]
+
+    monkeypatch.setattr(simulator, "_run_apart", exact)
+    found = simulate(uncompiled, ids, 130)
+    assert found["hidden_rms_error"] == 0 and found["top1_agreement"] == 1
+    monkeypatch.setattr(simulator, "_run_apart", lambda *args: [1.1 * array for array in exact(*args)])
+    assert 0.09 < simulate(uncompiled, ids, 130)["hidden_rms_error"] < 0.12
+
+
+@needs_compiler
+def test_a_simulator_that_crashes_is_told(uncompiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    child = [sys.executable, "-c", f"import os; os.kill(os.getpid(), {int(signal.SIGSEGV)})"]
+    monkeypatch.setattr(simulator, "_CHILD", child)
+    with pytest.raises(BundleError, match=r"did not simulate context_0 and iterator_0 of .*exit code -11"):
+        simulate(uncompiled, [1, 2, 3], 2)
+
+
+def test_the_ceiling_is_bandwidth_over_what_a_token_reads(uncompiled: Path) -> None:
+    report = _report(uncompiled)
+    (row,) = report["ceiling"]
+    read = sum(r["bytes"] for r in report["quantization"]["by_role"] if r["role"] != "embed_tokens")
+    assert row["weight_bytes_per_token"] == read and row["memory_bytes_per_s"] == SOCS["x-elite"].memory_bytes_per_s
+    assert row["decode_tokens_per_s"] == pytest.approx(135e9 / read) and "not a measurement" in row["basis"]

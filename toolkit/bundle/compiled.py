@@ -1,0 +1,120 @@
+"""A bundle whose transformer stages are EPContext files: its settings, its rows of the report, what must hold of it.
+
+The uncompiled graphs and their data stay beside them: they run on the CPU, which is how a bundle is validated, and are
+what another SoC or a newer compiler would be given. A device needs neither.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from toolkit import names
+from toolkit.bundle.genai_config import read_genai_config, stage_sections
+from toolkit.graph.interface import GraphInterface, read_interface
+from toolkit.soc import SOCS, Soc
+
+_COMPATIBILITY: Final = "ep_compatibility_info.QNNExecutionProvider"
+# Where a SoC stands in it: version, …, HTP arch, SoC model, …
+_ARCH_FIELD, _SOC_FIELD = 4, 5
+
+
+def compiled_settings(config: Mapping[str, Any], stages: Sequence[str]) -> dict[str, Any]:
+    """A bundle's whole genai_config with these stages run from their EPContext files."""
+    changed: dict[str, Any] = json.loads(json.dumps(config))
+    for group in changed["model"]["decoder"]["pipeline"]:
+        for name in stages:
+            group[name]["filename"] = names.compiled_file(name)
+    return changed
+
+
+def uncompiled_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with every stage run from its graph: what a machine without the device can run."""
+    changed: dict[str, Any] = json.loads(json.dumps(config))
+    for group in changed["model"]["decoder"].get("pipeline", []):
+        for name, section in group.items():
+            if section.get("filename") == names.compiled_file(name):
+                section["filename"] = names.stage_file(name)
+    return changed
+
+
+def compiled_stages(config: Mapping[str, Any]) -> list[str]:
+    """The stages that run from EPContext files."""
+    pipeline = config["model"]["decoder"].get("pipeline", [])
+    stages = [(name, section) for group in pipeline for name, section in group.items()]
+    return [name for name, section in stages if section.get("filename") == names.compiled_file(name)]
+
+
+def binary_of(compiled: GraphInterface) -> str:
+    """The file with a compiled stage's weights and code, which its part's other stage shares."""
+    return next((str(node.attributes.get("ep_cache_context", "")) for node in compiled.nodes), "")
+
+
+def partition_rows(rows: Sequence[Mapping[str, Any]], bundle: Path, stages: Sequence[str]) -> list[dict[str, Any]]:
+    """report.json's `partition` with what became of these stages: EPContext took every node, or they would not be."""
+    changed = []
+    for row in map(dict, rows):
+        if row["stage"] in stages:
+            binary = binary_of(read_interface(bundle / names.compiled_file(row["stage"])))
+            row |= {
+                "file": names.compiled_file(row["stage"]), "compiled": True, "bin": binary,
+                "bin_bytes": (bundle / binary).stat().st_size, "nodes_on_ep": row["nodes"], "nodes_run": row["nodes"],
+                "conditions": [],
+            }  # fmt: skip
+        changed.append(row)
+    return changed
+
+
+def lint_compiled(bundle: Path, soc_name: str) -> list[str]:
+    """One line for each thing wrong with a bundle's EPContext files; none if it has none.
+
+    Raises BundleError for a file that cannot be read.
+    """
+    config = read_genai_config(bundle)
+    stages = compiled_stages(config) if stage_sections(config) else []
+    binaries: dict[int, set[str]] = {}
+    problems = []
+    for stage in stages:
+        path = bundle / names.compiled_file(stage)
+        if not path.is_file():
+            continue  # the linter's to say
+        compiled = read_interface(path)
+        problems += [f"{path.name}: {line}" for line in _lint_file(compiled, bundle, SOCS[soc_name])]
+        graph = bundle / names.stage_file(stage)
+        if graph.is_file() and _signature(read_interface(graph)) != _signature(compiled):
+            problems.append(f"{path.name}: its inputs and outputs are not those of {graph.name}: compile it again")
+        part = int(stage.removeprefix(names.stage_kind(stage)).strip("_") or 0)
+        binaries.setdefault(part, set()).add(binary_of(compiled))
+    problems += [
+        f"part {part} has {len(found)} binaries ({', '.join(sorted(found))}): context and iterator should share one"
+        for part, found in binaries.items()
+        if len(found) > 1
+    ]
+    return problems
+
+
+def _lint_file(compiled: GraphInterface, bundle: Path, soc: Soc) -> list[str]:
+    outside = [node for node in compiled.nodes if node.operator != names.EP_CONTEXT]
+    if outside or not compiled.nodes:
+        return [f"{len(outside)} nodes stand outside EPContext" if outside else "no node at all"]
+    problems = []
+    for node in compiled.nodes:
+        binary = node.attributes.get("ep_cache_context")
+        if node.attributes.get("embed_mode") != 0:
+            problems.append("the binary is inside the ONNX file, which may have 2 GiB: embed_mode is not 0")
+        elif not isinstance(binary, str) or Path(binary).name != binary or not (bundle / binary).is_file():
+            problems.append(f"its binary {binary!r} is no file of the bundle")
+    fields = compiled.metadata.get(_COMPATIBILITY, "").split(":")
+    found = fields[_ARCH_FIELD : _SOC_FIELD + 1]
+    if found != [str(soc.htp_arch), str(soc.soc_model)]:
+        problems.append(
+            f"was compiled for HTP arch and SoC model {' and '.join(found) or 'unknown'}, the recipe's soc {soc.name} "
+            f"has {soc.htp_arch} and {soc.soc_model}: compile it again"
+        )
+    return problems
+
+
+def _signature(graph: GraphInterface) -> tuple[Any, Any]:
+    return graph.inputs, graph.outputs

@@ -1,0 +1,65 @@
+"""One part of a transformer to EPContext files, in a process of its own: `python -m toolkit.epcontext.child JOB.json`.
+
+Context and iterator are compiled one after the other and share their weights in one binary.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from toolkit import names
+from toolkit.epcontext.htp import open_htp
+from toolkit.machine import peak_rss_bytes
+
+_MS = "com.microsoft"
+
+
+def compile_stages(bundle: Path, stages: list[str], options: dict[str, str], out: Path) -> None:
+    """Writes `<stage>_ctx.onnx` for each, and the binary of the first, into `out`."""
+    sessions = []
+    for stage in stages:
+        entries = {
+            "ep.context_enable": "1",
+            "ep.context_file_path": str(out / names.compiled_file(stage)),
+            "ep.context_embed_mode": "0",
+            "ep.share_ep_contexts": "1",
+        }
+        if stage == stages[-1]:
+            entries["ep.stop_share_ep_contexts"] = "1"
+        graph = bundle / names.stage_file(stage)
+        # Kept until the last is compiled: what is shared lives in the first.
+        sessions.append(open_htp(graph, {**options, "enable_htp_weight_sharing": "1"}, entries, out))
+        _lower_versions(out / names.compiled_file(stage))
+
+
+def _lower_versions(path: Path) -> None:
+    """ONNX Runtime writes the newest IR version and every domain it knows, which older releases refuse to load."""
+    model = onnx.load(path)
+    model.ir_version = 10
+    del model.opset_import[:]
+    model.opset_import.extend([onnx.helper.make_opsetid("", 21), onnx.helper.make_opsetid(_MS, 1)])
+    onnx.save(model, path)
+
+
+def main(job: dict[str, Any]) -> None:
+    """Compiles, and leaves beside the files what it took in memory."""
+    out = Path(job["out"])
+    compile_stages(Path(job["bundle"]), job["stages"], job["options"], out)
+    (out / "done.json").write_text(json.dumps({"peak_rss_bytes": peak_rss_bytes()}), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    try:
+        main(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
+    except Exception as problem:  # whatever the compiler throws; the log's last line is what the parent shows
+        print(f"error: {' '.join(str(problem).split()) or type(problem).__name__}", file=sys.stderr, flush=True)
+        os._exit(1)
+    sys.stdout.flush()
+    # Without the finalizers of native code, which may crash when all is done.
+    os._exit(0)

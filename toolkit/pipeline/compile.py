@@ -1,0 +1,144 @@
+"""The ahead-of-time story: a bundle's transformer to EPContext files, beside the graphs they are made from."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from toolkit import names
+from toolkit.bundle.compiled import compiled_settings, partition_rows
+from toolkit.bundle.genai_config import read_settings
+from toolkit.bundle.manifest import file_entry, read_manifest
+from toolkit.epcontext.htp import PACKAGE, htp_version
+from toolkit.epcontext.parts import CompiledPart, Part, compile_parts, part_key
+from toolkit.errors import BundleError, MachineError, UnsupportedError
+from toolkit.report.summary import amend_report
+from toolkit.soc import SOCS
+from toolkit.target import TARGETS
+
+
+def compile_exported(bundle: Path, wanted: bool, progress: Callable[[str], None] = lambda _: None) -> str:
+    """`compile_bundle` for a bundle fresh from its export; returns why it was not compiled, or nothing if it was or its
+    target has no such step. The report says so too. Raises what `compile_bundle` raises once the compiler is here."""
+    manifest = read_manifest(bundle)
+    if not manifest["recipe"]["soc"]:
+        return ""
+    if manifest["precision"] == "fp32":
+        wanted, left_out = False, "fp32 is for parity work"
+    else:
+        left_out = "left out by --no-compile"
+    try:
+        reason = "" if wanted else left_out
+        if wanted:
+            htp_version()
+    except MachineError as problem:
+        reason = str(problem)
+    if not reason:
+        compile_bundle(bundle, progress)
+        return ""
+    amend_report(bundle, lambda report: None, {"partition.bin_bytes": f"not compiled ahead of time: {reason}"})
+    return f"not compiled ahead of time: {reason}; `toolkit compile {bundle}` does it"
+
+
+def compile_bundle(bundle: Path, progress: Callable[[str], None] = lambda _: None) -> list[dict[str, Any]]:
+    """Compiles what is not compiled yet, points settings, manifest and report at it; returns the report's `partition`.
+
+    The work is done in `<bundle>.compile` and goes on there. Raises UnsupportedError for a target without a compiler,
+    MachineError if the compiler is not here or the memory will not do, BundleError for what it does not take.
+    """
+    manifest = read_manifest(bundle)
+    recipe = manifest["recipe"]
+    if not recipe["soc"]:
+        known = ", ".join(target.name for target in TARGETS.values() if target.soc)
+        raise UnsupportedError(f"target {recipe['target']} has no ahead-of-time compiler; those that have one: {known}")
+    config, hashes = read_settings(bundle), {entry["name"]: entry["sha256"] for entry in manifest["files"]}
+    parts = _parts(recipe, hashes, f"{PACKAGE} {htp_version()}")
+    work = bundle.with_name(bundle.name + ".compile")
+    if work.exists() or manifest.get("compiled") != _keys(parts) or not _sizes_fit(bundle, manifest):
+        made = compile_parts(bundle, parts, work, progress)
+        _install(bundle, manifest, config, parts, made, work)
+    rows: list[dict[str, Any]] = amend_report(bundle, lambda report: None, {})["partition"]
+    return rows
+
+
+def _keys(parts: Sequence[Part]) -> dict[str, str]:
+    return {part.stages[0]: part.key for part in parts}
+
+
+def _sizes_fit(bundle: Path, manifest: Mapping[str, Any]) -> bool:
+    files = [(bundle / entry["name"], entry["bytes"]) for entry in manifest["files"]]
+    return all(path.is_file() and path.stat().st_size == nbytes for path, nbytes in files)
+
+
+def _parts(recipe: Mapping[str, Any], hashes: Mapping[str, str], software: str) -> list[Part]:
+    """The parts a recipe plans, keyed by the files they are made from."""
+    soc, count = SOCS[recipe["soc"]], recipe["parts"]
+    parts = []
+    for index in range(count):
+        stages = tuple(names.part_stage(kind, index, count) for kind in (names.CONTEXT, names.ITERATOR))
+        sources = [*map(names.stage_file, stages), names.TRANSFORMER_DATA_FILE]
+        if missing := [name for name in sources if name not in hashes]:
+            raise BundleError(f"the manifest of {recipe['name']} names no {missing[0]} to compile: export it again")
+        key = part_key([hashes[name] for name in sources], soc.provider_options, software)
+        parts.append(Part(index, count, stages, soc.provider_options, key))
+    return parts
+
+
+def _install(
+    bundle: Path,
+    manifest: dict[str, Any],
+    config: dict[str, Any],
+    parts: Sequence[Part],
+    made: Sequence[CompiledPart],
+    work: Path,
+) -> None:
+    """Moves finished files in and renames the settings over the old ones last: a kill leaves a bundle that runs, and
+    whose manifest says whether it is whole."""
+    stages = [stage for part in parts for stage in part.stages]
+    entries = [entry for part in made for entry in part.files]
+    for entry in entries:
+        if (work / entry["name"]).is_file():
+            os.replace(work / entry["name"], bundle / entry["name"])
+    logs = [f"== {' '.join(part.stages)}\n{_text(work / part.log)}" for part in parts]
+    (bundle / names.COMPILE_LOG_FILE).write_text("\n".join(logs), encoding="utf-8", newline="\n")
+    settings = bundle / f"{names.GENAI_CONFIG_FILE}.new"
+    _write(settings, compiled_settings(config, stages))
+    named = {**file_entry(settings), "name": names.GENAI_CONFIG_FILE}
+    replaced = {entry["name"] for entry in (*entries, named)}
+    kept = [entry for entry in manifest["files"] if entry["name"] not in replaced]
+    manifest["files"] = sorted([*kept, *entries, named], key=lambda entry: str(entry["name"]))
+    manifest["compiled"] = _keys(parts)
+    _write(bundle / f"{names.MANIFEST_FILE}.new", manifest)
+    os.replace(bundle / f"{names.MANIFEST_FILE}.new", bundle / names.MANIFEST_FILE)
+    os.replace(settings, bundle / names.GENAI_CONFIG_FILE)
+    amend_report(bundle, lambda report: _describe(report, bundle, parts, made), {})
+    shutil.rmtree(work)
+
+
+def _describe(report: dict[str, Any], bundle: Path, parts: Sequence[Part], made: Sequence[CompiledPart]) -> None:
+    """What compiling took, and what became of each stage."""
+    stages = [stage for part in parts for stage in part.stages]
+    report["partition"] = partition_rows(report.get("partition", []), bundle, stages)
+    if (conversion := report.get("conversion")) is None:
+        return
+    earlier = sum(stage["wall_s"] for stage in conversion["stages"] if stage["name"] == "compile")
+    seconds = sum(part.wall_s for part in made)
+    conversion["wall_s"] += seconds - earlier
+    conversion["stages"] = [stage for stage in conversion["stages"] if stage["name"] != "compile"]
+    conversion["stages"].append({"name": "compile", "wall_s": seconds})
+    conversion["compiled_parts"] = [
+        {"stages": list(part.stages), "wall_s": done.wall_s, "peak_rss_bytes": done.peak_rss_bytes}
+        for part, done in zip(parts, made, strict=True)
+    ]
+
+
+def _write(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""

@@ -1,0 +1,134 @@
+"""The transformer in QNN's simulator, part after part, beside the same graphs on ORT's CPU kernels.
+
+Each part is compiled as it is loaded and runs in a process of its own: a binary that context and iterator share cannot
+be loaded from disk in the simulator, and native code of vendors may crash. T tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from toolkit import names
+from toolkit.bundle.genai_config import read_settings, soc_options
+from toolkit.epcontext.htp import PACKAGE, PROVIDER, htp_version, open_htp
+from toolkit.errors import BundleError
+from toolkit.validate.positions import Pipeline
+
+_CHILD: Final = [sys.executable, "-m", "toolkit.validate.simulator"]
+_NUMPY: Final[dict[str, type[np.floating[Any]]]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One run of the whole transformer: context or iterator, and what it is given besides hidden states and cache."""
+
+    kind: str
+    last: int
+    total: int
+    kept: int
+
+
+def simulate(
+    bundle: Path, ids: list[int], prompt: int, progress: Callable[[str], None] = lambda _: None
+) -> dict[str, Any]:
+    """report.json's `simulator`: the first `prompt` of `ids` in windows, each later one by itself.
+
+    `hidden_rms_error` is the rms difference of the normalized hidden states over their standard deviation,
+    `top1_agreement` that of the LM head's best tokens. Raises MachineError if the simulator is not here, BundleError if
+    it did not run a part.
+    """
+    version = htp_version()
+    pipeline = Pipeline(bundle, exact=True)
+    runs: list[_Run] = []
+    hidden: list[NDArray[Any]] = []
+    expected: list[NDArray[Any]] = []
+    for step, kept in pipeline.steps(ids, prompt):
+        if names.EMBEDDED in step.feeds:
+            last, total = (int(step.feeds[name].item()) for name in (names.PAST_SEQ_LEN, names.TOTAL_SEQ_LEN))
+            runs.append(_Run(names.stage_kind(step.stage), last, total, kept))
+            hidden.append(step.feeds[names.EMBEDDED])
+        if step.output == names.LAST_HIDDEN:
+            expected.append(step.hidden[:, :kept])
+    parts = _parts(pipeline.placements())
+    for part, stages in enumerate(parts):
+        progress(f"simulate part {part + 1} of {len(parts)}")
+        hidden = _run_apart(bundle, stages, runs, hidden)
+    made = np.concatenate([array[:, : run.kept] for array, run in zip(hidden, runs, strict=True)], axis=1)
+    reference = np.concatenate(expected, axis=1)
+    wide = reference.astype(np.float64)
+    error = np.sqrt(((made.astype(np.float64) - wide) ** 2).mean()) / wide.std()
+    agree = pipeline.head(ids, made).argmax(axis=-1) == pipeline.head(ids, reference).argmax(axis=-1)
+    return {
+        "ep": PROVIDER, "software": f"{PACKAGE} {version}", "stage": "transformer", "parts": len(parts),
+        "hidden_rms_error": float(error), "top1_agreement": float(agree.mean()), "tokens": len(ids),
+    }  # fmt: skip
+
+
+def _parts(stages: Iterable[str]) -> list[dict[str, str]]:
+    """By part, the stage of each kind."""
+    stages = list(stages)
+    contexts = [stage for stage in stages if names.stage_kind(stage) == names.CONTEXT]
+    iterators = [stage for stage in stages if names.stage_kind(stage) == names.ITERATOR]
+    return [{names.CONTEXT: c, names.ITERATOR: i} for c, i in zip(contexts, iterators, strict=True)]
+
+
+def _run_apart(
+    bundle: Path, stages: dict[str, str], runs: list[_Run], hidden: list[NDArray[Any]]
+) -> list[NDArray[Any]]:
+    """The hidden states that one part makes of `hidden`, each run's [1, S, D]."""
+    with tempfile.TemporaryDirectory() as folder:
+        given, taken = Path(folder) / "given.npz", Path(folder) / "made.npz"
+        np.savez(given, *hidden)
+        job = {
+            "bundle": str(bundle), "stages": stages, "given": str(given), "made": str(taken), "folder": folder,
+            "runs": [[run.kind, run.last, run.total] for run in runs],
+        }  # fmt: skip
+        done = subprocess.run(
+            _CHILD, input=json.dumps(job), capture_output=True, text=True, encoding="utf-8", errors="replace"
+        )
+        if done.returncode or not taken.is_file():
+            said = [line for line in done.stderr.strip().splitlines() if line.strip()]
+            last = (said or [f"exit code {done.returncode}"])[-1]
+            raise BundleError(f"{PACKAGE} did not simulate {' and '.join(stages.values())} of {bundle}: {last[:300]}")
+        with np.load(taken) as arrays:
+            return [arrays[name] for name in arrays.files]
+
+
+def _run_part(job: dict[str, Any]) -> None:
+    """In the child: context over its runs, then iterator with the cache they left."""
+    bundle, options = Path(job["bundle"]), soc_options(read_settings(Path(job["bundle"])))
+    with np.load(job["given"]) as arrays:
+        hidden = [arrays[name] for name in arrays.files]
+    cache: dict[str, NDArray[Any]] = {}
+    made = []
+    for kind, stage in job["stages"].items():
+        runs = [(array, run) for array, run in zip(hidden, job["runs"], strict=True) if run[0] == kind]
+        if not runs:
+            continue
+        session = open_htp(bundle / names.stage_file(stage), options, {}, Path(job["folder"]))
+        inputs = [value for value in session.get_inputs() if len(value.shape) == 4]
+        cache = cache or {value.name: np.zeros(value.shape, _NUMPY[value.type]) for value in inputs}
+        (entry,) = [value.name for value in session.get_inputs() if len(value.shape) == 3]
+        outputs = [value.name for value in session.get_outputs()]
+        for array, (_, last, total) in runs:
+            feeds = {entry: array, **cache, names.PAST_SEQ_LEN: np.array([[last]], np.int32)}
+            feeds[names.TOTAL_SEQ_LEN] = np.array([total], np.int32)
+            out = dict(zip(outputs, session.run(None, feeds), strict=True))
+            cache = {name: out.pop(name.replace("past_key_values", "present")) for name in cache}
+            made.append(next(iter(out.values())))
+        del session
+    np.savez(job["made"], *made)
+
+
+if __name__ == "__main__":
+    _run_part(json.loads(sys.stdin.read()))
