@@ -17,7 +17,7 @@ from benchmarks.peers.sampled import sampled_sequences
 from toolkit.checkpoint.opened import Checkpoint, open_checkpoint
 from toolkit.errors import ToolkitError
 from toolkit.machine import machine_facts
-from toolkit.pipeline.judge import _sequences
+from toolkit.pipeline.text import token_sequences
 from toolkit.progress import progress_line
 from toolkit.validate.tasks import Task, read_task, reference_right
 
@@ -75,11 +75,11 @@ def _names(text: str) -> list[str]:
 def _material(checkpoint: Checkpoint, asked: argparse.Namespace) -> Material:
     config, source = checkpoint.config, checkpoint.source
     if asked.text:
-        sequences = _sequences(checkpoint, asked.tokens, asked.text)
+        sequences = token_sequences(checkpoint, asked.text, asked.tokens, shortest=160)
     else:
         sequences = sampled_sequences(config, source, asked.tokens, asked.seed)
     if asked.calibration:
-        calibration = _sequences(checkpoint, asked.calibration_tokens, asked.calibration)
+        calibration = token_sequences(checkpoint, asked.calibration, asked.calibration_tokens, shortest=160)
     elif not any("imatrix" in name for name in asked.only):
         calibration = []
     else:

@@ -28,9 +28,9 @@ class _Recording(Layer):
         super().__init__(config, source, layer_index)
         self.squares: defaultdict[str, NDArray[np.float64] | float] = defaultdict(float)
 
-    def _linear(self, module: str, x: Array) -> Array:
+    def linear(self, module: str, x: Array) -> Array:
         self.squares[module] = self.squares[module] + np.square(x, dtype=np.float64).sum(axis=0)
-        return super()._linear(module, x)
+        return super().linear(module, x)
 
 
 def second_moments(config: ModelConfig, source: Tensors, sequences: list[list[int]]) -> Moments:

@@ -24,8 +24,9 @@ def sampled_sequences(config: ModelConfig, source: Tensors, tokens: int, seed: i
         while len(ids) < LENGTH:
             x, at = embed(resident, ids[-1:]), np.array([len(ids) - 1])
             for layer, cache in zip(layers, past, strict=True):
-                q, k, v = layer.project(x, at)
-                x = layer.finish(x, attend(q, *cache.grown(k, v), at, layer.window))
+                q, k, v = layer.project(layer.attention_input(x), at)
+                mixed = attend(q, *cache.grown(k, v), at, layer.window, config.rotary_head_dim)
+                x = layer.finish(x, mixed)
             logits = head_logits(config, resident, rms_norm(x, norm, config.rms_norm_eps))[0].astype(np.float64)
             ids.append(int((logits + generator.gumbel(size=logits.size)).argmax()))
         sequences.append(ids)

@@ -80,7 +80,11 @@ class Layer:
 
     def __call__(self, x: Array) -> Array:
         """[T, D] to [T, D], causal, from position 0."""
-        x = self.after_attention(x, self.mixed(self.attention_input(x)))
+        return self.finish(x, self.mixed(self.attention_input(x)))
+
+    def finish(self, x: Array, mixed: Array) -> Array:
+        """[T, D] to [T, D] from where attention gave `mixed` [T, H * Dh]."""
+        x = self.after_attention(x, mixed)
         return self.after_mlp(x, self.mlp_hidden(self.mlp_input(x)))
 
     def attention_input(self, x: Array) -> Array:

@@ -78,7 +78,7 @@ class _Decoder:
             for layer, keys, values in zip(self.layers, self.keys, self.values, strict=True):
                 q, k, v = layer.project(layer.attention_input(x), positions)
                 keys[sequence, : len(prompt)], values[sequence, : len(prompt)] = k, v
-                x = _finish(layer, x, attend(q, k, v, positions, layer.window, self.config.rotary_head_dim))
+                x = layer.finish(x, attend(q, k, v, positions, layer.window, self.config.rotary_head_dim))
             last.append(x[-1])
         return self._next(np.stack(last))
 
@@ -90,19 +90,13 @@ class _Decoder:
             q, k, v = layer.project(layer.attention_input(x), positions)
             keys[live, positions], values[live, positions] = k, v
             mixed = _attend_one(q, keys[live, :longest], values[live, :longest], positions, layer.window)
-            x = _finish(layer, x, mixed)
+            x = layer.finish(x, mixed)
         self.lengths[live] += 1
         return self._next(x)
 
     def _next(self, x: Array) -> NDArray[np.int64]:
         x = rms_norm(x, self.source.read(names.weight(names.FINAL_NORM)), self.config.rms_norm_eps)
         return np.asarray(head_logits(self.config, self.source, x).argmax(axis=-1))
-
-
-def _finish(layer: Layer, x: Array, mixed: Array) -> Array:
-    """The residual stream after a layer whose attention gave `mixed` [T, H * Dh]."""
-    x = layer.after_attention(x, mixed)
-    return layer.after_mlp(x, layer.mlp_hidden(layer.mlp_input(x)))
 
 
 def _attend_one(q: Array, k: Array, v: Array, positions: NDArray[np.int64], window: int | None) -> Array:
