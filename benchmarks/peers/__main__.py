@@ -9,9 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
-
-from benchmarks.peers.questions import fresh_questions
+from benchmarks.peers.questions import asked_of, fresh_questions
 from benchmarks.peers.rows import PEERS, Material, Row, peer_rows
 from benchmarks.peers.sampled import sampled_sequences
 from toolkit.checkpoint.opened import Checkpoint, open_checkpoint
@@ -19,7 +17,8 @@ from toolkit.errors import ToolkitError
 from toolkit.machine import machine_facts
 from toolkit.pipeline.text import token_sequences
 from toolkit.progress import progress_line
-from toolkit.validate.tasks import Task, read_task, reference_right
+from toolkit.validate.answers import reference_answers
+from toolkit.validate.tasks import Task, read_task
 
 ROOT: Final = Path(__file__).resolve().parent.parent.parent
 _COLUMNS: Final = ("mean_kld", "median_kld", "p99_kld", "p999_kld", "top1_agreement")
@@ -97,8 +96,8 @@ def _task(checkpoint: Checkpoint, asked: argparse.Namespace) -> Task | None:
 def _own_accuracy(checkpoint: Checkpoint, task: Task | None) -> float | None:
     if task is None:
         return None
-    stop_ids = set(checkpoint.config.eos_token_ids)
-    return float(np.mean(reference_right(checkpoint, checkpoint.source, stop_ids, task)))
+    answers = reference_answers(checkpoint.config, checkpoint.source, asked_of(checkpoint, task))
+    return float(answers.right.mean())
 
 
 def _document(
@@ -107,7 +106,7 @@ def _document(
     return {
         "checkpoint": str(asked.checkpoint), "tokens": sum(map(len, material.sequences)),
         "calibration_tokens": sum(map(len, material.calibration)),
-        "questions": len(material.task.answers) if material.task else 0, "reference_accuracy": own,
+        "questions": len(material.task.questions) if material.task else 0, "reference_accuracy": own,
         "machine": machine_facts(), "rows": [dataclasses.asdict(row) for row in rows], "left_out": left_out,
     }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Fresh questions of tiny-r1's kind, by its own generator."""
+"""Questions for files that are no bundles: fresh ones of tiny-r1's kind by its generator, and how they are asked."""
 
 from __future__ import annotations
 
@@ -6,8 +6,15 @@ import importlib.util
 import random
 from pathlib import Path
 
+from tokenizers import Tokenizer
+
 from benchmarks.peers.tool import PeerError
-from toolkit.validate.tasks import Task
+from toolkit import names
+from toolkit.checkpoint.opened import Checkpoint
+from toolkit.validate.answers import Asked
+from toolkit.validate.tasks import Question, Task
+
+_NEW_TOKENS = 300
 
 
 def fresh_questions(generator: Path, count: int, seed: int) -> Task:
@@ -19,5 +26,15 @@ def fresh_questions(generator: Path, count: int, seed: int) -> Task:
     spec.loader.exec_module(module)
     source = random.Random(seed)
     examples = [module.example(source) for _ in range(count)]
-    prompts = tuple(str(module.prompt(example)) for example in examples)
-    return Task(f"{count} fresh questions, seed {seed}", prompts, tuple(str(e["answer"]) for e in examples))
+    asked = enumerate((str(module.prompt(example)), str(example["answer"])) for example in examples)
+    questions = tuple(Question(k + 1, prompt, False, answer, "exact") for k, (prompt, answer) in asked)
+    return Task(f"{count} fresh questions, seed {seed}", questions)
+
+
+def asked_of(checkpoint: Checkpoint, task: Task) -> Asked:
+    """The task as a checkpoint's own tokenizer and end tokens have it, prompts being whole."""
+    tokenizer = Tokenizer.from_file(str(checkpoint.folder / names.TOKENIZER_FILE))
+    texts = tuple(question.text for question in task.questions)
+    ids = tuple(tokenizer.encode(text, add_special_tokens=False).ids for text in texts)
+    rooms = (_NEW_TOKENS,) * len(ids)
+    return Asked(task, texts, ids, rooms, _NEW_TOKENS, frozenset(checkpoint.config.eos_token_ids), tokenizer)

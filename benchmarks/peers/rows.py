@@ -8,21 +8,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-import numpy as np
-
 from benchmarks.peers import genai_builder
 from benchmarks.peers.gguf_file import GGUFWeights, gguf_package, write_gguf
 from benchmarks.peers.imatrix import second_moments, write_imatrix
 from benchmarks.peers.llama_cpp import LLAMA_TYPES, LlamaCpp, llama_cpp, open_logits, quantize
 from benchmarks.peers.onnx_model import ONNXLogits, ONNXWeights
+from benchmarks.peers.questions import asked_of
 from benchmarks.peers.tool import Cost, PeerError
 from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.opened import Checkpoint
 from toolkit.checkpoint.weights import Tensors, expected_tensors
 from toolkit.errors import ToolkitError
 from toolkit.reference.decoder import head_logits, reference_hidden
+from toolkit.validate.answers import bundle_answers, reference_answers
 from toolkit.validate.parity import Comparison
-from toolkit.validate.tasks import Task, bundle_right, reference_right
+from toolkit.validate.tasks import Task
 
 PEERS: Final = (*(f"llama.cpp {kind}" for kind in LLAMA_TYPES), *genai_builder.ALGORITHMS)
 Progress = Callable[[str], None]
@@ -93,9 +93,8 @@ class _Bench:
         task = self.material.task
         if task is None:
             return figures, None
-        with_config = Checkpoint(self.checkpoint.folder, weights.config, self.checkpoint.source, synthetic=False)
-        right = reference_right(with_config, weights, set(weights.config.eos_token_ids), task)
-        return figures, float(np.mean(right))
+        answers = reference_answers(weights.config, weights, asked_of(self.checkpoint, task))
+        return figures, float(answers.right.mean())
 
 
 def peer_rows(
@@ -199,7 +198,7 @@ def _run_onnx(folder: Path, bench: _Bench, row: Row) -> Row:
         model = ONNXLogits(folder / "model.onnx", bench.checkpoint.config)
         figures = bench.compare(lambda k: model.logits(bench.material.sequences[k]))
         if task is not None:
-            accuracy = float(np.mean(bundle_right(folder, task)))
+            accuracy = float(bundle_answers(folder, asked_of(bench.checkpoint, task)).right.mean())
     except ToolkitError as problem:
         return replace(row, note=f"{row.note}; {problem}")
     return replace(row, as_it_runs=figures, accuracy_as_it_runs=accuracy)

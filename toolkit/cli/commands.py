@@ -66,6 +66,8 @@ def commands(debug: bool) -> None:
 @click.option("--out", type=click.Path(path_type=Path), help="Where the bundle goes, or several [build/RECIPE].")
 @click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="Change the recipe: quantize.0.bits=8.")
 @click.option("--precision", type=click.Choice(["int4", "fp32"]), default="int4", help="fp32 keeps every weight.")
+@click.option("--quality", type=click.Choice(["fast", "balanced", "best"]), help="What to do for the weights [recipe].")
+@click.option("--calibration", type=click.Path(path_type=Path), help="Text to calibrate on [the recipe's].")
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
 @click.option("--synthetic", is_flag=True, help="Random weights of the recipe's true shapes; nothing is downloaded.")
 @click.option("--no-validate", is_flag=True, help="Skip the comparison with the checkpoint.")
@@ -74,7 +76,8 @@ def commands(debug: bool) -> None:
 @effort_options
 def export(
     recipes: tuple[str, ...], checkpoint: str | None, out: Path | None, changes: tuple[str, ...], precision: str,
-    dry_run: bool, synthetic: bool, no_validate: bool, no_compile: bool, as_json: bool, **effort: Any,
+    quality: str | None, calibration: Path | None, dry_run: bool, synthetic: bool, no_validate: bool, no_compile: bool,
+    as_json: bool, **effort: Any,
 ) -> None:  # fmt: skip
     """Convert one RECIPE to one bundle: a name, a path, or a bare target such as cpu with --checkpoint.
 
@@ -86,6 +89,8 @@ def export(
     from toolkit.progress import progress_line
 
     shapes_alone = synthetic or (dry_run and not checkpoint)
+    asked = {"quality": quality, "calibration": str(calibration.resolve()) if calibration else None}
+    changes += tuple(f"{key}={json.dumps(value)}" for key, value in asked.items() if value)
     opened, loaded = _load(recipes, changes, checkpoint, shapes_alone)
     orders = [Order(recipe, _place(out, recipe.name, len(recipes))) for recipe in loaded]
     if dry_run:

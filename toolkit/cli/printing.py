@@ -54,6 +54,9 @@ def _print_plan(plan: dict[str, Any]) -> None:
     for file in plan["files"]:
         click.echo(f"file {file['name']}: {file['bytes'] / 2**20:.1f} MiB")
     click.echo(f"bits per weight: {plan['bits_per_weight']:.2f}")
+    cost = plan.get("calibration")
+    minutes = f", about {cost['forecast_s'] / 60:.0f} min on this machine" if cost else ", no data"
+    click.echo(f"quality {plan['quality']}: " + (f"{cost['tokens']} tokens of text" if cost else "rounding") + minutes)
     click.echo(f"KV cache at {plan['context_length']} tokens: {plan['kv_cache_bytes'] / 2**20:.0f} MiB when run")
     click.echo(f"peak memory of the export: about {plan['peak_memory_bytes'] / 2**20:.0f} MiB")
     if "compile_memory_bytes" in plan:
@@ -68,6 +71,8 @@ def print_verdict(bundle: Path, report: dict[str, Any]) -> None:
     beside = f", plain 4-bit {plain['mean_kld']:.3g} and {plain['top1_agreement']:.1%}" if plain else ""
     click.echo(f"parity on {parity['tokens']} tokens: mean KLD {parity['mean_kld']:.3g}, "
                f"top-1 {parity['top1_agreement']:.1%}{beside}")  # fmt: skip
+    if alone := parity.get("weights_alone"):
+        click.echo(f"the weights alone: mean KLD {alone['mean_kld']:.3g}, top-1 {alone['top1_agreement']:.1%}")
     for k, task in enumerate(report.get("tasks", [])):
         _print_task(task, plain["tasks"][k] if plain and "tasks" in plain else {})
     if simulated := report.get("simulator"):

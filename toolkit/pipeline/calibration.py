@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -14,9 +15,8 @@ from numpy.typing import NDArray
 from toolkit import names
 from toolkit.calibrate.facts import Survey
 from toolkit.calibrate.ladder import spend_budget
-from toolkit.calibrate.solve import TOKENS_PER_CHANNEL, Fallback, Task, solve
+from toolkit.calibrate.solve import Fallback, Task, solve
 from toolkit.calibrate.survey import Wish, survey, units_of
-from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.folded import FoldedTensors
 from toolkit.checkpoint.linear_inputs import linear_inputs
 from toolkit.checkpoint.opened import Checkpoint
@@ -25,9 +25,9 @@ from toolkit.errors import RecipeError
 from toolkit.graph.layout import plan_layout, planned_specs
 from toolkit.partition.data_files import Destination
 from toolkit.partition.solved import open_solved
+from toolkit.pipeline.calibration_cost import calibration_tokens
 from toolkit.pipeline.plan import ExportPlan
 from toolkit.pipeline.text import LONGEST, find_text, token_sequences
-from toolkit.quality import QUALITIES
 from toolkit.quant.blockwise import QuantSpec
 from toolkit.recipe import Recipe
 
@@ -86,17 +86,6 @@ def calibrate(
     return Calibrated(plan, importance, section)
 
 
-def calibration_tokens(recipe: Recipe, config: ModelConfig) -> int:
-    """How much text the recipe's quality reads: for GPTQ enough for its widest input."""
-    if recipe.calibration_tokens:
-        return recipe.calibration_tokens
-    quality = QUALITIES[recipe.quality]
-    tokens = quality.tokens or QUALITIES["balanced"].tokens
-    solves = any(spec.algorithm == "gptq" for spec in planned_specs(config, recipe).values())
-    widest = max(config.intermediate_size, config.hidden_size, config.q_size)
-    return max(tokens, TOKENS_PER_CHANNEL * widest + LONGEST) if solves else tokens
-
-
 def calibration_sequences(recipe: Recipe, checkpoint: Checkpoint) -> tuple[list[list[int]], str]:
     """The text as token sequences, and what it is called. Raises RecipeError if there is less than was asked for."""
     path = find_text(recipe.calibration, recipe.name, recipe.target, checkpoint)
@@ -110,6 +99,17 @@ def calibration_sequences(recipe: Recipe, checkpoint: Checkpoint) -> tuple[list[
             "--calibration"
         )
     return sequences, "random ids" if checkpoint.synthetic else path.name
+
+
+def text_digest(recipe: Recipe, checkpoint: Checkpoint) -> dict[str, str]:
+    """Name and SHA-256 of a calibrated recipe's text; random weights have none."""
+    if checkpoint.synthetic:
+        return {"name": "random ids"}
+    path = find_text(recipe.calibration, recipe.name, recipe.target, checkpoint)
+    try:
+        return {"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    except OSError as problem:
+        raise RecipeError(f"calibration text {path} cannot be read: {problem.strerror}") from None
 
 
 def salient_inputs(checkpoint: Checkpoint) -> list[str]:

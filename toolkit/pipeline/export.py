@@ -25,7 +25,7 @@ from toolkit.machine import package_versions, peak_rss_bytes
 from toolkit.partition.data_files import JOURNAL_FILE, Destination
 from toolkit.partition.lower import lower
 from toolkit.partition.pack import PackResult, pack_weights
-from toolkit.pipeline.calibration import calibrate, salient_inputs
+from toolkit.pipeline.calibration import calibrate, salient_inputs, text_digest
 from toolkit.pipeline.plan import ExportPlan, check_machine, plan_export
 from toolkit.recipe import Recipe
 from toolkit.report.summary import begin_report, write_report
@@ -126,7 +126,7 @@ def _graphs(plan: ExportPlan, pad: int) -> list[StageGraph]:
 def _calibrated(begun: _Begun, clock: _Clock, progress: Callable[[str], None]) -> _Begun:
     """The bundle with its plan's final formats and weights; itself where its recipe needs no text."""
     plan = begun.plan
-    if begun.request["precision"] == "fp32" or not plan.recipe.calibrated:
+    if not plan.calibration:
         return begun
     with clock.stage(f"calibrate {plan.recipe.name}"):
         made = calibrate(plan, begun.partial, begun.partial / _CALIBRATION_FOLDER, progress)
@@ -148,7 +148,9 @@ def _pack(ready: Sequence[_Begun], progress: Callable[[str], None]) -> list[Pack
 
 def _begin(plan: ExportPlan, precision: str) -> _Begun:
     source, synthetic = plan.checkpoint.source, plan.checkpoint.synthetic
-    request = {"recipe": asdict(plan.recipe), "precision": precision, "synthetic": synthetic}
+    request: dict[str, Any] = {"recipe": asdict(plan.recipe), "precision": precision, "synthetic": synthetic}
+    if plan.calibration:
+        request["calibration"] = text_digest(plan.recipe, plan.checkpoint)
     begun_with = {"versions": package_versions(), "checkpoint": source.identity()}
     return _Begun(plan, plan.out, _open_partial(plan.out, {**request, **begun_with}), request)
 

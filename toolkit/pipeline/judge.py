@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from toolkit import names
 from toolkit.bundle.genai_config import read_settings
@@ -24,7 +25,7 @@ from toolkit.report.summary import judge, read_report, section_of, write_report
 from toolkit.target import CPU_EP
 from toolkit.validate.answers import Asked, ask, bundle_answers, compared, reference_answers
 from toolkit.validate.parity import Comparison, matching_prefix
-from toolkit.validate.positions import open_positions
+from toolkit.validate.positions import open_positions, rounds_activations
 from toolkit.validate.rounded import PLAIN_BITS_PER_WEIGHT, PLAIN_NAME, plain_rounding
 from toolkit.validate.session import continuations, is_here
 from toolkit.validate.simulator import simulate
@@ -37,6 +38,7 @@ _FP32_THRESHOLDS: Final = {"max_abs_logit_error": 1e-3, "accuracy_drop": 0.005}
 # What a thought needs.
 _SHORTEST: Final = 160
 _GREEDY_PROMPT, _GREEDY_NEW = 24, 32
+_WEIGHT_FIGURES: Final = ("mean_kld", "median_kld", "p99_kld", "p999_kld", "top1_agreement")
 # The bundle's logits are taken from one run over this many tokens, and again with the cache over the first of them.
 _DECODED_TOKENS: Final = 48
 _BENCH: Final = (128, 64, 3)
@@ -199,11 +201,26 @@ def _parity_sections(
     parity["max_abs_logit_error"] = max(parity["max_abs_logit_error"], cached_error)
     parity |= {"greedy_match_tokens": matching_prefix(greedy.tolist(), made), "greedy_tokens": len(made)}
     sections = {"parity": parity, "placements": session.placements()}
+    del session
+    if rounds_activations(bundle):
+        progress("logits of the bundle's weights alone")
+        parity["weights_alone"] = _weights_alone(bundle, checkpoint, sequences, hidden)
     if plain:
         figures = theirs.figures()
         del figures["tokens"], figures["reference_perplexity"]
         sections["baseline"] = {"name": PLAIN_NAME, "bits_per_weight": PLAIN_BITS_PER_WEIGHT, **figures}
     return sections
+
+
+def _weights_alone(
+    bundle: Path, checkpoint: Checkpoint, sequences: list[list[int]], hidden: list[NDArray[np.float32]]
+) -> dict[str, float]:
+    """The divergence that is left where products take their inputs as they are: what the weights themselves cost."""
+    session, comparison = open_positions(bundle, exact=True), Comparison()
+    for ids, last in zip(sequences, hidden, strict=True):
+        comparison.add(head_logits(checkpoint.config, checkpoint.source, last), session.logits(ids), ids)
+    figures = comparison.figures()
+    return {name: figures[name] for name in _WEIGHT_FIGURES}
 
 
 def _asked(bundle: Path, files: list[Path], effort: Effort, on_cpu: bool) -> list[Asked]:

@@ -26,6 +26,7 @@ from toolkit.partition.parts import (
     layer_bytes,
     plan_parts,
 )
+from toolkit.pipeline.calibration_cost import CalibrationCost, calibration_cost
 from toolkit.recipe import Recipe
 from toolkit.soc import SOCS
 from toolkit.target import TARGETS, Target
@@ -57,6 +58,7 @@ class ExportPlan:
     peak_memory_bytes: int
     compile_memory_bytes: int
     kv_cache_bytes: int
+    calibration: CalibrationCost | None
     disk_needed_bytes: int
     disk_free_bytes: int
 
@@ -83,8 +85,10 @@ def plan_export(recipe: Recipe, checkpoint: Checkpoint, out: Path, precision: st
     for stage in stages:
         if stage.name not in (names.EMBEDDINGS, names.HEAD):
             graphs[stage.file] = rotary_bytes + 6_000 * -(-config.num_hidden_layers // recipe.parts)
-    graph_bytes = sum(graphs.values())
     cores = os.cpu_count() or 1
+    graph_bytes = sum(graphs.values())
+    cost = calibration_cost(recipe, config) if recipe.calibrated and precision == "int4" else None
+    packing = 3 * graph_bytes + cores * _CORE_BYTES + (2 * cores + 2) * CHUNK_BYTES
     existing = next(p for p in out.resolve().parents if p.is_dir())
     return ExportPlan(
         recipe=recipe,
@@ -94,10 +98,15 @@ def plan_export(recipe: Recipe, checkpoint: Checkpoint, out: Path, precision: st
         layout=layout,
         files={**graphs, **layout.files},
         bits_per_weight=layout.bits_per_weight(),
-        peak_memory_bytes=_BASE_BYTES + 3 * graph_bytes + cores * _CORE_BYTES + (2 * cores + 2) * CHUNK_BYTES,
+        peak_memory_bytes=_BASE_BYTES + max(packing, cost.memory_bytes if cost else 0),
         compile_memory_bytes=compile_memory_bytes(largest_part(layers, recipe.parts)) if compiled else 0,
         kv_cache_bytes=2 * item_bytes * recipe.context_length * config.num_hidden_layers * config.kv_size,
-        disk_needed_bytes=layout.nbytes + graph_bytes + _DISK_MARGIN_BYTES + int(compiled * BINARY_SHARE * sum(layers)),
+        calibration=cost,
+        disk_needed_bytes=layout.nbytes
+        + graph_bytes
+        + _DISK_MARGIN_BYTES
+        + int(compiled * BINARY_SHARE * sum(layers))
+        + (cost.disk_bytes if cost else 0),
         disk_free_bytes=shutil.disk_usage(existing).free,
     )
 
@@ -167,6 +176,10 @@ def _check_cache(plan: ExportPlan) -> None:
         )
 
 
+def _described(cost: CalibrationCost) -> dict[str, object]:
+    return {"tokens": cost.tokens, "operations": cost.operations, "forecast_s": cost.seconds()}
+
+
 def describe(plan: ExportPlan, config: ModelConfig) -> dict[str, object]:
     """The plan as `--dry-run` shows it."""
     stages = [
@@ -182,7 +195,9 @@ def describe(plan: ExportPlan, config: ModelConfig) -> dict[str, object]:
         "weights": plan.layout.weights(),
         "stages": stages,
         "files": [{"name": name, "bytes": nbytes} for name, nbytes in plan.files.items()],
-        "bits_per_weight": plan.bits_per_weight,
+        "quality": plan.recipe.quality,
+        "bits_per_weight": plan.recipe.bits_per_weight or plan.bits_per_weight,
+        **({"calibration": _described(plan.calibration)} if plan.calibration else {}),
         "peak_memory_bytes": plan.peak_memory_bytes,
         **({"compile_memory_bytes": plan.compile_memory_bytes} if plan.compile_memory_bytes else {}),
         "kv_cache_bytes": plan.kv_cache_bytes,

@@ -49,6 +49,16 @@ def open_positions(bundle: Path, exact: bool = False) -> Positions:
     return Pipeline(bundle, exact) if decoder.get("pipeline") else OneGraph(bundle, exact)
 
 
+def rounds_activations(bundle: Path) -> bool:
+    """Whether any graph of a bundle lets a product round its input to int8 (accuracy_level 4)."""
+    return any(
+        attribute.name == "accuracy_level" and attribute.i == 4
+        for path in bundle.glob("*.onnx")
+        for node in onnx.load(path, load_external_data=False).graph.node
+        for attribute in node.attribute
+    )
+
+
 class OneGraph:
     """One model with the last-position gather bypassed in memory."""
 
