@@ -4,7 +4,7 @@ PYTHON ?= python3.11
 BIN = .venv/bin
 EXPORT_OPTIONS = $(if $(CHECKPOINT),--checkpoint $(CHECKPOINT)) $(if $(OUT),--out $(OUT))
 
-.PHONY: help export test test-slow check validate bench
+.PHONY: help export test test-slow check validate bench bench-quality
 
 help:  ## What can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -17,6 +17,15 @@ validate: .venv/installed  ## Compare BUNDLE with its checkpoint [CHECKPOINT=…
 
 bench: .venv/installed  ## Speed of BUNDLE
 	$(BIN)/toolkit bench $(BUNDLE)
+
+bench-quality: .venv/benched  ## Every algorithm beside llama.cpp and genai's builder, which are built first [CHECKPOINT=…]
+ifdef CHECKPOINT
+	$(BIN)/python -m benchmarks.quality $(CHECKPOINT) --peers
+else
+	$(BIN)/python -m benchmarks.quality models/tiny-r1 --text models/tiny-r1/arithmetic.jsonl \
+		--calibration models/tiny-r1/calibration.jsonl --questions 1000 --peers
+	$(BIN)/python -m benchmarks.quality tests/data/stories260k --peers
+endif
 
 test: .venv/tested  ## Every test that needs no special hardware
 	$(BIN)/python -m pytest -q
@@ -35,4 +44,8 @@ check: .venv/tested  ## Lint and types
 
 .venv/tested: .venv/installed
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test]'
+	touch $@
+
+.venv/benched: .venv/tested
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[peers]'
 	touch $@

@@ -40,7 +40,7 @@ def main() -> int:
     if asked.json:
         print(json.dumps(_document(asked, material, rows, left_out, own), indent=2))
     else:
-        _print_table(material, rows, left_out, own)
+        print_table(material, rows, left_out, own)
     return 1 if left_out else 0
 
 
@@ -111,7 +111,8 @@ def _document(
     }  # fmt: skip
 
 
-def _print_table(material: Material, rows: list[Row], left_out: dict[str, str], own: float | None) -> None:
+def print_table(material: Material, rows: list[Row], left_out: dict[str, str], own: float | None) -> None:
+    """Rows as Markdown, then what each is made of and what is left out."""
     tokens, calibration = sum(map(len, material.sequences)), sum(map(len, material.calibration))
     print(f"{tokens} tokens, calibrated on {calibration} others; {_share(own)} of the questions right as it is\n")
     print("| file | bits/weight | mean KLD | median | 99% | 99.9% | top-1 | accuracy | s | peak RSS, MiB |")

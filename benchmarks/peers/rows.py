@@ -66,7 +66,7 @@ class _Weights(Tensors, Protocol):
     def matrix_bytes(self) -> int: ...
 
 
-class _Bench:
+class Bench:
     """The checkpoint's side of every comparison, computed once."""
 
     def __init__(self, checkpoint: Checkpoint, material: Material) -> None:
@@ -108,7 +108,7 @@ def peer_rows(
 
     Tools are installed and files written under `folder`.
     """
-    bench, work = _Bench(checkpoint, material), folder / "files" / checkpoint.folder.resolve().name
+    bench, work = Bench(checkpoint, material), folder / "files" / checkpoint.folder.resolve().name
     work.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
     left_out: dict[str, str] = {}
@@ -131,7 +131,7 @@ def peer_rows(
     return rows, left_out
 
 
-def _llama_cpp(bench: _Bench, wanted: Sequence[str], folder: Path, work: Path) -> Callable[[str], Row]:
+def _llama_cpp(bench: Bench, wanted: Sequence[str], folder: Path, work: Path) -> Callable[[str], Row]:
     """The maker of llama.cpp's rows, once there is something to make them with."""
     kinds = {name: LLAMA_TYPES[name.removeprefix("llama.cpp ")] for name in wanted}
     gguf_package()
@@ -153,12 +153,12 @@ def _llama_cpp(bench: _Bench, wanted: Sequence[str], folder: Path, work: Path) -
         weights = GGUFWeights(out, checkpoint.config)
         note = ", ".join(f"{count} {stored}" for stored, count in weights.formats().most_common())
         note += calibrated if kind.imatrix else ""
-        return _run_gguf(tools, out, bench, _row(name, bench, weights, cost, note))
+        return _run_gguf(tools, out, bench, row_of(name, bench, weights, cost, note))
 
     return make
 
 
-def _genai(bench: _Bench, wanted: Sequence[str], folder: Path, work: Path) -> Callable[[str], Row]:
+def _genai(bench: Bench, wanted: Sequence[str], folder: Path, work: Path) -> Callable[[str], Row]:
     """The maker of the builder's rows, once it is installed."""
     python = genai_builder.builder_python(folder)
 
@@ -168,18 +168,18 @@ def _genai(bench: _Bench, wanted: Sequence[str], folder: Path, work: Path) -> Ca
         weights = ONNXWeights(out / "model.onnx", bench.checkpoint)
         formats = ", ".join(f"{count} {stored}" for stored, count in weights.formats().most_common())
         note = f"{formats}; {weights.linear_bits_per_weight():.2f} bits a weight without the embedding"
-        return _run_onnx(out, bench, _row(name, bench, weights, cost, note))
+        return _run_onnx(out, bench, row_of(name, bench, weights, cost, note))
 
     return make
 
 
-def _row(name: str, bench: _Bench, weights: _Weights, cost: Cost, note: str) -> Row:
+def row_of(name: str, bench: Bench, weights: _Weights, cost: Cost, note: str) -> Row:
     figures, accuracy = bench.weights_alone(weights)
     bits = bench.bits_per_weight(weights.matrix_bytes())
     return Row(name, bits, figures, None, accuracy, None, cost.wall_s, cost.peak_rss_bytes, note)
 
 
-def _run_gguf(tools: LlamaCpp, path: Path, bench: _Bench, row: Row) -> Row:
+def _run_gguf(tools: LlamaCpp, path: Path, bench: Bench, row: Row) -> Row:
     """The row with the file's logits in llama.cpp, or why there are none. Its answers are not asked for."""
     config, sequences = bench.checkpoint.config, bench.material.sequences
     if config.rope.rope_type != "default" or any(config.sliding_windows):
@@ -191,7 +191,7 @@ def _run_gguf(tools: LlamaCpp, path: Path, bench: _Bench, row: Row) -> Row:
         return replace(row, note=f"{row.note}; {problem}")
 
 
-def _run_onnx(folder: Path, bench: _Bench, row: Row) -> Row:
+def _run_onnx(folder: Path, bench: Bench, row: Row) -> Row:
     """The row with what the model does in ONNX Runtime and onnxruntime-genai, or why it does nothing there."""
     task, accuracy = bench.material.task, None
     try:

@@ -1,0 +1,175 @@
+"""One table of quality: this toolkit's algorithms, blocks and budgets beside its peers, on one checkpoint and text.
+
+python -m benchmarks.quality CHECKPOINT [--text FILE.jsonl] [--calibration FILE.jsonl] [--questions N] [--peers]
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import yaml
+from tokenizers import Tokenizer
+
+from benchmarks.peers.__main__ import print_table
+from benchmarks.peers.questions import asked_of, fresh_questions
+from benchmarks.peers.rows import Bench, Material, Row, peer_rows
+from benchmarks.peers.sampled import sampled_sequences
+from benchmarks.scatter import write_scatter
+from toolkit.checkpoint.opened import Checkpoint, open_checkpoint
+from toolkit.errors import ToolkitError
+from toolkit.pipeline.text import LONGEST, token_sequences
+from toolkit.progress import progress_line
+from toolkit.validate.answers import bundle_answers, reference_answers
+from toolkit.validate.positions import open_positions
+from toolkit.validate.tasks import read_task
+
+ROOT: Final = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to make a bundle: `changes` to the recipe of a bare cpu target with one 4-bit rule for everything."""
+
+    name: str
+    changes: dict[str, Any]
+
+
+def candidates(symmetric: bool = False) -> list[Candidate]:
+    """Every algorithm x block size, with and without folding and budget."""
+    found = [Candidate("rtn 32 symmetric", {"quantize": [_rule(32, "rtn", symmetric=True)]})]
+    for block_size in (32, 64, 128):
+        found.append(Candidate(f"rtn {block_size}", {"quantize": [_rule(block_size, "rtn")]}))
+        for quality in ("fast", "balanced", "best"):
+            plain: dict[str, Any] = {"quantize": [_rule(block_size)], "quality": quality}
+            found.append(Candidate(f"{quality} {block_size}", plain))
+            if quality != "fast":
+                found.append(Candidate(f"{quality} {block_size}, no folds", {**plain, "fold": False}))
+    for quality in ("balanced", "best"):
+        for block_size in (64, 128):
+            for budget in (4.5, 4.9):
+                changes = {"quantize": [_rule(block_size)], "quality": quality, "bits_per_weight": budget}
+                found.append(Candidate(f"{quality} {block_size}, budget {budget}", changes))
+    return [*found, Candidate("fast 32, 8 bits", {"quantize": [{**_rule(32), "bits": 8}]})]
+
+
+def _rule(block_size: int, algorithm: str = "auto", symmetric: bool = False) -> dict[str, Any]:
+    return {"match": "*", "algorithm": algorithm, "block_size": block_size, "symmetric": symmetric}
+
+
+def own_row(candidate: Candidate, bench: Bench, calibration: Path, work: Path) -> Row:
+    """Exports the candidate in a process of its own and measures the bundle. Raises ToolkitError if that fails."""
+    out, recipe = work / candidate.name.replace(" ", "-").replace(",", ""), work / "recipe.yaml"
+    folder = bench.checkpoint.folder
+    config = bench.checkpoint.config
+    asked = {
+        "name": "quality-cpu", "model": str(folder), "target": "cpu", "calibration": str(calibration.resolve()),
+        "context_length": min(1024, config.max_position_embeddings), "validate": {}, **candidate.changes,
+    }  # fmt: skip
+    recipe.write_text(yaml.safe_dump(asked), encoding="utf-8")
+    shutil.rmtree(out, ignore_errors=True)
+    command = [sys.executable, "-m", "toolkit", "export", str(recipe), "--checkpoint", str(folder), "--out", str(out)]
+    done = subprocess.run([*command, "--no-validate", "--json"], capture_output=True, text=True, cwd=ROOT)
+    if done.returncode:
+        raise ToolkitError(done.stderr.strip().splitlines()[-1])
+    report = json.loads(done.stdout)
+    sequences, task = bench.material.sequences, bench.material.task
+    exact, running = open_positions(out, exact=True), open_positions(out)
+    calibrated = report["quantization"].get("calibration", {})
+    folds, fallen = len(calibrated.get("folded", [])), len(calibrated.get("fallbacks", []))
+    note = f"{folds} inputs folded, {fallen} matrices fell back, {calibrated['tokens']} tokens" if calibrated else ""
+    return Row(
+        name=candidate.name,
+        bits_per_weight=report["quantization"]["bits_per_weight"],
+        weights_alone=bench.compare(lambda k: exact.logits(sequences[k])),
+        as_it_runs=bench.compare(lambda k: running.logits(sequences[k])),
+        accuracy=None,
+        accuracy_as_it_runs=float(bundle_answers(out, asked_of(bench.checkpoint, task)).right.mean()) if task else None,
+        wall_s=report["conversion"]["wall_s"],
+        peak_rss_bytes=report["conversion"]["peak_rss_bytes"],
+        note=note,
+    )
+
+
+def main() -> int:
+    """0 if every row was made, 1 if some are left out, 2 for a bad request."""
+    asked = _arguments()
+    work = ROOT / "build" / "quality" / asked.checkpoint.resolve().name
+    work.mkdir(parents=True, exist_ok=True)
+    try:
+        checkpoint = open_checkpoint(asked.checkpoint)
+        material, calibration = _material(checkpoint, asked, work)
+    except ToolkitError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
+    bench, rows, left_out = Bench(checkpoint, material), [], {}
+    with progress_line(None) as progress:
+        for candidate in candidates():
+            if asked.only and not any(word in candidate.name for word in asked.only.split(";")):
+                continue
+            progress(candidate.name)
+            try:
+                rows.append(own_row(candidate, bench, calibration, work))
+            except ToolkitError as problem:
+                left_out[candidate.name] = str(problem)
+        if asked.peers:
+            peers, missing = peer_rows(checkpoint, material, asked.folder, progress=progress)
+            rows, left_out = rows + peers, left_out | missing
+    own = None
+    if material.task:
+        answers = reference_answers(checkpoint.config, checkpoint.source, asked_of(checkpoint, material.task))
+        own = float(np.mean(answers.right))
+    print_table(material, rows, left_out, own)
+    (work / "rows.json").write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1), encoding="utf-8")
+    page = write_scatter(work / "quality.html", asked.checkpoint.resolve().name, rows)
+    print(f"\nplot: {page}")
+    return 1 if left_out else 0
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__)
+    parser.add_argument("checkpoint", type=Path, help="a folder in Hugging Face layout")
+    parser.add_argument("--text", type=Path, help="JSON lines with a `text` to measure on (default: sampled from it)")
+    parser.add_argument("--tokens", type=int, default=20_000)
+    parser.add_argument("--calibration", type=Path, help="other text to calibrate on (default: sampled from it)")
+    parser.add_argument("--task", type=Path, help="JSON lines of questions and answers")
+    parser.add_argument("--questions", type=int, default=0, help="so many fresh questions of tiny-r1's kind instead")
+    parser.add_argument("--seed", type=int, default=20251125, help="of questions and of sampled text")
+    parser.add_argument("--only", default="", help="candidates whose names hold one of these words, separated by ;")
+    parser.add_argument("--peers", action="store_true", help="llama.cpp and onnxruntime-genai's builder beside")
+    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "peers", help="of the peers' tools and files")
+    return parser.parse_args()
+
+
+def _material(checkpoint: Checkpoint, asked: argparse.Namespace, work: Path) -> tuple[Material, Path]:
+    """What is measured on, and the calibration text: the same for the toolkit and its peers."""
+    config, source = checkpoint.config, checkpoint.source
+    calibration = asked.calibration
+    if calibration is None:
+        tokenizer = Tokenizer.from_file(str(checkpoint.folder / "tokenizer.json"))
+        calibration = work / "calibration.jsonl"
+        texts = [tokenizer.decode(ids) for ids in sampled_sequences(config, source, asked.tokens, asked.seed + 1)]
+        lines = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
+        calibration.write_text("".join(lines), encoding="utf-8")
+    if asked.text:
+        sequences = token_sequences(checkpoint, asked.text, asked.tokens, shortest=160)
+    else:
+        sequences = sampled_sequences(config, source, asked.tokens, asked.seed)
+    task = None
+    if asked.questions:
+        task = fresh_questions(ROOT / "models" / "tiny-r1" / "generate.py", asked.questions, asked.seed)
+    elif asked.task:
+        task = read_task(asked.task)
+    return Material(sequences, token_sequences(checkpoint, calibration, asked.tokens, LONGEST), task), calibration
+
+
+if __name__ == "__main__":
+    sys.exit(main())
