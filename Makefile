@@ -24,7 +24,7 @@ ifdef CHECKPOINT
 else
 	$(BIN)/python -m benchmarks.quality models/tiny-r1 --text models/tiny-r1/arithmetic.jsonl \
 		--calibration models/tiny-r1/calibration.jsonl --questions 1000 --peers
-	$(BIN)/python -m benchmarks.quality tests/data/stories260k --peers
+	$(BIN)/python -m benchmarks.quality tests/data/stories260k --budgets 4.9,7.4,8.1 --peers
 endif
 
 test: .venv/tested  ## Every test that needs no special hardware

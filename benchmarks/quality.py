@@ -43,8 +43,8 @@ class Candidate:
     changes: dict[str, Any]
 
 
-def candidates(symmetric: bool = False) -> list[Candidate]:
-    """Every algorithm x block size, with and without folding and budget."""
+def candidates(budgets: list[float]) -> list[Candidate]:
+    """Every algorithm x block size, with and without folding and budgets of bits per weight."""
     found = [Candidate("rtn 32 symmetric", {"quantize": [_rule(32, "rtn", symmetric=True)]})]
     for block_size in (32, 64, 128):
         found.append(Candidate(f"rtn {block_size}", {"quantize": [_rule(block_size, "rtn")]}))
@@ -55,7 +55,7 @@ def candidates(symmetric: bool = False) -> list[Candidate]:
                 found.append(Candidate(f"{quality} {block_size}, no folds", {**plain, "fold": False}))
     for quality in ("balanced", "best"):
         for block_size in (64, 128):
-            for budget in (4.5, 4.9):
+            for budget in budgets:
                 changes = {"quantize": [_rule(block_size)], "quality": quality, "bits_per_weight": budget}
                 found.append(Candidate(f"{quality} {block_size}, budget {budget}", changes))
     return [*found, Candidate("fast 32, 8 bits", {"quantize": [{**_rule(32), "bits": 8}]})]
@@ -112,7 +112,7 @@ def main() -> int:
         return 2
     bench, rows, left_out = Bench(checkpoint, material), [], {}
     with progress_line(None) as progress:
-        for candidate in candidates():
+        for candidate in candidates(asked.budgets):
             if asked.only and not any(word in candidate.name for word in asked.only.split(";")):
                 continue
             progress(candidate.name)
@@ -143,10 +143,15 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--task", type=Path, help="JSON lines of questions and answers")
     parser.add_argument("--questions", type=int, default=0, help="so many fresh questions of tiny-r1's kind instead")
     parser.add_argument("--seed", type=int, default=20251125, help="of questions and of sampled text")
+    parser.add_argument("--budgets", type=_numbers, default=[4.5, 4.9], help="bits per weight, separated by commas")
     parser.add_argument("--only", default="", help="candidates whose names hold one of these words, separated by ;")
     parser.add_argument("--peers", action="store_true", help="llama.cpp and onnxruntime-genai's builder beside")
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "peers", help="of the peers' tools and files")
     return parser.parse_args()
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(part) for part in text.split(",")]
 
 
 def _material(checkpoint: Checkpoint, asked: argparse.Namespace, work: Path) -> tuple[Material, Path]:

@@ -18,6 +18,9 @@ from toolkit.recipe import QuantRule, Recipe
 from toolkit.target import TARGETS
 
 CONTEXT_LENGTH, WINDOW = 64, 8
+# tiny-r1's recipes without their calibration, for tests of everything else.
+EIGHT_BITS = ("quality=fast", "bits_per_weight=0", "quantize.0.bits=8", "quantize.0.block_size=32")
+SET_EIGHT_BITS = tuple(word for change in EIGHT_BITS for word in ("--set", change))
 
 
 def recipe_for(target: str, rules: tuple[QuantRule, ...] = (QuantRule("*"),)) -> Recipe:

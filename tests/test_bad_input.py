@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.graphs import export_bundle
+from tests.graphs import EIGHT_BITS, SET_EIGHT_BITS, export_bundle
 from toolkit.bundle.manifest import read_manifest
 from toolkit.checkpoint.opened import open_checkpoint
 from toolkit.errors import BundleError, MachineError, RecipeError
@@ -117,7 +117,7 @@ def test_full_disk_is_one_line_and_loses_nothing(tiny_r1: Path, tmp_path: Path) 
         "from toolkit.cli.commands import main; sys.argv = sys.argv[1:]; main()"
     )
     out = tmp_path / "out"
-    words = ["toolkit", "export", "tiny-r1-cpu", "--out", str(out), "--no-validate"]
+    words = ["toolkit", "export", "tiny-r1-cpu", "--out", str(out), "--no-validate", *SET_EIGHT_BITS]
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, encoding="utf-8")
     assert done.returncode == 2 and "free space and run again" in done.stderr and "Traceback" not in done.stderr
     assert not out.exists() and resource.RLIM_INFINITY
@@ -147,7 +147,7 @@ def test_bad_request_is_refused_with_one_line(words: list[str], message: str, tm
 def test_too_little_disk_or_memory_is_said_before_anything_is_written(
     tiny_r1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe, checkpoint = load_recipe("tiny-r1-cpu"), open_checkpoint(tiny_r1)
+    recipe, checkpoint = load_recipe("tiny-r1-cpu", EIGHT_BITS), open_checkpoint(tiny_r1)
     usage = shutil.disk_usage(tmp_path)
     with monkeypatch.context() as small:
         small.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1 << 20))
@@ -176,7 +176,7 @@ def test_a_foreign_folder_is_not_overwritten(tiny_r1: Path, tmp_path: Path) -> N
 
 
 def test_no_bundle_inside_another_and_none_with_folders_is_replaced(tiny_r1: Path, tmp_path: Path) -> None:
-    recipe, checkpoint = load_recipe("tiny-r1-cpu"), open_checkpoint(tiny_r1)
+    recipe, checkpoint = load_recipe("tiny-r1-cpu", EIGHT_BITS), open_checkpoint(tiny_r1)
     out = export_bundle(recipe, checkpoint, tmp_path / "out")
     with pytest.raises(RecipeError, match="is a bundle itself"):
         export_bundle(recipe, checkpoint, out / "inner")
@@ -207,7 +207,7 @@ def test_nothing_is_written_before_every_place_is_looked_at(tiny_r1: Path, tmp_p
 def test_a_manifest_of_another_toolkit_is_named(
     edit: Callable[[dict[str, Any]], object], message: str, tiny_r1: Path, tmp_path: Path
 ) -> None:
-    bundle = export_bundle(load_recipe("tiny-r1-qnn"), open_checkpoint(tiny_r1), tmp_path / "out")
+    bundle = export_bundle(load_recipe("tiny-r1-qnn", EIGHT_BITS), open_checkpoint(tiny_r1), tmp_path / "out")
     manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
     manifest["recipe"].pop("window")  # as older ones are
     (bundle / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
@@ -220,7 +220,7 @@ def test_a_manifest_of_another_toolkit_is_named(
 
 @pytest.mark.parametrize("text", ["{}", '{"model": {"decoder": {"pipeline": [1]}}}', '{"model": [], "search": {}}'])
 def test_settings_that_are_not_whole_are_named(text: str, tiny_r1: Path, tmp_path: Path) -> None:
-    bundle = export_bundle(load_recipe("tiny-r1-cpu"), open_checkpoint(tiny_r1), tmp_path / "out")
+    bundle = export_bundle(load_recipe("tiny-r1-cpu", EIGHT_BITS), open_checkpoint(tiny_r1), tmp_path / "out")
     (bundle / "genai_config.json").write_text(text, encoding="utf-8")
     with pytest.raises(BundleError, match="is not whole: see `toolkit check"):
         open_model(bundle)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from tests.graphs import export_bundle
+from tests.graphs import EIGHT_BITS, SET_EIGHT_BITS, export_bundle
 from toolkit.bundle.manifest import verify_manifest
 from toolkit.checkpoint.opened import open_checkpoint
 from toolkit.recipe import load_recipe
@@ -33,7 +33,7 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="session")
 def bundles(tiny_r1: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("bundles")
-    recipe = load_recipe("tiny-r1-cpu")
+    recipe = load_recipe("tiny-r1-cpu", EIGHT_BITS)
     return {p: export_bundle(recipe, open_checkpoint(tiny_r1), folder / p, p) for p in ("int4", "fp32")}
 
 
@@ -124,10 +124,11 @@ def test_verify_names_a_changed_file(bundles: dict[str, Path], tmp_path: Path) -
 
 def test_export_killed_anywhere_resumes_to_the_same_bytes(bundles: dict[str, Path], tmp_path: Path) -> None:
     out = tmp_path / "killed"
-    command = [sys.executable, "-m", "toolkit", "export", "tiny-r1-cpu", "--out", str(out), "--no-validate"]
+    export = [sys.executable, "-m", "toolkit", "export", "tiny-r1-cpu", "--no-validate", *SET_EIGHT_BITS, "--out"]
+    command = [*export, str(out)]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     begin = time.monotonic()
-    subprocess.run([*command[:-2], str(tmp_path / "whole"), "--no-validate"], cwd=ROOT, check=True, **quiet)
+    subprocess.run([*export, str(tmp_path / "whole")], cwd=ROOT, check=True, **quiet)
     whole = time.monotonic() - begin
     kills = 0
     # Later and later into the run, each kill on what the one before left behind.
@@ -149,7 +150,7 @@ def test_export_killed_anywhere_resumes_to_the_same_bytes(bundles: dict[str, Pat
 def test_resume_packs_only_what_is_missing(bundles: dict[str, Path], tmp_path: Path) -> None:
     out = tmp_path / "b"
     partial = tmp_path / "b.partial"
-    done = run("export", "tiny-r1-cpu", "--out", str(out), "--no-validate", "--set", "quantize.0.algorithm=rtn")
+    done = run("export", "tiny-r1-cpu", "--out", str(out), "--no-validate", *SET_EIGHT_BITS)
     assert done.returncode == 0
     # What a kill late in the pack leaves: data and journal, the last line torn.
     checkpoint = open_checkpoint(ROOT / "models" / "tiny-r1")
@@ -163,7 +164,7 @@ def test_resume_packs_only_what_is_missing(bundles: dict[str, Path], tmp_path: P
     lines = [json.dumps({"tensor": name, "signal": 1.0, "noise": 1.0}) + "\n" for name in names]
     (partial / "journal.jsonl").write_text("".join(lines[:-1]) + lines[-1][:20], encoding="utf-8")
     before = (partial / "model.onnx.data").read_bytes()
-    done = run("export", "tiny-r1-cpu", "--out", str(out), "--no-validate", "--set", "quantize.0.algorithm=rtn")
+    done = run("export", "tiny-r1-cpu", "--out", str(out), "--no-validate", *SET_EIGHT_BITS)
     assert done.returncode == 0, done.stderr
     assert (out / "model.onnx.data").read_bytes() == before
     tensors = json.loads((out / "report.json").read_text(encoding="utf-8"))["quantization"]["tensors"]

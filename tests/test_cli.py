@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.graphs import SET_EIGHT_BITS
 from tests.test_bundle import run
 from toolkit.target import TARGETS
 
@@ -41,7 +42,7 @@ def test_dry_run_needs_no_checkpoint_and_writes_nothing(recipe: str, tmp_path: P
 
 
 def test_dry_run_forecasts_what_the_export_writes(tmp_path: Path) -> None:
-    words = ["export", "tiny-r1-cpu", "--out", str(tmp_path / "b")]
+    words = ["export", "tiny-r1-cpu", "--out", str(tmp_path / "b"), *SET_EIGHT_BITS]
     plan = json.loads(run(*words, "--dry-run", "--json").stdout)
     assert run(*words, "--no-validate").returncode == 0
     forecast = {file["name"]: file["bytes"] for file in plan["files"]}
@@ -85,6 +86,7 @@ def test_synthetic_weights_of_a_folder_without_a_recipe_can_be_validated(stories
 
 def test_set_changes_the_recipe(tiny_r1: Path, tmp_path: Path) -> None:
     changes = ["--set", "quantize.0={match: '*.down_proj', bits: 8}", "--set", "quantize.1={match: '*'}"]
+    changes += ["--quality", "fast"]
     done = run("export", "tiny-r1-cpu", "--out", str(tmp_path / "b"), "--no-validate", *changes)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "b" / "report.json").read_text(encoding="utf-8"))
@@ -105,7 +107,7 @@ def test_inspect_reads_checkpoints_and_bundles(tiny_r1: Path, tmp_path: Path) ->
     facts = json.loads(run("inspect", str(tiny_r1), "--json").stdout)
     assert facts["kind"] == "checkpoint" and facts["model_type"] == "qwen2" and facts["parameters"] == 3_674_368
     out = tmp_path / "b"
-    assert run("export", "tiny-r1-cpu", "--out", str(out), "--no-validate").returncode == 0
+    assert run("export", "tiny-r1-cpu", "--out", str(out), "--no-validate", *SET_EIGHT_BITS).returncode == 0
     facts = json.loads(run("inspect", str(out), "--json").stdout)
     assert facts["kind"] == "bundle" and facts["operators"]["GroupQueryAttention"] == 4
     assert "recipe: tiny-r1-cpu" in run("inspect", str(out)).stdout

@@ -14,7 +14,7 @@ from typing import Any
 import onnx
 import pytest
 
-from tests.graphs import export_bundle
+from tests.graphs import EIGHT_BITS, SET_EIGHT_BITS, export_bundle
 from tests.test_bundle import run
 from toolkit.bundle.compiled import lint_compiled
 from toolkit.bundle.genai_config import read_genai_config
@@ -71,7 +71,7 @@ needs_compiler = pytest.mark.skipif(bool(_why_not()), reason=_why_not() or "the 
 @pytest.fixture(scope="session")
 def uncompiled(tiny_r1: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("ahead") / "b"
-    return export_bundle(load_recipe("tiny-r1-qnn", ["parts=2"]), open_checkpoint(tiny_r1), out)
+    return export_bundle(load_recipe("tiny-r1-qnn", ["parts=2", *EIGHT_BITS]), open_checkpoint(tiny_r1), out)
 
 
 @pytest.fixture(scope="session")
@@ -310,7 +310,7 @@ def test_too_little_memory_is_said_before_the_compiler_starts(bundle: Path, monk
 
 
 def test_a_target_without_a_compiler_is_refused(tiny_r1: Path, tmp_path: Path) -> None:
-    bundle = export_bundle(load_recipe("tiny-r1-cpu-split"), open_checkpoint(tiny_r1), tmp_path / "b")
+    bundle = export_bundle(load_recipe("tiny-r1-cpu-split", EIGHT_BITS), open_checkpoint(tiny_r1), tmp_path / "b")
     with pytest.raises(UnsupportedError, match=r"target cpu-split has no ahead-of-time compiler; .* have one: qnn"):
         compile_bundle(bundle)
     assert compile_exported(bundle, wanted=True) == ""
@@ -348,7 +348,8 @@ def test_where_the_compiler_is_not_export_says_so_and_compile_refuses(
 
 @needs_compiler
 def test_export_compiles_unless_told_not_to(tmp_path: Path) -> None:
-    words = ["export", "tiny-r1-qnn", "--no-validate", "--set", "soc=x2-elite", "--out", str(tmp_path / "b")]
+    words = ["export", "tiny-r1-qnn", "--no-validate", "--set", "soc=x2-elite"]
+    words += ["--out", str(tmp_path / "b"), *SET_EIGHT_BITS]
     left = run(*words, "--no-compile")
     assert left.returncode == 0 and "note: not compiled ahead of time: left out by --no-compile" in left.stderr
     assert not list((tmp_path / "b").glob("*.bin"))
@@ -361,12 +362,12 @@ def test_export_compiles_unless_told_not_to(tmp_path: Path) -> None:
 
 
 def test_fp32_is_compiled_on_request_alone(tiny_r1: Path, tmp_path: Path) -> None:
-    bundle = export_bundle(load_recipe("tiny-r1-qnn"), open_checkpoint(tiny_r1), tmp_path / "b", "fp32")
+    bundle = export_bundle(load_recipe("tiny-r1-qnn", EIGHT_BITS), open_checkpoint(tiny_r1), tmp_path / "b", "fp32")
     assert "fp32 is for parity work" in compile_exported(bundle, wanted=True)
 
 
 def test_the_plan_counts_the_binaries(tiny_r1: Path, tmp_path: Path) -> None:
-    recipe, checkpoint = load_recipe("tiny-r1-qnn", ["parts=2"]), open_checkpoint(tiny_r1)
+    recipe, checkpoint = load_recipe("tiny-r1-qnn", ["parts=2", *EIGHT_BITS]), open_checkpoint(tiny_r1)
     whole, left = (plan_export(recipe, checkpoint, tmp_path / "b", precision) for precision in ("int4", "fp32"))
     weights = whole.layout.files["transformer.onnx.data"]
     assert whole.disk_needed_bytes - sum(whole.files.values()) - (64 << 20) == pytest.approx(1.09 * weights, rel=1e-3)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.graphs import export_bundle
+from tests.graphs import EIGHT_BITS, export_bundle
 from tests.test_bundle import run
 from toolkit.bundle.lint import lint_bundle
 from toolkit.checkpoint.opened import open_checkpoint
@@ -21,7 +21,7 @@ from toolkit.recipe import load_recipe
 @pytest.fixture(scope="module")
 def bundle(tiny_r1: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("lint") / "b"
-    return export_bundle(load_recipe("tiny-r1-cpu"), open_checkpoint(tiny_r1), out)
+    return export_bundle(load_recipe("tiny-r1-cpu", EIGHT_BITS), open_checkpoint(tiny_r1), out)
 
 
 def _set(path: str, value: object) -> Callable[[dict[str, Any]], None]:

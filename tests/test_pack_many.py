@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from tests.graphs import CONTEXT_LENGTH, WINDOW, export_bundle
+from tests.graphs import CONTEXT_LENGTH, EIGHT_BITS, WINDOW, export_bundle
 from tests.test_bundle import run
 from tests.test_pack import Watched, _journaled, _ranges
 from toolkit.bundle.manifest import verify_manifest
@@ -362,7 +362,7 @@ def test_values_beyond_half_precision_are_refused_where_they_are_stored_so(
 
 
 def _orders(root: Path, *targets: str) -> list[Order]:
-    return [Order(load_recipe(f"tiny-r1-{target}"), root / target) for target in targets]
+    return [Order(load_recipe(f"tiny-r1-{target}", EIGHT_BITS), root / target) for target in targets]
 
 
 def _files(bundle: Path) -> dict[str, bytes]:
@@ -378,7 +378,8 @@ def test_two_recipes_give_two_whole_bundles(tiny_r1: Path, tmp_path: Path) -> No
         assert verify_manifest(bundle) == []
         report = json.loads((bundle / "report.json").read_text(encoding="utf-8"))
         assert report["conversion"]["in_one_pass_with"] == [f"tiny-r1-{other.name}"]
-        alone = export_bundle(load_recipe(f"tiny-r1-{bundle.name}"), open_checkpoint(tiny_r1), tmp_path / "alone")
+        recipe = load_recipe(f"tiny-r1-{bundle.name}", EIGHT_BITS)
+        alone = export_bundle(recipe, open_checkpoint(tiny_r1), tmp_path / "alone")
         assert _files(bundle) == _files(alone)
         report = json.loads((alone / "report.json").read_text(encoding="utf-8"))
         assert "in_one_pass_with" not in report["conversion"]

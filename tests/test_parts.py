@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.graphs import export_bundle
+from tests.graphs import EIGHT_BITS, export_bundle
 from tests.test_lint_pipeline import ITERATOR, _at, _copy
 from toolkit.bundle.lint import lint_bundle
 from toolkit.checkpoint.opened import open_checkpoint, synthetic_checkpoint
@@ -66,13 +66,13 @@ def test_parts_that_cannot_be_are_refused_before_anything_is_written(
 ) -> None:
     checkpoint = open_checkpoint(tiny_r1)
     with pytest.raises(UnsupportedError, match="parts is 5, and the model has 4 layers"):
-        export_bundle(load_recipe("tiny-r1-qnn", ["parts=5"]), checkpoint, tmp_path / "b")
+        export_bundle(load_recipe("tiny-r1-qnn", ["parts=5", *EIGHT_BITS]), checkpoint, tmp_path / "b")
     monkeypatch.setattr(planning, "MAX_BINARY_BYTES", 2 * MIB)
     with pytest.raises(UnsupportedError, match=r"parts=1 leaves a part of .* GiB.*: set\s+parts=2, or leave parts out"):
-        export_bundle(load_recipe("tiny-r1-qnn", ["parts=1"]), checkpoint, tmp_path / "b")
+        export_bundle(load_recipe("tiny-r1-qnn", ["parts=1", *EIGHT_BITS]), checkpoint, tmp_path / "b")
     monkeypatch.setattr(planning, "MAX_BINARY_BYTES", MIB // 2)
     with pytest.raises(UnsupportedError, match="layer 0 has"):
-        export_bundle(load_recipe("tiny-r1-qnn"), checkpoint, tmp_path / "b")
+        export_bundle(load_recipe("tiny-r1-qnn", EIGHT_BITS), checkpoint, tmp_path / "b")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -95,7 +95,8 @@ def test_a_soc_or_parts_that_cannot_be_are_refused(target: str, change: str, wor
 
 
 def test_a_part_that_does_not_run_in_decoding_is_named(tiny_r1: Path, tmp_path: Path) -> None:
-    bundle = export_bundle(load_recipe("tiny-r1-qnn", ["parts=2"]), open_checkpoint(tiny_r1), tmp_path / "b")
+    recipe = load_recipe("tiny-r1-qnn", ["parts=2", *EIGHT_BITS])
+    bundle = export_bundle(recipe, open_checkpoint(tiny_r1), tmp_path / "b")
     assert lint_bundle(bundle) == []
     path = _copy(bundle, tmp_path / "edited") / "genai_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from tests.graphs import export_bundle
+from tests.graphs import EIGHT_BITS, export_bundle
 from tests.test_bundle import run
 from toolkit.bundle.genai_config import max_length, read_genai_config
 from toolkit.checkpoint.opened import open_checkpoint
@@ -84,7 +84,7 @@ def split(tiny_r1: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple
 @pytest.fixture(scope="session")
 def quantized(tiny_r1: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("quantized")
-    orders = [Order(load_recipe(f"tiny-r1-{t}"), folder / t) for t in ("cpu-split", *PROVIDERS)]
+    orders = [Order(load_recipe(f"tiny-r1-{t}", EIGHT_BITS), folder / t) for t in ("cpu-split", *PROVIDERS)]
     bundles = export_bundles(orders, open_checkpoint(tiny_r1))
     return {bundle.name: bundle for bundle in bundles}
 
@@ -137,7 +137,8 @@ def test_quantized_parts_decode_what_one_part_decodes(
     quantized: dict[str, Path], tiny_r1: Path, tmp_path: Path
 ) -> None:
     """But for float16 between them, where a single graph on the CPU keeps float32. The weights are the same file."""
-    parts = export_bundle(load_recipe("tiny-r1-qnn", ["parts=2"]), open_checkpoint(tiny_r1), tmp_path / "parts")
+    recipe = load_recipe("tiny-r1-qnn", ["parts=2", *EIGHT_BITS])
+    parts = export_bundle(recipe, open_checkpoint(tiny_r1), tmp_path / "parts")
     data = "transformer.onnx.data"
     assert (parts / data).read_bytes() == (quantized["qnn"] / data).read_bytes()
     ids = prompt_of(131)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from tests.graphs import export_bundle
+from tests.graphs import EIGHT_BITS, export_bundle
 from tests.test_bundle import run
 from tests.test_checkers import GSM8K
 from toolkit.checkpoint.opened import open_checkpoint
@@ -30,7 +30,8 @@ STOP_ID = 764
 
 @pytest.fixture(scope="module")
 def bundle(tiny_r1: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export_bundle(load_recipe("tiny-r1-cpu"), open_checkpoint(tiny_r1), tmp_path_factory.mktemp("tasks") / "b")
+    out = tmp_path_factory.mktemp("tasks") / "b"
+    return export_bundle(load_recipe("tiny-r1-cpu", EIGHT_BITS), open_checkpoint(tiny_r1), out)
 
 
 def _write(path: Path, lines: list[Any]) -> Path:

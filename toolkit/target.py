@@ -136,13 +136,13 @@ class Target:
 
 
 _CPU_RULES: Final = (
-    {"match": "lm_head", "algorithm": "kquant", "bits": 8, "block_size": 128},
-    {"match": "model.embed_tokens", "algorithm": "kquant", "bits": 4, "block_size": 32},
-    {"match": "*", "algorithm": "kquant", "bits": 4, "block_size": 128},
+    {"match": "lm_head", "bits": 8, "block_size": 128},
+    {"match": "model.embed_tokens", "bits": 4, "block_size": 32},
+    {"match": "*", "bits": 4, "block_size": 128},
 )
 # Embeddings and LM head in 4-bit blocks, whoever runs the rest.
-_OUTSIDE_RULE: Final = {"match": "lm_head|model.embed_tokens", "algorithm": "kquant", "bits": 4, "block_size": 32}
-_SPLIT_RULES: Final = (_OUTSIDE_RULE, {"match": "*", "algorithm": "kquant", "bits": 4, "block_size": 128})
+_OUTSIDE_RULE: Final = {"match": "lm_head|model.embed_tokens", "bits": 4, "block_size": 32}
+_SPLIT_RULES: Final = (_OUTSIDE_RULE, {"match": "*", "bits": 4, "block_size": 128})
 
 # Why each is as it is: bundle/operators.json, with sources.
 _PARTS: Final = Form(packed_qkv=False, bias_in_matmul=False, local_window=False, opset=21, accuracy_level=0)
@@ -208,7 +208,7 @@ TARGETS: Final[dict[str, Target]] = {
         context_length=4096,
         quantize=(
             _OUTSIDE_RULE,
-            {"match": "*", "algorithm": "kquant", "bits": 4, "block_size": 128, "symmetric": True},
+            {"match": "*", "bits": 4, "block_size": 128, "symmetric": True},
         ),
         validate={"mean_kld": 0.1},
     ),

@@ -89,6 +89,8 @@ def export(
     from toolkit.progress import progress_line
 
     shapes_alone = synthetic or (dry_run and not checkpoint)
+    # Random weights have no salient channels: calibrating them is for who asks.
+    quality = quality or ("fast" if synthetic else None)
     asked = {"quality": quality, "calibration": str(calibration.resolve()) if calibration else None}
     changes += tuple(f"{key}={json.dumps(value)}" for key, value in asked.items() if value)
     opened, loaded = _load(recipes, changes, checkpoint, shapes_alone)

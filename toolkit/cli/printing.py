@@ -54,9 +54,12 @@ def _print_plan(plan: dict[str, Any]) -> None:
     for file in plan["files"]:
         click.echo(f"file {file['name']}: {file['bytes'] / 2**20:.1f} MiB")
     click.echo(f"bits per weight: {plan['bits_per_weight']:.2f}")
-    cost = plan.get("calibration")
-    minutes = f", about {cost['forecast_s'] / 60:.0f} min on this machine" if cost else ", no data"
-    click.echo(f"quality {plan['quality']}: " + (f"{cost['tokens']} tokens of text" if cost else "rounding") + minutes)
+    if cost := plan.get("calibration"):
+        budget = f", up to {cost['bits_per_weight']:g} bits per weight" if "bits_per_weight" in cost else ""
+        minutes = max(cost["forecast_s"] / 60, 0.1)
+        click.echo(f"quality {plan['quality']}: {cost['tokens']} tokens of text{budget}, about {minutes:.2g} min here")
+    else:
+        click.echo(f"quality {plan['quality']}: rounding without data")
     click.echo(f"KV cache at {plan['context_length']} tokens: {plan['kv_cache_bytes'] / 2**20:.0f} MiB when run")
     click.echo(f"peak memory of the export: about {plan['peak_memory_bytes'] / 2**20:.0f} MiB")
     if "compile_memory_bytes" in plan:
@@ -105,7 +108,10 @@ def _print_task(task: dict[str, Any], plain: dict[str, Any]) -> None:
 
 
 def _print_notes(report: dict[str, Any]) -> None:
-    """What a reader of the verdict has to know of memory, and of where the stages run."""
+    """What a reader of the verdict has to know of weights, memory, and of where the stages run."""
+    if salient := report.get("quantization", {}).get("salient_inputs"):
+        click.echo(f"note: {len(salient)} norms have gains many times their median, which rounding without data "
+                   "spoils: export with --quality balanced")  # fmt: skip
     if cache := report.get("kv_cache"):
         click.echo(f"KV cache: {cache['bytes'] / 2**20:.0f} MiB for {cache['context_length']} tokens when run")
     for row in report.get("partition", []):

@@ -19,10 +19,10 @@ from toolkit import names
 from toolkit.bundle.genai_config import genai_config, pad_token_id
 from toolkit.bundle.manifest import write_manifest
 from toolkit.checkpoint.opened import Checkpoint
-from toolkit.errors import CheckpointError, MachineError, RecipeError
+from toolkit.errors import CheckpointError, RecipeError
 from toolkit.graph.builder import StageGraph
 from toolkit.machine import package_versions, peak_rss_bytes
-from toolkit.partition.data_files import JOURNAL_FILE, Destination
+from toolkit.partition.data_files import JOURNAL_FILE, Destination, disk_error
 from toolkit.partition.lower import lower
 from toolkit.partition.pack import PackResult, pack_weights
 from toolkit.pipeline.calibration import calibrate, salient_inputs, text_digest
@@ -116,7 +116,7 @@ def _disk_errors() -> Iterator[None]:
     try:
         yield
     except OSError as problem:
-        raise MachineError(f"{problem.filename or 'the bundle'} cannot be written: {problem.strerror}") from None
+        raise disk_error(Path(problem.filename or "the bundle"), problem) from None
 
 
 def _graphs(plan: ExportPlan, pad: int) -> list[StageGraph]:

@@ -102,7 +102,8 @@ def plan_export(recipe: Recipe, checkpoint: Checkpoint, out: Path, precision: st
         compile_memory_bytes=compile_memory_bytes(largest_part(layers, recipe.parts)) if compiled else 0,
         kv_cache_bytes=2 * item_bytes * recipe.context_length * config.num_hidden_layers * config.kv_size,
         calibration=cost,
-        disk_needed_bytes=layout.nbytes
+        # What a budget buys is known once the text has been read.
+        disk_needed_bytes=max(layout.nbytes, int(recipe.bits_per_weight * layout.weights() / 8))
         + graph_bytes
         + _DISK_MARGIN_BYTES
         + int(compiled * BINARY_SHARE * sum(layers))
@@ -176,8 +177,9 @@ def _check_cache(plan: ExportPlan) -> None:
         )
 
 
-def _described(cost: CalibrationCost) -> dict[str, object]:
-    return {"tokens": cost.tokens, "operations": cost.operations, "forecast_s": cost.seconds()}
+def _described(cost: CalibrationCost, recipe: Recipe) -> dict[str, object]:
+    budget = {"bits_per_weight": recipe.bits_per_weight} if recipe.bits_per_weight else {}
+    return {"tokens": cost.tokens, **budget, "operations": cost.operations, "forecast_s": cost.seconds()}
 
 
 def describe(plan: ExportPlan, config: ModelConfig) -> dict[str, object]:
@@ -196,8 +198,8 @@ def describe(plan: ExportPlan, config: ModelConfig) -> dict[str, object]:
         "stages": stages,
         "files": [{"name": name, "bytes": nbytes} for name, nbytes in plan.files.items()],
         "quality": plan.recipe.quality,
-        "bits_per_weight": plan.recipe.bits_per_weight or plan.bits_per_weight,
-        **({"calibration": _described(plan.calibration)} if plan.calibration else {}),
+        "bits_per_weight": plan.bits_per_weight,
+        **({"calibration": _described(plan.calibration, plan.recipe)} if plan.calibration else {}),
         "peak_memory_bytes": plan.peak_memory_bytes,
         **({"compile_memory_bytes": plan.compile_memory_bytes} if plan.compile_memory_bytes else {}),
         "kv_cache_bytes": plan.kv_cache_bytes,

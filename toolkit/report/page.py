@@ -233,7 +233,28 @@ def _quantization(section: Section) -> dict[str, Any]:
         strip = _role_strip(row, tensors, scale) if scale else ""
         share = row["bytes"] / total if total and "bytes" in row else None
         view["rows"].append({**row, "strip": strip, "share": share})
-    return {**section, **view}
+    return {**section, **view, "notes": _quantization_notes(section)}
+
+
+def _quantization_notes(section: Section) -> list[str]:
+    """How the formats came about, and what a reader should know of them."""
+    notes = []
+    if made := section.get("calibration"):
+        folded, inputs = len(made["folded"]), made["inputs"]
+        budget = made.get("budget_bits_per_weight")
+        spent = f"; {budget:g} bits per weight, spent where they help most" if budget else ""
+        notes.append(
+            f"Quality {made['quality']}: {made['tokens']:,} tokens of {made['text']}, channel scales folded into "
+            f"{folded} of {inputs} inputs{spent}."
+        )
+        for fallback in made["fallbacks"]:
+            notes.append(f"{fallback['tensor']} was searched, not solved: {fallback['reason']}.")
+    if salient := section.get("salient_inputs"):
+        notes.append(
+            f"Rounded without data, and {len(salient)} norms have gains many times their median: what reads such "
+            "channels suffers most. Export with --quality balanced."
+        )
+    return notes
 
 
 def _role_strip(row: Section, tensors: Sequence[Section], scale: charts.Scale) -> str:
@@ -267,7 +288,9 @@ def _parity(parity: Section, baseline: Section) -> dict[str, Any]:
     ]  # fmt: skip
     label = "Distribution of KLD per position: " + " and ".join(one.name for one in series)
     figure = charts.histogram(series, label) if series else ""
-    shown = {"figure": figure, "series": series, "compared": bool(baseline), "section": parity}
+    alone = parity.get("weights_alone", {})
+    figures = [f"{label_of(name).lower()} {_format_figure(name, value)}" for name, value in alone.items()]
+    shown = {"figure": figure, "series": series, "compared": bool(baseline), "section": parity, "alone": figures}
     return {"present": bool(rows), "rows": rows, **shown}
 
 
