@@ -211,7 +211,7 @@ def test_what_no_damping_helps_is_refused(case: str) -> None:
 
 def test_the_target_is_the_weight_where_the_input_arrives_as_it_is() -> None:
     moment, weight = _moment(_input(260)), _weight(260)
-    target = corrected_target(weight, moment, factorize(moment, 32))
+    target = corrected_target(weight, weight @ moment, factorize(moment, 32))
     np.testing.assert_allclose(target, weight, atol=2e-3)
 
 
@@ -221,7 +221,7 @@ def test_the_target_is_the_best_for_an_input_that_arrives_changed() -> None:
     arriving = np.asarray(exact * 0.9 + 0.2 * exact.std() * rng.standard_normal(exact.shape), np.float32)
     moment, cross = _moment(arriving), np.asarray(exact.T @ arriving / np.float32(TOKENS), np.float32)
     factor = factorize(moment, 32)
-    target = corrected_target(weight, cross, factor)
+    target = corrected_target(weight, weight @ cross, factor)
     damping = factor.damping * np.diagonal(moment).mean(dtype=np.float64) * np.eye(256)
     # Least squares, damped towards W: W (C + d) (H + d)^-1.
     wide = weight.astype(np.float64) @ (cross + damping) @ np.linalg.inv(moment + damping)

@@ -176,23 +176,23 @@ class _LayerPass:
         return made
 
     def _solve(self, given: LinearInput, stream: Callable[[int], Iterator[Floats]]) -> None:
-        tensors = [names.weight(reader) for reader in given.readers]
-        wanted = [t for t in tensors if self._task.specs[t].algorithm == "gptq"]
-        spec = self._task.specs[tensors[0]]
-        solver = _InputSolver(given, self._task, spec, wanted)
+        local = {
+            names.weight(reader): names.weight(reader.removeprefix(names.layer_module(self._k, "")))
+            for reader in given.readers
+        }
+        solver = _InputSolver(given, self._task)
         if solver.wants_products(sum(self._lengths)):
-            solver.gather(zip(stream(0), stream(1), strict=True))
+            rows = {tensor: self._exact.tensors[local[tensor]] for tensor in solver.wanted}
+            solver.gather(zip(stream(0), stream(1), strict=True), rows)
         self.fallbacks += solver.fallbacks
-        for reader, tensor in zip(given.readers, tensors, strict=True):
-            local = names.weight(reader.removeprefix(names.layer_module(self._k, "")))
-            weight = self._exact.tensors[local]
+        for tensor, here in local.items():
+            weight, spec = self._exact.tensors[here], self._task.specs[tensor]
             blocks = solver.blocks(tensor, weight)
-            if tensor in wanted:
+            if tensor in solver.wanted:
                 self._writer.write(tensor, 0, weight, blocks)
-            spec = self._task.specs[tensor]
-            self._rounded.tensors[local] = dequantize_blocks(blocks, spec, weight.shape[1])
+            self._rounded.tensors[here] = dequantize_blocks(blocks, spec, weight.shape[1])
             if self._task.rounds_activations:
-                self._rounded.blocks[local] = spec.block_size
+                self._rounded.blocks[here] = spec.block_size
 
 
 class _ArrivingLayer(Layer):
@@ -209,42 +209,53 @@ class _ArrivingLayer(Layer):
 
 
 class _InputSolver:
-    """The matrices that read one input, once its products are gathered."""
+    """The matrices that read one input, once its products are gathered; `wanted` are those to be solved."""
 
-    def __init__(self, given: LinearInput, task: Task, spec: QuantSpec, wanted: Sequence[str]) -> None:
-        self._given, self._task, self._spec, self._wanted = given, task, spec, wanted
+    def __init__(self, given: LinearInput, task: Task) -> None:
+        tensors = [names.weight(reader) for reader in given.readers]
+        self.wanted = [tensor for tensor in tensors if task.specs[tensor].algorithm == "gptq"]
+        self._given, self._task, self._block_size = given, task, task.specs[tensors[0]].block_size
         self._factor: Factor | None = None
         self._cross: Floats | None = None
+        self._products: dict[str, Floats] = {}
         self.fallbacks: list[Fallback] = []
 
     def wants_products(self, tokens: int) -> bool:
         """Whether anything is to be solved, and the text is long enough for it."""
-        if not self._wanted:
+        if not self.wanted:
             return False
         needed = TOKENS_PER_CHANNEL * self._given.width
         if tokens < needed:
             reason = f"{tokens} calibration tokens, and {self._given.width} channels need {needed}"
-            self.fallbacks += [Fallback(tensor, reason) for tensor in self._wanted]
+            self.fallbacks += [Fallback(tensor, reason) for tensor in self.wanted]
         return tokens >= needed
 
-    def gather(self, pairs: Iterator[tuple[Floats, Floats]]) -> None:
-        """Both products and the factor, from every sequence's exact and arriving input."""
-        products = Products(self._given.width, with_exact=True)
+    def gather(self, pairs: Iterator[tuple[Floats, Floats]], rows: Mapping[str, Floats] | None = None) -> None:
+        """The factor and what the targets need, from every sequence's exact and arriving input; `rows` are the
+        matrices where they are at hand."""
+        few = rows is not None and sum(weight.shape[0] for weight in rows.values()) < self._given.width
+        gathered = Products(self._given.width, np.concatenate(list(rows.values())) if rows and few else None)
         for exact, arriving in pairs:
             rounds = self._task.rounds_activations
-            products.add(exact, rounded_activations(arriving, self._spec.block_size) if rounds else arriving)
-        moment, self._cross = products.result()
+            gathered.add(exact, rounded_activations(arriving, self._block_size) if rounds else arriving)
+        moment, cross = gathered.result()
+        if rows and few:
+            ends = np.cumsum([weight.shape[0] for weight in rows.values()])
+            self._products = dict(zip(rows, np.split(cross, ends[:-1]), strict=True))
+        else:
+            self._cross = cross
         try:
-            self._factor = factorize(moment, self._spec.block_size)
+            self._factor = factorize(moment, self._block_size)
         except NotPositiveDefiniteError as problem:
-            self.fallbacks += [Fallback(tensor, str(problem)) for tensor in self._wanted]
+            self.fallbacks += [Fallback(tensor, str(problem)) for tensor in self.wanted]
 
     def blocks(self, tensor: str, weight: Floats) -> QuantizedBlocks:
         """Rows of a matrix, solved where that was asked for and possible."""
         spec = self._task.specs[tensor]
-        if tensor not in self._wanted or self._factor is None or self._cross is None:
+        if tensor not in self.wanted or self._factor is None:
             return quantize_blocks(weight, spec, self._task.importance.get(tensor))
-        return gptq_blocks(corrected_target(weight, self._cross, self._factor), self._factor, spec)
+        product = self._products[tensor] if self._cross is None else weight @ self._cross
+        return gptq_blocks(corrected_target(weight, product, self._factor), self._factor, spec)
 
 
 def _solve_head(
@@ -255,7 +266,7 @@ def _solve_head(
     if task.specs[tensor].algorithm != "gptq":
         return []
     norm = source.read(names.weight(names.FINAL_NORM))
-    solver = _InputSolver(given, task, task.specs[tensor], [tensor])
+    solver = _InputSolver(given, task)
     ends = [(rms_norm(x, norm, config.rms_norm_eps) for x in stream) for stream in streams]
     if solver.wants_products(sum(x.shape[0] for x in streams[0])):
         solver.gather(zip(*ends, strict=True))

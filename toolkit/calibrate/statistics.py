@@ -51,35 +51,34 @@ class InputStatistics:
 
 
 class Products:
-    """X~'X~ / T, and X'X~ / T where the exact input X is given beside what arrives, X~."""
+    """X~'X~ / T of what arrives, X~, and W X'X~ / T of it and the exact input X: with the rows W [N, K] given, or, as
+    suits more of them than there are channels, X'X~ / T alone."""
 
-    def __init__(self, width: int, with_exact: bool) -> None:
+    def __init__(self, width: int, rows: Floats | None = None) -> None:
+        self._rows = rows
         self._moment = np.zeros((width, width), np.float32)
-        self._cross = np.zeros((width, width), np.float32) if with_exact else None
+        self._cross = np.zeros((width if rows is None else rows.shape[0], width), np.float32)
         self._waiting: list[tuple[Floats, Floats]] = []
-        self._rows = self.tokens = 0
+        self._waiting_tokens = self.tokens = 0
 
     def add(self, exact: Floats, arriving: Floats) -> None:
         """Counts one sequence, [T, K] each."""
         self._waiting.append((exact, arriving))
-        self._rows += arriving.shape[0]
+        self._waiting_tokens += arriving.shape[0]
         self.tokens += arriving.shape[0]
-        if self._rows >= _BATCH:
+        if self._waiting_tokens >= _BATCH:
             self._flush()
 
-    def result(self) -> tuple[Floats, Floats | None]:
-        """Both means [K, K]; nothing can be added afterwards."""
+    def result(self) -> tuple[Floats, Floats]:
+        """Both means, [K, K] and [N or K, K]; nothing can be added afterwards."""
         if self._waiting:
             self._flush()
         self._moment /= np.float32(self.tokens)
-        if self._cross is not None:
-            self._cross /= np.float32(self.tokens)
+        self._cross /= np.float32(self.tokens)
         return self._moment, self._cross
 
     def _flush(self) -> None:
-        arriving = np.concatenate([pair[1] for pair in self._waiting])
+        exact, arriving = (np.concatenate(side) for side in zip(*self._waiting, strict=True))
+        self._waiting, self._waiting_tokens = [], 0
         self._moment += arriving.T @ arriving
-        if self._cross is not None:
-            exact = np.concatenate([pair[0] for pair in self._waiting])
-            self._cross += exact.T @ arriving
-        self._waiting, self._rows = [], 0
+        self._cross += (exact if self._rows is None else exact @ self._rows.T).T @ arriving

@@ -5,8 +5,8 @@ Minimizes tr((W - Q) H (W - Q)'), the squared error of the output, for the secon
 their own, so the order of activations counts and no g_idx is needed. Each block's scale is searched on its columns as
 the errors before it left them, weighed by diag(H).
 
-With U upper and U'U = H^-1, column i passes (w_i - q_i) / U_ii * U_ij on to column j. U comes from one Cholesky of H in
-reverse order, H = R R' with R upper, and one triangular inverse, U = R^-1.
+With U upper and U'U = H^-1, column i passes (w_i - q_i) / U_ii * U_ij on to column j. With H in reverse order and
+H = L L', U is L^-1 in reverse order.
 
 If the input is X~ by the time it arrives, because layers before are quantized already, the target that makes up for
 that is W X'X~ (X~'X~)^-1 (Qronos, arXiv 2505.11695, in closed form).
@@ -62,7 +62,6 @@ def factorize(moment: Floats, block_size: int) -> Factor:
     mean = float(diagonal[:K].mean(dtype=np.float64))
     if not (np.isfinite(mean) and mean > 0):
         raise NotPositiveDefiniteError(f"the mean second moment of the input is {mean}")
-    # Reversed here, so that the lower factor of LAPACK is the upper one wanted.
     backwards = order[::-1]
     for damping in _DAMPINGS:
         damped = np.zeros((padded, padded), np.float32)
@@ -71,22 +70,22 @@ def factorize(moment: Floats, block_size: int) -> Factor:
         silent = diagonal[backwards] <= 0
         damped[np.arange(padded), np.arange(padded)] += np.where(silent, mean, damping * mean).astype(np.float32)
         try:
-            lower = np.asarray(np.linalg.cholesky(damped), np.float32)
+            inverse = _inverse_of_factor(damped)
         except np.linalg.LinAlgError:
             continue
-        del damped
-        if np.isfinite(lower).all():
-            return Factor(_inverse_of_lower(lower)[::-1, ::-1], order, diagonal, damping)
+        if np.isfinite(inverse).all():
+            return Factor(inverse[::-1, ::-1], order, diagonal, damping)
     raise NotPositiveDefiniteError("the second moment of the input is not positive definite")
 
 
-def corrected_target(weight: Floats, cross: Floats, factor: Factor) -> Floats:
-    """W' = W C H^-1 [N, K] for C = X'X~ / T [K, K], damped alike, so that without an error before it W stays W."""
+def corrected_target(weight: Floats, product: Floats, factor: Factor) -> Floats:
+    """W' = W C H^-1 [N, K] from `product` = W C [N, K] with C = X'X~ / T, damped alike, so that without an error before
+    it W stays W."""
     K = weight.shape[1]
     mean = float(factor.diagonal[:K].mean(dtype=np.float64))
     damping = np.where(factor.diagonal[:K] > 0, factor.damping * mean, mean).astype(np.float32)
     moved = np.zeros((weight.shape[0], factor.order.size), np.float32)
-    moved[:, :K] = weight @ cross + weight * damping
+    moved[:, :K] = product + weight * damping
     moved = np.ascontiguousarray(moved[:, factor.order])
     moved = np.asarray((moved @ factor.upper.T) @ factor.upper, np.float32)
     target = np.empty_like(moved)
@@ -153,14 +152,20 @@ def _visits(diagonal: Floats, block_size: int) -> NDArray[np.int64]:
     return np.asarray((first[:, None] * block_size + within[first]).reshape(-1), np.int64)
 
 
-def _inverse_of_lower(lower: Floats) -> Floats:
-    """By halves: two inverses of half the size and two products."""
-    n = lower.shape[0]
+def _inverse_of_factor(matrix: Floats) -> Floats:
+    """L^-1 [n, n] for L L' = `matrix`, in float32 but for the leaves: by halves, so that nearly all of it is products.
+
+    With L = [[A, 0], [B, C]] it is [[A^-1, 0], [-C^-1 B A^-1, C^-1]], and C is the factor of what B leaves. Raises
+    LinAlgError if the matrix is not positive definite. `numpy.linalg.cholesky` works on float64 copies.
+    """
+    n = matrix.shape[0]
     if n <= _LEAF:
-        return np.asarray(np.tril(np.linalg.inv(lower.astype(np.float64))), np.float32)
+        lower = np.linalg.cholesky(matrix.astype(np.float64))
+        return np.asarray(np.tril(np.linalg.inv(lower)), np.float32)
     half = n // 2
-    inverse = np.zeros_like(lower)
-    inverse[:half, :half] = _inverse_of_lower(lower[:half, :half])
-    inverse[half:, half:] = _inverse_of_lower(lower[half:, half:])
-    inverse[half:, :half] = -inverse[half:, half:] @ (lower[half:, :half] @ inverse[:half, :half])
+    inverse = np.zeros_like(matrix)
+    inverse[:half, :half] = _inverse_of_factor(matrix[:half, :half])
+    below = matrix[half:, :half] @ inverse[:half, :half].T
+    inverse[half:, half:] = _inverse_of_factor(matrix[half:, half:] - below @ below.T)
+    inverse[half:, :half] = -inverse[half:, half:] @ (below @ inverse[:half, :half])
     return inverse

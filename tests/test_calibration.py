@@ -1,0 +1,432 @@
+"""Calibration as it runs: what the survey measures, what GPTQ solves against, what an interruption costs, what goes
+wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from tests.graphs import export_bundle
+from tests.test_families import CASES, make_checkpoint
+from toolkit.calibrate import solve as solving
+from toolkit.calibrate.solve import Fallback, Task, solve
+from toolkit.calibrate.survey import Survey, Wish, survey
+from toolkit.checkpoint.folded import FoldedTensors
+from toolkit.checkpoint.linear_inputs import linear_inputs
+from toolkit.checkpoint.opened import Checkpoint, open_checkpoint
+from toolkit.names import weight
+from toolkit.quant.activations import rounded_activations
+from toolkit.quant.blockwise import QuantizedBlocks, QuantSpec, dequantize_blocks, quantize_blocks
+from toolkit.quant.gptq import corrected_target, factorize, gptq_blocks
+from toolkit.recipe import Recipe, load_recipe
+from toolkit.reference.decoder import Layer, embed, reference_logits, rms_norm
+from toolkit.target import TARGETS
+from toolkit.validate.parity import Comparison
+from toolkit.validate.positions import open_positions
+
+Floats = NDArray[np.float32]
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = ROOT / "models" / "tiny-r1" / "arithmetic.jsonl"
+BLOCK = 32
+
+
+class _Changed:
+    """A checkpoint with some tensors replaced."""
+
+    def __init__(self, source: Any, changes: dict[str, Floats]) -> None:
+        self._source, self._changes = source, changes
+        self.names = source.names
+
+    def read(self, name: str) -> Floats:
+        return np.asarray(self._changes.get(name, self._source.read(name)), np.float32)
+
+    def read_rows(self, name: str, start: int, stop: int) -> Floats:
+        return self.read(name)[start:stop]
+
+
+class _Kept:
+    """What GPTQ writes, by tensor."""
+
+    def __init__(self) -> None:
+        self.blocks: dict[str, QuantizedBlocks] = {}
+        self.commits = 0
+
+    def write(self, tensor: str, start: int, weight: Floats, blocks: QuantizedBlocks) -> None:
+        assert start == 0 and tensor not in self.blocks
+        self.blocks[tensor] = blocks
+
+    def commit(self) -> None:
+        self.commits += 1
+
+
+def _checkpoint(case: str, folder: Path) -> tuple[Checkpoint, list[list[int]]]:
+    """A random checkpoint, and some ids for it."""
+    make_checkpoint(*CASES[case], folder)
+    rng = np.random.default_rng(2)
+    return open_checkpoint(folder), [rng.integers(3, 96, n).tolist() for n in (40, 30, 50)]
+
+
+def _specs(checkpoint: Checkpoint, algorithm: str) -> dict[str, QuantSpec]:
+    linears = [weight(r) for given in linear_inputs(checkpoint.config) for r in given.readers]
+    return {t: QuantSpec(4, BLOCK, algorithm=algorithm) for t in {*linears, "model.embed_tokens.weight"}}
+
+
+def _mean_kld(checkpoint: Checkpoint, changed: Any, sequences: list[list[int]]) -> float:
+    compared = Comparison()
+    plain = reference_logits(checkpoint.config, checkpoint.source, sequences)
+    others = reference_logits(checkpoint.config, changed, sequences)
+    for ids, expected, actual in zip(sequences, plain, others, strict=True):
+        compared.add(expected, actual, ids)
+    return float(compared.figures()["mean_kld"])
+
+
+@pytest.mark.parametrize("case", ["qwen2", "qwen2-tied", "qwen3"])
+def test_divergences_are_those_of_rounding_the_readers_alone(case: str, tmp_path: Path) -> None:
+    checkpoint, sequences = _checkpoint(case, tmp_path)
+    specs = _specs(checkpoint, "imatrix")
+    wish = Wish(specs, rounds_activations=False, folds=True, probes=True)
+    found = survey(checkpoint.config, checkpoint.source, sequences, wish, tmp_path / "work")
+    inputs = linear_inputs(checkpoint.config)
+    folded = FoldedTensors(checkpoint.source, inputs, found.scales())
+    for given in inputs:
+        facts = found.inputs[given.name]
+        changes = {}
+        for reader in given.readers:
+            spec, exact = specs[weight(reader)], folded.read(weight(reader))
+            changes[weight(reader)] = dequantize_blocks(
+                quantize_blocks(exact, spec, facts.importance), spec, given.width
+            )
+        if given.name == "model.embed_tokens":
+            # A tied table is judged as a head and as an embedding at once.
+            plain = checkpoint.source.read(weight(given.name))
+            free = dequantize_blocks(quantize_blocks(plain, replace(spec, algorithm="kquant")), spec, given.width)
+            assert np.abs(free - plain).max() > 0
+            assert found.divergences[given.name] > 0
+            continue
+        expected = _mean_kld(checkpoint, _Changed(folded, changes), sequences)
+        assert found.divergences[given.name] == pytest.approx(expected, rel=0.02)
+
+
+def test_rounded_activations_count_too(tmp_path: Path) -> None:
+    checkpoint, sequences = _checkpoint("llama-bias", tmp_path)
+    specs = _specs(checkpoint, "imatrix")
+    alone, both = (
+        survey(
+            checkpoint.config, checkpoint.source, sequences, Wish(specs, rounds, False, True), tmp_path / str(rounds)
+        ).divergences
+        for rounds in (False, True)
+    )
+    layers = [name for name in alone if "layers" in name]
+    assert all(both[name] != alone[name] for name in layers)
+    assert sum(both[name] for name in layers) > sum(alone[name] for name in layers)
+
+
+def test_importance_is_the_second_moment_of_what_arrives_after_folding(tmp_path: Path) -> None:
+    checkpoint, sequences = _checkpoint("qwen2", tmp_path)
+    wish = Wish(_specs(checkpoint, "imatrix"), rounds_activations=False, folds=True, probes=False)
+    found = survey(checkpoint.config, checkpoint.source, sequences, wish, tmp_path / "work")
+    assert found.tokens == 120 and found.divergences == {}
+    assert found.scales()
+    folded = FoldedTensors(checkpoint.source, linear_inputs(checkpoint.config), found.scales())
+    layer = Layer(checkpoint.config, folded, 0)
+    seen = np.concatenate([layer.attention_input(embed(folded, ids)) for ids in sequences])
+    facts = found.inputs["model.layers.0.self_attn.q_proj"]
+    np.testing.assert_allclose(facts.importance, (seen.astype(np.float64) ** 2).mean(axis=0), rtol=1e-3)
+
+
+class _StopError(Exception):
+    pass
+
+
+def _stopping_at(step: str) -> Any:
+    def progress(done: str) -> None:
+        if done == step:
+            raise _StopError
+
+    return progress
+
+
+def _equal(a: Survey, b: Survey) -> bool:
+    same = a.divergences == b.divergences and a.tokens == b.tokens and list(a.inputs) == list(b.inputs)
+    for name, facts in a.inputs.items():
+        other = b.inputs[name]
+        same &= facts.losses == other.losses and bool(np.array_equal(facts.importance, other.importance))
+        same &= bool(np.array_equal(facts.fold.scales, other.fold.scales))
+    return same
+
+
+def test_an_interrupted_survey_goes_on_after_the_last_whole_layer(tmp_path: Path) -> None:
+    checkpoint, sequences = _checkpoint("qwen2", tmp_path)
+    wish = Wish(_specs(checkpoint, "imatrix"), rounds_activations=True, folds=True, probes=True)
+    whole = survey(checkpoint.config, checkpoint.source, sequences, wish, tmp_path / "whole")
+    for step in ("calibrated layer 0", "calibrated layer 1"):
+        with pytest.raises(_StopError):
+            survey(checkpoint.config, checkpoint.source, sequences, wish, tmp_path / step, _stopping_at(step))
+        again: list[str] = []
+        resumed = survey(checkpoint.config, checkpoint.source, sequences, wish, tmp_path / step, again.append)
+        assert step not in again and again[-1] == "calibrated head"
+        assert _equal(resumed, whole)
+
+
+def _solved(checkpoint: Checkpoint, sequences: list[list[int]], folder: Path, rounds: bool) -> tuple[_Kept, list[Any]]:
+    specs = _specs(checkpoint, "gptq")
+    specs["model.embed_tokens.weight"] = QuantSpec(4, BLOCK, algorithm="imatrix")
+    kept = _Kept()
+    fallbacks = solve(
+        checkpoint.config, checkpoint.source, sequences, Task(specs, {}, rounds), kept, folder, lambda _: None
+    )
+    return kept, fallbacks
+
+
+@pytest.mark.parametrize("rounds", [False, True])
+def test_each_matrix_is_solved_against_what_the_rounded_layers_before_it_give(rounds: bool, tmp_path: Path) -> None:
+    """Layer 1's down_proj, from the checkpoint with everything before it replaced by what was solved."""
+    checkpoint, sequences = _checkpoint("qwen2", tmp_path)
+    sequences = sequences * 3
+    kept, fallbacks = _solved(checkpoint, sequences, tmp_path / "work", rounds)
+    assert fallbacks == [] and kept.commits == checkpoint.config.num_hidden_layers + 1
+    config, source = checkpoint.config, checkpoint.source
+    spec = QuantSpec(4, BLOCK, algorithm="gptq")
+    changes = {t: dequantize_blocks(b, spec, source.read(t).shape[1]) for t, b in kept.blocks.items()}
+    table = source.read("model.embed_tokens.weight")
+    rounding = QuantSpec(4, BLOCK, algorithm="imatrix")
+    changes["model.embed_tokens.weight"] = dequantize_blocks(quantize_blocks(table, rounding), rounding, 64)
+    arriving = _Changed(source, changes)
+
+    def down_input(tensors: Any) -> Floats:
+        layers: list[Layer] = [Layer(config, tensors, k) for k in range(2)]
+        if rounds and tensors is arriving:
+            for layer in layers:
+                exact = layer.linear
+                layer.linear = lambda module, x, exact=exact: exact(module, rounded_activations(x, BLOCK))  # type: ignore[method-assign]
+        seen = []
+        for ids in sequences:
+            x = layers[0](embed(tensors, ids))
+            x = layers[1].after_attention(x, layers[1].mixed(layers[1].attention_input(x)))
+            hidden = layers[1].mlp_hidden(layers[1].mlp_input(x))
+            seen.append(rounded_activations(hidden, BLOCK) if rounds and tensors is arriving else hidden)
+        return np.concatenate(seen)
+
+    exact_x, x = down_input(source), down_input(arriving)
+    T = np.float32(len(x))
+    name = "model.layers.1.mlp.down_proj.weight"
+    factor = factorize(x.T @ x / T, BLOCK)
+    target = corrected_target(source.read(name), source.read(name) @ (exact_x.T @ x / T), factor)
+    expected = dequantize_blocks(gptq_blocks(target, factor, spec), spec, x.shape[1])
+    found = changes[name]
+    assert (np.abs(found - expected) <= 1e-3 * np.abs(expected).max()).mean() >= 0.97
+    # The order matters: solved against the exact input the matrix is another one.
+    alone = factorize(exact_x.T @ exact_x / T, BLOCK)
+    other = dequantize_blocks(gptq_blocks(source.read(name), alone, spec), spec, x.shape[1])
+    assert (np.abs(found - other) <= 1e-3 * np.abs(other).max()).mean() < 0.9
+
+
+def test_the_head_is_solved_in_slices_as_in_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint, sequences = _checkpoint("qwen3", tmp_path)
+    kept, _ = _solved(checkpoint, sequences * 3, tmp_path / "whole", False)
+    sliced: dict[int, QuantizedBlocks] = {}
+
+    class Slices(_Kept):
+        def write(self, tensor: str, start: int, weight: Floats, blocks: QuantizedBlocks) -> None:
+            if tensor == "lm_head.weight":
+                sliced[start] = blocks
+
+    monkeypatch.setattr(solving, "_ROWS", 40)
+    specs = _specs(checkpoint, "gptq")
+    specs["model.embed_tokens.weight"] = QuantSpec(4, BLOCK, algorithm="imatrix")
+    solve(checkpoint.config, checkpoint.source, sequences * 3, Task(specs, {}, False), Slices(), tmp_path / "sliced")
+    assert sorted(sliced) == [0, 40, 80]
+    packed = np.concatenate([sliced[start].packed for start in sorted(sliced)])
+    assert (packed == kept.blocks["lm_head.weight"].packed).mean() > 0.99
+
+
+def test_too_little_text_for_a_hessian_falls_back_and_says_how_much_is_needed(tmp_path: Path) -> None:
+    """120 tokens: enough for inputs of 64 channels at two tokens each, not for down_proj's 112."""
+    checkpoint, _ = _checkpoint("qwen2", tmp_path)
+    sequences = [list(range(3, 73)), list(range(20, 90))]
+    kept, fallbacks = _solved(checkpoint, sequences, tmp_path / "work", False)
+    assert fallbacks == [
+        Fallback(f"model.layers.{k}.mlp.down_proj.weight", "140 calibration tokens, and 112 channels need 224")
+        for k in range(2)
+    ]
+    source = checkpoint.source.read("model.layers.0.mlp.down_proj.weight")
+    expected = quantize_blocks(source, QuantSpec(4, BLOCK, algorithm="imatrix"))
+    assert kept.blocks["model.layers.0.mlp.down_proj.weight"].packed.tobytes() == expected.packed.tobytes()
+
+
+def test_a_moment_that_cannot_be_factored_falls_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint, sequences = _checkpoint("qwen2", tmp_path)
+
+    def refuse(moment: Floats, block_size: int) -> None:
+        raise solving.NotPositiveDefiniteError("the second moment of the input is not positive definite")
+
+    monkeypatch.setattr(solving, "factorize", refuse)
+    kept, fallbacks = _solved(checkpoint, sequences * 3, tmp_path / "work", False)
+    assert len(fallbacks) == len(kept.blocks) == 7 * 2 + 1
+    assert {fallback.reason for fallback in fallbacks} == {"the second moment of the input is not positive definite"}
+
+
+def _recipe(checkpoint: Path, calibration: Path, *changes: str, target: str = "cpu") -> Recipe:
+    fixed = (f"calibration={calibration}", "context_length=256", "validate={}")
+    return load_recipe(target, [*fixed, *changes], str(checkpoint))
+
+
+@pytest.fixture(scope="module")
+def stories_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Enough words for stories260k's widest input."""
+    path = tmp_path_factory.mktemp("text") / "stories.txt"
+    names, things = ("Lily", "Tom", "Ben", "Mia", "Sam"), ("a red ball", "a big dog", "a cat", "a cake", "the moon")
+    stories = [
+        f"Once upon a time, there was a little child named {name}. {name} saw {thing} in the park and was very happy. "
+        f'"Can I play with {other}?" said {name}. They played all day. At the end, {name} went home to sleep.'
+        for name in names
+        for thing in things
+        for other in things[:2]
+    ]
+    path.write_text("\n\n".join(stories), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    "step", ["calibrated layer 1", "calibrated head", "solved layer 0", "solved layer 3", "solved head", "lm_head.weight"]
+)
+def test_an_export_stopped_anywhere_resumes_to_the_same_bytes(
+    step: str, stories260k: Path, stories_text: Path, tmp_path: Path
+) -> None:
+    from toolkit.pipeline.export import Order, export_bundles
+
+    # Untied, so that there is a head of its own to solve.
+    checkpoint = open_checkpoint(stories260k)
+    if checkpoint.config.tie_word_embeddings and step == "lm_head.weight":
+        step = "model.norm.weight"
+    recipe = _recipe(stories260k, stories_text, "quality=best", "bits_per_weight=6", "calibration_tokens=1500")
+    steps: list[str] = []
+    (whole,) = export_bundles([Order(recipe, tmp_path / "whole")], checkpoint, progress=steps.append)
+    if step == "solved head" and "solved head" not in steps:
+        pytest.fail("no head was solved")
+    order, again = Order(recipe, tmp_path / "stopped"), []
+    with pytest.raises(_StopError):
+        export_bundles([order], open_checkpoint(stories260k), progress=_stopping_at(step))
+    assert not (tmp_path / "stopped").exists()
+    (resumed,) = export_bundles([order], open_checkpoint(stories260k), progress=again.append)
+    # What was solved is not solved again.
+    if step.startswith("solved layer"):
+        assert step not in again and "solved layer 4" in again
+    assert sorted(p.name for p in resumed.iterdir()) == sorted(p.name for p in whole.iterdir())
+    for path in whole.iterdir():
+        if not path.name.startswith("report."):
+            assert (resumed / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def _bundle_kld(bundle: Path, checkpoint: Checkpoint, sequences: list[list[int]], exact: bool) -> float:
+    compared, positions = Comparison(), open_positions(bundle, exact=exact)
+    for ids, expected in zip(
+        sequences, reference_logits(checkpoint.config, checkpoint.source, sequences), strict=True
+    ):
+        compared.add(expected, positions.logits(ids), ids)
+    return float(compared.figures()["mean_kld"])
+
+
+def _reasoning(checkpoint: Checkpoint) -> list[list[int]]:
+    from toolkit.pipeline.text import token_sequences
+
+    return token_sequences(checkpoint, TEXT, 600, 160)
+
+
+@pytest.mark.parametrize("target", list(TARGETS))
+def test_folds_save_every_target(target: str, tiny_r1: Path, tmp_path: Path) -> None:
+    """tiny-r1's salient channels, which rounding destroys (mean KLD .03 to .1), in each target's own form."""
+    checkpoint = open_checkpoint(tiny_r1)
+    text = tiny_r1 / "calibration.jsonl"
+    recipe = load_recipe(f"tiny-r1-{target}", [f"calibration={text}", "calibration_tokens=1024", "bits_per_weight=0"])
+    bundle = export_bundle(recipe, checkpoint, tmp_path / "bundle")
+    report = json.loads((bundle / "report.json").read_text(encoding="utf-8"))
+    assert len(report["quantization"]["calibration"]["folded"]) >= 2 * checkpoint.config.num_hidden_layers
+    assert _bundle_kld(bundle, checkpoint, _reasoning(checkpoint), exact=True) < 0.003
+
+
+@pytest.mark.parametrize("quality", ["balanced", "best"])
+def test_a_budget_is_kept_and_the_bundle_is_close_both_ways(quality: str, tiny_r1: Path, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(tiny_r1)
+    recipe = load_recipe("tiny-r1-cpu", [f"quality={quality}"])
+    bundle = export_bundle(recipe, checkpoint, tmp_path / "bundle")
+    report = json.loads((bundle / "report.json").read_text(encoding="utf-8"))
+    assert 4.8 < report["quantization"]["bits_per_weight"] <= 4.9
+    calibration = report["quantization"]["calibration"]
+    assert calibration["quality"] == quality and calibration["fallbacks"] == []
+    assert set(calibration["divergences"]) == {*(i.name for i in linear_inputs(checkpoint.config)), "model.embed_tokens"}
+    size = (bundle / "model.onnx.data").stat().st_size
+    most = 0.0005 if quality == "balanced" else 0.0002
+    for exact in (True, False):
+        assert _bundle_kld(bundle, checkpoint, _reasoning(checkpoint), exact) < most
+    assert size == pytest.approx(report["partition"]["stages"][0]["bytes"], rel=0.05) or size > 0
+
+
+def test_the_text_is_what_calibrates(tiny_r1: Path, tmp_path: Path) -> None:
+    """Another text, another bundle; the same text, the same bytes."""
+    checkpoint = open_checkpoint(tiny_r1)
+    lines = (tiny_r1 / "calibration.jsonl").read_text(encoding="utf-8").splitlines()
+    other = tmp_path / "other.jsonl"
+    other.write_text("\n".join(reversed(lines)), encoding="utf-8")
+    made = {}
+    for name, text in (("a", tiny_r1 / "calibration.jsonl"), ("b", tiny_r1 / "calibration.jsonl"), ("c", other)):
+        recipe = load_recipe("tiny-r1-cpu", [f"calibration={text}", "calibration_tokens=600", "bits_per_weight=0"])
+        made[name] = (export_bundle(recipe, checkpoint, tmp_path / name) / "model.onnx.data").read_bytes()
+    assert made["a"] == made["b"] != made["c"]
+
+
+def _loud_norm(folder: Path) -> None:
+    """Gains that float32 cannot hold the square of."""
+    from safetensors.numpy import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.input_layernorm.weight"] = np.full(64, 1e30, np.float32)
+    save_file(tensors, folder / "model.safetensors")
+
+
+BAD: dict[str, tuple[str | bytes | None, tuple[str, ...], str]] = {
+    "no text": ("", (), "holds no text"),
+    "blank lines": ("\n\n  \n\n", (), "holds no text"),
+    "not there": (None, (), "cannot be read"),
+    "not text": (b"\xff\xfe\x00\x80" * 50, (), "cannot be read"),
+    "too short": ("Once upon a time.", (), "tokens of calibration text, at least 256 are needed: name a longer text"),
+    "shorter than asked": ("Once upon a time. " * 200, ("calibration_tokens=9000",), "at least 9000 are needed"),
+    "unknown quality": ("x", ("quality=bets",), "quality 'bets' is unknown (did you mean 'best'?)"),
+    "no budget": ("x", ("bits_per_weight=3",), "expected a budget above 4"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_calibration_is_one_line(case: str, stories260k: Path, tmp_path: Path) -> None:
+    content, changes, message = BAD[case]
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    if content is not None:
+        text.write_bytes(content if isinstance(content, bytes) else content.encode())
+    words = [word for change in ("quality=balanced", "context_length=256", *changes) for word in ("--set", change)]
+    command = [sys.executable, "-m", "toolkit", "export", "cpu", "--checkpoint", str(stories260k), "--out", str(out)]
+    done = subprocess.run(
+        [*command, "--no-validate", "--calibration", str(text), *words],
+        capture_output=True, text=True, encoding="utf-8",
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and "Traceback" not in done.stderr
+    assert not out.exists()
+
+
+def test_an_activation_that_overflows_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint"
+    checkpoint, sequences = _checkpoint("llama", folder)
+    _loud_norm(folder)
+    checkpoint = open_checkpoint(folder)
+    wish = Wish(_specs(checkpoint, "imatrix"), False, False, False)
+    with np.errstate(all="ignore"), pytest.raises(Exception, match=r"layers\.1\.self_attn.* NaN or infinite"):
+        survey(checkpoint.config, checkpoint.source, sequences, wish, tmp_path / "work")
