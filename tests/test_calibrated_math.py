@@ -263,6 +263,20 @@ def test_statistics_are_those_of_the_whole_text() -> None:
     np.testing.assert_allclose(cross, whole.T.astype(np.float64) @ arriving / len(whole), rtol=1e-4, atol=1e-4)
 
 
+def test_products_of_few_rows_are_those_of_the_whole_product() -> None:
+    rng = np.random.default_rng(8)
+    weight = rng.standard_normal((5, 24)).astype(np.float32)
+    whole, few = Products(24), Products(24, weight)
+    for n in (1, 3000, 512):
+        x = rng.standard_normal((n, 24)).astype(np.float32)
+        arriving = (x + 0.3 * rng.standard_normal((n, 24))).astype(np.float32)
+        whole.add(x, arriving)
+        few.add(x, arriving)
+    (moment, cross), (same_moment, product) = whole.result(), few.result()
+    np.testing.assert_array_equal(moment, same_moment)
+    np.testing.assert_allclose(product, weight @ cross, atol=1e-4)
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_an_activation_that_is_no_number_names_its_input(value: float) -> None:
     x = np.ones((4, 24), np.float32)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
 
 from tests.graphs import export_bundle
 from tests.test_families import CASES, make_checkpoint
@@ -23,11 +24,13 @@ from toolkit.checkpoint.folded import FoldedTensors
 from toolkit.checkpoint.linear_inputs import linear_inputs
 from toolkit.checkpoint.opened import Checkpoint, open_checkpoint
 from toolkit.names import weight
+from toolkit.pipeline.export import Order, export_bundles
+from toolkit.pipeline.text import token_sequences
 from toolkit.quant.activations import rounded_activations
 from toolkit.quant.blockwise import QuantizedBlocks, QuantSpec, dequantize_blocks, quantize_blocks
 from toolkit.quant.gptq import corrected_target, factorize, gptq_blocks
 from toolkit.recipe import Recipe, load_recipe
-from toolkit.reference.decoder import Layer, embed, reference_logits, rms_norm
+from toolkit.reference.decoder import Layer, embed, reference_logits
 from toolkit.target import TARGETS
 from toolkit.validate.parity import Comparison
 from toolkit.validate.positions import open_positions
@@ -296,22 +299,17 @@ def stories_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "step", ["calibrated layer 1", "calibrated head", "solved layer 0", "solved layer 3", "solved head", "lm_head.weight"]
+    "step",
+    ["calibrated layer 1", "calibrated head", "solved layer 0", "solved layer 3", "solved head", "lm_head.weight"],
 )
 def test_an_export_stopped_anywhere_resumes_to_the_same_bytes(
     step: str, stories260k: Path, stories_text: Path, tmp_path: Path
 ) -> None:
-    from toolkit.pipeline.export import Order, export_bundles
-
-    # Untied, so that there is a head of its own to solve.
     checkpoint = open_checkpoint(stories260k)
-    if checkpoint.config.tie_word_embeddings and step == "lm_head.weight":
-        step = "model.norm.weight"
     recipe = _recipe(stories260k, stories_text, "quality=best", "bits_per_weight=6", "calibration_tokens=1500")
     steps: list[str] = []
     (whole,) = export_bundles([Order(recipe, tmp_path / "whole")], checkpoint, progress=steps.append)
-    if step == "solved head" and "solved head" not in steps:
-        pytest.fail("no head was solved")
+    assert set(STOPS) <= set(steps)
     order, again = Order(recipe, tmp_path / "stopped"), []
     with pytest.raises(_StopError):
         export_bundles([order], open_checkpoint(stories260k), progress=_stopping_at(step))
@@ -328,16 +326,12 @@ def test_an_export_stopped_anywhere_resumes_to_the_same_bytes(
 
 def _bundle_kld(bundle: Path, checkpoint: Checkpoint, sequences: list[list[int]], exact: bool) -> float:
     compared, positions = Comparison(), open_positions(bundle, exact=exact)
-    for ids, expected in zip(
-        sequences, reference_logits(checkpoint.config, checkpoint.source, sequences), strict=True
-    ):
+    for ids, expected in zip(sequences, reference_logits(checkpoint.config, checkpoint.source, sequences), strict=True):
         compared.add(expected, positions.logits(ids), ids)
     return float(compared.figures()["mean_kld"])
 
 
 def _reasoning(checkpoint: Checkpoint) -> list[list[int]]:
-    from toolkit.pipeline.text import token_sequences
-
     return token_sequences(checkpoint, TEXT, 600, 160)
 
 
@@ -362,12 +356,11 @@ def test_a_budget_is_kept_and_the_bundle_is_close_both_ways(quality: str, tiny_r
     assert 4.8 < report["quantization"]["bits_per_weight"] <= 4.9
     calibration = report["quantization"]["calibration"]
     assert calibration["quality"] == quality and calibration["fallbacks"] == []
-    assert set(calibration["divergences"]) == {*(i.name for i in linear_inputs(checkpoint.config)), "model.embed_tokens"}
-    size = (bundle / "model.onnx.data").stat().st_size
+    measured = {given.name for given in linear_inputs(checkpoint.config)} | {"model.embed_tokens"}
+    assert set(calibration["divergences"]) == measured
     most = 0.0005 if quality == "balanced" else 0.0002
     for exact in (True, False):
         assert _bundle_kld(bundle, checkpoint, _reasoning(checkpoint), exact) < most
-    assert size == pytest.approx(report["partition"]["stages"][0]["bytes"], rel=0.05) or size > 0
 
 
 def test_the_text_is_what_calibrates(tiny_r1: Path, tmp_path: Path) -> None:
@@ -385,8 +378,6 @@ def test_the_text_is_what_calibrates(tiny_r1: Path, tmp_path: Path) -> None:
 
 def _loud_norm(folder: Path) -> None:
     """Gains that float32 cannot hold the square of."""
-    from safetensors.numpy import load_file, save_file
-
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.1.input_layernorm.weight"] = np.full(64, 1e30, np.float32)
     save_file(tensors, folder / "model.safetensors")

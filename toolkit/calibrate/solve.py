@@ -134,9 +134,7 @@ class _LayerPass:
         self.fallbacks: list[Fallback] = []
         self._spills: list[ActivationFile] = []
 
-    def run(
-        self, before: tuple[ActivationFile, ActivationFile], after: tuple[ActivationFile, ActivationFile]
-    ) -> None:
+    def run(self, before: tuple[ActivationFile, ActivationFile], after: tuple[ActivationFile, ActivationFile]) -> None:
         """Solves the layer's matrices in the order they are used; fills both streams after it."""
         exact, rounded = self._exact, self._rounded
         qkv, attention, mlp, down = layer_inputs(self._config, self._k)

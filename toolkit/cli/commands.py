@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from toolkit import __version__
-from toolkit.cli.printing import one_document, print_exported, print_plans, print_problems, print_verdict
+from toolkit.cli.printing import one_document, print_costs, print_exported, print_plans, print_problems, print_verdict
 from toolkit.errors import ToolkitError
 
 if TYPE_CHECKING:
@@ -35,12 +35,19 @@ def effort_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--tokens", type=click.IntRange(min=2), default=2000, show_default=True, help="Tokens compared."),
         click.option("--text", type=click.Path(path_type=Path), help="Text to compare on, or JSONL with `text`."),
         click.option(
-            "--task", "own_tasks", type=click.Path(path_type=Path), multiple=True, metavar="FILE",
+            "--task",
+            "own_tasks",
+            type=click.Path(path_type=Path),
+            multiple=True,
+            metavar="FILE",
             help="Questions of your own beside the recipe's: JSONL of `question` or `prompt`, `answer`, `checker`.",
         ),
         click.option("--examples", type=click.IntRange(min=1), help="Questions of each task [all]."),
         click.option(
-            "--max-new-tokens", type=click.IntRange(min=1), default=300, show_default=True,
+            "--max-new-tokens",
+            type=click.IntRange(min=1),
+            default=300,
+            show_default=True,
             help="Tokens of an answer, its thought included; real distills need thousands.",
         ),
         click.option("--baseline/--no-baseline", default=None, help="Measure plain 4-bit rounding beside [recipe]."),
@@ -95,10 +102,11 @@ def export(
     changes += tuple(f"{key}={json.dumps(value)}" for key, value in asked.items() if value)
     opened, loaded = _load(recipes, changes, checkpoint, shapes_alone)
     orders = [Order(recipe, _place(out, recipe.name, len(recipes))) for recipe in loaded]
+    plans = [describe(plan_export(o.recipe, opened, o.out, precision), opened.config) for o in orders]
     if dry_run:
-        plans = [describe(plan_export(o.recipe, opened, o.out, precision), opened.config) for o in orders]
         print_plans(plans, as_json)
         return
+    print_costs(plans)
     wanted = None if no_validate or synthetic else _effort(effort)
     with progress_line(len(opened.source.names())) as progress:
         bundles = export_bundles(orders, opened, precision, progress)

@@ -47,6 +47,13 @@ def print_exported(bundles: list[Path], as_json: bool) -> None:
         click.echo(one_document(reports))
 
 
+def print_costs(plans: list[dict[str, Any]]) -> None:
+    """What the recipes' qualities are about to take, where that is time."""
+    for plan in plans:
+        if "calibration" in plan:
+            click.echo(f"{plan['recipe']}, quality {plan['quality']}: {_cost(plan)} (--quality fast: none)", err=True)
+
+
 def _print_plan(plan: dict[str, Any]) -> None:
     click.echo(f"{plan['recipe']}: {plan['model']}, {plan['weights'] / 1e9:.2f} G weights in {plan['layers']} layers")
     for stage in plan["stages"]:
@@ -54,18 +61,29 @@ def _print_plan(plan: dict[str, Any]) -> None:
     for file in plan["files"]:
         click.echo(f"file {file['name']}: {file['bytes'] / 2**20:.1f} MiB")
     click.echo(f"bits per weight: {plan['bits_per_weight']:.2f}")
-    if cost := plan.get("calibration"):
-        budget = f", up to {cost['bits_per_weight']:g} bits per weight" if "bits_per_weight" in cost else ""
-        minutes = max(cost["forecast_s"] / 60, 0.1)
-        click.echo(f"quality {plan['quality']}: {cost['tokens']} tokens of text{budget}, about {minutes:.2g} min here")
-    else:
-        click.echo(f"quality {plan['quality']}: rounding without data")
+    click.echo(f"quality {plan['quality']}: {_cost(plan)}")
     click.echo(f"KV cache at {plan['context_length']} tokens: {plan['kv_cache_bytes'] / 2**20:.0f} MiB when run")
     click.echo(f"peak memory of the export: about {plan['peak_memory_bytes'] / 2**20:.0f} MiB")
     if "compile_memory_bytes" in plan:
         click.echo(f"peak memory of compiling a part: about {plan['compile_memory_bytes'] / 2**20:.0f} MiB")
     needed, free = (plan[key] / 2**20 for key in ("disk_needed_bytes", "disk_free_bytes"))
     click.echo(f"disk: {needed:.0f} MiB needed, {free:.0f} MiB free")
+
+
+def _cost(plan: dict[str, Any]) -> str:
+    """Text, budget and time of a plan's calibration."""
+    if "calibration" not in plan:
+        return "rounding without data"
+    cost = plan["calibration"]
+    budget = f", up to {cost['bits_per_weight']:g} bits per weight" if "bits_per_weight" in cost else ""
+    return f"{cost['tokens']} tokens of text{budget}, about {_rough_time(cost['forecast_s'])} here"
+
+
+def _rough_time(seconds: float) -> str:
+    """Two digits, in the unit one would say it in."""
+    if seconds >= 2 * 3600:
+        return f"{round(seconds / 3600)} h"
+    return f"{round(seconds / 60)} min" if seconds >= 120 else f"{max(round(seconds), 1)} s"
 
 
 def print_verdict(bundle: Path, report: dict[str, Any]) -> None:

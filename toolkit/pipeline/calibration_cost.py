@@ -74,7 +74,7 @@ def calibration_cost(recipe: Recipe, config: ModelConfig) -> CalibrationCost:
     return CalibrationCost(
         tokens=tokens,
         operations=operations,
-        memory_bytes=int(2.5 * layer_bytes) + 5 * 4 * widest**2 + wide,
+        memory_bytes=3 * layer_bytes + 18 * widest**2 + wide,
         disk_bytes=2 * streams + (2 * (streams + spills) if solved else 0),
     )
 
@@ -99,5 +99,7 @@ def _solved(recipe: Recipe, config: ModelConfig) -> list[LinearInput]:
 
 
 def _solving(rows: int, width: int, tokens: int) -> float:
-    """Both products, the factor, the corrected target and the updates."""
-    return 3.0 * tokens * width**2 + 2.0 * width**3 + 7.0 * rows * width**2
+    """Both products, the factor, the corrected target and the updates (quant/gptq.py, calibrate/solve.py)."""
+    few = rows < width
+    products = 1.0 * tokens * width**2 + (4.0 * tokens * rows * width if few else 2.0 * tokens * width**2)
+    return products + 1.4 * width**3 + (5.0 if few else 7.0) * rows * width**2
