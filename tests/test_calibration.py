@@ -298,10 +298,11 @@ def stories_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize(
-    "step",
-    ["calibrated layer 1", "calibrated head", "solved layer 0", "solved layer 3", "solved head", "lm_head.weight"],
-)
+# What progress says, from the survey to the packing.
+STOPS = tuple("calibrated layer 1,calibrated head,solved layer 0,solved layer 3,solved head,model.norm.weight".split(","))
+
+
+@pytest.mark.parametrize("step", STOPS)
 def test_an_export_stopped_anywhere_resumes_to_the_same_bytes(
     step: str, stories260k: Path, stories_text: Path, tmp_path: Path
 ) -> None:
@@ -409,8 +410,8 @@ def test_bad_calibration_is_one_line(case: str, stories260k: Path, tmp_path: Pat
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
     assert message in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1 and "Traceback" not in done.stderr
-    assert not out.exists()
+    assert done.stderr.strip().splitlines()[-1].startswith("error: ") and "Traceback" not in done.stderr
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_an_activation_that_overflows_is_named(tmp_path: Path) -> None:

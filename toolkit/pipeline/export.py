@@ -25,7 +25,7 @@ from toolkit.machine import package_versions, peak_rss_bytes
 from toolkit.partition.data_files import JOURNAL_FILE, Destination, disk_error
 from toolkit.partition.lower import lower
 from toolkit.partition.pack import PackResult, pack_weights
-from toolkit.pipeline.calibration import calibrate, salient_inputs, text_digest
+from toolkit.pipeline.calibration import calibrate, calibration_sequences, salient_inputs, text_digest
 from toolkit.pipeline.plan import ExportPlan, check_machine, plan_export
 from toolkit.recipe import Recipe
 from toolkit.report.summary import begin_report, write_report
@@ -94,6 +94,8 @@ def export_bundles(
         pad = pad_token_id(checkpoint.config, checkpoint.folder)
         for plan in plans:
             _graphs(plan, pad)
+            if plan.calibration:
+                calibration_sequences(plan.recipe, checkpoint)
         check_machine(plans, _written_bytes([_partial(plan.out) for plan in plans]))
         with _disk_errors():
             begun = [_begin(plan, precision) for plan in plans]
