@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
@@ -299,7 +300,9 @@ def stories_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # What progress says, from the survey to the packing.
-STOPS = tuple("calibrated layer 1,calibrated head,solved layer 0,solved layer 3,solved head,model.norm.weight".split(","))
+STOPS = (
+    "calibrated layer 1", "calibrated head", "solved layer 0", "solved layer 3", "solved head", "model.norm.weight",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("step", STOPS)
@@ -345,7 +348,9 @@ def test_folds_save_every_target(target: str, tiny_r1: Path, tmp_path: Path) -> 
     bundle = export_bundle(recipe, checkpoint, tmp_path / "bundle")
     report = json.loads((bundle / "report.json").read_text(encoding="utf-8"))
     assert len(report["quantization"]["calibration"]["folded"]) >= 2 * checkpoint.config.num_hidden_layers
-    assert _bundle_kld(bundle, checkpoint, _reasoning(checkpoint), exact=True) < 0.003
+    # openvino's rule is symmetric: one level less, and no zero point.
+    most = 0.008 if target == "openvino" else 0.003
+    assert _bundle_kld(bundle, checkpoint, _reasoning(checkpoint), exact=True) < most
 
 
 @pytest.mark.parametrize("quality", ["balanced", "best"])
@@ -362,6 +367,19 @@ def test_a_budget_is_kept_and_the_bundle_is_close_both_ways(quality: str, tiny_r
     most = 0.0005 if quality == "balanced" else 0.0002
     for exact in (True, False):
         assert _bundle_kld(bundle, checkpoint, _reasoning(checkpoint), exact) < most
+
+
+@pytest.mark.parametrize("target", ["qnn", "vitisai"])
+def test_a_budget_buys_what_the_provider_takes(
+    target: str, stories260k: Path, stories_text: Path, tmp_path: Path
+) -> None:
+    """AMD's table has MatMulNBits of 4 bits alone; the embedding and the head run on the CPU."""
+    changes = ("quality=balanced", "bits_per_weight=7", "calibration_tokens=600")
+    recipe = _recipe(stories260k, stories_text, *changes, target=target)
+    bundle = export_bundle(recipe, open_checkpoint(stories260k), tmp_path / "bundle")
+    graph = onnx.load(bundle / "iterator.onnx", load_external_data=False).graph
+    bits = {a.i for node in graph.node if node.op_type == "MatMulNBits" for a in node.attribute if a.name == "bits"}
+    assert bits == ({4} if target == "vitisai" else {4, 8})
 
 
 def test_the_text_is_what_calibrates(tiny_r1: Path, tmp_path: Path) -> None:

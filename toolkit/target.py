@@ -22,7 +22,8 @@ class Form:
     FusedMatMul, `packed_qkv` q, k and v as one matrix, `bias_in_matmul` MatMulNBits' bias input and
     `rotary_in_attention` GroupQueryAttention's do_rotary; without them each is written in parts.
     `plain_attention` does without GroupQueryAttention, which takes a `static_cache`: one fixed at context_length.
-    `local_window` is whether GroupQueryAttention may look back only so far. `annotated` marks the nodes of embedding
+    `local_window` is whether GroupQueryAttention may look back only so far, `wide_bits` whether the provider takes
+    MatMulNBits of 8 bits, which a budget may then buy. `annotated` marks the nodes of embedding
     and LM head, so that a session option keeps them on the CPU inside one graph.
     """
 
@@ -35,6 +36,7 @@ class Form:
     plain_attention: bool = False
     static_cache: bool = False
     local_window: bool = True
+    wide_bits: bool = True
     accuracy_level: int = 4
     annotated: bool = False
 
@@ -151,7 +153,7 @@ _QNN_FORM: Final = replace(_PARTS, opset=23, activations="float16", fused=False,
 _OPENVINO_FORM: Final = replace(
     _PARTS, activations="float16", plain_attention=True, static_cache=True, local_window=True
 )
-_VITISAI_FORM: Final = replace(_PARTS, static_cache=True)
+_VITISAI_FORM: Final = replace(_PARTS, static_cache=True, wide_bits=False)
 
 TARGETS: Final[dict[str, Target]] = {
     "cpu": Target(

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from toolkit import names
 from toolkit.calibrate.facts import Survey
-from toolkit.calibrate.ladder import spend_budget
+from toolkit.calibrate.ladder import Unit, spend_budget
 from toolkit.calibrate.solve import Fallback, Task, solve
 from toolkit.calibrate.survey import Wish, survey, units_of
 from toolkit.checkpoint.folded import FoldedTensors
@@ -134,7 +134,14 @@ def _formats(plan: ExportPlan, specs: Mapping[str, QuantSpec], found: Survey) ->
         outside = names.role_of(tensor) in names.OUTSIDE_ROLES
         return 4 if outside or plan.target.form.activations == "float32" else 2
 
-    units = units_of(config, specs, expected_tensors(config), found)
+    def taken(unit: Unit, spec: QuantSpec) -> bool:
+        outside = names.role_of(unit.tensors[0]) in names.OUTSIDE_ROLES
+        return spec.bits == 4 or spec == unit.spec or outside or plan.target.form.wide_bits
+
+    units = [
+        replace(unit, losses={spec: loss for spec, loss in unit.losses.items() if taken(unit, spec)})
+        for unit in units_of(config, specs, expected_tensors(config), found)
+    ]
     bought = spend_budget(units, recipe.bits_per_weight, scale_bytes)
     return {
         tensor: replace(spec, algorithm="imatrix") if spec.algorithm == "gptq" and spec.bits != 4 else spec
