@@ -177,7 +177,7 @@ def test_folding_changes_no_output(case: str, tmp_path: Path) -> None:
     for rows in folded.scan(1 << 20):
         whole = folded.read(rows.name)
         count = whole.shape[0]
-        np.testing.assert_array_equal(folded.decode(rows, 0, rows.stop - rows.start), whole[rows.start : rows.stop])
+        np.testing.assert_array_equal(folded.decode(rows, rows.start, rows.stop), whole[rows.start : rows.stop])
         np.testing.assert_array_equal(folded.read_rows(rows.name, count // 2, count), whole[count // 2 :])
     changed = [n for n in folded.names() if not np.array_equal(folded.read(n), checkpoint.source.read(n))]
     assert set(changed) >= {weight_name(r) for given in linear_inputs(config) if given.writers for r in given.readers}
