@@ -72,7 +72,7 @@ def test_streaming_gives_what_reading_gives(chunk_bytes: int, tmp_path: Path) ->
         for start in range(rows.start, rows.stop, 10):
             stop = min(start + 10, rows.stop)
             piece = source.decode(rows, start, stop)
-            seen.setdefault(rows.name, []).append(piece)
+            seen.setdefault(rows.name, []).append(piece.copy())
             np.testing.assert_allclose(piece, source.read_rows(rows.name, start, stop), atol=1e-6)
         rows.release()
     assert sorted(seen) == sorted(source.names())
