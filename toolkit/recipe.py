@@ -58,6 +58,8 @@ class Recipe:
 
     `quality` is a row of QUALITIES. `calibration` names its text, a file beside the model's facts or a path, and
     `calibration_tokens` how much of it is read, 0 for what the quality needs. `fold` allows channel scales (AWQ).
+    `rotate` turns the residual stream and the values by Hadamard matrices before anything else (QuaRot); unless said,
+    where salient channels meet rounding without data.
     `bits_per_weight` is a budget that is spent where it helps most, 0 to keep every rule's bits.
     """
 
@@ -76,6 +78,7 @@ class Recipe:
     calibration: str = "calibration"
     calibration_tokens: int = 0
     fold: bool = True
+    rotate: bool | None = None
     bits_per_weight: float = 0
 
     @property
@@ -269,6 +272,8 @@ def _check_calibration(recipe: Recipe, where: str) -> None:
         raise RecipeError(f"{where}: calibration_tokens is {tokens!r}, expected a token count")
     if not isinstance(recipe.fold, bool):
         raise RecipeError(f"{where}: fold is {recipe.fold!r}, expected true or false")
+    if not isinstance(recipe.rotate, bool | None):
+        raise RecipeError(f"{where}: rotate is {recipe.rotate!r}, expected true or false")
     if isinstance(bits, bool) or not isinstance(bits, int | float) or not (bits == 0 or 4 < bits <= 10):
         raise RecipeError(f"{where}: bits_per_weight is {bits!r}, expected a budget above 4, or 0 for none")
 

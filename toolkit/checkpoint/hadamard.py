@@ -36,6 +36,15 @@ class Hadamard:
         return np.ascontiguousarray(y.reshape(shape), np.float32)
 
 
+def is_known(n: int) -> bool:
+    """Whether there is a `Hadamard` of order n."""
+    try:
+        _factors(n)
+    except UnsupportedError:
+        return False
+    return True
+
+
 def _factors(n: int) -> list[Floats]:
     """Hadamard matrices whose Kronecker product is one of order n."""
     power = 0

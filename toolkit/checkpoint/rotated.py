@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from toolkit import names
 from toolkit.checkpoint.config import ModelConfig
-from toolkit.checkpoint.hadamard import Hadamard
+from toolkit.checkpoint.hadamard import Hadamard, is_known
+from toolkit.checkpoint.linear_inputs import linear_inputs
 from toolkit.checkpoint.opened import Checkpoint
 from toolkit.checkpoint.scan import Rows
 from toolkit.checkpoint.weights import WeightSource
@@ -26,6 +27,25 @@ from toolkit.errors import UnsupportedError
 
 Floats = NDArray[np.float32]
 _WRITERS: Final = ("o_proj", "down_proj")
+_SALIENT: Final = 8.0
+
+
+def salient_inputs(checkpoint: Checkpoint) -> list[str]:
+    """Norms with gains many times their median, by the linear that reads them first: where such channels are read,
+    rounding without data does harm."""
+    found = []
+    for given in linear_inputs(checkpoint.config):
+        for writer in given.writers:
+            if "norm" in writer:
+                gains = np.abs(checkpoint.source.read(writer))
+                if float(gains.max()) >= _SALIENT * float(np.median(gains)):
+                    found.append(given.name)
+    return found
+
+
+def can_rotate(config: ModelConfig) -> bool:
+    """Whether `rotate` takes a checkpoint of this config."""
+    return not config.tie_word_embeddings and is_known(config.hidden_size) and is_known(config.head_dim)
 
 
 def rotate(checkpoint: Checkpoint, seed: int = 0) -> Checkpoint:

@@ -127,9 +127,11 @@ def _print_task(task: dict[str, Any], plain: dict[str, Any]) -> None:
 
 def _print_notes(report: dict[str, Any]) -> None:
     """What a reader of the verdict has to know of weights, memory, and of where the stages run."""
-    if salient := report.get("quantization", {}).get("salient_inputs"):
+    quantization = report.get("quantization", {})
+    if salient := quantization.get("salient_inputs"):
+        spoils = "spoils, rotated as they are" if quantization.get("rotated") else "spoils"
         click.echo(f"note: {len(salient)} norms have gains many times their median, which rounding without data "
-                   "spoils: export with --quality balanced")  # fmt: skip
+                   f"{spoils}: export with --quality balanced")  # fmt: skip
     if cache := report.get("kv_cache"):
         click.echo(f"KV cache: {cache['bytes'] / 2**20:.0f} MiB for {cache['context_length']} tokens when run")
     for row in report.get("partition", []):

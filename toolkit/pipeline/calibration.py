@@ -34,7 +34,6 @@ from toolkit.recipe import Recipe
 Floats = NDArray[np.float32]
 # Fewer say nothing about a channel.
 _FEWEST_TOKENS: Final = 256
-_SALIENT: Final = 8.0
 
 
 @dataclass(frozen=True)
@@ -110,18 +109,6 @@ def text_digest(recipe: Recipe, checkpoint: Checkpoint) -> dict[str, str]:
         return {"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     except OSError as problem:
         raise RecipeError(f"calibration text {path} cannot be read: {problem.strerror}") from None
-
-
-def salient_inputs(checkpoint: Checkpoint) -> list[str]:
-    """Norms with gains many times their median: where such channels are read, rounding without data does harm."""
-    found = []
-    for given in linear_inputs(checkpoint.config):
-        for writer in given.writers:
-            if "norm" in writer:
-                gains = np.abs(checkpoint.source.read(writer))
-                if float(gains.max()) >= _SALIENT * float(np.median(gains)):
-                    found.append(given.name)
-    return found
 
 
 def _formats(plan: ExportPlan, specs: Mapping[str, QuantSpec], found: Survey) -> dict[str, QuantSpec]:

@@ -25,7 +25,7 @@ from toolkit.machine import package_versions, peak_rss_bytes
 from toolkit.partition.data_files import JOURNAL_FILE, Destination, disk_error
 from toolkit.partition.lower import lower
 from toolkit.partition.pack import PackResult, pack_weights
-from toolkit.pipeline.calibration import calibrate, calibration_sequences, salient_inputs, text_digest
+from toolkit.pipeline.calibration import calibrate, calibration_sequences, text_digest
 from toolkit.pipeline.plan import ExportPlan, check_machine, plan_export
 from toolkit.recipe import Recipe
 from toolkit.report.summary import begin_report, write_report
@@ -136,11 +136,11 @@ def _calibrated(begun: _Begun, clock: _Clock, progress: Callable[[str], None]) -
 
 
 def _pack(ready: Sequence[_Begun], progress: Callable[[str], None]) -> list[PackResult]:
-    """One pass over the checkpoint for all bundles without calibration, one for each of the others, whose weights are
-    folded for it alone."""
+    """One pass over the checkpoint for all bundles without calibration, rotated ones apart, and one for each of the
+    others, whose weights are folded for it alone."""
     results: dict[Path, PackResult] = {}
-    together = [bundle for bundle in ready if not bundle.calibration]
-    for group in [together, *([bundle] for bundle in ready if bundle.calibration)]:
+    together = [[b for b in ready if not b.calibration and b.plan.recipe.rotate == turned] for turned in (False, True)]
+    for group in [*together, *([bundle] for bundle in ready if bundle.calibration)]:
         if group:
             destinations = [Destination(bundle.plan.layout, bundle.partial) for bundle in group]
             made = pack_weights(group[0].plan.checkpoint.source, destinations, progress, group[0].importance)
@@ -181,8 +181,10 @@ def _finish(
     report["quantization"] = quantization_section(plan.layout, packed.errors)
     if begun.calibration:
         report["quantization"]["calibration"] = begun.calibration
-    elif salient := salient_inputs(plan.checkpoint):
-        report["quantization"]["salient_inputs"] = salient
+    elif plan.salient_inputs:
+        report["quantization"]["salient_inputs"] = plan.salient_inputs
+    if plan.recipe.rotate:
+        report["quantization"]["rotated"] = True
     report["partition"] = partition_section(graphs)
     if plan.recipe.soc:
         report["ceiling"] = ceiling_section(plan.layout, SOCS[plan.recipe.soc])

@@ -13,6 +13,7 @@ from toolkit import names
 from toolkit.checkpoint.config import ModelConfig, read_config
 from toolkit.checkpoint.opened import Checkpoint
 from toolkit.checkpoint.padded_heads import pad_heads
+from toolkit.checkpoint.rotated import can_rotate, rotate, salient_inputs
 from toolkit.errors import MachineError, RecipeError
 from toolkit.graph.attention import HEAD_DIM_MULTIPLE
 from toolkit.graph.layout import Layout, plan_layout
@@ -45,7 +46,8 @@ _SHAPE_FIELDS: Final = (
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """One export, sized. `checkpoint` is as the graph needs it, heads padded; `peak_memory_bytes` is a forecast, the
+    """One export, sized. `checkpoint` is as the graph needs it, rotated, heads padded, and `salient_inputs` has what
+    rounding without data spoils in it; `peak_memory_bytes` is a forecast, the
     report has the measured figure, and `compile_memory_bytes` one of compiling a part, 0 where that is no step."""
 
     recipe: Recipe
@@ -59,6 +61,7 @@ class ExportPlan:
     compile_memory_bytes: int
     kv_cache_bytes: int
     calibration: CalibrationCost | None
+    salient_inputs: list[str]
     disk_needed_bytes: int
     disk_free_bytes: int
 
@@ -69,7 +72,11 @@ def plan_export(recipe: Recipe, checkpoint: Checkpoint, out: Path, precision: st
     Raises RecipeError if recipe and checkpoint do not belong together, UnsupportedError for parts that cannot be.
     """
     check_match(recipe, checkpoint.config)
-    checkpoint = pad_heads(checkpoint, HEAD_DIM_MULTIPLE)
+    blind = precision == "int4" and not recipe.calibrated
+    salient = salient_inputs(checkpoint) if blind else []
+    if recipe.rotate is None:
+        recipe = replace(recipe, rotate=bool(salient) and can_rotate(checkpoint.config))
+    checkpoint = pad_heads(rotate(checkpoint) if recipe.rotate else checkpoint, HEAD_DIM_MULTIPLE)
     config = checkpoint.config
     target = TARGETS[recipe.target].in_precision(precision)
     if recipe.soc:
@@ -89,6 +96,9 @@ def plan_export(recipe: Recipe, checkpoint: Checkpoint, out: Path, precision: st
     graph_bytes = sum(graphs.values())
     cost = calibration_cost(recipe, config) if recipe.calibrated and precision == "int4" else None
     packing = 3 * graph_bytes + cores * _CORE_BYTES + (2 * cores + 2) * CHUNK_BYTES
+    if recipe.rotate:
+        # Matrices whose rows mix are turned whole, two at once, each with copies on the way.
+        packing += 2 * 3 * 4 * config.hidden_size * config.intermediate_size
     existing = next(p for p in out.resolve().parents if p.is_dir())
     return ExportPlan(
         recipe=recipe,
@@ -102,6 +112,7 @@ def plan_export(recipe: Recipe, checkpoint: Checkpoint, out: Path, precision: st
         compile_memory_bytes=compile_memory_bytes(largest_part(layers, recipe.parts)) if compiled else 0,
         kv_cache_bytes=2 * item_bytes * recipe.context_length * config.num_hidden_layers * config.kv_size,
         calibration=cost,
+        salient_inputs=salient,
         # What a budget buys is known once the text has been read.
         disk_needed_bytes=max(layout.nbytes, int(recipe.bits_per_weight * layout.weights() / 8))
         + graph_bytes

@@ -250,9 +250,10 @@ def _quantization_notes(section: Section) -> list[str]:
         for fallback in made["fallbacks"]:
             notes.append(f"{fallback['tensor']} was searched, not solved: {fallback['reason']}.")
     if salient := section.get("salient_inputs"):
+        turned = " Rotated for their sake, which mends a part." if section.get("rotated") else ""
         notes.append(
             f"Rounded without data, and {len(salient)} norms have gains many times their median: what reads such "
-            "channels suffers most. Export with --quality balanced."
+            f"channels suffers most.{turned} Export with --quality balanced."
         )
     return notes
 
