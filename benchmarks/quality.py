@@ -43,18 +43,22 @@ class Candidate:
     changes: dict[str, Any]
 
 
-def candidates(budgets: list[float]) -> list[Candidate]:
-    """Every algorithm x block size, with and without folding and budgets of bits per weight."""
-    found = [Candidate("rtn 32 symmetric", {"quantize": [_rule(32, "rtn", symmetric=True)]})]
-    for block_size in (32, 64, 128):
-        found.append(Candidate(f"rtn {block_size}", {"quantize": [_rule(block_size, "rtn")]}))
+def candidates(budgets: list[float], hidden_size: int) -> list[Candidate]:
+    """Every algorithm x block size that divides the rows of the embedding, with and without rotation, folding and
+    budgets of bits per weight."""
+    sizes = [size for size in (32, 64, 128) if hidden_size % size == 0]
+    found = [Candidate("rtn 32 symmetric", {"quantize": [_rule(32, "rtn", symmetric=True)], "rotate": False})]
+    for block_size in sizes:
+        found.append(Candidate(f"rtn {block_size}", {"quantize": [_rule(block_size, "rtn")], "rotate": False}))
         for quality in ("fast", "balanced", "best"):
             plain: dict[str, Any] = {"quantize": [_rule(block_size)], "quality": quality}
             found.append(Candidate(f"{quality} {block_size}", plain))
-            if quality != "fast":
+            if quality == "fast":
+                found.append(Candidate(f"fast {block_size}, not rotated", {**plain, "rotate": False}))
+            else:
                 found.append(Candidate(f"{quality} {block_size}, no folds", {**plain, "fold": False}))
     for quality in ("balanced", "best"):
-        for block_size in (64, 128):
+        for block_size in sizes[1:]:
             for budget in budgets:
                 changes = {"quantize": [_rule(block_size)], "quality": quality, "bits_per_weight": budget}
                 found.append(Candidate(f"{quality} {block_size}, budget {budget}", changes))
@@ -85,7 +89,9 @@ def own_row(candidate: Candidate, bench: Bench, calibration: Path, work: Path) -
     exact, running = open_positions(out, exact=True), open_positions(out)
     calibrated = report["quantization"].get("calibration", {})
     folds, fallen = len(calibrated.get("folded", [])), len(calibrated.get("fallbacks", []))
-    note = f"{folds} inputs folded, {fallen} matrices fell back, {calibrated['tokens']} tokens" if calibrated else ""
+    note = "rotated" if report["quantization"].get("rotated") else "as it is"
+    if calibrated:
+        note = f"{folds} inputs folded, {fallen} matrices fell back, {calibrated['tokens']} tokens"
     return Row(
         name=candidate.name,
         bits_per_weight=report["quantization"]["bits_per_weight"],
@@ -112,7 +118,7 @@ def main() -> int:
         return 2
     bench, rows, left_out = Bench(checkpoint, material), [], {}
     with progress_line(None) as progress:
-        for candidate in candidates(asked.budgets):
+        for candidate in candidates(asked.budgets, checkpoint.config.hidden_size):
             if asked.only and not any(word in candidate.name for word in asked.only.split(";")):
                 continue
             progress(candidate.name)

@@ -110,6 +110,15 @@ def test_checkpoint_of_another_shape_than_the_recipes_is_refused(tiny_r1: Path, 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_embedding_whose_last_block_is_not_whole_is_refused(stories260k: Path, tmp_path: Path) -> None:
+    """ONNX Runtime would look up rows of 128 where there are 64 channels, and refuse the graph."""
+    rules = 'quantize=[{"match": "*", "block_size": 128}]'
+    with pytest.raises(RecipeError, match=r"embed_tokens.* blocks of 128: hidden_size 64 is not a multiple"):
+        recipe = load_recipe("cpu", ["context_length=512", rules], str(stories260k))
+        export_bundle(recipe, open_checkpoint(stories260k), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_full_disk_is_one_line_and_loses_nothing(tiny_r1: Path, tmp_path: Path) -> None:
     resource = pytest.importorskip("resource", reason="a file size limit stands in for a full disk, on POSIX alone")
     code = (

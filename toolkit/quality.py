@@ -20,7 +20,7 @@ class Quality:
 
 QUALITIES: Final[dict[str, Quality]] = {
     "fast": Quality("kquant", 0),
-    "balanced": Quality("imatrix", 8192),
+    "balanced": Quality("imatrix", 4096),
     "best": Quality("gptq", 8192),
 }
 # Algorithms that need calibration.

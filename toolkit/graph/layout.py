@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from toolkit import names
 from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.weights import expected_tensors
+from toolkit.errors import RecipeError
 from toolkit.quality import CALIBRATED_ALGORITHMS, QUALITIES
 from toolkit.quant.blockwise import QuantSpec
 from toolkit.recipe import Recipe
@@ -107,8 +108,14 @@ def planned_specs(config: ModelConfig, recipe: Recipe | None) -> dict[str, Quant
 
 def _spec(tensor: str, config: ModelConfig, recipe: Recipe) -> QuantSpec:
     """GPTQ is for 4-bit matrices that read an input: 8 bits leave it nothing to do, and rows of an embedding are
-    looked up."""
+    looked up. Raises RecipeError for an embedding whose last block is not whole: GatherBlockQuantized, which has no
+    attribute for the width, would look up rows that are too long."""
     rule = recipe.rule_for(tensor.removesuffix(".weight"))
+    if names.role_of(tensor) == "embed_tokens" and config.hidden_size % rule.block_size:
+        raise RecipeError(
+            f"{tensor} in blocks of {rule.block_size}: hidden_size {config.hidden_size} is not a multiple of it; give "
+            "model.embed_tokens a rule with a smaller block_size"
+        )
     algorithm = QUALITIES[recipe.quality].algorithm if rule.algorithm == "auto" else rule.algorithm
     if names.role_of(tensor) == "embed_tokens" and algorithm in CALIBRATED_ALGORITHMS:
         algorithm = "imatrix" if config.tie_word_embeddings else "kquant"
