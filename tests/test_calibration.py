@@ -305,16 +305,24 @@ STOPS = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("step", STOPS)
-def test_an_export_stopped_anywhere_resumes_to_the_same_bytes(
-    step: str, stories260k: Path, stories_text: Path, tmp_path: Path
-) -> None:
-    checkpoint = open_checkpoint(stories260k)
+@pytest.fixture(scope="module")
+def in_one_run(stories260k: Path, stories_text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path]:
+    """A recipe that takes every step, and its bundle made in a single run."""
     recipe = _recipe(stories260k, stories_text, "quality=best", "bits_per_weight=6", "calibration_tokens=1500")
     steps: list[str] = []
-    (whole,) = export_bundles([Order(recipe, tmp_path / "whole")], checkpoint, progress=steps.append)
+    order = Order(recipe, tmp_path_factory.mktemp("whole") / "bundle")
+    (whole,) = export_bundles([order], open_checkpoint(stories260k), progress=steps.append)
     assert set(STOPS) <= set(steps)
-    order, again = Order(recipe, tmp_path / "stopped"), []
+    return recipe, whole
+
+
+@pytest.mark.parametrize("step", STOPS)
+def test_an_export_stopped_anywhere_resumes_to_the_same_bytes(
+    step: str, in_one_run: tuple[Recipe, Path], stories260k: Path, tmp_path: Path
+) -> None:
+    recipe, whole = in_one_run
+    again: list[str] = []
+    order = Order(recipe, tmp_path / "stopped")
     with pytest.raises(_StopError):
         export_bundles([order], open_checkpoint(stories260k), progress=_stopping_at(step))
     assert not (tmp_path / "stopped").exists()
