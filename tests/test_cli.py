@@ -38,7 +38,7 @@ def test_dry_run_needs_no_checkpoint_and_writes_nothing(recipe: str, tmp_path: P
     assert list(tmp_path.iterdir()) == []
     data = next(file["bytes"] for file in plan["files"] if file["name"] == "model.onnx.data")
     assert data == pytest.approx(plan["bits_per_weight"] * plan["weights"] / 8, rel=0.01)
-    assert plan["peak_memory_bytes"] < 1 << 30
+    assert plan["peak_memory_bytes"] < 2 << 30
 
 
 def test_dry_run_forecasts_what_the_export_writes(tmp_path: Path) -> None:

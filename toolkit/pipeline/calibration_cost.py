@@ -74,9 +74,17 @@ def calibration_cost(recipe: Recipe, config: ModelConfig) -> CalibrationCost:
     return CalibrationCost(
         tokens=tokens,
         operations=operations,
-        memory_bytes=3 * layer_bytes + 18 * widest**2 + wide,
+        memory_bytes=int(_layers_held(recipe, bool(solved)) * layer_bytes) + 18 * widest**2 + wide,
         disk_bytes=2 * streams + (2 * (streams + spills) if solved else 0),
     )
+
+
+def _layers_held(recipe: Recipe, solves: bool) -> float:
+    """Layers' worth of float32 weights: the exact one and half of one on its way in; with probes or GPTQ a rounded one
+    and what it is made of."""
+    if solves:
+        return 3.0
+    return 2.5 if recipe.bits_per_weight else 1.5
 
 
 def operations_per_s() -> float:
