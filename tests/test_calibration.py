@@ -440,6 +440,20 @@ def test_bad_calibration_is_one_line(case: str, stories260k: Path, tmp_path: Pat
     assert not list(tmp_path.glob("out*"))
 
 
+def test_a_fallback_is_said_where_one_looks(stories260k: Path, stories_text: Path, tmp_path: Path) -> None:
+    """Some 200 tokens do for 64 channels, not for the 172 of down_proj: said with the number needed, in print and report."""
+    words = [word for change in ("calibration_tokens=200", "context_length=256") for word in ("--set", change)]
+    command = [sys.executable, "-m", "toolkit", "export", "cpu", "--checkpoint", str(stories260k), "--no-validate"]
+    done = subprocess.run(
+        [*command, "--quality", "best", "--calibration", str(stories_text), "--out", str(tmp_path / "b"), *words],
+        capture_output=True, text=True, encoding="utf-8",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "note: 5 matrices were searched, not solved by GPTQ: " in done.stdout
+    assert "calibration tokens, and 172 channels need 344" in done.stdout
+    assert "down_proj.weight was searched, not solved" in (tmp_path / "b" / "report.html").read_text(encoding="utf-8")
+
+
 def test_an_activation_that_overflows_is_named(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint"
     checkpoint, sequences = _checkpoint("llama", folder)

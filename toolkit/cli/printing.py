@@ -132,6 +132,11 @@ def _print_notes(report: dict[str, Any]) -> None:
         spoils = "spoils, rotated as they are" if quantization.get("rotated") else "spoils"
         click.echo(f"note: {len(salient)} norms have gains many times their median, which rounding without data "
                    f"{spoils}: export with --quality balanced")  # fmt: skip
+    fallen: dict[str, int] = {}
+    for fallback in quantization.get("calibration", {}).get("fallbacks", []):
+        fallen[fallback["reason"]] = fallen.get(fallback["reason"], 0) + 1
+    for reason, count in fallen.items():
+        click.echo(f"note: {count} matrices were searched, not solved by GPTQ: {reason}")
     if cache := report.get("kv_cache"):
         click.echo(f"KV cache: {cache['bytes'] / 2**20:.0f} MiB for {cache['context_length']} tokens when run")
     for row in report.get("partition", []):
