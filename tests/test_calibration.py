@@ -441,7 +441,7 @@ def test_bad_calibration_is_one_line(case: str, stories260k: Path, tmp_path: Pat
 
 
 def test_a_fallback_is_said_where_one_looks(stories260k: Path, stories_text: Path, tmp_path: Path) -> None:
-    """Some 200 tokens do for 64 channels, not for the 172 of down_proj: said with the number needed, in print and report."""
+    """Some 200 tokens do for 64 channels, not for the 172 of down_proj: said in print and report, with the number."""
     words = [word for change in ("calibration_tokens=200", "context_length=256") for word in ("--set", change)]
     command = [sys.executable, "-m", "toolkit", "export", "cpu", "--checkpoint", str(stories260k), "--no-validate"]
     done = subprocess.run(

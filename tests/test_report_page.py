@@ -11,16 +11,15 @@ from typing import Any
 import pytest
 
 from toolkit.report import charts
-from toolkit.report.page import (
+from toolkit.report.figures import (
     format_bytes,
     format_date,
     format_kld,
     format_number,
     format_percent,
     format_seconds,
-    render_report,
-    wilson_interval,
 )
+from toolkit.report.page import render_report, wilson_interval
 from toolkit.report.summary import judge
 
 ROLES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

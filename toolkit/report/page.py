@@ -6,7 +6,6 @@ what is absent is left out here and stands under "Not measured" with its reason.
 
 from __future__ import annotations
 
-import datetime
 import functools
 import math
 import statistics
@@ -18,17 +17,22 @@ from jinja2 import Environment, FileSystemLoader, Template
 
 from toolkit.report import charts
 from toolkit.report.charts import Bar, Cell, Distribution
+from toolkit.report.figures import (
+    LABELS,
+    format_bytes,
+    format_date,
+    format_figure,
+    format_kld,
+    format_number,
+    format_percent,
+    format_seconds,
+    label_of,
+)  # fmt: skip
 
 Section = Mapping[str, Any]
 
 _TEMPLATE: Final = "report.html.jinja"
 _ROLES: Final = ("qkv_proj", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-_LABELS: Final = {
-    "accuracy_drop": "Task accuracy drop", "mean_kld": "Mean KLD", "median_kld": "Median KLD",
-    "p99_kld": "99th percentile KLD", "p999_kld": "99.9th percentile KLD", "top1_agreement": "Top-1 agreement",
-    "max_abs_logit_error": "Max abs logit error", "greedy_match_tokens": "Greedy tokens in agreement",
-    "perplexity": "Perplexity", "reference_perplexity": "Perplexity of the reference",
-}  # fmt: skip
 # Of a row of `tasks`, for the bundle and, with `reference_` before, the checkpoint.
 _ANSWER_FIGURES: Final = ("accuracy", "accuracy_se", "mean_answer_tokens", "truncated")
 # The share of its allowance at which a check's bar ends: the limit itself stands at two thirds of the track.
@@ -67,74 +71,6 @@ def _template() -> Template:
     return environment.get_template(_TEMPLATE)
 
 
-def format_bytes(nbytes: float) -> str:
-    """`812 MiB`, `14.2 GiB`: three significant digits."""
-    unit, size = ("GiB", 2**30) if nbytes >= 2**30 else ("MiB", 2**20)
-    return f"{format_number(nbytes / size)} {unit}"
-
-
-def format_percent(share: float) -> str:
-    """A share of 1 with one decimal; with more where one would round a shortfall to `100.0%`."""
-    decimals = 1
-    while abs(share) < 1 and decimals < 4 and f"{abs(share):.{decimals}%}".startswith("100"):
-        decimals += 1
-    return f"{share:.{decimals}%}".replace("-", "−")
-
-
-def format_kld(value: float) -> str:
-    """Nats with three significant digits: `0.0123`, `1.06 × 10⁻⁶`."""
-    if value and abs(value) < 1e-4:
-        digits, exponent = f"{value:.2e}".split("e")
-        return f"{digits} × {charts.power_of_ten(int(exponent))}".replace("-", "−")
-    return format_number(value)
-
-
-def format_number(value: float) -> str:
-    """Three significant digits without an exponent, thousands grouped: `0.0123`, `41.2`, `1,234`."""
-    if not value or not math.isfinite(value):
-        return f"{value:g}"
-    if isinstance(value, int):
-        return f"{value:,}"
-    decimals = min(max(2 - math.floor(math.log10(abs(float(f"{value:.2e}")))), 0), 9)
-    return f"{value:,.{decimals}f}".replace("-", "−")
-
-
-def format_seconds(seconds: float) -> str:
-    """`412 ms`, `3.21 s`, `4 min 12 s`, `1 h 3 min`."""
-    if seconds < 1:
-        return f"{format_number(seconds * 1000)} ms"
-    if seconds < 60:
-        return f"{format_number(float(seconds))} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def format_date(created: str) -> str:
-    """An ISO time as `24 November 2026, 21:59 UTC`; anything else as it is."""
-    try:
-        moment = datetime.datetime.fromisoformat(created)
-    except ValueError:
-        return created
-    zone = f" {moment.tzname()}" if moment.tzinfo else ""
-    return f"{moment.day} {moment:%B %Y, %H:%M}{zone}"
-
-
-def label_of(name: str) -> str:
-    """A key of report.json in words."""
-    return _LABELS.get(name) or (name[:1].upper() + name[1:]).replace("_", " ")
-
-
-def _format_figure(name: str, value: float) -> str:
-    """A figure in the format its key asks for."""
-    if name.endswith("drop"):
-        return format_percent(value).replace("%", " points")
-    if name.endswith(("accuracy", "agreement")):
-        return format_percent(value)
-    if name.endswith("perplexity"):
-        return f"{value:,.3f}"
-    return format_kld(value) if name.endswith("kld") else format_number(value)
-
-
 def _cards(report: Section) -> list[dict[str, str]]:
     """The key figures there are: label, value, unit and one line of context each."""
     quantization, parity = report.get("quantization") or {}, report.get("parity") or {}
@@ -145,7 +81,7 @@ def _cards(report: Section) -> list[dict[str, str]]:
         cards.append({"label": label, "value": value, "unit": unit, "note": ", ".join(filter(None, notes))})
 
     def plain(name: str) -> str | None:
-        return f"plain 4-bit {_format_figure(name, baseline[name])}" if name in baseline else None
+        return f"plain 4-bit {format_figure(name, baseline[name])}" if name in baseline else None
 
     if "bits_per_weight" in quantization:
         add("Bits per weight", f"{quantization['bits_per_weight']:.2f}", plain("bits_per_weight"))
@@ -155,11 +91,11 @@ def _cards(report: Section) -> list[dict[str, str]]:
         add("Weights", value, f"{format_percent(bits / 16)} of 16-bit" if bits else None, unit=unit)
     for name in ("mean_kld", "top1_agreement"):
         if name in parity:
-            add(label_of(name), _format_figure(name, parity[name]), plain(name))
+            add(label_of(name), format_figure(name, parity[name]), plain(name))
     if "perplexity" in parity:
         reference = parity.get("reference_perplexity")
-        note = f"reference {_format_figure('perplexity', reference)}" if reference else None
-        add("Perplexity", _format_figure("perplexity", parity["perplexity"]), note)
+        note = f"reference {format_figure('perplexity', reference)}" if reference else None
+        add("Perplexity", format_figure("perplexity", parity["perplexity"]), note)
     if tasks := report.get("tasks"):
         values = [_mean_accuracy(tasks, key) for key in ("accuracy", "reference_accuracy")]
         label = "Mean task accuracy" if len(tasks) > 1 else "Task accuracy"
@@ -183,7 +119,7 @@ def _check(check: Section) -> dict[str, Any]:
     """A row of the checks table."""
     name, threshold, passed = check["name"], check["threshold"], check["passed"]
     at_least = check["relation"] == ">="
-    row = {"name": name, "passed": passed, "limit": ("≥ " if at_least else "≤ ") + _format_figure(name, threshold)}
+    row = {"name": name, "passed": passed, "limit": ("≥ " if at_least else "≤ ") + format_figure(name, threshold)}
     if "value" not in check:
         return {**row, "value": "not measured", "meter": ""}
     value = check["value"]
@@ -193,7 +129,7 @@ def _check(check: Section) -> dict[str, Any]:
         used = _ratio(threshold, value) if at_least else _ratio(value, threshold)
     label = f"{format_percent(used)} of the limit used" if used <= _METER_END else "beyond the limit"
     meter = charts.meter(used / _METER_END, "pass" if passed else "fail", label, 1 / _METER_END)
-    return {**row, "value": _format_figure(name, value), "meter": meter}
+    return {**row, "value": format_figure(name, value), "meter": meter}
 
 
 def _ratio(value: float, limit: float) -> float:
@@ -270,11 +206,11 @@ def _role_strip(row: Section, tensors: Sequence[Section], scale: charts.Scale) -
 
 def _parity(parity: Section, baseline: Section) -> dict[str, Any]:
     """The distribution of KLD and the figures of the bundle beside those of plain 4-bit rounding."""
-    names = [*_LABELS][1:]
+    names = [*LABELS][1:]
     rows = []
     for name in names:
         if name in parity or name in baseline:
-            values = [_format_figure(name, side[name]) if name in side else None for side in (parity, baseline)]
+            values = [format_figure(name, side[name]) if name in side else None for side in (parity, baseline)]
             if name == "greedy_match_tokens" and values[0] and "greedy_tokens" in parity:
                 values[0] = f"{values[0]} of {parity['greedy_tokens']}"
             both = name.endswith("kld") and parity.get(name) and baseline.get(name)
@@ -290,7 +226,7 @@ def _parity(parity: Section, baseline: Section) -> dict[str, Any]:
     label = "Distribution of KLD per position: " + " and ".join(one.name for one in series)
     figure = charts.histogram(series, label) if series else ""
     alone = parity.get("weights_alone", {})
-    figures = [f"{label_of(name).lower()} {_format_figure(name, value)}" for name, value in alone.items()]
+    figures = [f"{label_of(name).lower()} {format_figure(name, value)}" for name, value in alone.items()]
     shown = {"figure": figure, "series": series, "compared": bool(baseline), "section": parity, "alone": figures}
     return {"present": bool(rows), "rows": rows, **shown}
 
