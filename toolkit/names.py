@@ -97,6 +97,16 @@ def bias(module: str) -> str:
     return f"{module}.bias"
 
 
+def input_of(module: str) -> str:
+    """The activations that a module reads, as a point whose range is known."""
+    return f"{module}.input"
+
+
+def output_of(module: str) -> str:
+    """The activations that a module makes, a linear's before its bias."""
+    return f"{module}.output"
+
+
 def role_of(name: str) -> str:
     """What a tensor or module is for: `q_proj`, `embed_tokens`, `lm_head`, `input_layernorm`, …"""
     return name.removesuffix(".weight").removesuffix(".bias").rsplit(".", 1)[-1]

@@ -53,13 +53,15 @@ class Recipe:
     `validate` maps figures of the report to thresholds. `tasks` names question files (JSON lines of `prompt` and
     `answer`) beside the model's facts, and `baseline` asks for plain 4-bit rounding to be measured beside. `window` is
     how many prompt tokens the context stage takes at once: the target's own unless given, 0 without such a stage.
-    `soc` is what a target with an ahead-of-time compiler compiles for, and `parts` how many parts the transformer is
+    `profile` is one of the target's, where it has several. `soc` is what a target with an ahead-of-time compiler
+    compiles for, and `parts` how many parts the transformer is
     split into, 0 for as few as the compiler's limits allow.
 
     `quality` is a row of QUALITIES. `calibration` names its text, a file beside the model's facts or a path, and
     `calibration_tokens` how much of it is read, 0 for what the quality needs. `fold` allows channel scales (AWQ).
     `rotate` turns the residual stream and the values by Hadamard matrices before anything else (QuaRot); unless said,
-    where salient channels meet rounding without data.
+    where the profile asks for it, or salient channels meet rounding without data.
+    `activation_percentile` is how many of the text's tokens, in percent, the ranges of uint16 activations hold whole.
     `bits_per_weight` is a budget that is spent where it helps most, 0 to keep every rule's bits.
     """
 
@@ -72,6 +74,7 @@ class Recipe:
     tasks: tuple[str, ...] = ()
     baseline: bool = False
     window: int = 0
+    profile: str = ""
     soc: str = ""
     parts: int = 0
     quality: str = "fast"
@@ -79,6 +82,7 @@ class Recipe:
     calibration_tokens: int = 0
     fold: bool = True
     rotate: bool | None = None
+    activation_percentile: float = 100
     bits_per_weight: float = 0
 
     @property
@@ -131,6 +135,7 @@ def load_recipe(name_or_path: str, changes: Sequence[str] = (), checkpoint: str 
     if isinstance(raw["target"], str) and raw["target"] in TARGETS:
         raw.setdefault("window", TARGETS[raw["target"]].window)
         raw.setdefault("soc", TARGETS[raw["target"]].soc)
+        raw.setdefault("profile", next((profile.name for profile in TARGETS[raw["target"]].profiles), ""))
     rules = raw["quantize"]
     if not isinstance(rules, list) or not rules:
         raise RecipeError(f"{where}: quantize must be a list of rules")
@@ -248,6 +253,7 @@ def _check_values(recipe: Recipe, where: str) -> None:
     _check_window(recipe, where)
     _check_calibration(recipe, where)
     _check_parts(recipe, where)
+    _check_profile(recipe, where)
     if not isinstance(recipe.baseline, bool):
         raise RecipeError(f"{where}: baseline is {recipe.baseline!r}, expected true or false")
     thresholds = recipe.validate
@@ -274,6 +280,9 @@ def _check_calibration(recipe: Recipe, where: str) -> None:
         raise RecipeError(f"{where}: fold is {recipe.fold!r}, expected true or false")
     if not isinstance(recipe.rotate, bool | None):
         raise RecipeError(f"{where}: rotate is {recipe.rotate!r}, expected true or false")
+    percentile = recipe.activation_percentile
+    if isinstance(percentile, bool) or not isinstance(percentile, int | float) or not 90 <= percentile <= 100:
+        raise RecipeError(f"{where}: activation_percentile is {percentile!r}, expected 90 to 100")
     if isinstance(bits, bool) or not isinstance(bits, int | float) or not (bits == 0 or 4 < bits <= 10):
         raise RecipeError(f"{where}: bits_per_weight is {bits!r}, expected a budget above 4, or 0 for none")
 
@@ -308,6 +317,14 @@ def _check_parts(recipe: Recipe, where: str) -> None:
         raise RecipeError(f"{where}: parts is {parts!r}, expected a count, or 0 for as few as will compile")
     if parts and not target.partitioned:
         raise RecipeError(f"{where}: parts is {parts}, and target {recipe.target} has no transformer stage to split")
+
+
+def _check_profile(recipe: Recipe, where: str) -> None:
+    known = [profile.name for profile in TARGETS[recipe.target].profiles]
+    if recipe.profile not in (known or [""]):
+        have = f"has {' or '.join(known)}" if known else "has one form alone: leave profile out"
+        hint = nearest(str(recipe.profile), known)
+        raise RecipeError(f"{where}: profile is {recipe.profile!r}{hint}, and target {recipe.target} {have}")
 
 
 def _check_keys(raw: dict[str, Any], kind: type[Any], where: str) -> None:

@@ -25,6 +25,10 @@ class Form:
     `local_window` is whether GroupQueryAttention may look back only so far, `wide_bits` whether the provider takes
     MatMulNBits of 8 bits, which a budget may then buy. `annotated` marks the nodes of embedding
     and LM head, so that a session option keeps them on the CPU inside one graph.
+
+    `qdq` puts linears and the MLP between QuantizeLinear and DequantizeLinear of uint16, whose ranges come from text,
+    with signed integer weights: 4 bits with a scale a block (LPBQ), or a row where `row_scales`, and 8 bits with a
+    scale a row.
     """
 
     activations: str = "float32"
@@ -39,6 +43,20 @@ class Form:
     wide_bits: bool = True
     accuracy_level: int = 4
     annotated: bool = False
+    qdq: bool = False
+    row_scales: bool = False
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One of the ways a target's transformer may be written. `rotates` is whether it is turned by Hadamards first
+    unless the recipe says otherwise, `provider_options` and `session_options` what has to be told besides."""
+
+    name: str
+    form: Form
+    rotates: bool = False
+    provider_options: Mapping[str, str] = field(default_factory=dict)
+    session_options: Mapping[str, str] = field(default_factory=dict)
 
 
 CPU_FORM: Final = Form()
@@ -81,8 +99,9 @@ class Target:
     """One row. `accelerator` is a stage without a name: what the transformer's stages have in common.
 
     `window` is the context stage's sequence length, 0 where the whole model is one graph. `soc` names what its stages
-    are compiled for ahead of time, in parts of limited size, where there is such a step. `quantize`,
-    `context_length` and `validate` are the defaults of a checkpoint without a recipe of its own.
+    are compiled for ahead of time, in parts of limited size, where there is such a step. `profiles` are the forms to
+    choose from where there are several, the row's own first. `quantize`, `context_length` and `validate` are the
+    defaults of a checkpoint without a recipe of its own.
     """
 
     name: str
@@ -93,6 +112,7 @@ class Target:
     quantize: tuple[dict[str, Any], ...]
     validate: dict[str, float]
     soc: str = ""
+    profiles: tuple[Profile, ...] = ()
 
     @property
     def partitioned(self) -> bool:
@@ -101,7 +121,21 @@ class Target:
 
     def in_precision(self, precision: str) -> Target:
         """This row for `int4`, or for `fp32`, which computes in float32 everywhere."""
-        return self if precision == "int4" else replace(self, form=replace(self.form, activations="float32"))
+        return self if precision == "int4" else replace(self, form=replace(self.form, activations="float32", qdq=False))
+
+    def rotates(self, profile: str) -> bool:
+        """Whether a profile wants rotated weights."""
+        return any(known.rotates for known in self.profiles if known.name == profile)
+
+    def in_profile(self, name: str) -> Target:
+        """This row in one of its profiles; itself for no name."""
+        if not name:
+            return self
+        profile = next(profile for profile in self.profiles if profile.name == name)
+        options = {**self.accelerator.provider_options, **profile.provider_options}
+        session = {**self.accelerator.session_options, **profile.session_options}
+        accelerator = replace(self.accelerator, provider_options=options, session_options=session)
+        return replace(self, form=profile.form, accelerator=accelerator)
 
     def on_soc(self, soc: Soc) -> Target:
         """This row for another SoC than its own."""
@@ -150,6 +184,16 @@ _SPLIT_RULES: Final = (_OUTSIDE_RULE, {"match": "*", "bits": 4, "block_size": 12
 _PARTS: Final = Form(packed_qkv=False, bias_in_matmul=False, local_window=False, opset=21, accuracy_level=0)
 _DML_FORM: Final = replace(_PARTS, activations="float16", rotary_in_attention=False, annotated=True)
 _QNN_FORM: Final = replace(_PARTS, opset=23, activations="float16", fused=False, static_cache=True)
+# On the CPU ORT would round the inputs of int4 products to int8, which the NPU does not.
+_EXACT_INPUTS: Final = {"session.qdq_matmulnbits_accuracy_level": "1"}
+_QNN_PROFILES: Final = (
+    Profile("float16", _QNN_FORM),
+    Profile(
+        "lpbq", replace(_QNN_FORM, qdq=True), session_options=_EXACT_INPUTS,
+        provider_options={"enable_block_quant_weight_optimization": "1"},
+    ),
+    Profile("row-scales", replace(_QNN_FORM, qdq=True, row_scales=True), rotates=True, session_options=_EXACT_INPUTS),
+)  # fmt: skip
 _OPENVINO_FORM: Final = replace(
     _PARTS, activations="float16", plain_attention=True, static_cache=True, local_window=True
 )
@@ -237,6 +281,7 @@ TARGETS: Final[dict[str, Target]] = {
         quantize=_SPLIT_RULES,
         validate={"mean_kld": 0.1},
         soc="x-elite",
+        profiles=_QNN_PROFILES,
     ),
     "vitisai": Target(
         name="vitisai",

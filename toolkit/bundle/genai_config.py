@@ -18,7 +18,7 @@ _PAD_TOKENS: Final = ("<|fim_pad|>", "<|finetune_right_pad_id|>")
 PIPELINE_TYPE: Final = "decoder-pipeline"
 _PAST: Final = {"past_key_names": names.past_key("%d"), "past_value_names": names.past_value("%d")}
 _PRESENT: Final = {"present_key_names": names.present_key("%d"), "present_value_names": names.present_value("%d")}
-_SOC: Final = ("soc_model", "htp_arch")
+_SOC: Final = ("soc_model", "htp_arch", "enable_block_quant_weight_optimization")
 # When a stage runs, where that is not always.
 _RUNS: Final[dict[str, dict[str, bool]]] = {
     names.CONTEXT: {"run_on_token_gen": False},
@@ -146,7 +146,7 @@ def read_settings(bundle: Path) -> dict[str, Any]:
 
 
 def soc_options(config: Mapping[str, Any]) -> dict[str, str]:
-    """What a bundle's settings tell QNNExecutionProvider of the SoC it is made for."""
+    """What a bundle's settings tell QNNExecutionProvider of the SoC it is made for, and of its weights."""
     entries = [entry for s in stage_sections(config) for entry in s["session_options"]["provider_options"]]
     given = [option for entry in entries for options in entry.values() for option in options.items()]
     return {key: value for key, value in given if key in _SOC}

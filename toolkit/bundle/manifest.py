@@ -74,6 +74,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         )
     recipe.setdefault("window", TARGETS[recipe["target"]].window)
     recipe.setdefault("soc", TARGETS[recipe["target"]].soc)
+    recipe.setdefault("profile", next((profile.name for profile in TARGETS[recipe["target"]].profiles), ""))
     recipe.setdefault("parts", 1)
     return manifest
 

@@ -35,16 +35,20 @@ class Unit:
         total = 0
         for rows, columns in self.shapes:
             J = spec.num_blocks(columns)
-            zeros = 0 if spec.symmetric else -(-J * spec.bits // 8)
+            zeros = 0 if spec.symmetric and not spec.signed else -(-J * spec.bits // 8)
             total += rows * (J * (spec.block_size * spec.bits // 8 + scale_bytes) + zeros)
         return total
 
 
 def formats(spec: QuantSpec, columns: int) -> list[QuantSpec]:
     """The rule's own, and for 4 bits others: narrower and wider blocks, and 8 bits. Blocks are whole wherever the
-    rule's are, since some execution providers take no other."""
+    rule's are, since some execution providers take no other. A signed one may have 8 bits and a scale a row."""
     if spec.bits != 4:
         return [spec]
+    if spec.signed:
+        sizes = [b for b in _BLOCK_SIZES if columns % b == 0] if spec.block_size < columns else []
+        narrower = [replace(spec, block_size=b) for b in sizes if b != spec.block_size]
+        return [spec, *narrower, replace(spec, bits=8, block_size=columns)]
     whole = columns % spec.block_size == 0
     sizes = [b for b in _BLOCK_SIZES if b != spec.block_size and (columns % b == 0 or not whole)]
     found = [spec, *(replace(spec, block_size=b) for b in sizes)]

@@ -213,6 +213,8 @@ class _InputSolver:
         tensors = [names.weight(reader) for reader in given.readers]
         self.wanted = [tensor for tensor in tensors if task.specs[tensor].algorithm == "gptq"]
         self._given, self._task, self._block_size = given, task, task.specs[tensors[0]].block_size
+        # Columns whose scales stand beforehand may be visited in any order.
+        self._visited = given.width if task.specs[tensors[0]].signed else self._block_size
         self._factor: Factor | None = None
         self._cross: Floats | None = None
         self._products: dict[str, Floats] = {}
@@ -243,7 +245,7 @@ class _InputSolver:
         else:
             self._cross = cross
         try:
-            self._factor = factorize(moment, self._block_size)
+            self._factor = factorize(moment, self._visited)
         except NotPositiveDefiniteError as problem:
             self.fallbacks += [Fallback(tensor, str(problem)) for tensor in self.wanted]
 

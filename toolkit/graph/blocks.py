@@ -6,12 +6,14 @@ B batch, S query length, D hidden, H heads, K kv heads, Dh head_dim, V vocab.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Final
 
 import numpy as np
 import onnx_ir as ir
 
 from toolkit import names
 from toolkit.checkpoint.config import ModelConfig
+from toolkit.errors import UnsupportedError
 from toolkit.graph.attention import (
     Lengths,
     check_attention,
@@ -21,8 +23,10 @@ from toolkit.graph.attention import (
 )
 from toolkit.graph.builder import MS, GraphBuilder, declare, value
 from toolkit.graph.rope import rotary_caches
+from toolkit.quant.ranges import HEADROOM, ActivationRange
 from toolkit.target import CPU_FORM
 
+_SIGMOID: Final = ActivationRange(0.0, 1.0 / HEADROOM)
 
 @dataclass(frozen=True)
 class CacheShape:
@@ -65,10 +69,12 @@ def layers(
     """The cache's layers, and the final norm after the model's last: ([B, S, D] hidden states, cache inputs, cache
     outputs). Layers that are not the first take, and those that are not the last give, the residual sum.
 
-    Raises UnsupportedError for a head_dim that ORT's GroupQueryAttention refuses, and for a sliding window shorter than
-    the context where the target's attention knows none.
+    Raises UnsupportedError for a head_dim that ORT's GroupQueryAttention refuses, for a sliding window shorter than
+    the context where the target's attention knows none, and for biases in an MLP of uint16.
     """
     check_attention(build, config, context_length)
+    if build.form.qdq and config.mlp_bias:
+        raise UnsupportedError(f"{config.model_type} with mlp_bias has no form in uint16: set profile=float16")
     dtype = np.float16 if build.dtype == ir.DataType.FLOAT16 else np.float32
     rotary = [
         build.constant(f"/model/rotary/{name}_cache", table.astype(dtype))
@@ -85,6 +91,8 @@ def layers(
     first = names.layer_module(span.start, "input_layernorm")
     hidden = _rms_norm(build, f"/model/layers.{span.start}/input_layernorm", residual, first, config)
     for i in span:
+        attn = names.layer_module(i, "self_attn")
+        hidden = build.rounded(f"/model/layers.{i}/attn/input", hidden, names.input_of(f"{attn}.q_proj"))
         kept = (cache.batch, config.num_key_value_heads, cache.past, config.head_dim)
         grown = (cache.batch, config.num_key_value_heads, cache.total, config.head_dim)
         pair = [value(name(i), build.dtype, kept) for name in (names.past_key, names.past_value)]
@@ -96,7 +104,8 @@ def layers(
         for output, name in zip(made, (names.present_key(i), names.present_value(i)), strict=True):
             present.append(declare(output, name, build.dtype, grown))
         past += pair
-        attended = build.linear(f"/model/layers.{i}/attn/o_proj", mixed, names.layer_module(i, "self_attn.o_proj"))
+        mixed = build.rounded(f"/model/layers.{i}/attn/mixed", mixed, names.input_of(f"{attn}.o_proj"))
+        attended = build.linear(f"/model/layers.{i}/attn/o_proj", mixed, f"{attn}.o_proj")
         module = names.layer_module(i, "post_attention_layernorm")
         hidden, residual = _skip_norm(build, attended, residual, module, config)
         product = _mlp(build, i, hidden)
@@ -167,10 +176,16 @@ def _head_norm(build: GraphBuilder, path: str, x: ir.Value, module: str, config:
 
 
 def _mlp(build: GraphBuilder, i: int, x: ir.Value) -> ir.Value:
+    """[B, S, D] to [B, S, D]. In a form of uint16 every value on the way is: HTP's Swish of it is wrong in silence."""
     path, prefix = f"/model/layers.{i}/mlp", names.layer_module(i, "mlp")
+    x = build.rounded(f"{path}/input", x, names.input_of(f"{prefix}.gate_proj"))
     gate = build.linear(f"{path}/gate_proj", x, f"{prefix}.gate_proj")
     up = build.linear(f"{path}/up_proj", x, f"{prefix}.up_proj")
     (sigmoid,) = build.op(f"{path}/Sigmoid", [gate])
+    if build.form.qdq:
+        sigmoid = build.between(f"{path}/sigmoid", sigmoid, _SIGMOID)
     (silu,) = build.op(f"{path}/Mul.silu", [gate, sigmoid])
+    silu = build.rounded(f"{path}/silu", silu, names.output_of(f"{prefix}.act_fn"))
     (product,) = build.op(f"{path}/Mul", [silu, up])
+    product = build.rounded(f"{path}/product", product, names.input_of(f"{prefix}.down_proj"))
     return build.linear(f"{path}/down_proj", product, f"{prefix}.down_proj")

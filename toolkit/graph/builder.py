@@ -5,7 +5,7 @@ B batch, S query length, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -15,18 +15,28 @@ import onnx_ir as ir
 
 from toolkit import names
 from toolkit.graph.layout import Layout, Slot, Unit
+from toolkit.quant.ranges import ActivationRange, uint16_parameters
 from toolkit.target import Form, Stage
 
 MS: Final = "com.microsoft"
-_DTYPES: Final = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "uint8": ir.DataType.UINT8}
+_DTYPES: Final = {
+    "float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "uint8": ir.DataType.UINT8,
+    "int8": ir.DataType.INT8, "int4": ir.DataType.INT4,
+}  # fmt: skip
+# For a graph that is looked at before any text has been read.
+_UNSEEN: Final = ActivationRange(-1.0, 1.0)
 
 
 class GraphBuilder:
-    """Collects nodes and initializers; a node's path names its outputs `{path}/output_{k}`."""
+    """Collects nodes and initializers; a node's path names its outputs `{path}/output_{k}`.
 
-    def __init__(self, layout: Layout, form: Form) -> None:
+    `ranges` by point are for a form of uint16; None leaves them open, in a graph that is not to be run.
+    """
+
+    def __init__(self, layout: Layout, form: Form, ranges: Mapping[str, ActivationRange] | None = None) -> None:
         self.layout = layout
         self.form = form
+        self._ranges = ranges
         self.nodes: list[ir.Node] = []
         self.initializers: dict[str, ir.Value] = {}
 
@@ -92,10 +102,29 @@ class GraphBuilder:
         """`x` in another dtype; `path` ends in Cast."""
         return self.op(path, [x], {"to": to.value})[0]
 
+    def rounded(self, path: str, x: ir.Value, point: str) -> ir.Value:
+        """`x` as uint16 and back, in the range of `point`, where the form has it so; itself elsewhere."""
+        if not self.form.qdq:
+            return x
+        return self.between(path, x, _UNSEEN if self._ranges is None else self._ranges[point])
+
+    def between(self, path: str, x: ir.Value, values: ActivationRange) -> ir.Value:
+        """`x` as uint16 of the given range, and back."""
+        scale, zero_point = uint16_parameters(values)
+        parameters = [
+            self.constant(f"{path}/scale", np.array(scale, self.dtype.numpy())),
+            self.constant(f"{path}/zero_point", np.array(zero_point)),
+        ]
+        (levels,) = self.op(f"{path}/QuantizeLinear", [x, *parameters])
+        return self.op(f"{path}/DequantizeLinear", [levels, *parameters])[0]
+
     def linear(
         self, path: str, x: ir.Value, module: str, weight_of: str | None = None, form: Form | None = None
     ) -> ir.Value:
-        """`x` times a module's weight, plus its bias if it has one; `form` where it is not the graph's own."""
+        """`x` times a module's weight, plus its bias if it has one; `form` where it is not the graph's own.
+
+        With signed weights the product is rounded to uint16, and the bias is added to it in the graph's dtype.
+        """
         form = form or self.form
         unit = self.layout.units[names.weight(weight_of or module)]
         bias = names.bias(module)
@@ -112,6 +141,13 @@ class GraphBuilder:
                 return self.op(f"{path}/FusedMatMul", [x, weight], {"transB": 1}, MS)[0]
             (turned,) = self.op(f"{path}/Transpose", [weight], {"perm": [1, 0]})
             return self.op(f"{path}/MatMul", [x, turned])[0]
+        if unit.spec.signed:
+            one_scale = len(unit.slots[1].shape) == 1
+            blocks = {"axis": 1} if one_scale else {"axis": 0, "block_size": unit.spec.block_size}
+            integers = [self.slot(slot) for slot in unit.slots]
+            (weight,) = self.op(f"{path}/weight/DequantizeLinear", integers, blocks)
+            (product,) = self.op(f"{path}/MatMul", [x, weight])
+            return self.rounded(f"{path}/output", product, names.output_of(unit.name.removesuffix(".weight")))
         attributes = {
             "K": unit.width, "N": sum(unit.rows), "bits": unit.spec.bits,
             "block_size": unit.spec.block_size, "accuracy_level": form.accuracy_level,

@@ -14,7 +14,7 @@ from toolkit.errors import BundleError
 _TO_BOOL: Final = ("And", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Not")
 _TO_INT64: Final = ("ArgMax", "Shape")
 # Which input has the dtype of the output, where it is not the first.
-_LIKE: Final = {"GatherBlockQuantized": 2, "Where": 1}
+_LIKE: Final = {"DequantizeLinear": 1, "GatherBlockQuantized": 2, "Where": 1}
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,8 @@ def _nodes(graph: ir.Graph) -> list[NodeFacts]:
             made = "bool"
         elif node.op_type in _TO_INT64:
             made = "int64"
+        elif node.op_type == "QuantizeLinear":
+            made = dtypes.get(inputs[2], "?") if len(inputs) > 2 else "uint8"
         elif node.op_type == "Cast":
             made = _name(ir.DataType(node.attributes["to"].as_int()))
         dtypes |= {str(value.name): made for value in node.outputs if value.name}

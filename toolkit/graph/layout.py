@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Final
 
 from toolkit import names
 from toolkit.checkpoint.config import ModelConfig
@@ -17,15 +18,17 @@ from toolkit.errors import RecipeError
 from toolkit.quality import CALIBRATED_ALGORITHMS, QUALITIES
 from toolkit.quant.blockwise import QuantSpec
 from toolkit.recipe import Recipe
-from toolkit.target import Target
+from toolkit.target import Form, Target
 
 _ALIGNMENT = 64
-_ITEM_BYTES = {"float32": 4, "float16": 2, "uint8": 1}
+_ITEM_BITS = {"float32": 32, "float16": 16, "uint8": 8, "int8": 8, "int4": 4}
+# Blocks that QNN takes, where the rule's does not divide a width.
+_SIGNED_BLOCKS: Final = (64, 32)
 
 
 @dataclass(frozen=True)
 class Slot:
-    """One initializer's bytes in its data file; dtype is `float32`, `float16` or `uint8`."""
+    """One initializer's bytes in its data file; dtype is `float32`, `float16`, `uint8`, `int8` or `int4`."""
 
     name: str
     dtype: str
@@ -39,7 +42,8 @@ class Slot:
 class Unit:
     """One matrix or vector of the graph: its sources are stacked by rows. `spec` None keeps floats.
 
-    `slots` is (weight,) or (packed, scales[, zero_points]).
+    `slots` is (weight,), (packed, scales[, zero_points]), or, where the spec is signed, (integers, scales,
+    zero_points) with the input features first.
     """
 
     name: str
@@ -83,7 +87,7 @@ def plan_layout(
     config: ModelConfig, target: Target, recipe: Recipe | None, formats: Mapping[str, QuantSpec] | None = None
 ) -> Layout:
     """The layout for a recipe's rules; `recipe` None quantizes nothing. `formats` by tensor overrule the rules."""
-    specs = {**planned_specs(config, recipe), **(formats or {})}
+    specs = {**planned_specs(config, recipe, target.form), **(formats or {})}
     shapes = expected_tensors(config)
     units: dict[str, Unit] = {}
     ends: dict[str, int] = {}
@@ -99,11 +103,24 @@ def plan_layout(
     return Layout(units, ends)
 
 
-def planned_specs(config: ModelConfig, recipe: Recipe | None) -> dict[str, QuantSpec]:
+def planned_specs(config: ModelConfig, recipe: Recipe | None, form: Form) -> dict[str, QuantSpec]:
     """The format of every matrix by its rule, and the recipe's quality where the rule leaves the algorithm to it."""
     if recipe is None:
         return {}
-    return {name: _spec(name, config, recipe) for name, shape in expected_tensors(config).items() if len(shape) == 2}
+    specs = {}
+    for name, shape in expected_tensors(config).items():
+        if len(shape) == 2:
+            spec = _spec(name, config, recipe)
+            signed = form.qdq and names.role_of(name) not in names.OUTSIDE_ROLES
+            specs[name] = _signed(spec, shape[1], form) if signed else spec
+    return specs
+
+
+def _signed(spec: QuantSpec, columns: int, form: Form) -> QuantSpec:
+    """The same for DequantizeLinear: blocks that divide the row, or the row as one."""
+    sizes = [size for size in (spec.block_size, *_SIGNED_BLOCKS) if columns % size == 0]
+    whole = form.row_scales or spec.bits == 8 or not sizes
+    return replace(spec, block_size=columns if whole else sizes[0], symmetric=True, signed=True)
 
 
 def _spec(tensor: str, config: ModelConfig, recipe: Recipe) -> QuantSpec:
@@ -153,6 +170,13 @@ def _parts(
     if spec is None:
         return [(name, dtype, shape)]
     rows, J = shape[0], spec.num_blocks(shape[1])
+    if spec.signed:
+        scales = (rows,) if J == 1 else (J, rows)
+        integers = f"int{spec.bits}"
+        return [
+            (f"{name}.integers", integers, (shape[1], rows)), (f"{name}.scales", dtype, scales),
+            (f"{name}.zero_points", integers, scales),
+        ]  # fmt: skip
     parts: list[tuple[str, str, tuple[int, ...]]] = [
         (f"{name}.packed", "uint8", (rows, J, spec.block_size * spec.bits // 8)),
         (f"{name}.scales", dtype, (rows, J)),
@@ -167,7 +191,7 @@ def _place(
 ) -> tuple[tuple[Slot, ...], int]:
     slots = []
     for part, dtype, shape in parts:
-        nbytes = math.prod(shape) * _ITEM_BYTES[dtype]
+        nbytes = -(-math.prod(shape) * _ITEM_BITS[dtype] // 8)
         offset = -(-end // _ALIGNMENT) * _ALIGNMENT
         slots.append(Slot(part, dtype, shape, file, offset, nbytes))
         end = offset + nbytes

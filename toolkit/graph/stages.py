@@ -5,6 +5,7 @@ S query length: the window in context, 1 in iterator. D hidden, V vocab.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,7 @@ from toolkit.graph.attention import Lengths
 from toolkit.graph.blocks import CacheShape, embedding, layers, lm_head
 from toolkit.graph.builder import GraphBuilder, declare, value
 from toolkit.graph.layout import Layout
+from toolkit.quant.ranges import ActivationRange
 from toolkit.target import Form
 
 _IDS_SHAPE = (1, "sequence")
@@ -40,17 +42,18 @@ def build_embeddings(config: ModelConfig, layout: Layout, form: Form) -> ir.Mode
 
 
 def build_transformer(
-    config: ModelConfig, layout: Layout, form: Form, context_length: int, part: Part, sequence_length: int
-) -> ir.Model:
+    config: ModelConfig, layout: Layout, form: Form, context_length: int, part: Part, sequence_length: int,
+    ranges: Mapping[str, ActivationRange] | None = None,
+) -> ir.Model:  # fmt: skip
     """Hidden states [1, S, D], the lengths and its layers' KV cache in; hidden states [1, S, D] and the cache out.
 
     The first part takes inputs_embeds, the last gives last_hidden_states, normalized; between them goes the residual.
 
     past_seq_len int32 [1, 1] is the index of the last valid position and total_seq_len int32 [1] the cache's length:
-    GroupQueryAttention's own meaning, and what onnxruntime-genai gives a windowed pipeline. Raises UnsupportedError
-    for what GroupQueryAttention cannot do.
+    GroupQueryAttention's own meaning, and what onnxruntime-genai gives a windowed pipeline. `ranges` by point are for a
+    form of uint16. Raises UnsupportedError for what GroupQueryAttention cannot do.
     """
-    build = GraphBuilder(layout, form)
+    build = GraphBuilder(layout, form, ranges)
     shape = (1, sequence_length or "sequence", config.hidden_size)
     rows = value(names.part_input(part.index), build.dtype, shape)
     seqlens_k = value(names.PAST_SEQ_LEN, ir.DataType.INT32, (1, 1))

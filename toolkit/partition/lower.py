@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from toolkit import names
 from toolkit.checkpoint.config import ModelConfig
 from toolkit.graph.builder import StageGraph
@@ -9,14 +11,17 @@ from toolkit.graph.decoder import build_decoder
 from toolkit.graph.layout import Layout
 from toolkit.graph.stages import Part, build_embeddings, build_lm_head, build_transformer
 from toolkit.partition.parts import cut_layers, layer_bytes
+from toolkit.quant.ranges import ActivationRange
 from toolkit.recipe import Recipe
 from toolkit.target import Target
 
 
 def lower(
-    config: ModelConfig, layout: Layout, target: Target, recipe: Recipe, pad_token_id: int
-) -> list[StageGraph]:
-    """Every stage with its graph, in the order they run; a recipe without `parts` has one.
+    config: ModelConfig, layout: Layout, target: Target, recipe: Recipe, pad_token_id: int,
+    ranges: Mapping[str, ActivationRange] | None = None,
+) -> list[StageGraph]:  # fmt: skip
+    """Every stage with its graph, in the order they run; a recipe without `parts` has one. `ranges` by point are for a
+    form of uint16, None for graphs that are only looked at.
 
     Raises UnsupportedError for what the target's operators cannot do.
     """
@@ -32,6 +37,8 @@ def lower(
             graph = build_lm_head(config, layout, form, pad_token_id)
         else:
             part = Part(stage.name, stage.part, parts, spans[stage.part])
-            graph = build_transformer(config, layout, form, length, part, stage.sequence_length)
+            graph = build_transformer(
+                config, layout, form, length, part, stage.sequence_length, ranges
+            )
         graphs.append(StageGraph(stage, graph))
     return graphs

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from threading import Lock
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +16,7 @@ from toolkit.checkpoint.weights import WeightSource
 from toolkit.errors import UnsupportedError
 from toolkit.graph.layout import Slot, Unit
 from toolkit.partition.data_files import DataFile
-from toolkit.quant.blockwise import QuantizedBlocks, QuantSpec, quantize_blocks
+from toolkit.quant.blockwise import QuantizedBlocks, QuantSpec, quantize_blocks, signed_columns
 
 Array = NDArray[np.float32] | NDArray[np.float16] | NDArray[np.uint8]
 # Widened at a time: a megabyte of float32 stays in a core's cache until it is quantized.
@@ -46,18 +47,46 @@ def places(files: Sequence[DataFile]) -> dict[str, list[Place]]:
     return found
 
 
-def write_rows(name: str, start: int, place: Place, arrays: Sequence[Array]) -> int:
-    """What became of rows [start, …) of a tensor, one array for each slot, at their place; returns the bytes written.
+class RowWriter:
+    """Puts quantized rows at their places. A signed matrix lies there turned, rows as columns, so it is gathered whole
+    first: a few are in memory at a time."""
 
-    Raises UnsupportedError for what float16 cannot hold, MachineError if the disk is full.
-    """
-    file, unit, base = place
-    nbytes = 0
-    for slot, array in zip(unit.slots, arrays, strict=True):
-        stored = _narrowed(array, slot, name)
-        file.write(slot.offset + (base + start) * (slot.nbytes // slot.shape[0]), stored.data.cast("B"))
-        nbytes += stored.nbytes
-    return nbytes
+    def __init__(self, files: Sequence[DataFile]) -> None:
+        self.places = places(files)
+        self._gathered: dict[tuple[int, str], list[tuple[int, Sequence[Array]]]] = defaultdict(list)
+        self._lock = Lock()
+
+    def write(self, name: str, start: int, place: Place, arrays: Sequence[Array]) -> int:
+        """What became of rows [start, …) of a tensor, one array for each slot; returns the bytes written.
+
+        Raises UnsupportedError for what float16 cannot hold, MachineError if the disk is full.
+        """
+        file, unit, base = place
+        if unit.spec is not None and unit.spec.signed:
+            whole = self._gather(file, unit, base + start, arrays)
+            if whole is None:
+                return 0
+            packed, scales = whole
+            arrays, start, base = signed_columns(packed, scales, unit.spec.bits), 0, 0
+        nbytes = 0
+        for slot, array in zip(unit.slots, arrays, strict=True):
+            stored = _narrowed(array, slot, name)
+            first = (base + start) * (slot.nbytes // slot.shape[0]) if base + start else 0
+            file.write(slot.offset + first, stored.data.cast("B"))
+            nbytes += stored.nbytes
+        return nbytes
+
+    def _gather(self, file: DataFile, unit: Unit, start: int, arrays: Sequence[Array]) -> Sequence[Any] | None:
+        """Packed levels and scales of the whole unit, once its last rows are here."""
+        key = id(file), unit.name
+        with self._lock:
+            pieces = self._gathered[key]
+            pieces.append((start, arrays))
+            if sum(piece[0].shape[0] for _, piece in pieces) < sum(unit.rows):
+                return None
+            del self._gathered[key]
+        pieces.sort(key=lambda piece: piece[0])
+        return [np.concatenate([piece[k] for _, piece in pieces]) for k in (0, 1)]
 
 
 class RowPacker:
@@ -70,12 +99,12 @@ class RowPacker:
         self, source: WeightSource, files: Sequence[DataFile], importance: Mapping[str, NDArray[np.float32]]
     ) -> None:
         self._source, self._importance = source, importance
-        self._places = places(files)
+        self._writer = RowWriter(files)
 
     def pack(self, rows: Rows) -> Packed:
         """Raises NonFiniteError for NaN or infinity, UnsupportedError for what float16 cannot hold, MachineError if
         the disk is full."""
-        found = self._places[rows.name]
+        found = self._writer.places[rows.name]
         step = max(1, _TILE_ELEMENTS // found[0][1].width)
         parts: dict[QuantSpec | None, list[list[Array]]] = defaultdict(list)
         noise: dict[QuantSpec | None, float] = defaultdict(float)
@@ -89,7 +118,7 @@ class RowPacker:
             flat = values.reshape(-1)
             signal += float(np.vdot(flat, flat))
         joined = {spec: [np.concatenate(tiles) for tiles in zip(*kept, strict=True)] for spec, kept in parts.items()}
-        nbytes = sum(write_rows(rows.name, rows.start, place, joined[place[1].spec]) for place in found)
+        nbytes = sum(self._writer.write(rows.name, rows.start, place, joined[place[1].spec]) for place in found)
         return Packed(rows.name, rows.stop - rows.start, signal, dict(noise), nbytes)
 
 

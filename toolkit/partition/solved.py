@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from toolkit.partition.data_files import DataFile, Destination, open_data_files
 from toolkit.partition.pack import TensorError
-from toolkit.partition.rows import arrays_of, places, write_rows
+from toolkit.partition.rows import RowWriter, arrays_of
 from toolkit.quant.blockwise import QuantizedBlocks, dequantize_blocks
 
 Floats = NDArray[np.float32]
@@ -24,14 +24,15 @@ class SolvedWriter:
 
     def __init__(self, destination: Destination, files: Sequence[DataFile]) -> None:
         self._destination, self._files = destination, files
-        self._places = places(files)
+        self._rows = RowWriter(files)
         self._sums: dict[str, tuple[float, float]] = {}
 
     def write(self, tensor: str, start: int, weight: Floats, blocks: QuantizedBlocks) -> None:
-        """Rows [start, …) of a tensor, as they were [N, K] and as they are stored. Raises as `write_rows`."""
-        for place in self._places[tensor]:
-            write_rows(tensor, start, place, arrays_of(blocks))
-        spec = self._places[tensor][0][1].spec
+        """Rows [start, …) of a tensor, as they were [N, K] and as they are stored. Raises as `RowWriter.write`."""
+        found = self._rows.places[tensor]
+        for place in found:
+            self._rows.write(tensor, start, place, arrays_of(blocks))
+        spec = found[0][1].spec
         assert spec is not None
         miss = (dequantize_blocks(blocks, spec, weight.shape[1]) - weight).reshape(-1)
         signal, noise = self._sums.get(tensor, (0.0, 0.0))

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from toolkit import names
 from toolkit.calibrate.facts import Survey
 from toolkit.calibrate.ladder import Unit, spend_budget
+from toolkit.calibrate.ranges import activation_ranges
 from toolkit.calibrate.solve import Fallback, Task, solve
 from toolkit.calibrate.survey import Wish, survey, units_of
 from toolkit.checkpoint.folded import FoldedTensors
@@ -29,6 +30,7 @@ from toolkit.pipeline.calibration_cost import calibration_tokens
 from toolkit.pipeline.plan import ExportPlan
 from toolkit.pipeline.text import LONGEST, find_text, token_sequences
 from toolkit.quant.blockwise import QuantSpec
+from toolkit.quant.ranges import ActivationRange
 from toolkit.recipe import Recipe
 
 Floats = NDArray[np.float32]
@@ -38,26 +40,50 @@ _FEWEST_TOKENS: Final = 256
 
 @dataclass(frozen=True)
 class Calibrated:
-    """A plan with its final formats and folded weights, the importance of columns by tensor, and what the report says
-    of it."""
+    """A plan with its final formats and folded weights, the importance of columns by tensor, the ranges of uint16
+    activations by point (None where there are none), and what the report says of it."""
 
     plan: ExportPlan
     importance: Mapping[str, Floats]
+    ranges: Mapping[str, ActivationRange] | None
     section: dict[str, Any]
 
 
 def calibrate(
     plan: ExportPlan, partial: Path, work: Path, progress: Callable[[str], None] = lambda _: None
 ) -> Calibrated:
-    """Runs the recipe's text through the checkpoint and decides how each matrix is stored; `work` holds what is
-    finished, solved matrices go into the data files in `partial`.
+    """Runs the recipe's text through the checkpoint and decides how each matrix, and each activation, is stored; `work`
+    holds what is finished, solved matrices go into the data files in `partial`.
 
-    Raises RecipeError or CheckpointError for a text that cannot serve.
+    Raises RecipeError or CheckpointError for a text that cannot serve, NonFiniteError or UnsupportedError for
+    activations that cannot be stored.
     """
+    sequences, text = calibration_sequences(plan)
+    section: dict[str, Any] = {
+        "quality": plan.recipe.quality, "text": text, "tokens": sum(map(len, sequences)), "inputs": 0, "folded": [],
+        "fallbacks": [],
+    }  # fmt: skip
+    importance: Mapping[str, Floats] = {}
+    if plan.recipe.calibrated:
+        plan, importance, made = _weights(plan, sequences, partial, work, progress)
+        section |= made
+    ranges = None
+    if plan.target.form.qdq:
+        start = time.perf_counter()
+        config, source, percentile = plan.checkpoint.config, plan.checkpoint.source, plan.recipe.activation_percentile
+        ranges = activation_ranges(config, source, sequences, percentile, work / "ranges", progress)
+        section["activations"] = {"dtype": "uint16", "tensors": len(ranges), "percentile": percentile}
+        section["ranges_s"] = time.perf_counter() - start
+    return Calibrated(plan, importance, ranges, section)
+
+
+def _weights(
+    plan: ExportPlan, sequences: list[list[int]], partial: Path, work: Path, progress: Callable[[str], None]
+) -> tuple[ExportPlan, Mapping[str, Floats], dict[str, Any]]:
+    """The plan with its final formats and folded weights, the importance of columns, and what there is to report."""
     start = time.perf_counter()
     recipe, checkpoint, config = plan.recipe, plan.checkpoint, plan.checkpoint.config
-    sequences, text = calibration_sequences(recipe, checkpoint)
-    specs = planned_specs(config, recipe)
+    specs = planned_specs(config, recipe, plan.target.form)
     rounds = plan.target.form.accuracy_level == 4
     wish = Wish(specs, rounds, recipe.fold, recipe.bits_per_weight > 0)
     found = survey(config, checkpoint.source, sequences, wish, work / "survey", progress)
@@ -80,15 +106,15 @@ def calibrate(
         with open_solved(Destination(layout, partial)) as writer:
             task = Task(formats, importance, rounds)
             fallbacks = solve(config, folded, sequences, task, writer, work / "solve", progress)
-    section = _section(recipe, found, text, fallbacks)
-    section |= {"survey_s": surveyed - start, "solve_s": time.perf_counter() - surveyed}
-    return Calibrated(plan, importance, section)
+    section = _section(recipe, found, fallbacks)
+    return plan, importance, section | {"survey_s": surveyed - start, "solve_s": time.perf_counter() - surveyed}
 
 
-def calibration_sequences(recipe: Recipe, checkpoint: Checkpoint) -> tuple[list[list[int]], str]:
+def calibration_sequences(plan: ExportPlan) -> tuple[list[list[int]], str]:
     """The text as token sequences, and what it is called. Raises RecipeError if there is less than was asked for."""
+    recipe, checkpoint = plan.recipe, plan.checkpoint
     path = find_text(recipe.calibration, recipe.name, recipe.target, checkpoint)
-    wanted = calibration_tokens(recipe, checkpoint.config)
+    wanted = calibration_tokens(recipe, checkpoint.config, plan.target.form)
     sequences = token_sequences(checkpoint, path, wanted, LONGEST)
     found = sum(map(len, sequences))
     needed = recipe.calibration_tokens or _FEWEST_TOKENS
@@ -136,14 +162,14 @@ def _formats(plan: ExportPlan, specs: Mapping[str, QuantSpec], found: Survey) ->
     }
 
 
-def _section(recipe: Recipe, found: Survey, text: str, fallbacks: list[Fallback]) -> dict[str, Any]:
+def _section(recipe: Recipe, found: Survey, fallbacks: list[Fallback]) -> dict[str, Any]:
     folds = []
     for name, facts in found.inputs.items():
         if facts.fold.scales is not None:
             figures = {key: value for key, value in asdict(facts.fold).items() if key != "scales"}
             folds.append({"input": name, **figures})
     section: dict[str, Any] = {
-        "quality": recipe.quality, "text": text, "tokens": found.tokens, "inputs": len(found.inputs), "folded": folds,
+        "inputs": len(found.inputs), "folded": folds,
         "fallbacks": [asdict(fallback) for fallback in fallbacks],
     }  # fmt: skip
     if recipe.bits_per_weight:

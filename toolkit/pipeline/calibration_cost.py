@@ -17,11 +17,14 @@ from toolkit.names import weight
 from toolkit.pipeline.text import LONGEST
 from toolkit.quality import QUALITIES
 from toolkit.recipe import Recipe
+from toolkit.target import Form
 
 # Attention, norms, rounding and the disk take time that products do not: measured, see LOG.md.
 _OVERHEAD: Final = 1.5
 _SCALES_PER_INPUT: Final = 60
 _SAMPLE: Final = 256
+# What the ranges of activations are taken from where nothing else needs text.
+_RANGE_TOKENS: Final = 1024
 
 
 @dataclass(frozen=True)
@@ -38,31 +41,36 @@ class CalibrationCost:
         return _OVERHEAD * self.operations / operations_per_s()
 
 
-def calibration_tokens(recipe: Recipe, config: ModelConfig) -> int:
-    """How much text the recipe's quality reads: for GPTQ enough for its widest input."""
+def calibration_tokens(recipe: Recipe, config: ModelConfig, form: Form) -> int:
+    """How much text the recipe's quality reads: for GPTQ enough for its widest input. Ranges alone need less."""
     if recipe.calibration_tokens:
         return recipe.calibration_tokens
+    if not recipe.calibrated:
+        return _RANGE_TOKENS
     tokens = QUALITIES[recipe.quality].tokens or QUALITIES["balanced"].tokens
-    solved = _solved(recipe, config)
+    solved = _solved(recipe, config, form)
     return max([tokens, *(TOKENS_PER_CHANNEL * given.width + LONGEST for given in solved)])
 
 
-def calibration_cost(recipe: Recipe, config: ModelConfig) -> CalibrationCost:
-    """Of `calibrate` for a recipe."""
-    shapes, tokens = expected_tensors(config), calibration_tokens(recipe, config)
+def calibration_cost(recipe: Recipe, config: ModelConfig, form: Form) -> CalibrationCost | None:
+    """Of `calibrate` for a recipe; None where nothing is read."""
+    if not (recipe.calibrated or form.qdq):
+        return None
+    shapes, tokens = expected_tensors(config), calibration_tokens(recipe, config, form)
     inputs, head = linear_inputs(config), head_input(config)
     layers = [given for given in inputs if given is not head and given.name != head.name]
     rows = {given.name: sum(shapes[weight(reader)][0] for reader in given.readers) for given in inputs}
     weights = sum(rows[given.name] * given.width for given in layers)
-    operations = 2.0 * weights * tokens
-    if recipe.fold:
+    passes = recipe.calibrated + form.qdq
+    operations = 2.0 * weights * tokens * passes
+    if recipe.calibrated and recipe.fold:
         operations += sum(
             2.0 * _SCALES_PER_INPUT * _SAMPLE * 2 * _SAMPLE * len(given.readers) * given.width for given in layers
         )
     if recipe.bits_per_weight:
         # Probes: as much again through the layers, and two tokens in all for each of the text's through the head.
         operations += 2.0 * weights * tokens + 4.0 * tokens * config.vocab_size * config.hidden_size
-    solved = _solved(recipe, config)
+    solved = _solved(recipe, config, form)
     if solved:
         operations += 2.0 * 2 * weights * tokens * 1.6
         operations += sum(_solving(rows[given.name], given.width, tokens) for given in solved)
@@ -98,9 +106,9 @@ def operations_per_s() -> float:
     return 2.0 * side**3 / best
 
 
-def _solved(recipe: Recipe, config: ModelConfig) -> list[LinearInput]:
+def _solved(recipe: Recipe, config: ModelConfig, form: Form) -> list[LinearInput]:
     """Inputs that a matrix reads which GPTQ is to solve."""
-    specs = planned_specs(config, recipe)
+    specs = planned_specs(config, recipe, form)
     return [
         given for given in linear_inputs(config) if any(specs[weight(r)].algorithm == "gptq" for r in given.readers)
     ]

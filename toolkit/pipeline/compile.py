@@ -11,13 +11,12 @@ from typing import Any
 
 from toolkit import names
 from toolkit.bundle.compiled import compiled_settings, partition_rows
-from toolkit.bundle.genai_config import read_settings
+from toolkit.bundle.genai_config import read_settings, soc_options
 from toolkit.bundle.manifest import file_entry, read_manifest
 from toolkit.epcontext.htp import PACKAGE, htp_version
 from toolkit.epcontext.parts import CompiledPart, Part, compile_parts, part_key
 from toolkit.errors import BundleError, MachineError, UnsupportedError
 from toolkit.report.summary import amend_report
-from toolkit.soc import SOCS
 from toolkit.target import TARGETS
 
 
@@ -56,7 +55,7 @@ def compile_bundle(bundle: Path, progress: Callable[[str], None] = lambda _: Non
         known = ", ".join(target.name for target in TARGETS.values() if target.soc)
         raise UnsupportedError(f"target {recipe['target']} has no ahead-of-time compiler; those that have one: {known}")
     config, hashes = read_settings(bundle), {entry["name"]: entry["sha256"] for entry in manifest["files"]}
-    parts = _parts(recipe, hashes, f"{PACKAGE} {htp_version()}")
+    parts = _parts(recipe, soc_options(config), hashes, f"{PACKAGE} {htp_version()}")
     work = bundle.with_name(bundle.name + ".compile")
     if work.exists() or manifest.get("compiled") != _keys(parts) or not _sizes_fit(bundle, manifest):
         made = compile_parts(bundle, parts, work, progress)
@@ -74,17 +73,19 @@ def _sizes_fit(bundle: Path, manifest: Mapping[str, Any]) -> bool:
     return all(path.is_file() and path.stat().st_size == nbytes for path, nbytes in files)
 
 
-def _parts(recipe: Mapping[str, Any], hashes: Mapping[str, str], software: str) -> list[Part]:
-    """The parts a recipe plans, keyed by the files they are made from."""
-    soc, count = SOCS[recipe["soc"]], recipe["parts"]
+def _parts(
+    recipe: Mapping[str, Any], options: dict[str, str], hashes: Mapping[str, str], software: str
+) -> list[Part]:
+    """The parts a recipe plans, keyed by the files they are made from; `options` are the compiler's."""
+    count = recipe["parts"]
     parts = []
     for index in range(count):
         stages = tuple(names.part_stage(kind, index, count) for kind in (names.CONTEXT, names.ITERATOR))
         sources = [*map(names.stage_file, stages), names.TRANSFORMER_DATA_FILE]
         if missing := [name for name in sources if name not in hashes]:
             raise BundleError(f"the manifest of {recipe['name']} names no {missing[0]} to compile: export it again")
-        key = part_key([hashes[name] for name in sources], soc.provider_options, software)
-        parts.append(Part(index, count, stages, soc.provider_options, key))
+        key = part_key([hashes[name] for name in sources], options, software)
+        parts.append(Part(index, count, stages, options, key))
     return parts
 
 

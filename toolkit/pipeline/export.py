@@ -27,6 +27,7 @@ from toolkit.partition.lower import lower
 from toolkit.partition.pack import PackResult, pack_weights
 from toolkit.pipeline.calibration import calibrate, calibration_sequences, text_digest
 from toolkit.pipeline.plan import ExportPlan, check_machine, plan_export
+from toolkit.quant.ranges import ActivationRange
 from toolkit.recipe import Recipe
 from toolkit.report.summary import begin_report, write_report
 from toolkit.report.weights import ceiling_section, partition_section, quantization_section
@@ -64,13 +65,15 @@ class Order:
 class _Begun:
     """A bundle in the making: its plan, its work folder and what its manifest says of the request.
 
-    `importance` weighs the errors of columns, `calibration` is what the report says of it."""
+    `importance` weighs the errors of columns, `ranges` are those of uint16 activations, `calibration` is what the
+    report says of both."""
 
     plan: ExportPlan
     out: Path
     partial: Path
     request: dict[str, Any]
     importance: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+    ranges: Mapping[str, ActivationRange] | None = None
     calibration: dict[str, Any] = field(default_factory=dict)
 
 
@@ -95,7 +98,7 @@ def export_bundles(
         for plan in plans:
             _graphs(plan, pad)
             if plan.calibration:
-                calibration_sequences(plan.recipe, checkpoint)
+                calibration_sequences(plan)
         check_machine(plans, _written_bytes([_partial(plan.out) for plan in plans]))
         with _disk_errors():
             begun = [_begin(plan, precision) for plan in plans]
@@ -105,7 +108,7 @@ def export_bundles(
             packed = _pack(ready, progress)
         for bundle, result in zip(ready, packed, strict=True):
             beside = [other.plan.recipe.name for other in begun if other.plan.out != bundle.plan.out]
-            _finish(bundle, _graphs(bundle.plan, pad), result, tokenizer_files, clock, beside)
+            _finish(bundle, _graphs(bundle.plan, pad, bundle.ranges), result, tokenizer_files, clock, beside)
         # Last, so that whatever stops one of them leaves the others to go on from here.
         for bundle in begun:
             _replace(bundle.out, bundle.partial)
@@ -121,8 +124,10 @@ def _disk_errors() -> Iterator[None]:
         raise disk_error(Path(problem.filename or "the bundle"), problem) from None
 
 
-def _graphs(plan: ExportPlan, pad: int) -> list[StageGraph]:
-    return lower(plan.checkpoint.config, plan.layout, plan.target, plan.recipe, pad)
+def _graphs(
+    plan: ExportPlan, pad: int, ranges: Mapping[str, ActivationRange] | None = None
+) -> list[StageGraph]:
+    return lower(plan.checkpoint.config, plan.layout, plan.target, plan.recipe, pad, ranges)
 
 
 def _calibrated(begun: _Begun, clock: _Clock, progress: Callable[[str], None]) -> _Begun:
@@ -132,7 +137,7 @@ def _calibrated(begun: _Begun, clock: _Clock, progress: Callable[[str], None]) -
         return begun
     with clock.stage(f"calibrate {plan.recipe.name}"):
         made = calibrate(plan, begun.partial, begun.partial / _CALIBRATION_FOLDER, progress)
-    return replace(begun, plan=made.plan, importance=made.importance, calibration=made.section)
+    return replace(begun, plan=made.plan, importance=made.importance, ranges=made.ranges, calibration=made.section)
 
 
 def _pack(ready: Sequence[_Begun], progress: Callable[[str], None]) -> list[PackResult]:

@@ -72,15 +72,14 @@ def plan_export(recipe: Recipe, checkpoint: Checkpoint, out: Path, precision: st
     Raises RecipeError if recipe and checkpoint do not belong together, UnsupportedError for parts that cannot be.
     """
     check_match(recipe, checkpoint.config)
+    target = _target(recipe, precision)
     blind = precision == "int4" and not recipe.calibrated
     salient = salient_inputs(checkpoint) if blind else []
     if recipe.rotate is None:
-        recipe = replace(recipe, rotate=bool(salient) and can_rotate(checkpoint.config))
+        wanted = bool(salient) or (precision == "int4" and target.rotates(recipe.profile))
+        recipe = replace(recipe, rotate=wanted and can_rotate(checkpoint.config))
     checkpoint = pad_heads(rotate(checkpoint) if recipe.rotate else checkpoint, HEAD_DIM_MULTIPLE)
     config = checkpoint.config
-    target = TARGETS[recipe.target].in_precision(precision)
-    if recipe.soc:
-        target = target.on_soc(SOCS[recipe.soc])
     layout = plan_layout(config, target, recipe if precision == "int4" else None)
     layers = layer_bytes(layout, config.num_hidden_layers)
     recipe = _with_parts(recipe, target, layers)
@@ -94,7 +93,7 @@ def plan_export(recipe: Recipe, checkpoint: Checkpoint, out: Path, precision: st
             graphs[stage.file] = rotary_bytes + 6_000 * -(-config.num_hidden_layers // recipe.parts)
     cores = os.cpu_count() or 1
     graph_bytes = sum(graphs.values())
-    cost = calibration_cost(recipe, config) if recipe.calibrated and precision == "int4" else None
+    cost = calibration_cost(recipe, config, target.form) if precision == "int4" else None
     packing = 3 * graph_bytes + cores * _CORE_BYTES + (2 * cores + 2) * CHUNK_BYTES
     if recipe.rotate:
         # Matrices whose rows mix are turned whole, two at once, each with copies on the way.
@@ -121,6 +120,12 @@ def plan_export(recipe: Recipe, checkpoint: Checkpoint, out: Path, precision: st
         + (cost.disk_bytes if cost else 0),
         disk_free_bytes=shutil.disk_usage(existing).free,
     )
+
+
+def _target(recipe: Recipe, precision: str) -> Target:
+    """The recipe's row, in its profile and for its SoC."""
+    target = TARGETS[recipe.target].in_profile(recipe.profile).in_precision(precision)
+    return target.on_soc(SOCS[recipe.soc]) if recipe.soc else target
 
 
 def _with_parts(recipe: Recipe, target: Target, layers: list[int]) -> Recipe:

@@ -14,6 +14,9 @@ Algorithms, `rtn` and `kquant` without data:
 - `imatrix` is the same search with w the importance of each column: the second moment of its input makes that sum the
   expected squared error of the output, inputs taken as independent (llama.cpp's imatrix).
 - `gptq` has a file of its own.
+
+`signed` specs are for DequantizeLinear with zero point 0 (quant/signed_kernel.py): the same layout here, levels around
+2^(bits-1), and positive scales; graphs hold them turned, input features first (`signed_columns`).
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from toolkit.quant import kernel
+from toolkit.quant import kernel, signed_kernel
 
 Floats = NDArray[np.float32]
 # What GPTQ cannot solve is searched.
@@ -36,12 +39,14 @@ _LEAST_IMPORTANCE: Final = 1e-6
 
 @dataclass(frozen=True)
 class QuantSpec:
-    """How one tensor is stored. `block_size` is a power of two from 16 to 256."""
+    """How one tensor is stored. `block_size` is a power of two from 16 to 256; where `signed` it divides the input
+    features, and may be all of them."""
 
     bits: int = 4
     block_size: int = 32
     symmetric: bool = False
     algorithm: str = "rtn"
+    signed: bool = False
 
     def num_blocks(self, in_features: int) -> int:
         """J: the last block of a row is padded with zeros."""
@@ -70,6 +75,12 @@ def quantize_blocks(weight: Floats, spec: QuantSpec, importance: Floats | None =
     J = spec.num_blocks(in_features)
     packed = np.empty((out_features, J, spec.block_size * spec.bits // 8), np.uint8)
     scales = np.empty((out_features, J), np.float32)
+    if spec.signed:
+        noise = signed_kernel.quantize_signed_rows(
+            np.ascontiguousarray(weight, np.float32), weights_of_errors(importance), spec.algorithm != "rtn", spec.bits,
+            spec.block_size, packed, scales,
+        )  # fmt: skip
+        return QuantizedBlocks(packed, scales, None, noise)
     zeros = np.empty((out_features, J), np.uint8)
     noise = kernel.quantize_rows(
         np.ascontiguousarray(weight, np.float32), weights_of_errors(importance), _ALGORITHMS[spec.algorithm],
@@ -97,6 +108,18 @@ def dequantize_blocks(blocks: QuantizedBlocks, spec: QuantSpec, in_features: int
         q -= _unpack_last_axis(blocks.zero_points, spec.bits)[:, :J, None]
     q *= blocks.scales[..., None]
     return q.reshape(out_features, J * spec.block_size)[:, :in_features]
+
+
+def signed_columns(packed: NDArray[np.uint8], scales: Floats, bits: int) -> list[NDArray[np.uint8] | Floats]:
+    """A signed matrix as DequantizeLinear and MatMul want it: integers [K, N] in two's complement, scales [J, N], and
+    zero points of their shape. 4 bits are two a byte, the even one in the low nibble (onnx.proto, INT4)."""
+    out_features = packed.shape[0]
+    levels = _unpack_last_axis(packed, bits).reshape(out_features, -1)
+    integers = np.ascontiguousarray((levels ^ np.uint8(1 << (bits - 1))).T)
+    flat = integers.reshape(-1)
+    stored = np.bitwise_or(flat[::2], np.left_shift(flat[1::2], 4, dtype=np.uint8)) if bits == 4 else flat
+    turned = np.ascontiguousarray(scales.T)
+    return [stored, turned, np.zeros(-(-turned.size * bits // 8), np.uint8)]
 
 
 def pack_last_axis(values: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:

@@ -8,6 +8,9 @@ the errors before it left them, weighed by diag(H).
 With U upper and U'U = H^-1, column i passes (w_i - q_i) / U_ii * U_ij on to column j. With H in reverse order and
 H = L L', U is L^-1 in reverse order.
 
+Scales of `signed` specs stand before the first column is rounded, searched on the target as it comes: those of a row
+depend on each other. Then the order is free, whatever the blocks.
+
 If the input is X~ by the time it arrives, because layers before are quantized already, the target that makes up for
 that is W X'X~ (X~'X~)^-1 (Qronos, arXiv 2505.11695, in closed form).
 N output features, K input features, Kp = K padded to whole blocks, J blocks a row.
@@ -17,14 +20,14 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from toolkit.quant import kernel
-from toolkit.quant.blockwise import QuantizedBlocks, QuantSpec, pack_last_axis, weights_of_errors
+from toolkit.quant import kernel, signed_kernel
+from toolkit.quant.blockwise import QuantizedBlocks, QuantSpec, pack_last_axis, quantize_blocks, weights_of_errors
 
 Floats = NDArray[np.float32]
 DAMPING: Final = 0.01
@@ -100,10 +103,9 @@ def gptq_blocks(weight: Floats, factor: Factor, spec: QuantSpec) -> QuantizedBlo
     left = np.zeros((N, padded), np.float32)
     left[:, :K] = weight
     left = left[:, factor.order]
-    worth = weights_of_errors(factor.diagonal)[factor.order]
+    rounding = _StandingScales(weight, factor, spec) if spec.signed else _SearchedScales(N, J, factor, spec)
     levels = np.empty((N, padded), np.uint8)
-    scales, zeros = np.empty((N, J), np.float32), np.empty((N, J), np.uint8)
-    stride = max(_STRIDE, spec.block_size)
+    stride = _STRIDE if spec.signed else max(_STRIDE, spec.block_size)
     workers = os.cpu_count() or 1
     slices = [slice(k * N // workers, (k + 1) * N // workers) for k in range(workers)]
     with ThreadPoolExecutor(workers) as pool:
@@ -111,23 +113,54 @@ def gptq_blocks(weight: Floats, factor: Factor, spec: QuantSpec) -> QuantizedBlo
             stop = min(start + stride, padded)
             triangle = np.ascontiguousarray(factor.upper[start:stop, start:stop])
             columns = np.ascontiguousarray(left[:, start:stop])
-            blocks = factor.order[start : stop : spec.block_size] // spec.block_size
             made, errors = np.empty(columns.shape, np.uint8), np.empty_like(columns)
-            found = np.empty((N, blocks.size), np.float32), np.empty((N, blocks.size), np.uint8)
             done = [
-                pool.submit(
-                    kernel.gptq_columns, columns[s], triangle, worth[start:stop], spec.bits, spec.symmetric,
-                    spec.block_size, made[s], errors[s], found[0][s], found[1][s],
-                )
-                for s in slices
-            ]  # fmt: skip
+                pool.submit(rounding.round, s, start, columns[s], triangle, made[s], errors[s]) for s in slices
+            ]
             for future in done:
                 future.result()
             levels[:, factor.order[start:stop]] = made
-            scales[:, blocks], zeros[:, blocks] = found
             if stop < padded:
                 left[:, stop:] -= errors @ factor.upper[start:stop, stop:]
-    return _assembled(weight, levels, scales, zeros, spec)
+    return _assembled(weight, levels, rounding.scales, rounding.zeros, spec)
+
+
+class _SearchedScales:
+    """Each block's scale and zero point, searched when its turn comes."""
+
+    def __init__(self, rows: int, blocks: int, factor: Factor, spec: QuantSpec) -> None:
+        self.scales, self.zeros = np.empty((rows, blocks), np.float32), np.empty((rows, blocks), np.uint8)
+        self._worth, self._order, self._spec = weights_of_errors(factor.diagonal)[factor.order], factor.order, spec
+
+    def round(
+        self, rows: slice, start: int, columns: Floats, triangle: Floats, levels: NDArray[np.uint8], errors: Floats
+    ) -> None:
+        """Some rows of the columns from `start` on, as `kernel.gptq_columns`."""
+        spec, stop = self._spec, start + columns.shape[1]
+        blocks = self._order[start : stop : spec.block_size] // spec.block_size
+        scales, zeros = (np.empty((columns.shape[0], blocks.size), kind) for kind in (np.float32, np.uint8))
+        kernel.gptq_columns(
+            columns, triangle, self._worth[start:stop], spec.bits, spec.symmetric, spec.block_size, levels, errors,
+            scales, zeros,
+        )  # fmt: skip
+        self.scales[rows, blocks], self.zeros[rows, blocks] = scales, zeros
+
+
+class _StandingScales:
+    """A signed spec's scales, searched beforehand."""
+
+    def __init__(self, weight: Floats, factor: Factor, spec: QuantSpec) -> None:
+        searched = quantize_blocks(weight, replace(spec, algorithm="imatrix"), factor.diagonal[: weight.shape[1]])
+        self.scales, self._order, self._spec = searched.scales, factor.order, spec
+        self.zeros = np.full(self.scales.shape, 1 << (spec.bits - 1), np.uint8)
+
+    def round(
+        self, rows: slice, start: int, columns: Floats, triangle: Floats, levels: NDArray[np.uint8], errors: Floats
+    ) -> None:
+        """Some rows of the columns from `start` on, as `signed_kernel.round_signed_columns`."""
+        blocks = self._order[start : start + columns.shape[1]] // self._spec.block_size
+        scales = np.ascontiguousarray(self.scales[rows][:, blocks])
+        signed_kernel.round_signed_columns(columns, triangle, scales, self._spec.bits, levels, errors)
 
 
 def _assembled(

@@ -26,7 +26,7 @@ _OPTIONS: Final[dict[str, Any]] = {
 }  # fmt: skip
 
 
-def _compiled(function: Any, options: dict[str, Any] = _OPTIONS) -> Any:
+def compiled(function: Any, options: dict[str, Any] = _OPTIONS) -> Any:
     """Machine code, kept on disk for the next run where some folder for it can be written."""
     try:
         return numba.njit(cache=True, **options)(function)
@@ -36,10 +36,10 @@ def _compiled(function: Any, options: dict[str, Any] = _OPTIONS) -> Any:
 
 def _compiled_for_reports(function: Any) -> Any:
     """Sums in any order: for what is reported, never for what is stored."""
-    return _compiled(function, {**_OPTIONS, "fastmath": _OPTIONS["fastmath"] | {"reassoc"}})
+    return compiled(function, {**_OPTIONS, "fastmath": _OPTIONS["fastmath"] | {"reassoc"}})
 
 
-@_compiled
+@compiled
 def quantize_rows(
     weight: Any, importance: Any, algorithm: int, bits: int, symmetric: bool, block_size: int, packed: Any, scales: Any,
     zeros: Any,
@@ -74,7 +74,7 @@ def quantize_rows(
     return noise
 
 
-@_compiled
+@compiled
 def gptq_columns(
     columns: Any, upper: Any, worth: Any, bits: int, symmetric: bool, block_size: int, levels: Any, errors: Any,
     scales: Any, zeros: Any,
@@ -107,7 +107,7 @@ def gptq_columns(
             scales[row, j], zeros[row, j] = scale, np.uint8(zero)
 
 
-@_compiled
+@compiled
 def _range_scale(block: Any, top: Any, symmetric: bool) -> Any:
     """(scale, zero) from the range of a block, 0 forced into it, so that zeros and padding are exact.
 
@@ -128,18 +128,18 @@ def _range_scale(block: Any, top: Any, symmetric: bool) -> Any:
     return scale, _zero_point(low, scale, top)
 
 
-@_compiled
+@compiled
 def _zero_point(low: Any, scale: Any, top: Any) -> Any:
     zero = np.rint(-low * _inverse(scale))
     return min(max(zero, _F(0)), top)
 
 
-@_compiled
+@compiled
 def _inverse(scale: Any) -> Any:
     return _F(1) / scale if scale != _F(0) else _F(0)
 
 
-@_compiled
+@compiled
 def _worth_by_size(block: Any, worth: Any, squares: Any) -> None:
     """What an error weighs without data: the block's root mean square plus the weight's own size."""
     for k in range(block.size):
@@ -149,7 +149,7 @@ def _worth_by_size(block: Any, worth: Any, squares: Any) -> None:
         worth[k] = abs(block[k]) + rms
 
 
-@_compiled
+@compiled
 def _given_worth(importance: Any, worth: Any) -> None:
     for k in range(importance.size):
         worth[k] = importance[k]
@@ -157,7 +157,7 @@ def _given_worth(importance: Any, worth: Any) -> None:
         worth[k] = _F(0)
 
 
-@_compiled
+@compiled
 def _search_scale(
     block: Any, worth: Any, start: Any, start_zero: Any, top: Any, symmetric: bool, crosses: Any, squares: Any
 ) -> Any:
@@ -187,7 +187,7 @@ def _search_scale(
     return scale, zero
 
 
-@_compiled
+@compiled
 def _sum(terms: Any) -> Any:
     """Halves added to each other, in place, down to eight: an order the processor can run side by side, and always the
     same. The length is a power of two from 16 on, as every block size is."""
@@ -214,7 +214,7 @@ def _round(block: Any, scale: Any, zero: Any, top: Any, levels: Any) -> Any:
     return error
 
 
-@_compiled
+@compiled
 def _pack(levels: Any, bits: int, packed: Any) -> None:
     """4 bits: two levels a byte, the even one in the low nibble."""
     if bits == 8:

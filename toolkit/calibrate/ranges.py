@@ -1,0 +1,151 @@
+"""The range of every tensor that becomes uint16, seen on text through the model as it will be stored, layer by layer.
+
+Each token's smallest and largest value is kept, so that a range may leave out single tokens. What float16 must hold is
+looked at on the way: the residual stream, and the scores of attention before their softmax.
+Every finished layer is kept on disk, and an interrupted pass goes on after it.
+T tokens, H heads, K kv heads, Dh head_dim.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from toolkit import names
+from toolkit.calibrate.activations import ActivationFile
+from toolkit.checkpoint.config import ModelConfig
+from toolkit.checkpoint.linear_inputs import layer_inputs
+from toolkit.checkpoint.weights import Tensors
+from toolkit.errors import NonFiniteError, UnsupportedError
+from toolkit.quant.ranges import ActivationRange
+from toolkit.reference.decoder import Layer, embed
+
+Floats = NDArray[np.float32]
+_FILE: Final = "ranges.json"
+_FLOAT16_MAX: Final = float(np.finfo(np.float16).max)
+
+
+def activation_ranges(
+    config: ModelConfig,
+    source: Tensors,
+    sequences: Sequence[Sequence[int]],
+    percentile: float,
+    folder: Path,
+    progress: Callable[[str], None] = lambda _: None,
+) -> dict[str, ActivationRange]:
+    """By point (`names.input_of`, `names.output_of`), the range that holds every value of `percentile` percent of the
+    tokens at least; `folder` holds what is finished.
+
+    Raises NonFiniteError if an activation is NaN or infinite, UnsupportedError for values that float16 cannot hold.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lengths = [len(ids) for ids in sequences]
+    streams = [
+        ActivationFile(folder / f"hidden-{k}.f32", lengths, config.hidden_size)
+        for k in range(config.num_hidden_layers + 1)
+    ]
+    start, found = _read(folder)
+    if not streams[start].is_whole():
+        start, found = 0, {}
+        streams[0].write(embed(source, list(ids)) for ids in sequences)
+    for k in range(start, config.num_hidden_layers):
+        layer = _WatchedLayer(config, source, k)
+        streams[k + 1].write(layer(x) for x in streams[k])
+        found |= layer.ranges(percentile)
+        _write(folder, k + 1, found)
+        streams[k].remove()
+        progress(f"ranges of layer {k}")
+    return found
+
+
+class _WatchedLayer(Layer):
+    """A layer that keeps each token's smallest and largest value at each point."""
+
+    def __init__(self, config: ModelConfig, source: Tensors, layer_index: int) -> None:
+        super().__init__(config, source, layer_index)
+        self._index = layer_index
+        self._inputs = {given.name for given in layer_inputs(config, layer_index)}
+        self._seen: dict[str, list[tuple[Floats, Floats]]] = defaultdict(list)
+
+    def __call__(self, x: Floats) -> Floats:
+        y = super().__call__(x)
+        self._check_float16("hidden states", float(np.abs(y).max()))
+        return y
+
+    def linear(self, module: str, x: Floats) -> Floats:
+        """As the exact layer's, its input seen where it is the first to read it, its output before the bias."""
+        name = names.layer_module(self._index, module)
+        if name in self._inputs:
+            self._see(names.input_of(name), x)
+        product: Floats = x @ self.tensors[names.weight(module)].T
+        self._see(names.output_of(name), product)
+        bias = names.bias(module)
+        return product + self.tensors[bias] if bias in self.tensors else product
+
+    def mlp_hidden(self, normed: Floats) -> Floats:
+        """As the exact layer's; gate times its sigmoid is a tensor of its own."""
+        gate = self.linear("mlp.gate_proj", normed)
+        silu: Floats = gate / (1 + np.exp(-gate))
+        self._see(names.output_of(names.layer_module(self._index, "mlp.act_fn")), silu)
+        return silu * self.linear("mlp.up_proj", normed)
+
+    def project(self, normed: Floats, positions: NDArray[np.int64]) -> tuple[Floats, Floats, Floats]:
+        """As the exact layer's; no score may be more than float16 holds."""
+        q, k, v = super().project(normed, positions)
+        longest_q = np.sqrt(np.einsum("thd,thd->th", q, q)).max(axis=0)
+        longest_k = np.sqrt(np.einsum("tkd,tkd->tk", k, k)).max(axis=0)
+        bound = longest_q * np.repeat(longest_k, q.shape[1] // k.shape[1]) * self.config.rotary_head_dim**-0.5
+        for head in np.flatnonzero(bound > _FLOAT16_MAX):
+            scores = q[:, head] @ k[:, head * k.shape[1] // q.shape[1]].T
+            self._check_float16("attention scores", float(np.abs(scores).max()) * self.config.rotary_head_dim**-0.5)
+        return q, k, v
+
+    def ranges(self, percentile: float) -> dict[str, ActivationRange]:
+        """What all sequences showed."""
+        found = {}
+        for point, pieces in self._seen.items():
+            low, high = (np.concatenate(side) for side in zip(*pieces, strict=True))
+            found[point] = ActivationRange(
+                min(float(np.percentile(low, 100 - percentile)), 0.0), max(float(np.percentile(high, percentile)), 0.0)
+            )
+        return found
+
+    def _see(self, point: str, x: Floats) -> None:
+        low, high = x.min(axis=1), x.max(axis=1)
+        if not (np.isfinite(low).all() and np.isfinite(high).all()):
+            raise NonFiniteError(
+                f"{point} is NaN or infinite on the calibration text: the checkpoint does not compute in float32, or "
+                "is damaged"
+            )
+        self._seen[point].append((low, high))
+
+    def _check_float16(self, what: str, largest: float) -> None:
+        if largest > _FLOAT16_MAX:
+            raise UnsupportedError(
+                f"{what} of layer {self._index} reach {largest:.3g} on the calibration text, float16 holds "
+                f"{_FLOAT16_MAX:.0f}: export for a target that computes in float32, such as cpu"
+            )
+
+
+def _read(folder: Path) -> tuple[int, dict[str, ActivationRange]]:
+    """How many layers are done, and what was found in them."""
+    path = folder / _FILE
+    if not path.is_file():
+        return 0, {}
+    state = json.loads(path.read_text(encoding="utf-8"))
+    return state["layers"], {point: ActivationRange(**values) for point, values in state["ranges"].items()}
+
+
+def _write(folder: Path, layers: int, found: dict[str, ActivationRange]) -> None:
+    fresh = folder / (_FILE + ".new")
+    state = {"layers": layers, "ranges": {point: asdict(values) for point, values in found.items()}}
+    fresh.write_text(json.dumps(state), encoding="utf-8")
+    os.replace(fresh, folder / _FILE)

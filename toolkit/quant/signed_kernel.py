@@ -1,0 +1,163 @@
+"""The inner loops for signed integers without a zero point: one positive scale a row, or one a block.
+
+Where a row has several blocks its scales are whole sixteenths of the largest, which is all that QNN keeps of them
+(LPBQ: a multiplier of 4 bits a block on a scale a channel). The multiplier is searched, not rounded: of a scale that
+is free to be anything it would be the one above, and the block would lose what the search had won.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import numpy as np
+
+from toolkit.quant.kernel import compiled
+
+SIXTEENTHS: Final = 16
+_F = np.float32
+_SMALLEST_SCALE: Final = np.float32(1e-36)
+
+
+@compiled
+def quantize_signed_rows(
+    weight: Any, importance: Any, searches: bool, bits: int, block_size: int, packed: Any, scales: Any
+) -> float:
+    """Fills packed [N, J, block_size*bits/8] uint8, levels 0 … 2^bits - 1 around 2^(bits-1), and scales [N, J] float32
+    from `weight` [N, K] float32, K = J blocks; returns the sum of squared errors. `importance` [K] float32 weighs the
+    errors of columns; without entries the search weighs by size."""
+    half = _F(1 << (bits - 1))
+    worth = np.empty(block_size, np.float32)
+    noise = 0.0
+    for row in range(weight.shape[0]):
+        for j in range(scales.shape[1]):
+            block = weight[row, j * block_size : (j + 1) * block_size]
+            scale = _range(block, half)
+            if searches and scale > _F(0):
+                _weigh(block, importance, j * block_size, worth)
+                scale = _search(block, worth, scale, half)
+            scales[row, j] = scale
+        if scales.shape[1] > 1:
+            _snap(weight[row], importance, searches, block_size, half, worth, scales[row])
+        for j in range(scales.shape[1]):
+            block = weight[row, j * block_size : (j + 1) * block_size]
+            noise += _round(block, scales[row, j], half, bits, packed[row, j])
+    return noise
+
+
+@compiled
+def round_signed_columns(columns: Any, upper: Any, scales: Any, bits: int, levels: Any, errors: Any) -> None:
+    """GPTQ's inner loop with scales that stand: rounds `columns` [N, n] float32 from left to right, in place, by
+    `scales` [N, n], each error passed on by `upper` [n, n]. Fills levels uint8 and errors [N, n]."""
+    half = _F(1 << (bits - 1))
+    for row in range(columns.shape[0]):
+        for i in range(columns.shape[1]):
+            scale = scales[row, i]
+            level = _level(columns[row, i], scale, half)
+            error = (columns[row, i] - level * scale) / upper[i, i]
+            for k in range(i + 1, columns.shape[1]):
+                columns[row, k] -= error * upper[i, k]
+            levels[row, i], errors[row, i] = np.uint8(np.int32(level + half)), error
+
+
+@compiled
+def _range(block: Any, half: Any) -> Any:
+    """The least scale that clips nothing: levels reach from -half to half - 1."""
+    low, high = _F(0), _F(0)
+    for k in range(block.size):
+        low = block[k] if block[k] < low else low
+        high = block[k] if block[k] > high else high
+    scale = max(high / (half - _F(1)), -low / half)
+    return scale if scale > _SMALLEST_SCALE else _F(0)
+
+
+@compiled
+def _weigh(block: Any, importance: Any, first: int, worth: Any) -> None:
+    """What an error of each column weighs: as given, or its size plus the block's root mean square."""
+    if importance.size:
+        for k in range(block.size):
+            worth[k] = importance[first + k]
+        return
+    total = 0.0
+    for k in range(block.size):
+        total += block[k] * block[k]
+    rms = _F(np.sqrt(total / block.size))
+    for k in range(block.size):
+        worth[k] = abs(block[k]) + rms
+
+
+@compiled
+def _search(block: Any, worth: Any, start: Any, half: Any) -> Any:
+    """Of scales from half of `start` up, each refitted to the levels it gives, the one with the least error."""
+    best, scale = -1.0, start
+    for step in range(10, 21):
+        candidate = start * _F(step) / _F(20)
+        cross, square = 0.0, 0.0
+        for k in range(block.size):
+            level = _level(block[k], candidate, half)
+            cross += worth[k] * level * block[k]
+            square += worth[k] * level * level
+        if cross > 0 and cross * cross > best * square:
+            best, scale = cross * cross / square, _F(cross / square)
+    return scale
+
+
+@compiled
+def _snap(
+    row: Any, importance: Any, searches: bool, block_size: int, half: Any, worth: Any, scales: Any
+) -> None:
+    """Each scale of a row to a multiple 1 … 16 of a sixteenth of the largest: of those around it the best, the one
+    above where nothing is searched."""
+    largest = _F(0)
+    for j in range(scales.size):
+        largest = max(largest, scales[j])
+    unit = largest / _F(SIXTEENTHS)
+    for j in range(scales.size):
+        if unit <= _SMALLEST_SCALE:
+            scales[j] = _F(0)
+            continue
+        above = min(max(int(np.ceil(scales[j] / unit - _F(1e-4))), 1), SIXTEENTHS)
+        chosen = above
+        if searches:
+            block = row[j * block_size : (j + 1) * block_size]
+            _weigh(block, importance, j * block_size, worth)
+            least = -1.0
+            for multiplier in range(max(above - 2, 1), min(above + 1, SIXTEENTHS) + 1):
+                error = _error(block, worth, unit * _F(multiplier), half)
+                if least < 0 or error < least:
+                    least, chosen = error, multiplier
+        scales[j] = unit * _F(chosen)
+
+
+@compiled
+def _error(block: Any, worth: Any, scale: Any, half: Any) -> Any:
+    total = 0.0
+    for k in range(block.size):
+        miss = block[k] - _level(block[k], scale, half) * scale
+        total += worth[k] * miss * miss
+    return total
+
+
+@compiled
+def _level(x: Any, scale: Any, half: Any) -> Any:
+    if scale <= _F(0):
+        return _F(0)
+    level = np.rint(x / scale)
+    return min(max(level, -half), half - _F(1))
+
+
+@compiled
+def _round(block: Any, scale: Any, half: Any, bits: int, packed: Any) -> Any:
+    """Fills `packed`, 4 bits two a byte, the even one in the low nibble; returns the squared error."""
+    error = 0.0
+    for k in range(packed.size):
+        packed[k] = 0
+    for k in range(block.size):
+        level = _level(block[k], scale, half)
+        miss = block[k] - level * scale
+        error += miss * miss
+        stored = np.uint8(np.int32(level + half))
+        if bits == 8:
+            packed[k] = stored
+        else:
+            packed[k // 2] |= stored << np.uint8(4 * (k % 2))
+    return error
