@@ -74,7 +74,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         )
     recipe.setdefault("window", TARGETS[recipe["target"]].window)
     recipe.setdefault("soc", TARGETS[recipe["target"]].soc)
-    recipe.setdefault("profile", next((profile.name for profile in TARGETS[recipe["target"]].profiles), ""))
+    # What bundles had before there was a choice.
+    recipe.setdefault("profile", "float16" if TARGETS[recipe["target"]].profiles else "")
     recipe.setdefault("parts", 1)
     return manifest
 

@@ -55,7 +55,7 @@ class GraphInterface:
 
 def read_interface(path: Path) -> GraphInterface:
     """Raises BundleError if the file is not an ONNX graph."""
-    return interface_of(_load(path))
+    return interface_of(load_graph(path))
 
 
 def interface_of(model: ir.Model) -> GraphInterface:
@@ -72,11 +72,12 @@ def interface_of(model: ir.Model) -> GraphInterface:
 
 def external_bytes(path: Path) -> int:
     """How many bytes of its data file a graph's initializers are. Raises BundleError if the file is not a graph."""
-    tensors = [value.const_value for value in _load(path).graph.initializers.values()]
+    tensors = [value.const_value for value in load_graph(path).graph.initializers.values()]
     return sum(int(tensor.length or 0) for tensor in tensors if isinstance(tensor, ir.ExternalTensor))
 
 
-def _load(path: Path) -> ir.Model:
+def load_graph(path: Path) -> ir.Model:
+    """The graph itself, its weights left where they are. Raises BundleError if the file is not an ONNX graph."""
     try:
         return ir.load(path)
     except Exception as problem:  # protobuf's errors have no common root short of Exception

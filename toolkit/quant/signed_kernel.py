@@ -117,7 +117,8 @@ def _snap(
             continue
         above = min(max(int(np.ceil(scales[j] / unit - _F(1e-4))), 1), SIXTEENTHS)
         chosen = above
-        if searches:
+        # The largest stays what it is: the others are counted in its sixteenths.
+        if searches and scales[j] < largest:
             block = row[j * block_size : (j + 1) * block_size]
             _weigh(block, importance, j * block_size, worth)
             least = -1.0
