@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 
@@ -29,10 +30,12 @@ from toolkit.pipeline.check import check_bundle
 from toolkit.pipeline.compile import compile_bundle, compile_exported
 from toolkit.pipeline.plan import plan_export
 from toolkit.recipe import load_recipe
+from toolkit.reference.decoder import reference_logits
 from toolkit.report.summary import figures_of
 from toolkit.soc import SOCS
 from toolkit.validate import simulator
-from toolkit.validate.positions import some_ids
+from toolkit.validate.parity import Comparison
+from toolkit.validate.positions import open_positions, some_ids
 from toolkit.validate.session import continuations
 from toolkit.validate.simulator import simulate
 
@@ -339,7 +342,7 @@ def test_where_the_compiler_is_not_export_says_so_and_compile_refuses(
     with pytest.raises(MachineError, match=words):
         compile_bundle(bundle)
     with pytest.raises(MachineError, match=words):
-        simulate(bundle, [1, 2], 1)
+        simulate(bundle, [1, 2], 1, np.zeros((2, 1024), np.float32))
     note = compile_exported(bundle, wanted=True)
     assert note.startswith("not compiled ahead of time: ") and "toolkit compile" in note
     reasons = {entry["name"]: entry["reason"] for entry in _report(bundle)["not_measured"]}
@@ -390,13 +393,20 @@ def test_validate_measures_in_the_simulator(compiled_copy: Path) -> None:
 
 
 @needs_compiler
-def test_the_simulator_computes_what_the_cpu_computes(uncompiled: Path) -> None:
+def test_the_simulator_computes_what_the_cpu_computes(uncompiled: Path, tiny_r1: Path) -> None:
     ids = some_ids(uncompiled, 40)
-    found = simulate(uncompiled, ids, len(ids) - 4)
+    checkpoint = open_checkpoint(tiny_r1)
+    (reference,) = reference_logits(checkpoint.config, checkpoint.source, [ids])
+    found = simulate(uncompiled, ids, len(ids) - 4, reference)
     assert (found["ep"], found["stage"], found["parts"]) == ("QNNExecutionProvider", "transformer", 2)
     assert found["tokens"] == len(ids) == 104
     assert 0 < found["hidden_rms_error"] < 0.02 and found["top1_agreement"] > 0.95
-    assert figures_of({"simulator": found})["hidden_rms_error"] == found["hidden_rms_error"]
+    figures = figures_of({"simulator": found})
+    assert figures["hidden_rms_error"] == found["hidden_rms_error"]
+    assert figures["simulator_mean_kld"] == found["mean_kld"]
+    on_cpu = Comparison()
+    on_cpu.add(reference, open_positions(uncompiled, exact=True).logits(ids, len(ids) - 4), ids)
+    assert found["mean_kld"] == pytest.approx(on_cpu.figures()["mean_kld"], rel=0.2, abs=1e-4)
 
 
 def test_the_simulators_error_is_the_hidden_states_own(uncompiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -410,10 +420,13 @@ def test_the_simulators_error_is_the_hidden_states_own(uncompiled: Path, monkeyp
         return [step.hidden for step in steps if step.stage in stages.values()]
 
     monkeypatch.setattr(simulator, "_run_apart", exact)
-    found = simulate(uncompiled, ids, 130)
+    logits = pipeline.logits(ids, 130)
+    found = simulate(uncompiled, ids, 130, logits)
     assert found["hidden_rms_error"] == 0 and found["top1_agreement"] == 1
+    assert found["mean_kld"] == pytest.approx(0, abs=1e-9) and found["reference_top1_agreement"] == 1
     monkeypatch.setattr(simulator, "_run_apart", lambda *args: [1.1 * array for array in exact(*args)])
-    assert 0.09 < simulate(uncompiled, ids, 130)["hidden_rms_error"] < 0.12
+    moved = simulate(uncompiled, ids, 130, logits)
+    assert 0.09 < moved["hidden_rms_error"] < 0.12 and moved["mean_kld"] > 1e-4
 
 
 @needs_compiler
@@ -421,7 +434,7 @@ def test_a_simulator_that_crashes_is_told(uncompiled: Path, monkeypatch: pytest.
     child = [sys.executable, "-c", f"import os; os.kill(os.getpid(), {int(signal.SIGSEGV)})"]
     monkeypatch.setattr(simulator, "_CHILD", child)
     with pytest.raises(BundleError, match=r"did not simulate context_0 and iterator_0 of .*exit code -11"):
-        simulate(uncompiled, [1, 2, 3], 2)
+        simulate(uncompiled, [1, 2, 3], 2, np.zeros((3, 1024), np.float32))
 
 
 def test_the_ceiling_is_bandwidth_over_what_a_token_reads(uncompiled: Path) -> None:

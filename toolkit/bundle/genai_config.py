@@ -152,6 +152,14 @@ def soc_options(config: Mapping[str, Any]) -> dict[str, str]:
     return {key: value for key, value in given if key in _SOC}
 
 
+def tell_soc(config: dict[str, Any], options: Mapping[str, str]) -> None:
+    """Changes a bundle's settings to those for another SoC."""
+    for section in stage_sections(config):
+        for entry in section["session_options"]["provider_options"]:
+            for given in entry.values():
+                given |= {key: value for key, value in options.items() if key in given}
+
+
 def stage_sections(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The part of each graph in a genai_config: the stages of a pipeline in their order, or the decoder itself."""
     decoder = config["model"]["decoder"]

@@ -8,15 +8,16 @@ from __future__ import annotations
 import json
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from toolkit import __version__
+from toolkit.cli.effort import effort_of, effort_options
 from toolkit.cli.printing import one_document, print_costs, print_exported, print_plans, print_problems, print_verdict
 from toolkit.errors import ToolkitError
+from toolkit.soc import SOCS
 
 if TYPE_CHECKING:
     from toolkit.checkpoint.opened import Checkpoint
@@ -27,29 +28,6 @@ ON_CPU = click.option("--on-cpu", is_flag=True, help="Run every stage on the CPU
 BUNDLE = click.argument("bundle", type=click.Path(path_type=Path))
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, the rest on stderr.")
 CHECKPOINT_HELP = "A folder in Hugging Face layout, or a hub id [the recipe's model]."
-
-
-def effort_options(command: Callable[..., None]) -> Callable[..., None]:
-    """How much `validate` measures; `export` takes the same options."""
-    for option in (
-        click.option("--tokens", type=click.IntRange(min=2), default=2000, show_default=True, help="Tokens compared."),
-        click.option("--text", type=click.Path(path_type=Path), help="Text to compare on, or JSONL with `text`."),
-        click.option(
-            "--task", "own_tasks", type=click.Path(path_type=Path), multiple=True, metavar="FILE",
-            help="Questions of your own beside the recipe's: JSONL of `question` or `prompt`, `answer`, `checker`.",
-        ),
-        click.option("--examples", type=click.IntRange(min=1), help="Questions of each task [all]."),
-        click.option(
-            "--max-new-tokens", type=click.IntRange(min=1), default=300, show_default=True,
-            help="Tokens of an answer, its thought included; real distills need thousands.",
-        ),
-        click.option("--baseline/--no-baseline", default=None, help="Measure plain 4-bit rounding beside [recipe]."),
-        click.option("--no-tasks", is_flag=True, help="Leave the recipe's questions out."),
-        click.option("--simulate/--no-simulate", default=None, help="Run qnn's stages in QNN's simulator [if small]."),
-        click.option("--no-speed", is_flag=True, help="Leave tokens per second out."),
-    ):
-        command = option(command)
-    return command
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -100,7 +78,7 @@ def export(
         print_plans(plans, as_json)
         return
     print_costs(plans)
-    wanted = None if no_validate or synthetic else _effort(effort)
+    wanted = None if no_validate or synthetic else effort_of(effort)
     with progress_line(len(opened.source.names())) as progress:
         bundles = export_bundles(orders, opened, precision, progress)
     for bundle in bundles:
@@ -117,14 +95,15 @@ def export(
 
 @commands.command(name="compile")
 @BUNDLE
+@click.option("--soc", type=click.Choice(list(SOCS)), help="For another SoC than the bundle's recipe names.")
 @AS_JSON
-def compile_(bundle: Path, as_json: bool) -> None:
+def compile_(bundle: Path, soc: str | None, as_json: bool) -> None:
     """The transformer of BUNDLE to EPContext files for its SoC, part by part; goes on where it was stopped."""
     from toolkit.pipeline.compile import compile_bundle
     from toolkit.progress import progress_line
 
     with progress_line(None) as progress:
-        rows = compile_bundle(bundle, progress)
+        rows = compile_bundle(bundle, progress, soc)
     if as_json:
         click.echo(json.dumps(rows, indent=2, ensure_ascii=False))
         return
@@ -146,7 +125,7 @@ def validate(bundle: Path, checkpoint: str | None, as_json: bool, **effort: Any)
 
     manifest = read_manifest(bundle)
     made_by, synthetic = manifest["recipe"], manifest["synthetic"]
-    wanted = _effort(effort)
+    wanted = effort_of(effort)
     place = checkpoint or (None if synthetic else made_by["model"])
     opened = _open(place, model_facts(made_by["name"], made_by["target"]), synthetic)
     _validate([bundle], opened, wanted, as_json)
@@ -345,19 +324,6 @@ def _open(place: str | None, facts: Path | None, synthetic: bool) -> Checkpoint:
     if folder is None:
         raise RecipeError("--synthetic needs the shapes: name a folder with a config.json with --checkpoint")
     return synthetic_checkpoint(folder) if synthetic else open_checkpoint(folder)
-
-
-def _effort(options: dict[str, Any]) -> Effort:
-    """What the options ask for. A user's own tasks are read here: before hours of work, rather than after."""
-    from toolkit.pipeline.judge import Effort
-    from toolkit.validate.tasks import read_task
-
-    own_tasks = tuple(read_task(path, options["examples"]) for path in options["own_tasks"])
-    return Effort(
-        tokens=options["tokens"], examples=options["examples"], tasks=not options["no_tasks"], own_tasks=own_tasks,
-        max_new_tokens=options["max_new_tokens"], speed=not options["no_speed"], baseline=options["baseline"],
-        text=options["text"], simulate=options["simulate"],
-    )  # fmt: skip
 
 
 def _validate(bundles: list[Path], checkpoint: Checkpoint, wanted: Effort, as_json: bool) -> None:

@@ -99,7 +99,10 @@ def print_verdict(bundle: Path, report: dict[str, Any]) -> None:
     if simulated := report.get("simulator"):
         error, agree = simulated["hidden_rms_error"], simulated["top1_agreement"]
         click.echo(f"{simulated['software']}'s simulator beside the CPU on {simulated['tokens']} tokens: "
-                   f"hidden states differ by {error:.2g}, top-1 {agree:.1%}")  # fmt: skip
+                   f"hidden states differ by {error:.2g}, top-1 {agree:.1%}; beside the checkpoint: "
+                   f"mean KLD {simulated['mean_kld']:.3g}")  # fmt: skip
+        for task in simulated.get("tasks", []):
+            _print_task({**task, "name": f"{task['name']} in the simulator"}, {})
     if speed := report.get("speed"):
         prefill, decode = speed["prefill_tokens_per_s"], speed["decode_tokens_per_s"]
         click.echo(f"speed: {prefill:.0f} prefill, {decode:.1f} decode tokens/s, {speed['threads']} threads")

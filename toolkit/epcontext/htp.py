@@ -36,6 +36,17 @@ def htp_version() -> str:
     return version
 
 
+def simulator_options(provider_options: Mapping[str, str], folder: Path) -> dict[str, str]:
+    """A bundle's options for its device as they are here, where the compiler and the simulator are; `folder` is for a
+    file that is read when a graph is compiled."""
+    import onnxruntime_qnn as qnn
+
+    affinity = folder / "op_affinity.json"
+    affinity.write_text(json.dumps(_AFFINITY), encoding="utf-8")
+    here = {"backend_path": qnn.get_qnn_htp_path(), "op_affinity": str(affinity)}
+    return {"htp_graph_finalization_optimization_mode": "3", **provider_options, **here}
+
+
 def open_htp(
     graph: Path, provider_options: Mapping[str, str], entries: Mapping[str, str], folder: Path
 ) -> Any:
@@ -49,17 +60,10 @@ def open_htp(
 
     if all(device.ep_name != PROVIDER for device in ort.get_ep_devices()):
         ort.register_execution_provider_library(PROVIDER, qnn.get_library_path())
-    affinity = folder / "op_affinity.json"
-    affinity.write_text(json.dumps(_AFFINITY), encoding="utf-8")
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    options.add_provider_for_devices(
-        [device for device in ort.get_ep_devices() if device.ep_name == PROVIDER],
-        {
-            "backend_path": qnn.get_qnn_htp_path(), "htp_graph_finalization_optimization_mode": "3",
-            "op_affinity": str(affinity), **provider_options,
-        },
-    )  # fmt: skip
+    devices = [device for device in ort.get_ep_devices() if device.ep_name == PROVIDER]
+    options.add_provider_for_devices(devices, simulator_options(provider_options, folder))
     for key, value in {"session.disable_cpu_ep_fallback": "1", **entries}.items():
         options.add_session_config_entry(key, value)
     return ort.InferenceSession(str(graph), options)

@@ -11,12 +11,14 @@ from typing import Any
 
 from toolkit import names
 from toolkit.bundle.compiled import compiled_settings, partition_rows
-from toolkit.bundle.genai_config import read_settings, soc_options
+from toolkit.bundle.genai_config import read_settings, soc_options, tell_soc
 from toolkit.bundle.manifest import file_entry, read_manifest
 from toolkit.epcontext.htp import PACKAGE, htp_version
 from toolkit.epcontext.parts import CompiledPart, Part, compile_parts, part_key
 from toolkit.errors import BundleError, MachineError, UnsupportedError
 from toolkit.report.summary import amend_report
+from toolkit.report.weights import ceiling_row
+from toolkit.soc import SOCS, Soc
 from toolkit.target import TARGETS
 
 
@@ -43,11 +45,14 @@ def compile_exported(bundle: Path, wanted: bool, progress: Callable[[str], None]
     return f"not compiled ahead of time: {reason}; `toolkit compile {bundle}` does it"
 
 
-def compile_bundle(bundle: Path, progress: Callable[[str], None] = lambda _: None) -> list[dict[str, Any]]:
+def compile_bundle(
+    bundle: Path, progress: Callable[[str], None] = lambda _: None, soc: str | None = None
+) -> list[dict[str, Any]]:
     """Compiles what is not compiled yet, points settings, manifest and report at it; returns the report's `partition`.
 
-    The work is done in `<bundle>.compile` and goes on there. Raises UnsupportedError for a target without a compiler,
-    MachineError if the compiler is not here or the memory will not do, BundleError for what it does not take.
+    `soc` makes the bundle one for another SoC than its recipe's. The work is done in `<bundle>.compile` and goes on
+    there. Raises UnsupportedError for a target without a compiler, MachineError if the compiler is not here or the
+    memory will not do, BundleError for what it does not take.
     """
     manifest = read_manifest(bundle)
     recipe = manifest["recipe"]
@@ -55,6 +60,9 @@ def compile_bundle(bundle: Path, progress: Callable[[str], None] = lambda _: Non
         known = ", ".join(target.name for target in TARGETS.values() if target.soc)
         raise UnsupportedError(f"target {recipe['target']} has no ahead-of-time compiler; those that have one: {known}")
     config, hashes = read_settings(bundle), {entry["name"]: entry["sha256"] for entry in manifest["files"]}
+    if soc:
+        recipe["soc"] = soc
+        tell_soc(config, SOCS[soc].provider_options)
     parts = _parts(recipe, soc_options(config), hashes, f"{PACKAGE} {htp_version()}")
     work = bundle.with_name(bundle.name + ".compile")
     if work.exists() or manifest.get("compiled") != _keys(parts) or not _sizes_fit(bundle, manifest):
@@ -99,7 +107,7 @@ def _install(
 ) -> None:
     """Moves finished files in and renames the settings over the old ones last: a kill leaves a bundle that runs, and
     whose manifest says whether it is whole."""
-    stages = [stage for part in parts for stage in part.stages]
+    stages, soc = [stage for part in parts for stage in part.stages], SOCS[manifest["recipe"]["soc"]]
     entries = [entry for part in made for entry in part.files]
     for entry in entries:
         if (work / entry["name"]).is_file():
@@ -116,14 +124,18 @@ def _install(
     _write(bundle / f"{names.MANIFEST_FILE}.new", manifest)
     os.replace(bundle / f"{names.MANIFEST_FILE}.new", bundle / names.MANIFEST_FILE)
     os.replace(settings, bundle / names.GENAI_CONFIG_FILE)
-    amend_report(bundle, lambda report: _describe(report, bundle, parts, made), {})
+    amend_report(bundle, lambda report: _describe(report, bundle, parts, made, soc), {})
     shutil.rmtree(work)
 
 
-def _describe(report: dict[str, Any], bundle: Path, parts: Sequence[Part], made: Sequence[CompiledPart]) -> None:
+def _describe(
+    report: dict[str, Any], bundle: Path, parts: Sequence[Part], made: Sequence[CompiledPart], soc: Soc
+) -> None:
     """What compiling took, and what became of each stage."""
     stages = [stage for part in parts for stage in part.stages]
     report["partition"] = partition_rows(report.get("partition", []), bundle, stages)
+    if "ceiling" in report:
+        report["ceiling"] = [ceiling_row(row["weight_bytes_per_token"], soc) for row in report["ceiling"]]
     if (conversion := report.get("conversion")) is None:
         return
     earlier = sum(stage["wall_s"] for stage in conversion["stages"] if stage["name"] == "compile")

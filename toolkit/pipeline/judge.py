@@ -23,7 +23,15 @@ from toolkit.recipe import data_folder, model_facts
 from toolkit.reference.decoder import head_logits, reference_hidden
 from toolkit.report.summary import judge, read_report, section_of, write_report
 from toolkit.target import CPU_EP
-from toolkit.validate.answers import Asked, ask, bundle_answers, compared, reference_answers
+from toolkit.validate.answers import (
+    Asked,
+    ask,
+    bundle_answers,
+    compared,
+    first_of,
+    reference_answers,
+    simulated_answers,
+)
 from toolkit.validate.parity import Comparison, matching_prefix
 from toolkit.validate.positions import open_positions, rounds_activations
 from toolkit.validate.rounded import PLAIN_BITS_PER_WEIGHT, PLAIN_NAME, plain_rounding
@@ -51,7 +59,8 @@ class Effort:
     """How much is measured. `examples` None asks every question of a task; `baseline` None leaves it to the recipe, and
     `simulate` None to the transformer's size.
 
-    `tasks` asks the recipe's own, beside `own_tasks`; an answer may have `max_new_tokens`.
+    `tasks` asks the recipe's own, beside `own_tasks`; an answer may have `max_new_tokens`. `simulated_examples` of each
+    task are asked in the simulator too.
     """
 
     tokens: int = 2000
@@ -63,6 +72,7 @@ class Effort:
     baseline: bool | None = None
     text: Path | None = None
     simulate: bool | None = None
+    simulated_examples: int = 0
 
 
 def judge_bundle(
@@ -86,7 +96,7 @@ def judge_bundle(
     report |= _parity_sections(bundle, checkpoint, sequences, wants_baseline, not here, progress)
     reasons |= _place(report, here)
     ids = [token for sequence in sequences for token in sequence]
-    reasons |= _simulate(report, bundle, manifest, ids, effort.simulate, progress)
+    reasons |= _simulate(report, bundle, checkpoint, manifest, ids, asked, effort, progress)
     if effort.baseline is False:
         reasons["baseline"] = "left out by --no-baseline"
     if not effort.tasks:
@@ -129,12 +139,15 @@ def _place(report: dict[str, Any], here: bool) -> dict[str, str]:
 def _simulate(
     report: dict[str, Any],
     bundle: Path,
+    checkpoint: Checkpoint,
     manifest: dict[str, Any],
     ids: list[int],
-    wanted: bool | None,
+    asked: list[Asked],
+    effort: Effort,
     progress: Callable[[str], None],
 ) -> dict[str, str]:
     """Writes `simulator`, or returns why there is none."""
+    wanted = effort.simulate
     recipe = manifest["recipe"]
     if not recipe["soc"]:
         return {}
@@ -148,7 +161,18 @@ def _simulate(
         return {"simulator": str(problem)}
     windows, decoded = (1, 1) if large else (2, 8)
     cut = ids[: windows * recipe["window"] + decoded]
-    report["simulator"] = simulate(bundle, cut, max(len(cut) - decoded, 1), progress)
+    config, source = checkpoint.config, checkpoint.source
+    reference = head_logits(config, source, reference_hidden(config, source, [cut])[0])
+    report["simulator"] = simulate(bundle, cut, max(len(cut) - decoded, 1), reference, progress)
+    if not effort.simulated_examples:
+        return {"simulator.tasks": "slow: ask some questions in the simulator with --simulate-examples"}
+    rows = []
+    for some in (first_of(task, effort.simulated_examples) for task in asked):
+        progress(f"task {some.task.name}: {len(some.ids)} questions in the simulator")
+        ours, theirs = simulated_answers(bundle, some), reference_answers(config, source, some)
+        identity = {"name": some.task.name, "examples": len(some.ids), "max_new_tokens": some.new_tokens}
+        rows.append({**identity, **ours.figures(), **theirs.figures("reference_"), **compared(ours, theirs)})
+    report["simulator"]["tasks"] = rows
     return {}
 
 
@@ -156,6 +180,8 @@ def _thresholds(manifest: dict[str, Any], report: dict[str, Any]) -> dict[str, f
     """The recipe's, or those of an unquantized bundle; what was left out on request is not checked, and said to be."""
     wanted = _FP32_THRESHOLDS if manifest["precision"] == "fp32" else manifest["recipe"]["validate"]
     left_out = {section for section in ("tasks", "speed", "simulator") if section not in report}
+    if "tasks" not in report.get("simulator", {}):
+        left_out.add("simulator.tasks")
     return {name: limit for name, limit in wanted.items() if section_of(name) not in left_out}
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from toolkit.quant.kernel import compiled
 
 SIXTEENTHS: Final = 16
-_F = np.float32
+_F, _D = np.float32, np.float64
 _SMALLEST_SCALE: Final = np.float32(1e-36)
 
 
@@ -79,7 +79,7 @@ def _weigh(block: Any, importance: Any, first: int, worth: Any) -> None:
         return
     total = 0.0
     for k in range(block.size):
-        total += block[k] * block[k]
+        total += _D(block[k]) * _D(block[k])
     rms = _F(np.sqrt(total / block.size))
     for k in range(block.size):
         worth[k] = abs(block[k]) + rms
@@ -94,8 +94,9 @@ def _search(block: Any, worth: Any, start: Any, half: Any) -> Any:
         cross, square = 0.0, 0.0
         for k in range(block.size):
             level = _level(block[k], candidate, half)
-            cross += worth[k] * level * block[k]
-            square += worth[k] * level * level
+            weighted = _D(worth[k]) * _D(level)
+            cross += weighted * _D(block[k])
+            square += weighted * _D(level)
         if cross > 0 and cross * cross > best * square:
             best, scale = cross * cross / square, _F(cross / square)
     return scale
@@ -133,8 +134,8 @@ def _snap(
 def _error(block: Any, worth: Any, scale: Any, half: Any) -> Any:
     total = 0.0
     for k in range(block.size):
-        miss = block[k] - _level(block[k], scale, half) * scale
-        total += worth[k] * miss * miss
+        miss = _D(block[k] - _level(block[k], scale, half) * scale)
+        total += _D(worth[k]) * miss * miss
     return total
 
 
@@ -154,7 +155,7 @@ def _round(block: Any, scale: Any, half: Any, bits: int, packed: Any) -> Any:
         packed[k] = 0
     for k in range(block.size):
         level = _level(block[k], scale, half)
-        miss = block[k] - level * scale
+        miss = _D(block[k] - level * scale)
         error += miss * miss
         stored = np.uint8(np.int32(level + half))
         if bits == 8:

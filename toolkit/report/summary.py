@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,7 +28,7 @@ _OPTIONAL: Final = {
 }
 # What measuring anew leaves as it is.
 _KEPT: Final = ("conversion", "quantization", "partition", "kv_cache", "ceiling")
-_AT_LEAST: Final = ("top1_agreement", "greedy_match_tokens", "accuracy")
+_AT_LEAST: Final = ("top1_agreement", "greedy_match_tokens", "accuracy", "simulator_accuracy")
 
 
 def begin_report(manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -85,21 +85,31 @@ def figures_of(report: Mapping[str, Any]) -> dict[str, float]:
         if isinstance(value, int | float) and not isinstance(value, bool)
     }
     if "simulator" in report:
-        figures["hidden_rms_error"] = report["simulator"]["hidden_rms_error"]
-    tasks = report.get("tasks", [])
-    if tasks:
-        figures["accuracy"] = min(task["accuracy"] for task in tasks)
-        drops = [task["reference_accuracy"] - task["accuracy"] for task in tasks if "reference_accuracy" in task]
-        if drops:
-            figures["accuracy_drop"] = max(drops)
-    return figures
+        simulator = report["simulator"]
+        figures["hidden_rms_error"] = simulator["hidden_rms_error"]
+        if "mean_kld" in simulator:
+            figures["simulator_mean_kld"] = simulator["mean_kld"]
+        simulated = _of_tasks(simulator.get("tasks", []))
+        figures |= {f"simulator_{name}": value for name, value in simulated.items()}
+    return figures | _of_tasks(report.get("tasks", []))
+
+
+def _of_tasks(tasks: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    if not tasks:
+        return {}
+    drops = [task["reference_accuracy"] - task["accuracy"] for task in tasks if "reference_accuracy" in task]
+    worst = {"accuracy": min(task["accuracy"] for task in tasks)}
+    return {**worst, **({"accuracy_drop": max(drops)} if drops else {})}
 
 
 def section_of(figure: str) -> str:
-    """The section of the report that a figure is measured in: `tasks`, `simulator`, `speed` or `parity`."""
+    """The section of the report that a figure is measured in: `tasks`, `simulator`, `simulator.tasks`, `speed` or
+    `parity`."""
+    if figure.startswith("simulator_accuracy"):
+        return "simulator.tasks"
     if figure.startswith("accuracy"):
         return "tasks"
-    if figure == "hidden_rms_error":
+    if figure in ("hidden_rms_error", "simulator_mean_kld"):
         return "simulator"
     return "speed" if figure.endswith(("_s", "_bytes")) else "parity"
 

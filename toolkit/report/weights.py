@@ -88,13 +88,17 @@ def ceiling_section(layout: Layout, soc: Soc) -> list[dict[str, Any]]:
     tied = not any(names.role_of(unit.name) == "lm_head" for unit in matrices)
     read = [unit for unit in matrices if tied or names.role_of(unit.name) != "embed_tokens"]
     nbytes = sum(slot.nbytes for unit in read for slot in unit.slots)
-    return [
-        {
-            "device": soc.device, "memory_bytes_per_s": soc.memory_bytes_per_s, "source": soc.memory_source,
-            "weight_bytes_per_token": nbytes, "decode_tokens_per_s": soc.memory_bytes_per_s / nbytes,
-            "basis": "an upper bound by memory bandwidth over the bytes of weights a token reads, not a measurement",
-        }
-    ]  # fmt: skip
+    return [ceiling_row(nbytes, soc)]
+
+
+def ceiling_row(weight_bytes_per_token: int, soc: Soc) -> dict[str, Any]:
+    """The bound of one SoC."""
+    return {
+        "device": soc.device, "memory_bytes_per_s": soc.memory_bytes_per_s, "source": soc.memory_source,
+        "weight_bytes_per_token": weight_bytes_per_token,
+        "decode_tokens_per_s": soc.memory_bytes_per_s / weight_bytes_per_token,
+        "basis": "an upper bound by memory bandwidth over the bytes of weights a token reads, not a measurement",
+    }  # fmt: skip
 
 
 def _format(unit: Unit) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,6 +21,7 @@ from toolkit.reference.greedy import greedy_continuations
 from toolkit.validate.checkers import after_thought
 from toolkit.validate.conversation import ChatTemplate
 from toolkit.validate.session import continuations, open_model
+from toolkit.validate.simulated_answers import simulated_continuations
 from toolkit.validate.tasks import Task
 
 # What the reference may take for the cache of the questions it answers side by side.
@@ -89,6 +90,17 @@ def ask(bundle: Path, task: Task, new_tokens: int, on_cpu: bool = False) -> Aske
 def bundle_answers(bundle: Path, asked: Asked, on_cpu: bool = False) -> Answers:
     """What a bundle answers through onnxruntime-genai."""
     return _judged(asked, continuations(bundle, list(asked.ids), asked.new_tokens, on_cpu))
+
+
+def simulated_answers(bundle: Path, asked: Asked) -> Answers:
+    """What a bundle answers with its transformer in the simulator. Raises BundleError if that does not run."""
+    return _judged(asked, simulated_continuations(bundle, asked.ids, asked.new_tokens))
+
+
+def first_of(asked: Asked, count: int) -> Asked:
+    """The first questions of a task."""
+    task = replace(asked.task, questions=asked.task.questions[:count])
+    return replace(asked, task=task, texts=asked.texts[:count], ids=asked.ids[:count], rooms=asked.rooms[:count])
 
 
 def reference_answers(config: ModelConfig, source: Tensors, asked: Asked) -> Answers:

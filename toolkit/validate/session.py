@@ -180,21 +180,26 @@ def _check_cache(bundle: Path, config: dict[str, Any]) -> None:
 
 
 def _cpu_copy(bundle: Path, config: dict[str, Any]) -> tempfile.TemporaryDirectory[str]:
-    """A folder beside the bundle with its files by other names, and a genai_config that asks for no provider.
-
-    Raises MachineError if it cannot be made.
-    """
+    """The bundle with settings that ask for no provider."""
     plain = uncompiled_settings(config)
     for section in stage_sections(plain):
         section["session_options"]["provider_options"] = []
+    return linked_copy(bundle, plain)
+
+
+def linked_copy(bundle: Path, config: dict[str, Any]) -> tempfile.TemporaryDirectory[str]:
+    """A folder beside the bundle with its files by other names, and settings of its own.
+
+    Raises MachineError if it cannot be made.
+    """
     try:
         folder = tempfile.TemporaryDirectory(prefix=f".{bundle.name}-", dir=bundle.parent, ignore_cleanup_errors=True)
         for path in bundle.iterdir():
             if path.name != names.GENAI_CONFIG_FILE and path.is_file():
                 _link_or_copy(path, Path(folder.name) / path.name)
-        (Path(folder.name) / names.GENAI_CONFIG_FILE).write_text(json.dumps(plain), encoding="utf-8")
+        (Path(folder.name) / names.GENAI_CONFIG_FILE).write_text(json.dumps(config), encoding="utf-8")
     except OSError as problem:
-        raise MachineError(f"no copy of {bundle} for the CPU can be made beside it: {problem.strerror}") from None
+        raise MachineError(f"no copy of {bundle} can be made beside it: {problem.strerror}") from None
     return folder
 
 

@@ -22,6 +22,7 @@ from toolkit import names
 from toolkit.bundle.genai_config import read_settings, soc_options
 from toolkit.epcontext.htp import PACKAGE, PROVIDER, htp_version, open_htp
 from toolkit.errors import BundleError
+from toolkit.validate.parity import Comparison
 from toolkit.validate.positions import Pipeline
 
 _CHILD: Final = [sys.executable, "-m", "toolkit.validate.simulator"]
@@ -39,13 +40,15 @@ class _Run:
 
 
 def simulate(
-    bundle: Path, ids: list[int], prompt: int, progress: Callable[[str], None] = lambda _: None
-) -> dict[str, Any]:
+    bundle: Path, ids: list[int], prompt: int, reference: NDArray[np.float32],
+    progress: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:  # fmt: skip
     """report.json's `simulator`: the first `prompt` of `ids` in windows, each later one by itself.
 
-    `hidden_rms_error` is the rms difference of the normalized hidden states over their standard deviation,
-    `top1_agreement` that of the LM head's best tokens. Raises MachineError if the simulator is not here, BundleError if
-    it did not run a part.
+    Beside the same graphs on the CPU, `hidden_rms_error` is the rms difference of the normalized hidden states over
+    their standard deviation, `top1_agreement` that of the LM head's best tokens; beside the checkpoint's logits
+    `reference` [T, V] there are `mean_kld` and `reference_top1_agreement`. Raises MachineError if the simulator is not
+    here, BundleError if it did not run a part.
     """
     version = htp_version()
     pipeline = Pipeline(bundle, exact=True)
@@ -64,13 +67,18 @@ def simulate(
         progress(f"simulate part {part + 1} of {len(parts)}")
         hidden = _run_apart(bundle, stages, runs, hidden)
     made = np.concatenate([array[:, : run.kept] for array, run in zip(hidden, runs, strict=True)], axis=1)
-    reference = np.concatenate(expected, axis=1)
-    wide = reference.astype(np.float64)
+    on_cpu = np.concatenate(expected, axis=1)
+    wide = on_cpu.astype(np.float64)
     error = np.sqrt(((made.astype(np.float64) - wide) ** 2).mean()) / wide.std()
-    agree = pipeline.head(ids, made).argmax(axis=-1) == pipeline.head(ids, reference).argmax(axis=-1)
+    logits = pipeline.head(ids, made)
+    agree = logits.argmax(axis=-1) == pipeline.head(ids, on_cpu).argmax(axis=-1)
+    comparison = Comparison()
+    comparison.add(reference, logits, ids)
+    judged = comparison.figures()
     return {
         "ep": PROVIDER, "software": f"{PACKAGE} {version}", "stage": "transformer", "parts": len(parts),
         "hidden_rms_error": float(error), "top1_agreement": float(agree.mean()), "tokens": len(ids),
+        "mean_kld": judged["mean_kld"], "reference_top1_agreement": judged["top1_agreement"],
     }  # fmt: skip
 
 
