@@ -40,7 +40,7 @@ def test_recipe_plans_every_tensor_of_its_model_once(name: str) -> None:
     facts = recipe.facts()
     assert recipe.name == name and facts is not None
     config = read_config(facts)
-    layout = plan_layout(config, TARGETS[recipe.target], recipe)
+    layout = plan_layout(config, TARGETS[recipe.target].in_profile(recipe.profile), recipe)
     sources = [source for unit in layout.units.values() for source in unit.sources]
     assert sorted(sources) == sorted(expected_tensors(config))
     for file, nbytes in layout.files.items():

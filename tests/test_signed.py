@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from tests.test_gptq import _damped, _input, _moment, _output_error, _restored, _weight
-from toolkit.quant.blockwise import QuantSpec, dequantize_blocks, quantize_blocks, signed_columns
+from toolkit.quant.blockwise import QuantSpec, dequantize_blocks, quantize_blocks, signed_integers
 from toolkit.quant.gptq import factorize, gptq_blocks
 from toolkit.quant.ranges import HEADROOM, ActivationRange, uint16_parameters
 
@@ -98,7 +98,9 @@ def test_onnx_runtime_restores_what_we_meant(spec: QuantSpec) -> None:
     """DequantizeLinear over the bytes as the data file has them."""
     weight = _weight(WIDTH)
     found = quantize_blocks(weight, spec)
-    integers, scales, zeros = signed_columns(found.packed, found.scales, spec.bits)
+    integers = signed_integers(found.packed.reshape(len(weight), -1), spec.bits)
+    scales = np.ascontiguousarray(found.scales.T)
+    zeros = np.zeros(scales.size * spec.bits // 8, np.uint8)
     kind = TensorProto.INT4 if spec.bits == 4 else TensorProto.INT8
     one = scales.shape[0] == 1
     shape, dims = (WIDTH, len(weight)), (len(weight),) if one else scales.shape

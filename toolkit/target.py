@@ -99,9 +99,9 @@ class Target:
     """One row. `accelerator` is a stage without a name: what the transformer's stages have in common.
 
     `window` is the context stage's sequence length, 0 where the whole model is one graph. `soc` names what its stages
-    are compiled for ahead of time, in parts of limited size, where there is such a step. `profiles` are the forms to
-    choose from where there are several, the row's own first. `quantize`, `context_length` and `validate` are the
-    defaults of a checkpoint without a recipe of its own.
+    are compiled for ahead of time, in parts of limited size, where there is such a step. `profiles` are the forms
+    that a recipe chooses from where there are several, its default first; `form` is what needs no text. `quantize`,
+    `context_length` and `validate` are the defaults of a checkpoint without a recipe of its own.
     """
 
     name: str
@@ -187,12 +187,12 @@ _QNN_FORM: Final = replace(_PARTS, opset=23, activations="float16", fused=False,
 # On the CPU ORT would round the inputs of int4 products to int8, which the NPU does not.
 _EXACT_INPUTS: Final = {"session.qdq_matmulnbits_accuracy_level": "1"}
 _QNN_PROFILES: Final = (
-    Profile("float16", _QNN_FORM),
     Profile(
         "lpbq", replace(_QNN_FORM, qdq=True), session_options=_EXACT_INPUTS,
         provider_options={"enable_block_quant_weight_optimization": "1"},
     ),
     Profile("row-scales", replace(_QNN_FORM, qdq=True, row_scales=True), rotates=True, session_options=_EXACT_INPUTS),
+    Profile("float16", _QNN_FORM),
 )  # fmt: skip
 _OPENVINO_FORM: Final = replace(
     _PARTS, activations="float16", plain_attention=True, static_cache=True, local_window=True
@@ -278,7 +278,7 @@ TARGETS: Final[dict[str, Target]] = {
         form=_QNN_FORM,
         window=64,
         context_length=4096,
-        quantize=_SPLIT_RULES,
+        quantize=(_OUTSIDE_RULE, {"match": "*", "bits": 4, "block_size": 64}),
         validate={"mean_kld": 0.1},
         soc="x-elite",
         profiles=_QNN_PROFILES,

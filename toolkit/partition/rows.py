@@ -16,11 +16,13 @@ from toolkit.checkpoint.weights import WeightSource
 from toolkit.errors import UnsupportedError
 from toolkit.graph.layout import Slot, Unit
 from toolkit.partition.data_files import DataFile
-from toolkit.quant.blockwise import QuantizedBlocks, QuantSpec, quantize_blocks, signed_columns
+from toolkit.quant.blockwise import QuantizedBlocks, QuantSpec, quantize_blocks, signed_integers
 
 Array = NDArray[np.float32] | NDArray[np.float16] | NDArray[np.uint8]
 # Widened at a time: a megabyte of float32 stays in a core's cache until it is quantized.
 _TILE_ELEMENTS: Final = 1 << 18
+# Columns of a matrix turned at a time: an even number, so that each time whole bytes come out.
+_TURNED: Final = 256
 
 
 @dataclass(frozen=True)
@@ -66,17 +68,31 @@ class RowWriter:
             whole = self._gather(file, unit, base + start, arrays)
             if whole is None:
                 return 0
-            packed, scales = whole
-            arrays, start, base = signed_columns(packed, scales, unit.spec.bits), 0, 0
+            return self._write_turned(name, file, unit, *whole)
         nbytes = 0
         for slot, array in zip(unit.slots, arrays, strict=True):
             stored = _narrowed(array, slot, name)
-            first = (base + start) * (slot.nbytes // slot.shape[0]) if base + start else 0
-            file.write(slot.offset + first, stored.data.cast("B"))
+            file.write(slot.offset + (base + start) * (slot.nbytes // slot.shape[0]), stored.data.cast("B"))
             nbytes += stored.nbytes
         return nbytes
 
-    def _gather(self, file: DataFile, unit: Unit, start: int, arrays: Sequence[Array]) -> Sequence[Any] | None:
+    def _write_turned(
+        self, name: str, file: DataFile, unit: Unit, packed: NDArray[np.uint8], scales: NDArray[np.float32]
+    ) -> int:
+        """A whole signed matrix, some of its columns at a time; its zero points are zeros."""
+        integers, scale, zero_point = unit.slots
+        assert unit.spec is not None
+        bits, rows = unit.spec.bits, packed.reshape(packed.shape[0], -1)
+        step = _TURNED * bits // 8
+        for start in range(0, rows.shape[1], step):
+            turned = signed_integers(rows[:, start : start + step], bits)
+            file.write(integers.offset + start * rows.shape[0], turned.data.cast("B"))
+        stored = _narrowed(np.ascontiguousarray(scales.T), scale, name)
+        file.write(scale.offset, stored.data.cast("B"))
+        file.write(zero_point.offset, np.zeros(zero_point.nbytes, np.uint8).data.cast("B"))
+        return sum(slot.nbytes for slot in unit.slots)
+
+    def _gather(self, file: DataFile, unit: Unit, start: int, arrays: Sequence[Array]) -> list[Any] | None:
         """Packed levels and scales of the whole unit, once its last rows are here."""
         key = id(file), unit.name
         with self._lock:

@@ -98,6 +98,9 @@ def plan_export(recipe: Recipe, checkpoint: Checkpoint, out: Path, precision: st
     if recipe.rotate:
         # Matrices whose rows mix are turned whole, two at once, each with copies on the way.
         packing += 2 * 3 * 4 * config.hidden_size * config.intermediate_size
+    if target.form.qdq and precision == "int4":
+        # Gathered whole before they are turned: what is waiting, and the pieces of it joined.
+        packing += 2 * 2 * max(unit.slots[0].nbytes for unit in layout.matrices() if unit.spec and unit.spec.signed)
     existing = next(p for p in out.resolve().parents if p.is_dir())
     return ExportPlan(
         recipe=recipe,

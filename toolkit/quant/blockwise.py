@@ -16,7 +16,7 @@ Algorithms, `rtn` and `kquant` without data:
 - `gptq` has a file of its own.
 
 `signed` specs are for DequantizeLinear with zero point 0 (quant/signed_kernel.py): the same layout here, levels around
-2^(bits-1), and positive scales; graphs hold them turned, input features first (`signed_columns`).
+2^(bits-1), and positive scales; graphs hold them turned, input features first (`signed_integers`).
 """
 
 from __future__ import annotations
@@ -110,16 +110,14 @@ def dequantize_blocks(blocks: QuantizedBlocks, spec: QuantSpec, in_features: int
     return q.reshape(out_features, J * spec.block_size)[:, :in_features]
 
 
-def signed_columns(packed: NDArray[np.uint8], scales: Floats, bits: int) -> list[NDArray[np.uint8] | Floats]:
-    """A signed matrix as DequantizeLinear and MatMul want it: integers [K, N] in two's complement, scales [J, N], and
-    zero points of their shape. 4 bits are two a byte, the even one in the low nibble (onnx.proto, INT4)."""
-    out_features = packed.shape[0]
-    levels = _unpack_last_axis(packed, bits).reshape(out_features, -1)
-    integers = np.ascontiguousarray((levels ^ np.uint8(1 << (bits - 1))).T)
-    flat = integers.reshape(-1)
-    stored = np.bitwise_or(flat[::2], np.left_shift(flat[1::2], 4, dtype=np.uint8)) if bits == 4 else flat
-    turned = np.ascontiguousarray(scales.T)
-    return [stored, turned, np.zeros(-(-turned.size * bits // 8), np.uint8)]
+def signed_integers(packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    """Some columns of a signed matrix, uint8 [N, k * bits / 8] as packed here, as DequantizeLinear and MatMul want them:
+    [k, N] in two's complement. 4 bits are two a byte, the even one in the low nibble (onnx.proto, INT4)."""
+    levels = _unpack_last_axis(packed, bits)
+    integers = np.ascontiguousarray((levels ^ np.uint8(1 << (bits - 1))).T).reshape(-1)
+    if bits == 8:
+        return integers
+    return np.bitwise_or(integers[::2], np.left_shift(integers[1::2], 4, dtype=np.uint8))
 
 
 def pack_last_axis(values: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
