@@ -111,7 +111,7 @@ def dequantize_blocks(blocks: QuantizedBlocks, spec: QuantSpec, in_features: int
 
 
 def signed_integers(packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
-    """Some columns of a signed matrix, uint8 [N, k * bits / 8] as packed here, as DequantizeLinear and MatMul want them:
+    """Columns of a signed matrix, uint8 [N, k * bits / 8] as packed here, as DequantizeLinear and MatMul want it:
     [k, N] in two's complement. 4 bits are two a byte, the even one in the low nibble (onnx.proto, INT4)."""
     levels = _unpack_last_axis(packed, bits)
     integers = np.ascontiguousarray((levels ^ np.uint8(1 << (bits - 1))).T).reshape(-1)
