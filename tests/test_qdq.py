@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +19,15 @@ from tests.graphs import export_bundle
 from tests.test_calibration import _Changed
 from tests.test_families import CASES, make_checkpoint
 from toolkit import names
-from toolkit.bundle.lint_htp import lint_htp
 from toolkit.checkpoint.opened import Checkpoint, open_checkpoint
 from toolkit.checkpoint.padded_heads import pad_heads
 from toolkit.checkpoint.rotated import rotate
 from toolkit.errors import RecipeError
+from toolkit.graph.htp_faults import htp_faults
 from toolkit.graph.interface import load_graph
 from toolkit.pipeline.check import check_bundle
 from toolkit.pipeline.export import Order, export_bundles
+from toolkit.pipeline.text import token_sequences
 from toolkit.recipe import load_recipe
 from toolkit.reference.decoder import Layer, rms_norm
 from toolkit.validate.positions import Pipeline
@@ -39,7 +41,6 @@ BUNDLES = {
     "8 bits": ("profile=lpbq", *FAST, "quantize.0.bits=8"),
     "narrow blocks": ("profile=lpbq", *FAST, "quantize.0.block_size=32"),
 }
-IDS = [int(i) for i in np.random.default_rng(5).integers(3, 1000, 90)]
 
 
 @pytest.fixture(scope="session")
@@ -80,20 +81,16 @@ def _expected(checkpoint: Checkpoint, weights: dict[str, Floats], embedded: Floa
 def test_stages_compute_the_reference_of_their_weights(case: str, bundles: dict[str, Path], tiny_r1: Path) -> None:
     bundle, checkpoint = bundles[case], open_checkpoint(tiny_r1)
     checkpoint = pad_heads(rotate(checkpoint) if case == "rotated" else checkpoint, 16)
-    embedded, made = [], []
-    for step, kept in Pipeline(bundle).steps(IDS, 70):
-        embedded.append(step.feeds[names.EMBEDDED][0, :kept])
-        made.append(step.hidden[0, :kept])
+    # Ranges hold for text; random ids are beyond them, at .02.
+    ids = token_sequences(checkpoint, tiny_r1 / "arithmetic.jsonl", 90, 90)[0]
+    # .006 to .008; a range of another tensor is beyond .03.
+    assert _error_on(bundle, checkpoint, ids) < 0.012
     weights = _weights(bundle / "context.onnx")
     assert len(weights) == 7 * checkpoint.config.num_hidden_layers
-    expected = _expected(checkpoint, weights, np.concatenate(embedded))
-    error = np.sqrt(((np.concatenate(made) - expected) ** 2).mean()) / expected.std()
-    # float16 alone is about .001; a range of another tensor, or a bias before its rounding, is beyond .02.
-    assert error < 0.006
     exact = checkpoint.source
     for tensor, rounded in weights.items():
         weight = exact.read(tensor)
-        assert np.square(rounded - weight).sum() < (1e-4 if case == "8 bits" else 0.03) * np.square(weight).sum()
+        assert np.square(rounded - weight).sum() < (1e-3 if case == "8 bits" else 0.03) * np.square(weight).sum()
 
 
 def test_formats_are_those_asked_for(bundles: dict[str, Path]) -> None:
@@ -122,22 +119,43 @@ def test_float32_has_no_rounding(tiny_r1: Path, tmp_path: Path) -> None:
     assert "QuantizeLinear" not in {node.op_type for node in load_graph(bundle / "context.onnx").graph}
 
 
-def test_heads_with_norms_of_their_own_and_widths_that_no_block_divides(tmp_path: Path, stories260k: Path) -> None:
+def _error_on(bundle: Path, checkpoint: Checkpoint, ids: list[int]) -> float:
+    """rms of the hidden states' difference from the reference of the bundle's own weights, over their spread."""
+    steps = list(Pipeline(bundle).steps(ids, len(ids) - 4))
+    embedded = np.concatenate([step.feeds[names.EMBEDDED][0, :kept] for step, kept in steps])
+    made = np.concatenate([step.hidden[0, :kept] for step, kept in steps])
+    expected = _expected(checkpoint, _weights(bundle / "context.onnx"), embedded)
+    return float(np.sqrt(((made - expected) ** 2).mean()) / expected.std())
+
+
+SMALL = ("profile=lpbq", "context_length=64", "window=16")
+
+
+def test_heads_with_norms_of_their_own(tmp_path: Path) -> None:
     family, extra = CASES["qwen3"]
     make_checkpoint(family, extra, tmp_path / "c")
-    shutil.copy(stories260k / "tokenizer.json", tmp_path / "c")
-    (tmp_path / "text.txt").write_text("once upon a time there was a little cat. " * 200, encoding="utf-8")
-    for checkpoint, name in ((tmp_path / "c", "qwen3"), (stories260k, "stories")):
-        changes = [f"calibration={tmp_path / 'text.txt'}", "profile=lpbq", "context_length=64", "window=16"]
-        recipe = load_recipe("qnn", changes, str(checkpoint))
-        bundle = export_bundle(recipe, open_checkpoint(checkpoint), tmp_path / name)
-        assert check_bundle(bundle, run=False)["problems"] == []
-        padded = pad_heads(open_checkpoint(checkpoint), 16)
-        steps = list(Pipeline(bundle).steps(list(range(3, 43)), 32))
-        embedded = np.concatenate([step.feeds[names.EMBEDDED][0, :kept] for step, kept in steps])
-        made = np.concatenate([step.hidden[0, :kept] for step, kept in steps])
-        expected = _expected(padded, _weights(bundle / "context.onnx"), embedded)
-        assert np.sqrt(((made - expected) ** 2).mean()) / expected.std() < 0.02
+    checkpoint = replace(open_checkpoint(tmp_path / "c"), synthetic=True)  # calibrated on random ids
+    bundle = export_bundle(load_recipe("qnn", SMALL, str(tmp_path / "c")), checkpoint, tmp_path / "b")
+    assert htp_faults(bundle, ["context", "iterator"]) == []
+    ids = [int(i) for i in np.random.default_rng(0).integers(0, checkpoint.config.vocab_size, 20)]
+    assert _error_on(bundle, pad_heads(checkpoint, 16), ids) < 0.02
+
+
+def test_widths_that_no_block_divides(stories260k: Path, tmp_path: Path) -> None:
+    text = "\n\n".join(f"once upon a time there were {k} little cats." for k in range(200))
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    changes = [f"calibration={tmp_path / 'text.txt'}", *SMALL]
+    checkpoint = open_checkpoint(stories260k)
+    bundle = export_bundle(load_recipe("qnn", changes, str(stories260k)), checkpoint, tmp_path / "b")
+    assert htp_faults(bundle, ["context", "iterator"]) == []
+    # 172 columns of down_proj, no multiple of 32: a scale a row.
+    (scales,) = [
+        value.const_value for value in load_graph(bundle / "context.onnx").graph.initializers.values()
+        if value.name == "model.layers.0.mlp.down_proj.weight.scales"
+    ]  # fmt: skip
+    assert scales is not None and scales.shape.numpy() == (64,)
+    ids = token_sequences(checkpoint, tmp_path / "text.txt", 20, 20)[0]
+    assert _error_on(bundle, pad_heads(checkpoint, 16), ids) < 0.02
 
 
 def test_an_export_stopped_while_ranges_are_taken_resumes_to_the_same_bytes(
@@ -235,10 +253,10 @@ PLANTED: dict[str, tuple[Edit, str]] = {
 def test_each_silent_error_of_htp_is_named(case: str, bundles: dict[str, Path], tmp_path: Path) -> None:
     change, words = PLANTED[case]
     bundle = Path(shutil.copytree(bundles["blocks"], tmp_path / "b"))
-    assert lint_htp(bundle, ["context", "iterator"]) == []
+    assert htp_faults(bundle, ["context", "iterator"]) == []
     model = onnx.load(bundle / "context.onnx", load_external_data=False)
     change(model)
     onnx.save(model, bundle / "context.onnx")
-    (problem,) = lint_htp(bundle, ["context", "iterator"])
+    (problem,) = htp_faults(bundle, ["context", "iterator"])
     assert problem.startswith("context.onnx: HTP ")
     assert re.search(words, problem), problem

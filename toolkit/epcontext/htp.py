@@ -36,6 +36,13 @@ def htp_version() -> str:
     return version
 
 
+def plugin_library() -> str:
+    """The execution provider's library, for who registers it elsewhere than in ONNX Runtime."""
+    import onnxruntime_qnn as qnn
+
+    return str(qnn.get_library_path())
+
+
 def simulator_options(provider_options: Mapping[str, str], folder: Path) -> dict[str, str]:
     """A bundle's options for its device as they are here, where the compiler and the simulator are; `folder` is for a
     file that is read when a graph is compiled."""
@@ -56,10 +63,9 @@ def open_htp(
     Call it in a process of its own: native code of vendors may crash.
     """
     import onnxruntime as ort
-    import onnxruntime_qnn as qnn
 
     if all(device.ep_name != PROVIDER for device in ort.get_ep_devices()):
-        ort.register_execution_provider_library(PROVIDER, qnn.get_library_path())
+        ort.register_execution_provider_library(PROVIDER, plugin_library())
     options = ort.SessionOptions()
     options.log_severity_level = 3
     devices = [device for device in ort.get_ep_devices() if device.ep_name == PROVIDER]

@@ -8,11 +8,11 @@ from typing import Any
 
 from toolkit.bundle.compiled import lint_compiled
 from toolkit.bundle.lint import lint_bundle
-from toolkit.bundle.lint_htp import lint_htp
 from toolkit.bundle.manifest import read_manifest
 from toolkit.bundle.operators import place_bundle
 from toolkit.epcontext.htp import PROVIDER
 from toolkit.errors import MachineError
+from toolkit.graph.htp_faults import htp_faults
 from toolkit.target import CPU_EP, TARGETS
 from toolkit.validate.vendors import MAX_ERROR, VendorRun, run_vendor_apart
 
@@ -27,7 +27,7 @@ def check_bundle(bundle: Path, run: bool) -> dict[str, Any]:
     problems = lint_bundle(bundle)
     if recipe["soc"] and not problems:
         problems += lint_compiled(bundle, recipe["soc"])
-        problems += lint_htp(bundle, [row.stage for row in placements if row.execution_provider == PROVIDER])
+        problems += htp_faults(bundle, [row.stage for row in placements if row.execution_provider == PROVIDER])
     for placement in placements:
         problems += placement.problems
     runs = _run(bundle, recipe["target"]) if run else []

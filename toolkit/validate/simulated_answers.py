@@ -15,7 +15,7 @@ from typing import Any, Final
 from toolkit import names
 from toolkit.bundle.compiled import uncompiled_settings
 from toolkit.bundle.genai_config import read_settings, stage_sections
-from toolkit.epcontext.htp import PACKAGE, PROVIDER, simulator_options
+from toolkit.epcontext.htp import PACKAGE, PROVIDER, plugin_library, simulator_options
 from toolkit.errors import BundleError
 from toolkit.validate.session import OpenModel, linked_copy
 
@@ -43,7 +43,6 @@ def simulated_continuations(bundle: Path, prompts: Sequence[list[int]], new_toke
 def _continue(job: dict[str, Any]) -> list[list[int]]:
     """In the child."""
     import onnxruntime_genai as og
-    import onnxruntime_qnn as qnn
 
     bundle = Path(job["bundle"])
     settings = uncompiled_settings(read_settings(bundle))
@@ -55,7 +54,7 @@ def _continue(job: dict[str, Any]) -> list[list[int]]:
             entry |= {name: simulator_options(given, Path(folder.name)) for name, given in entry.items()}
             options["session.disable_cpu_ep_fallback"] = "1"
     (Path(folder.name) / names.GENAI_CONFIG_FILE).write_text(json.dumps(settings), encoding="utf-8")
-    og.register_execution_provider_library(PROVIDER, qnn.get_library_path())
+    og.register_execution_provider_library(PROVIDER, plugin_library())
     opened = OpenModel(og, og.Model(folder.name), settings, 0.0, folder)
     return [list(opened.stream(prompt, job["new_tokens"], do_sample=False)) for prompt in job["prompts"]]
 

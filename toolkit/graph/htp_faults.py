@@ -23,7 +23,7 @@ _SAME_RANK: Final = ("Add", "Cast", "DequantizeLinear", "MatMul", "Mul", "Quanti
 _TOLERANCE: Final = 0.05
 
 
-def lint_htp(bundle: Path, stages: list[str]) -> list[str]:
+def htp_faults(bundle: Path, stages: list[str]) -> list[str]:
     """One line for each kind of node in these stages' graphs that HTP gets wrong, with how many there are.
 
     Raises BundleError for a graph or weights that cannot be read.
