@@ -36,6 +36,7 @@ from toolkit.validate.parity import Comparison, matching_prefix
 from toolkit.validate.positions import open_positions, rounds_activations
 from toolkit.validate.rounded import PLAIN_BITS_PER_WEIGHT, PLAIN_NAME, plain_rounding
 from toolkit.validate.session import continuations, is_here
+from toolkit.validate.simulated_loop import simulated_continuations
 from toolkit.validate.simulator import simulate
 from toolkit.validate.speed import measure_speed_apart
 from toolkit.validate.tasks import Task, read_task
@@ -50,6 +51,8 @@ _WEIGHT_FIGURES: Final = ("mean_kld", "median_kld", "p99_kld", "p999_kld", "top1
 # The bundle's logits are taken from one run over this many tokens, and again with the cache over the first of them.
 _DECODED_TOKENS: Final = 48
 _BENCH: Final = (128, 64, 3)
+# Through onnxruntime-genai with the transformer in the simulator.
+_SIMULATED_NEW: Final = 8
 # The simulator takes seconds a token at the width of the 1.5B, so a larger transformer is simulated on request.
 _SIMULATED_BYTES: Final = 64 << 20
 
@@ -164,6 +167,14 @@ def _simulate(
     config, source = checkpoint.config, checkpoint.source
     reference = head_logits(config, source, reference_hidden(config, source, [cut])[0])
     report["simulator"] = simulate(bundle, cut, max(len(cut) - decoded, 1), reference, progress)
+    if not large:
+        progress("greedy tokens through onnxruntime-genai in the simulator")
+        prompt = cut[:_GREEDY_PROMPT]
+        (made,) = simulated_continuations(bundle, [prompt], _SIMULATED_NEW)
+        hidden = reference_hidden(config, source, [prompt + made])[0]
+        best = head_logits(config, source, hidden[len(prompt) - 1 : -1]).argmax(axis=-1)
+        matched = matching_prefix(best.tolist(), made)
+        report["simulator"] |= {"greedy_match_tokens": matched, "greedy_tokens": len(made)}
     if not effort.simulated_examples:
         return {"simulator.tasks": "slow: ask some questions in the simulator with --simulate-examples"}
     rows = []

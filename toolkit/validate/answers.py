@@ -21,7 +21,7 @@ from toolkit.reference.greedy import greedy_continuations
 from toolkit.validate.checkers import after_thought
 from toolkit.validate.conversation import ChatTemplate
 from toolkit.validate.session import continuations, open_model
-from toolkit.validate.simulated_answers import simulated_continuations
+from toolkit.validate.simulated_answers import drafted_answers, simulator_judge
 from toolkit.validate.tasks import Task
 
 # What the reference may take for the cache of the questions it answers side by side.
@@ -94,7 +94,12 @@ def bundle_answers(bundle: Path, asked: Asked, on_cpu: bool = False) -> Answers:
 
 def simulated_answers(bundle: Path, asked: Asked) -> Answers:
     """What a bundle answers with its transformer in the simulator. Raises BundleError if that does not run."""
-    return _judged(asked, simulated_continuations(bundle, asked.ids, asked.new_tokens))
+    room = min(asked.rooms)
+
+    def draft(prompts: Sequence[list[int]], new_tokens: int) -> list[list[int]]:
+        return continuations(bundle, list(prompts), new_tokens, on_cpu=True)
+
+    return _judged(asked, drafted_answers(asked.ids, room, asked.stop_ids, draft, simulator_judge(bundle)))
 
 
 def first_of(asked: Asked, count: int) -> Asked:

@@ -110,7 +110,7 @@ class Pipeline:
         stages = [stage for group in model["decoder"]["pipeline"] for stage in group]
         self._sessions = {stage: _session(bundle, stage, exact) for stage in stages}
         self._window = int(model["decoder"]["sliding_window"]["window_size"])
-        self._pad_token_id, self._context_length = int(model["pad_token_id"]), int(model["context_length"])
+        self._pad_token_id, self.context_length = int(model["pad_token_id"]), int(model["context_length"])
 
     def placements(self) -> dict[str, dict[str, int]]:
         """See Positions."""
@@ -126,6 +126,16 @@ class Pipeline:
         given = {names.LAST_HIDDEN: hidden, names.INPUT_IDS: np.array([ids], np.int64)}
         logits: NDArray[np.float32] = _run(self._sessions[names.HEAD], given)[names.LOGITS][0]
         return logits
+
+    def windows(self, ids: list[int]) -> Iterator[tuple[NDArray[Any], int, int]]:
+        """What a context stage is given of a sequence: embedded tokens [1, S, D], padded at the end of the last, the
+        position of their last, and how many are no pads."""
+        for start in range(0, len(ids), self._window):
+            chunk = ids[start : start + self._window]
+            padded = chunk + [self._pad_token_id] * (self._window - len(chunk))
+            given = {names.INPUT_IDS: np.array([padded], np.int64)}
+            embedded = _run(self._sessions[names.EMBEDDINGS], given)[names.EMBEDDED]
+            yield embedded, start + self._window - 1, len(chunk)
 
     def steps(self, ids: list[int], prompt: int | None = None) -> Iterator[tuple[Step, int]]:
         """Each run of a transformer stage with how many of its positions are no pads: the first `prompt` ids (default

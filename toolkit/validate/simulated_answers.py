@@ -1,63 +1,73 @@
-"""onnxruntime-genai's own loop with the transformer in QNN's simulator: what a device would answer, slowly.
+"""Greedy answers with the transformer in QNN's simulator, window by window instead of token by token.
 
-The graphs are compiled as they are opened, in a process of its own: native code of vendors may crash.
+The CPU drafts an answer, which takes no time; the simulator reads it in windows and says at each position which token
+it would have given. Up to the first that differs both are the same answer; from there the CPU drafts anew. What is left
+in the end is what the simulator answers by itself, for a fifth of the time (LOG.md).
+T tokens, S window, D hidden.
 """
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Protocol
 
-from toolkit import names
-from toolkit.bundle.compiled import uncompiled_settings
-from toolkit.bundle.genai_config import read_settings, stage_sections
-from toolkit.epcontext.htp import PACKAGE, PROVIDER, plugin_library, simulator_options
-from toolkit.errors import BundleError
-from toolkit.validate.session import OpenModel, linked_copy
+import numpy as np
+from numpy.typing import NDArray
 
-_CHILD: Final = [sys.executable, "-m", "toolkit.validate.simulated_answers"]
+from toolkit.validate.positions import Pipeline
+from toolkit.validate.simulator import simulated_hidden
+
+Draft = Callable[[Sequence[list[int]], int], list[list[int]]]
 
 
-def simulated_continuations(bundle: Path, prompts: Sequence[list[int]], new_tokens: int) -> list[list[int]]:
-    """What a bundle makes of each prompt, greedily, its transformer in the simulator; ended by eos, by `new_tokens`, or
-    by the context.
+class Judge(Protocol):
+    """Says which token follows each position of each sequence."""
 
-    Raises BundleError if the simulator did not run the bundle.
+    def __call__(self, sequences: Sequence[list[int]]) -> list[list[int]]: ...
+
+
+def drafted_answers(
+    prompts: Sequence[list[int]], new_tokens: int, stop_ids: Collection[int], draft: Draft, judge: Judge
+) -> list[list[int]]:
+    """What the judge answers greedily to each prompt, ended by (and including) a stop id or after `new_tokens`.
+
+    `draft` continues prompts by so many tokens at most; the fewer of its tokens the judge agrees with, the longer it
+    takes, and nothing else.
     """
-    job = {"bundle": str(bundle), "prompts": list(prompts), "new_tokens": new_tokens}
-    done = subprocess.run(
-        _CHILD, input=json.dumps(job), capture_output=True, text=True, encoding="utf-8", errors="replace"
-    )
-    line = (done.stdout.strip().splitlines() or [""])[-1]
-    if done.returncode or not line.startswith("["):
-        said = [text for text in done.stderr.strip().splitlines() if text.strip()] or [f"exit code {done.returncode}"]
-        raise BundleError(f"{PACKAGE} did not run {bundle} in its simulator: {said[-1][:300]}")
-    made: list[list[int]] = json.loads(line)
-    return made
+    answers: list[list[int]] = [[] for _ in prompts]
+    open_ones = list(range(len(prompts)))
+    while open_ones:
+        drafts = draft([prompts[k] + answers[k] for k in open_ones], new_tokens)
+        given = [(answers[k] + made)[:new_tokens] for k, made in zip(open_ones, drafts, strict=True)]
+        chosen = judge([prompts[k] + answer for k, answer in zip(open_ones, given, strict=True)])
+        still_open = []
+        for k, answer, follows in zip(open_ones, given, chosen, strict=True):
+            known = len(answers[k])
+            answers[k] = _agreed(answer, follows[len(prompts[k]) - 1 :], known)
+            # A draft without a token is one that the context's end allows none.
+            if known < len(answers[k]) < new_tokens and answers[k][-1] not in stop_ids:
+                still_open.append(k)
+        open_ones = still_open
+    return answers
 
 
-def _continue(job: dict[str, Any]) -> list[list[int]]:
-    """In the child."""
-    import onnxruntime_genai as og
-
-    bundle = Path(job["bundle"])
-    settings = uncompiled_settings(read_settings(bundle))
-    # The folder goes when it is collected.
-    folder = linked_copy(bundle, settings)
-    for section in stage_sections(settings):
-        options = section["session_options"]
-        for entry in options["provider_options"]:
-            entry |= {name: simulator_options(given, Path(folder.name)) for name, given in entry.items()}
-            options["session.disable_cpu_ep_fallback"] = "1"
-    (Path(folder.name) / names.GENAI_CONFIG_FILE).write_text(json.dumps(settings), encoding="utf-8")
-    og.register_execution_provider_library(PROVIDER, plugin_library())
-    opened = OpenModel(og, og.Model(folder.name), settings, 0.0, folder)
-    return [list(opened.stream(prompt, job["new_tokens"], do_sample=False)) for prompt in job["prompts"]]
+def _agreed(answer: list[int], follows: list[int], known: int) -> list[int]:
+    """The answer up to the first token that the judge would not have given, and the one it gives instead; all of it if
+    there is none. `follows` starts with the token after the prompt, and the first `known` were agreed before."""
+    for position in range(known, len(answer)):
+        if follows[position] != answer[position]:
+            return [*answer[:position], follows[position]]
+    return answer
 
 
-if __name__ == "__main__":
-    print(json.dumps(_continue(json.loads(sys.stdin.read()))))
+def simulator_judge(bundle: Path) -> Judge:
+    """A bundle with its transformer in the simulator. Raises, when called, BundleError if it did not run."""
+    pipeline = Pipeline(bundle, exact=True)
+
+    def judge(sequences: Sequence[list[int]]) -> list[list[int]]:
+        hidden: list[NDArray[Any]] = simulated_hidden(bundle, pipeline, sequences)
+        best = [pipeline.head(ids, made).argmax(axis=-1) for ids, made in zip(sequences, hidden, strict=True)]
+        return [np.asarray(tokens).tolist() for tokens in best]
+
+    return judge

@@ -10,7 +10,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -80,6 +80,31 @@ def simulate(
         "hidden_rms_error": float(error), "top1_agreement": float(agree.mean()), "tokens": len(ids),
         "mean_kld": judged["mean_kld"], "reference_top1_agreement": judged["top1_agreement"],
     }  # fmt: skip
+
+
+def simulated_hidden(bundle: Path, pipeline: Pipeline, sequences: Sequence[list[int]]) -> list[NDArray[Any]]:
+    """Normalized hidden states [1, T, D] of each sequence, its windows through the simulator part after part.
+
+    Sequences follow each other in one cache: what is left of the one before lies beyond what a query may look at.
+    """
+    runs: list[_Run] = []
+    hidden: list[NDArray[Any]] = []
+    for ids in sequences:
+        for embedded, last, kept in pipeline.windows(ids):
+            runs.append(_Run(names.CONTEXT, last, pipeline.context_length, kept))
+            hidden.append(embedded)
+    for stages in _parts(pipeline.placements()):
+        hidden = _run_apart(bundle, {names.CONTEXT: stages[names.CONTEXT]}, runs, hidden)
+    rows = iter(zip(hidden, runs, strict=True))
+    made = []
+    for ids in sequences:
+        pieces, length = [], 0
+        while length < len(ids):
+            array, run = next(rows)
+            pieces.append(array[:, : run.kept])
+            length += run.kept
+        made.append(np.concatenate(pieces, axis=1))
+    return made
 
 
 def _parts(stages: Iterable[str]) -> list[dict[str, str]]:
