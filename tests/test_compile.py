@@ -29,6 +29,7 @@ from toolkit.graph.interface import external_bytes
 from toolkit.pipeline.check import check_bundle
 from toolkit.pipeline.compile import compile_bundle, compile_exported
 from toolkit.pipeline.plan import plan_export
+from toolkit.pipeline.text import token_sequences
 from toolkit.recipe import load_recipe
 from toolkit.reference.decoder import reference_logits
 from toolkit.report.summary import figures_of
@@ -373,7 +374,9 @@ def test_the_plan_counts_the_binaries(tiny_r1: Path, tmp_path: Path) -> None:
     recipe, checkpoint = load_recipe("tiny-r1-qnn", ["parts=2", *EIGHT_BITS]), open_checkpoint(tiny_r1)
     whole, left = (plan_export(recipe, checkpoint, tmp_path / "b", precision) for precision in ("int4", "fp32"))
     weights = whole.layout.files["transformer.onnx.data"]
-    assert whole.disk_needed_bytes - sum(whole.files.values()) - (64 << 20) == pytest.approx(1.09 * weights, rel=1e-3)
+    assert whole.calibration is not None
+    beside = sum(whole.files.values()) + whole.calibration.disk_bytes + (64 << 20)
+    assert whole.disk_needed_bytes - beside == pytest.approx(1.09 * weights, rel=1e-3)
     assert 250 << 20 < whole.compile_memory_bytes < (250 << 20) + 12.5 * weights and left.compile_memory_bytes == 0
 
 
@@ -394,19 +397,20 @@ def test_validate_measures_in_the_simulator(compiled_copy: Path) -> None:
 
 @needs_compiler
 def test_the_simulator_computes_what_the_cpu_computes(uncompiled: Path, tiny_r1: Path) -> None:
-    ids = some_ids(uncompiled, 40)
     checkpoint = open_checkpoint(tiny_r1)
+    # Text: random ids leave the ranges of uint16.
+    ids = token_sequences(checkpoint, tiny_r1 / "arithmetic.jsonl", 104, 104)[0]
     (reference,) = reference_logits(checkpoint.config, checkpoint.source, [ids])
     found = simulate(uncompiled, ids, len(ids) - 4, reference)
     assert (found["ep"], found["stage"], found["parts"]) == ("QNNExecutionProvider", "transformer", 2)
-    assert found["tokens"] == len(ids) == 104
+    assert found["tokens"] == len(ids)
     assert 0 < found["hidden_rms_error"] < 0.02 and found["top1_agreement"] > 0.95
     figures = figures_of({"simulator": found})
     assert figures["hidden_rms_error"] == found["hidden_rms_error"]
     assert figures["simulator_mean_kld"] == found["mean_kld"]
     on_cpu = Comparison()
     on_cpu.add(reference, open_positions(uncompiled, exact=True).logits(ids, len(ids) - 4), ids)
-    assert found["mean_kld"] == pytest.approx(on_cpu.figures()["mean_kld"], rel=0.2, abs=1e-4)
+    assert found["mean_kld"] == pytest.approx(on_cpu.figures()["mean_kld"], rel=0.5, abs=1e-4)
 
 
 def test_the_simulators_error_is_the_hidden_states_own(uncompiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
