@@ -383,6 +383,7 @@ def test_a_budget_buys_what_the_provider_takes(
 ) -> None:
     """AMD's table has MatMulNBits of 4 bits alone; the embedding and the head run on the CPU."""
     changes = ("quality=balanced", "bits_per_weight=7", "calibration_tokens=600")
+    changes = (*changes, "profile=float16") if target == "qnn" else changes
     recipe = _recipe(stories260k, stories_text, *changes, target=target)
     bundle = export_bundle(recipe, open_checkpoint(stories260k), tmp_path / "bundle")
     graph = onnx.load(bundle / "iterator.onnx", load_external_data=False).graph
