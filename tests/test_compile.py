@@ -159,6 +159,22 @@ def test_a_compiled_bundle_runs_its_graphs_on_the_cpu(compiled: Path, uncompiled
 
 
 @needs_compiler
+def test_a_bundle_is_compiled_for_another_soc(compiled_copy: Path) -> None:
+    done = run("compile", str(compiled_copy), "--soc", "x2-elite")
+    assert done.returncode == 0, done.stderr
+    (pipeline,) = read_genai_config(compiled_copy)["model"]["decoder"]["pipeline"]
+    for stage in STAGES:
+        (options,) = pipeline[stage]["session_options"]["provider_options"]
+        assert (options["qnn"]["soc_model"], options["qnn"]["htp_arch"]) == ("88", "81")
+    assert read_manifest(compiled_copy)["recipe"]["soc"] == "x2-elite" and verify_manifest(compiled_copy) == []
+    assert lint_compiled(compiled_copy, "x2-elite") == [] and check_bundle(compiled_copy, run=False)["passed"]
+    (ceiling,) = _report(compiled_copy)["ceiling"]
+    assert ceiling["device"] == SOCS["x2-elite"].device
+    assert ceiling["decode_tokens_per_s"] == pytest.approx(152e9 / ceiling["weight_bytes_per_token"])
+    assert run("compile", str(compiled_copy), "--soc", "x3").returncode == 2
+
+
+@needs_compiler
 def test_check_passes_and_knows_another_soc(compiled: Path) -> None:
     assert check_bundle(compiled, run=False)["problems"] == []
     problems = lint_compiled(compiled, "x2-elite")
