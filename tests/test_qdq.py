@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -112,6 +113,11 @@ def test_every_profile_is_legal(case: str, bundles: dict[str, Path]) -> None:
     assert check_bundle(bundles[case], run=False)["problems"] == []
     for stage in ("context", "iterator"):
         onnx.checker.check_model(str(bundles[case] / f"{stage}.onnx"))
+
+
+def test_ranges_do_not_hide_that_weights_were_rounded_without_data(bundles: dict[str, Path]) -> None:
+    made = json.loads((bundles["blocks"] / "report.json").read_text(encoding="utf-8"))["quantization"]
+    assert made["salient_inputs"] and made["calibration"]["activations"]["dtype"] == "uint16"
 
 
 def test_float32_has_no_rounding(tiny_r1: Path, tmp_path: Path) -> None:

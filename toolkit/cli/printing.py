@@ -51,7 +51,8 @@ def print_costs(plans: list[dict[str, Any]]) -> None:
     """What the recipes' qualities are about to take, where that is time."""
     for plan in plans:
         if "calibration" in plan:
-            click.echo(f"{plan['recipe']}, quality {plan['quality']}: {_cost(plan)} (--quality fast: none)", err=True)
+            less = "for ranges alone" if plan["quality"] == "fast" else "--quality fast: none"
+            click.echo(f"{plan['recipe']}, quality {plan['quality']}: {_cost(plan)} ({less})", err=True)
 
 
 def _print_plan(plan: dict[str, Any]) -> None:

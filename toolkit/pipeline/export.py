@@ -186,7 +186,7 @@ def _finish(
     report["quantization"] = quantization_section(plan.layout, packed.errors)
     if begun.calibration:
         report["quantization"]["calibration"] = begun.calibration
-    elif plan.salient_inputs:
+    if plan.salient_inputs:
         report["quantization"]["salient_inputs"] = plan.salient_inputs
     if plan.recipe.rotate:
         report["quantization"]["rotated"] = True
