@@ -14,7 +14,7 @@ import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto as T
-from onnx import helper
+from onnx import helper, numpy_helper
 
 from tests.test_families import CASES, make_checkpoint
 from toolkit.calibrate.ladder import Unit, formats, spend_budget
@@ -24,7 +24,7 @@ from toolkit.checkpoint.linear_inputs import layer_inputs, linear_inputs
 from toolkit.checkpoint.opened import open_checkpoint
 from toolkit.errors import NonFiniteError
 from toolkit.names import weight as weight_name
-from toolkit.quant.activations import rounded_activations
+from toolkit.quant.activations import InputSample, Rounding, rounded_activations
 from toolkit.quant.awq import Reader, choose_scales, output_loss
 from toolkit.quant.blockwise import QuantSpec, dequantize_blocks, quantize_blocks
 from toolkit.quant.mixed import Choice, spend
@@ -119,8 +119,13 @@ def test_a_silent_column_keeps_its_weights() -> None:
     assert np.abs(restored - weight).max() < 0.5
 
 
-@pytest.mark.parametrize("rounds", [False, True])
-def test_scales_save_salient_channels(rounds: bool) -> None:
+def _sample(x: Floats) -> InputSample:
+    """A text of these tokens alone."""
+    return InputSample(x, (x**2).mean(axis=0), np.minimum(x.min(axis=0), 0), np.maximum(x.max(axis=0), 0))
+
+
+@pytest.mark.parametrize("rounding", [Rounding.NONE, Rounding.INT8])
+def test_scales_save_salient_channels(rounding: Rounding) -> None:
     rng = np.random.default_rng(5)
     channels = np.ones(256, np.float32)
     channels[[3, 77, 200]] = 60
@@ -128,7 +133,7 @@ def test_scales_save_salient_channels(rounds: bool) -> None:
     moments = (sample**2).mean(axis=0)
     spec = QuantSpec(4, 64, algorithm="imatrix")
     readers = [Reader(rng.standard_normal((n, 256)).astype(np.float32), spec) for n in (64, 96)]
-    found = choose_scales(readers, sample, moments, np.arange(256), rounds)
+    found = choose_scales(readers, _sample(sample), np.arange(256), rounding)
     assert found.scales is not None
     assert found.loss < 0.35 * found.plain_loss
     # What is claimed, computed by ORT's kernel: rounded weights of scaled columns, on the divided input.
@@ -136,11 +141,11 @@ def test_scales_save_salient_channels(rounds: bool) -> None:
     for reader in readers:
         wanted = sample @ reader.weight.T
         scaled, importance = reader.weight * found.scales, moments / found.scales**2
-        y = _product(sample / found.scales, scaled, spec, 4 if rounds else 1, importance)
+        y = _product(sample / found.scales, scaled, spec, 4 if rounding is Rounding.INT8 else 1, importance)
         claimed += float(((y - wanted) ** 2).sum())
         energy += float((wanted**2).sum())
     assert claimed / energy == pytest.approx(found.loss, rel=0.002)
-    plain = [output_loss(reader, sample, moments, rounds) for reader in readers]
+    plain = [output_loss(reader, _sample(sample), rounding) for reader in readers]
     assert min(plain) <= found.plain_loss <= max(plain)
 
 
@@ -150,10 +155,52 @@ def test_channels_that_share_a_row_share_a_scale() -> None:
     sample[:, 5] *= 50
     shared = np.arange(64) % 16
     readers = [Reader(rng.standard_normal((32, 64)).astype(np.float32), QuantSpec(4, 32))]
-    found = choose_scales(readers, sample, (sample**2).mean(axis=0), shared, False)
-    assert found.scales is not None
-    for row in range(16):
-        assert len(set(found.scales[shared == row].tolist())) == 1
+    for rounding in Rounding:
+        found = choose_scales(readers, _sample(sample), shared, rounding)
+        assert found.scales is not None
+        for row in range(16):
+            assert len(set(found.scales[shared == row].tolist())) == 1
+
+
+def _through_uint16(x: Floats, low: float, high: float) -> Floats:
+    """ORT's own QuantizeLinear and DequantizeLinear, in the range with its headroom."""
+    step = (high - low) * 1.25 / 65535
+    nearest = np.float16(step)
+    scale = np.float32(nearest if float(nearest) >= step else np.nextafter(nearest, np.float16(np.inf)))
+    zero = np.uint16(round(-low * 1.25 / float(scale)))
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["levels"]),
+        helper.make_node("DequantizeLinear", ["levels", "scale", "zero"], ["y"]),
+    ]
+    constants = [numpy_helper.from_array(np.array(scale), "scale"), numpy_helper.from_array(np.array(zero), "zero")]
+    ends = [helper.make_tensor_value_info(name, T.FLOAT, ["T", "K"]) for name in ("x", "y")]
+    graph = helper.make_graph(nodes, "uint16", ends[:1], ends[1:], constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    (y,) = session.run(None, {"x": x})
+    return np.asarray(y, np.float32)
+
+
+def test_scales_are_chosen_for_what_one_range_does_to_other_channels() -> None:
+    """One token in 256 reaches 30,000 in one channel, as massive activations do."""
+    rng = np.random.default_rng(6)
+    x = rng.standard_normal((256, 2048)).astype(np.float32)
+    x[7, 200] = 30000
+    reader = Reader(rng.standard_normal((32, 2048)).astype(np.float32), QuantSpec(4, 64, algorithm="imatrix"))
+    sample, ordinary = _sample(x), np.arange(256) != 7
+
+    def error(scales: Floats | None) -> float:
+        """Of the output of tokens that are not massive, uint16 alone: the weights are exact."""
+        assert scales is not None
+        divided = sample.divided(scales)
+        seen = _through_uint16(divided.tokens, divided.values().low, divided.values().high)
+        np.testing.assert_array_equal(seen, divided.rounded(Rounding.UINT16, 64))
+        y, wanted = seen @ (reader.weight * scales).T, x @ reader.weight.T
+        return float(np.sqrt(((y - wanted)[ordinary] ** 2).mean() / (wanted[ordinary] ** 2).mean()))
+
+    roundings = (Rounding.NONE, Rounding.UINT16)
+    blind, seeing = (choose_scales([reader], sample, np.arange(2048), rounding).scales for rounding in roundings)
+    assert error(np.ones(2048, np.float32)) > 0.15 and error(seeing) < error(blind) / 2
 
 
 @pytest.mark.parametrize("case", ["qwen2", "qwen2-tied", "llama-bias", "qwen3", "llama-narrow-heads"])
@@ -252,11 +299,13 @@ def test_statistics_are_those_of_the_whole_text() -> None:
     for x in sequences:
         assert statistics.add(x) is x
         products.add(x, 2 * x + 1)
-    np.testing.assert_allclose(statistics.moments(), (whole.astype(np.float64) ** 2).mean(axis=0), rtol=1e-5)
     sample = statistics.sample()
-    assert 200 <= len(sample) <= len(whole)
+    np.testing.assert_allclose(sample.moments, (whole.astype(np.float64) ** 2).mean(axis=0), rtol=1e-5)
+    np.testing.assert_array_equal(sample.low, whole.min(axis=0))
+    np.testing.assert_array_equal(sample.high, whole.max(axis=0))
+    assert 200 <= len(sample.tokens) <= len(whole)
     rows = {row.tobytes() for row in whole}
-    assert all(row.tobytes() in rows for row in sample)
+    assert all(row.tobytes() in rows for row in sample.tokens)
     moment, cross = products.result()
     arriving = (2 * whole + 1).astype(np.float64)
     np.testing.assert_allclose(moment, arriving.T @ arriving / len(whole), rtol=1e-4, atol=1e-4)

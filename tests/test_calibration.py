@@ -27,9 +27,10 @@ from toolkit.checkpoint.opened import Checkpoint, open_checkpoint
 from toolkit.names import weight
 from toolkit.pipeline.export import Order, export_bundles
 from toolkit.pipeline.text import token_sequences
-from toolkit.quant.activations import rounded_activations
+from toolkit.quant.activations import Rounding, rounded_activations
 from toolkit.quant.blockwise import QuantizedBlocks, QuantSpec, dequantize_blocks, quantize_blocks
 from toolkit.quant.gptq import corrected_target, factorize, gptq_blocks
+from toolkit.quant.ranges import ActivationRange
 from toolkit.recipe import Recipe, load_recipe
 from toolkit.reference.decoder import Layer, embed, reference_logits
 from toolkit.target import TARGETS
@@ -96,7 +97,7 @@ def _mean_kld(checkpoint: Checkpoint, changed: Any, sequences: list[list[int]]) 
 def test_divergences_are_those_of_rounding_the_readers_alone(case: str, tmp_path: Path) -> None:
     checkpoint, sequences = _checkpoint(case, tmp_path)
     specs = _specs(checkpoint, "imatrix")
-    wish = Wish(specs, rounds_activations=False, folds=True, probes=True)
+    wish = Wish(specs, Rounding.NONE, Rounding.NONE, folds=True, probes=True)
     found = survey(checkpoint.config, checkpoint.source, sequences, wish, tmp_path / "work")
     inputs = linear_inputs(checkpoint.config)
     folded = FoldedTensors(checkpoint.source, inputs, found.scales())
@@ -124,10 +125,11 @@ def test_rounded_activations_count_too(tmp_path: Path) -> None:
     specs = _specs(checkpoint, "imatrix")
     alone, both = (
         survey(
-            checkpoint.config, checkpoint.source, sequences, Wish(specs, rounds, False, True), tmp_path / str(rounds)
+            checkpoint.config, checkpoint.source, sequences, Wish(specs, rounding, rounding, False, True),
+            tmp_path / rounding.name,
         ).divergences
-        for rounds in (False, True)
-    )
+        for rounding in (Rounding.NONE, Rounding.INT8)
+    )  # fmt: skip
     layers = [name for name in alone if "layers" in name]
     assert all(both[name] != alone[name] for name in layers)
     assert sum(both[name] for name in layers) > sum(alone[name] for name in layers)
@@ -135,7 +137,7 @@ def test_rounded_activations_count_too(tmp_path: Path) -> None:
 
 def test_importance_is_the_second_moment_of_what_arrives_after_folding(tmp_path: Path) -> None:
     checkpoint, sequences = _checkpoint("qwen2", tmp_path)
-    wish = Wish(_specs(checkpoint, "imatrix"), rounds_activations=False, folds=True, probes=False)
+    wish = Wish(_specs(checkpoint, "imatrix"), Rounding.NONE, Rounding.NONE, folds=True, probes=False)
     found = survey(checkpoint.config, checkpoint.source, sequences, wish, tmp_path / "work")
     assert found.tokens == 120 and found.divergences == {}
     assert found.scales()
@@ -169,7 +171,7 @@ def _equal(a: Survey, b: Survey) -> bool:
 
 def test_an_interrupted_survey_goes_on_after_the_last_whole_layer(tmp_path: Path) -> None:
     checkpoint, sequences = _checkpoint("qwen2", tmp_path)
-    wish = Wish(_specs(checkpoint, "imatrix"), rounds_activations=True, folds=True, probes=True)
+    wish = Wish(_specs(checkpoint, "imatrix"), Rounding.UINT16, Rounding.INT8, folds=True, probes=True)
     whole = survey(checkpoint.config, checkpoint.source, sequences, wish, tmp_path / "whole")
     for step in ("calibrated layer 0", "calibrated layer 1"):
         with pytest.raises(_StopError):
@@ -180,22 +182,43 @@ def test_an_interrupted_survey_goes_on_after_the_last_whole_layer(tmp_path: Path
         assert _equal(resumed, whole)
 
 
-def _solved(checkpoint: Checkpoint, sequences: list[list[int]], folder: Path, rounds: bool) -> tuple[_Kept, list[Any]]:
+# Wide, so that what a product sees in it is another input than the exact one.
+WIDE = ActivationRange(-900.0, 300.0)
+
+
+def _task(checkpoint: Checkpoint, rounding: Rounding) -> Task:
     specs = _specs(checkpoint, "gptq")
     specs["model.embed_tokens.weight"] = QuantSpec(4, BLOCK, algorithm="imatrix")
-    kept = _Kept()
-    fallbacks = solve(
-        checkpoint.config, checkpoint.source, sequences, Task(specs, {}, rounds), kept, folder, lambda _: None
-    )
-    return kept, fallbacks
+    values = {given.name: WIDE for given in linear_inputs(checkpoint.config)}
+    return Task(specs, {}, rounding, Rounding.NONE, values)
 
 
-@pytest.mark.parametrize("rounds", [False, True])
-def test_each_matrix_is_solved_against_what_the_rounded_layers_before_it_give(rounds: bool, tmp_path: Path) -> None:
+def _solved(
+    checkpoint: Checkpoint, sequences: list[list[int]], folder: Path, rounding: Rounding = Rounding.NONE
+) -> tuple[_Kept, list[Any]]:
+    kept, task = _Kept(), _task(checkpoint, rounding)
+    return kept, solve(checkpoint.config, checkpoint.source, sequences, task, kept, folder, lambda _: None)
+
+
+def _rounded(x: Floats, rounding: Rounding) -> Floats:
+    """By the definitions of each."""
+    if rounding is Rounding.INT8:
+        return rounded_activations(x, BLOCK)
+    if rounding is Rounding.NONE:
+        return x
+    step = float(np.float16(1200 * 1.25 / 65535))
+    step = step if step >= 1200 * 1.25 / 65535 else float(np.nextafter(np.float16(step), np.float16(np.inf)))
+    return np.asarray(np.rint(x / step) * step, np.float32)
+
+
+@pytest.mark.parametrize("rounding", Rounding)
+def test_each_matrix_is_solved_against_what_the_rounded_layers_before_it_give(
+    rounding: Rounding, tmp_path: Path
+) -> None:
     """Layer 1's down_proj, from the checkpoint with everything before it replaced by what was solved."""
     checkpoint, sequences = _checkpoint("qwen2", tmp_path)
     sequences = sequences * 3
-    kept, fallbacks = _solved(checkpoint, sequences, tmp_path / "work", rounds)
+    kept, fallbacks = _solved(checkpoint, sequences, tmp_path / "work", rounding)
     assert fallbacks == [] and kept.commits == checkpoint.config.num_hidden_layers + 1
     config, source = checkpoint.config, checkpoint.source
     spec = QuantSpec(4, BLOCK, algorithm="gptq")
@@ -207,16 +230,16 @@ def test_each_matrix_is_solved_against_what_the_rounded_layers_before_it_give(ro
 
     def down_input(tensors: Any) -> Floats:
         layers: list[Layer] = [Layer(config, tensors, k) for k in range(2)]
-        if rounds and tensors is arriving:
+        if tensors is arriving:
             for layer in layers:
                 exact = layer.linear
-                layer.linear = lambda module, x, exact=exact: exact(module, rounded_activations(x, BLOCK))  # type: ignore[method-assign]
+                layer.linear = lambda module, x, exact=exact: exact(module, _rounded(x, rounding))  # type: ignore[method-assign]
         seen = []
         for ids in sequences:
             x = layers[0](embed(tensors, ids))
             x = layers[1].after_attention(x, layers[1].mixed(layers[1].attention_input(x)))
             hidden = layers[1].mlp_hidden(layers[1].mlp_input(x))
-            seen.append(rounded_activations(hidden, BLOCK) if rounds and tensors is arriving else hidden)
+            seen.append(_rounded(hidden, rounding) if tensors is arriving else hidden)
         return np.concatenate(seen)
 
     exact_x, x = down_input(source), down_input(arriving)
@@ -235,7 +258,7 @@ def test_each_matrix_is_solved_against_what_the_rounded_layers_before_it_give(ro
 
 def test_the_head_is_solved_in_slices_as_in_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint, sequences = _checkpoint("qwen3", tmp_path)
-    kept, _ = _solved(checkpoint, sequences * 3, tmp_path / "whole", False)
+    kept, _ = _solved(checkpoint, sequences * 3, tmp_path / "whole")
     sliced: dict[int, QuantizedBlocks] = {}
 
     class Slices(_Kept):
@@ -244,9 +267,8 @@ def test_the_head_is_solved_in_slices_as_in_one(tmp_path: Path, monkeypatch: pyt
                 sliced[start] = blocks
 
     monkeypatch.setattr(solving, "_ROWS", 40)
-    specs = _specs(checkpoint, "gptq")
-    specs["model.embed_tokens.weight"] = QuantSpec(4, BLOCK, algorithm="imatrix")
-    solve(checkpoint.config, checkpoint.source, sequences * 3, Task(specs, {}, False), Slices(), tmp_path / "sliced")
+    task = _task(checkpoint, Rounding.NONE)
+    solve(checkpoint.config, checkpoint.source, sequences * 3, task, Slices(), tmp_path / "sliced")
     assert sorted(sliced) == [0, 40, 80]
     packed = np.concatenate([sliced[start].packed for start in sorted(sliced)])
     assert (packed == kept.blocks["lm_head.weight"].packed).mean() > 0.99
@@ -256,7 +278,7 @@ def test_too_little_text_for_a_hessian_falls_back_and_says_how_much_is_needed(tm
     """120 tokens: enough for inputs of 64 channels at two tokens each, not for down_proj's 112."""
     checkpoint, _ = _checkpoint("qwen2", tmp_path)
     sequences = [list(range(3, 73)), list(range(20, 90))]
-    kept, fallbacks = _solved(checkpoint, sequences, tmp_path / "work", False)
+    kept, fallbacks = _solved(checkpoint, sequences, tmp_path / "work")
     assert fallbacks == [
         Fallback(f"model.layers.{k}.mlp.down_proj.weight", "140 calibration tokens, and 112 channels need 224")
         for k in range(2)
@@ -273,7 +295,7 @@ def test_a_moment_that_cannot_be_factored_falls_back(tmp_path: Path, monkeypatch
         raise solving.NotPositiveDefiniteError("the second moment of the input is not positive definite")
 
     monkeypatch.setattr(solving, "factorize", refuse)
-    kept, fallbacks = _solved(checkpoint, sequences * 3, tmp_path / "work", False)
+    kept, fallbacks = _solved(checkpoint, sequences * 3, tmp_path / "work")
     assert len(fallbacks) == len(kept.blocks) == 7 * 2 + 1
     assert {fallback.reason for fallback in fallbacks} == {"the second moment of the input is not positive definite"}
 
@@ -460,6 +482,6 @@ def test_an_activation_that_overflows_is_named(tmp_path: Path) -> None:
     checkpoint, sequences = _checkpoint("llama", folder)
     _loud_norm(folder)
     checkpoint = open_checkpoint(folder)
-    wish = Wish(_specs(checkpoint, "imatrix"), False, False, False)
+    wish = Wish(_specs(checkpoint, "imatrix"), Rounding.NONE, Rounding.NONE, False, False)
     with np.errstate(all="ignore"), pytest.raises(Exception, match=r"layers\.1\.self_attn.* NaN or infinite"):
         survey(checkpoint.config, checkpoint.source, sequences, wish, tmp_path / "work")

@@ -13,16 +13,18 @@ from numpy.typing import NDArray
 
 from toolkit.quant.awq import FoldChoice
 from toolkit.quant.blockwise import QuantSpec
+from toolkit.quant.ranges import ActivationRange
 
 Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class InputFacts:
-    """What became of one input. `importance` [K] are its second moments after folding, `fold` how it was folded, and
-    `losses` the error of the output by format, as a share of its energy."""
+    """What became of one input. `importance` [K] are its second moments and `values` its range after folding, `fold`
+    how it was folded, and `losses` the error of the output by format, as a share of its energy."""
 
     importance: Floats
+    values: ActivationRange
     fold: FoldChoice
     losses: dict[QuantSpec, float]
 
@@ -63,7 +65,8 @@ def save_state(folder: Path, k: int, state: State) -> None:
         if given.fold.scales is not None:
             arrays[f"scales {name}"] = given.fold.scales
         figures = {key: value for key, value in asdict(given.fold).items() if key != "scales"}
-        facts[name] = {"fold": figures, "losses": [[asdict(spec), loss] for spec, loss in given.losses.items()]}
+        losses = [[asdict(spec), loss] for spec, loss in given.losses.items()]
+        facts[name] = {"values": asdict(given.values), "fold": figures, "losses": losses}
     for name, probe in state.probes.items():
         for k_piece, piece in enumerate(probe):
             arrays[f"probe {k_piece} {name}"] = piece
@@ -82,8 +85,8 @@ def load_state(folder: Path, k: int) -> State:
         for name, entry in facts.items():
             scales = arrays[f"scales {name}"] if f"scales {name}" in arrays else None
             losses = {QuantSpec(**spec): loss for spec, loss in entry["losses"]}
-            fold = FoldChoice(scales, **entry["fold"])
-            state.inputs[name] = InputFacts(arrays[f"importance {name}"], fold, losses)
+            fold, values = FoldChoice(scales, **entry["fold"]), ActivationRange(**entry["values"])
+            state.inputs[name] = InputFacts(arrays[f"importance {name}"], values, fold, losses)
         for key in arrays.files:
             if key.startswith("probe "):
                 state.probes.setdefault(key.split(" ", 2)[2], []).append(arrays[key])

@@ -23,9 +23,10 @@ from toolkit.calibrate.statistics import Products
 from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.linear_inputs import LinearInput, head_input, layer_inputs
 from toolkit.checkpoint.weights import Tensors
-from toolkit.quant.activations import rounded_activations
+from toolkit.quant.activations import Rounding, rounded_input
 from toolkit.quant.blockwise import QuantizedBlocks, QuantSpec, dequantize_blocks, quantize_blocks
 from toolkit.quant.gptq import Factor, NotPositiveDefiniteError, corrected_target, factorize, gptq_blocks
+from toolkit.quant.ranges import ActivationRange
 from toolkit.reference.decoder import Layer, embed, rms_norm
 
 Floats = NDArray[np.float32]
@@ -58,12 +59,22 @@ class Writer(Protocol):
 
 @dataclass(frozen=True)
 class Task:
-    """What to solve. `specs` has the format of every matrix; `importance` by tensor serves where GPTQ cannot, and
-    `rounds_activations` is whether the bundle rounds a product's input to int8."""
+    """What to solve. `specs` has the format of every matrix; `importance` by tensor serves where GPTQ cannot.
+    `rounding` is what the bundle does to the input of a linear in a layer, `head_rounding` to the head's, and `values`
+    has the range of each input by its name."""
 
     specs: Mapping[str, QuantSpec]
     importance: Mapping[str, Floats]
-    rounds_activations: bool
+    rounding: Rounding
+    head_rounding: Rounding
+    values: Mapping[str, ActivationRange]
+
+    def arriving(self, given: LinearInput, reader: str, x: Floats) -> Floats:
+        """An input [T, K] as the bundle's product with one of its readers sees it."""
+        rounding = self.rounding if names.layer_of(given.name) is not None else self.head_rounding
+        if rounding is Rounding.NONE:
+            return x
+        return rounded_input(x, rounding, self.specs[names.weight(reader)].block_size, self.values[given.name])
 
 
 def solve(
@@ -130,7 +141,7 @@ class _LayerPass:
         self._config, self._k, self._task, self._writer = config, k, task, writer
         self._folder, self._lengths = folder, lengths
         self._exact = Layer(config, source, k)
-        self._rounded = _ArrivingLayer(self._exact)
+        self._rounded = _ArrivingLayer(self._exact, task)
         self.fallbacks: list[Fallback] = []
         self._spills: list[ActivationFile] = []
 
@@ -174,36 +185,35 @@ class _LayerPass:
         return made
 
     def _solve(self, given: LinearInput, stream: Callable[[int], Iterator[Floats]]) -> None:
-        local = {
-            names.weight(reader): names.weight(reader.removeprefix(names.layer_module(self._k, "")))
-            for reader in given.readers
-        }
+        local = {reader: reader.removeprefix(names.layer_module(self._k, "")) for reader in given.readers}
         solver = _InputSolver(given, self._task)
         if solver.wants_products(sum(self._lengths)):
-            rows = {tensor: self._exact.tensors[local[tensor]] for tensor in solver.wanted}
+            weights = {names.weight(r): self._exact.tensors[names.weight(module)] for r, module in local.items()}
+            rows = {tensor: weights[tensor] for tensor in solver.wanted}
             solver.gather(zip(stream(0), stream(1), strict=True), rows)
         self.fallbacks += solver.fallbacks
-        for tensor, here in local.items():
+        for reader, module in local.items():
+            tensor, here = names.weight(reader), names.weight(module)
             weight, spec = self._exact.tensors[here], self._task.specs[tensor]
             blocks = solver.blocks(tensor, weight)
             if tensor in solver.wanted:
                 self._writer.write(tensor, 0, weight, blocks)
             self._rounded.tensors[here] = dequantize_blocks(blocks, spec, weight.shape[1])
-            if self._task.rounds_activations:
-                self._rounded.blocks[here] = spec.block_size
+            self._rounded.solved[module] = given, reader
 
 
 class _ArrivingLayer(Layer):
-    """A layer whose linears round their input by `blocks`, by local tensor name, once they are solved."""
+    """A layer whose linears see their input as the bundle's will once they are solved: `solved` has that input, and the
+    reader's name, by local module name."""
 
-    def __init__(self, exact: Layer) -> None:
+    def __init__(self, exact: Layer, task: Task) -> None:
         self.config, self.window, self.tensors = exact.config, exact.window, dict(exact.tensors)
-        self.blocks: dict[str, int] = {}
+        self.solved: dict[str, tuple[LinearInput, str]] = {}
+        self._task = task
 
     def linear(self, module: str, x: Floats) -> Floats:
         """As the bundle computes it."""
-        width = self.blocks.get(names.weight(module))
-        return super().linear(module, rounded_activations(x, width) if width else x)
+        return super().linear(module, self._task.arriving(*self.solved[module], x) if module in self.solved else x)
 
 
 class _InputSolver:
@@ -236,8 +246,7 @@ class _InputSolver:
         few = rows is not None and sum(weight.shape[0] for weight in rows.values()) < self._given.width
         gathered = Products(self._given.width, np.concatenate(list(rows.values())) if rows and few else None)
         for exact, arriving in pairs:
-            rounds = self._task.rounds_activations
-            gathered.add(exact, rounded_activations(arriving, self._block_size) if rounds else arriving)
+            gathered.add(exact, self._task.arriving(self._given, self._given.name, arriving))
         moment, cross = gathered.result()
         if rows and few:
             ends = np.cumsum([weight.shape[0] for weight in rows.values()])

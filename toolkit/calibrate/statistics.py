@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toolkit.errors import NonFiniteError
+from toolkit.quant.activations import InputSample
 
 Floats = NDArray[np.float32]
 _SAMPLE: Final = 256
@@ -19,11 +20,12 @@ _BATCH: Final = 2048
 
 
 class InputStatistics:
-    """Second moments of each channel, and tokens evenly spaced over the text."""
+    """Second moment and range of each channel, and tokens evenly spaced over the text."""
 
     def __init__(self, name: str, width: int, tokens: int) -> None:
         self._name, self._every = name, max(1, tokens // _SAMPLE)
         self._squares = np.zeros(width, np.float64)
+        self._low, self._high = np.zeros(width, np.float32), np.zeros(width, np.float32)
         self._kept: list[Floats] = []
         self._seen = 0
 
@@ -37,17 +39,16 @@ class InputStatistics:
                 "text: the checkpoint does not compute in float32, or is damaged"
             )
         self._squares += squares
+        np.minimum(self._low, x.min(axis=0), out=self._low)
+        np.maximum(self._high, x.max(axis=0), out=self._high)
         self._kept.append(x[-self._seen % self._every :: self._every].copy())
         self._seen += x.shape[0]
         return x
 
-    def moments(self) -> Floats:
-        """E[x^2] [K]."""
-        return (self._squares / max(self._seen, 1)).astype(np.float32)
-
-    def sample(self) -> Floats:
-        """Some rows of the input [T', K]."""
-        return np.concatenate(self._kept)
+    def sample(self) -> InputSample:
+        """What was seen; zero counts as seen in every channel."""
+        moments = (self._squares / max(self._seen, 1)).astype(np.float32)
+        return InputSample(np.concatenate(self._kept), moments, self._low, self._high)
 
 
 class Products:

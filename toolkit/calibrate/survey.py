@@ -25,9 +25,10 @@ from toolkit.calibrate.statistics import InputStatistics
 from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.linear_inputs import LinearInput, head_input, layer_inputs
 from toolkit.checkpoint.weights import Tensors
-from toolkit.quant.activations import rounded_activations
+from toolkit.quant.activations import Rounding, rounded_input
 from toolkit.quant.awq import FoldChoice, Reader, choose_scales, output_loss, thinned_rows
 from toolkit.quant.blockwise import QuantSpec, dequantize_blocks, quantize_blocks
+from toolkit.quant.ranges import ActivationRange
 from toolkit.reference.decoder import Layer, embed, rms_norm
 from toolkit.reference.divergence import mean_divergences
 
@@ -37,11 +38,13 @@ _PROBE_TOKENS: Final = (128, 2048)
 
 @dataclass(frozen=True)
 class Wish:
-    """What a survey is for. `specs` has each matrix' format by its rule; `rounds_activations` is whether the bundle
-    rounds a product's input to int8; `folds` allows channel scales, `probes` measures divergences."""
+    """What a survey is for. `specs` has each matrix' format by its rule; `rounding` is what the bundle does to the
+    input of a linear in a layer, and `head_rounding` to the head's; `folds` allows channel scales, `probes` measures
+    divergences."""
 
     specs: Mapping[str, QuantSpec]
-    rounds_activations: bool
+    rounding: Rounding
+    head_rounding: Rounding
     folds: bool
     probes: bool
 
@@ -118,7 +121,7 @@ class _Pass:
         after.write(_through(layer, x, seen) for x in before)
         read = {given.name: {r: layer.tensors[names.weight(_local(r, k))] for r in given.readers} for given in inputs}
         for given, statistics in zip(inputs, seen, strict=True):
-            state.inputs[given.name] = self._facts(given, statistics, read[given.name])
+            state.inputs[given.name] = self._facts(given, statistics, read[given.name], self._wish.rounding)
         if not self._wish.probes:
             return
         exact = state.probes[""]
@@ -128,7 +131,7 @@ class _Pass:
             for reader in given.readers:
                 spec = self._wish.specs[names.weight(reader)]
                 facts = state.inputs[given.name]
-                rounded.round(_local(reader, k), spec, facts, self._wish.rounds_activations)
+                rounded.round(_local(reader, k), spec, facts, self._wish.rounding)
             fresh[given.name] = [rounded(x) for x in exact]
         state.probes = {name: [layer(x) for x in probe] for name, probe in state.probes.items()} | fresh
 
@@ -141,7 +144,7 @@ class _Pass:
         for x in before:
             statistics.add(rms_norm(x, norm, config.rms_norm_eps))
         rows = _spread_rows(source, names.weight(given.name), config.vocab_size)
-        state.inputs[given.name] = self._facts(given, statistics, {given.name: rows})
+        state.inputs[given.name] = self._facts(given, statistics, {given.name: rows}, self._wish.head_rounding)
         if not config.tie_word_embeddings:
             rows = _spread_rows(source, names.weight(names.EMBED_TOKENS), config.vocab_size)
             state.inputs[names.EMBED_TOKENS] = _embedding_facts(rows, self._wish.specs)
@@ -157,23 +160,23 @@ class _Pass:
         found[given.name] = rounded.divergence(config, exact, arriving)
         return found
 
-    def _facts(self, given: LinearInput, statistics: InputStatistics, read: Mapping[str, Floats]) -> InputFacts:
-        moments, sample = statistics.moments(), statistics.sample()
-        specs = {reader: self._wish.specs[names.weight(reader)] for reader in given.readers}
-        rounds = self._wish.rounds_activations
+    def _facts(
+        self, given: LinearInput, statistics: InputStatistics, read: Mapping[str, Floats], rounding: Rounding
+    ) -> InputFacts:
+        sample, wish = statistics.sample(), self._wish
+        specs = {reader: wish.specs[names.weight(reader)] for reader in given.readers}
         readers = {reader: thinned_rows(read[reader]) for reader in given.readers}
-        plain = FoldChoice(None, 0.0, 0.0, 0.0, 0.0)
-        fold = plain
-        if self._wish.folds and given.writers:
+        fold = FoldChoice()
+        if wish.folds and given.writers:
             asked = [Reader(readers[r], specs[r]) for r in given.readers]
-            fold = choose_scales(asked, sample, moments, _shared(given), rounds)
+            fold = choose_scales(asked, sample, _shared(given), rounding)
         scales = fold.scales if fold.scales is not None else np.ones(given.width, np.float32)
-        importance, sample = moments / scales**2, sample / scales
+        sample = sample.divided(scales)
         losses: dict[QuantSpec, float] = {}
-        for spec in formats(specs[given.name], given.width) if self._wish.probes else []:
+        for spec in formats(specs[given.name], given.width) if wish.probes else []:
             asked = [Reader(readers[r] * scales, spec) for r in given.readers]
-            losses[spec] = sum(output_loss(reader, sample, importance, rounds) for reader in asked) / len(asked)
-        return InputFacts(importance, fold, losses)
+            losses[spec] = sum(output_loss(reader, sample, rounding) for reader in asked) / len(asked)
+        return InputFacts(sample.moments, sample.values(), fold, losses)
 
 
 def _through(layer: Layer, x: Floats, seen: Sequence[InputStatistics]) -> Floats:
@@ -188,23 +191,25 @@ class _RoundedLayer(Layer):
 
     def __init__(self, exact: Layer) -> None:
         self.config, self.window, self.tensors = exact.config, exact.window, exact.tensors
-        self._rounded: dict[str, tuple[Floats, Floats, int]] = {}
+        self._rounded: dict[str, tuple[Floats, Callable[[Floats], Floats]]] = {}
 
-    def round(self, module: str, spec: QuantSpec, facts: InputFacts, rounds_activations: bool) -> None:
+    def round(self, module: str, spec: QuantSpec, facts: InputFacts, rounding: Rounding) -> None:
         """Rounds one linear's weight, and its input too if asked."""
         weight = self.tensors[names.weight(module)]
         scales = facts.fold.scales if facts.fold.scales is not None else np.ones(weight.shape[1], np.float32)
         blocks = quantize_blocks(weight * scales, spec, facts.importance)
-        width = spec.block_size if rounds_activations else 0
-        self._rounded[module] = (dequantize_blocks(blocks, spec, weight.shape[1]), scales, width)
+
+        def arriving(x: Floats) -> Floats:
+            return rounded_input(x / scales, rounding, spec.block_size, facts.values)
+
+        self._rounded[module] = (dequantize_blocks(blocks, spec, weight.shape[1]), arriving)
 
     def linear(self, module: str, x: Floats) -> Floats:
         """As the exact layer's, but for what was rounded."""
         if module not in self._rounded:
             return super().linear(module, x)
-        weight, scales, width = self._rounded[module]
-        x = x / scales
-        y: Floats = (rounded_activations(x, width) if width else x) @ weight.T
+        weight, arriving = self._rounded[module]
+        y: Floats = arriving(x) @ weight.T
         bias = names.bias(module)
         return y + self.tensors[bias] if bias in self.tensors else y
 
@@ -216,7 +221,7 @@ class _RoundedHead:
         self._source, self._name = source, names.weight(module)
         self._spec, self._facts = wish.specs[self._name], facts
         self._scales = facts.fold.scales if facts.fold.scales is not None else np.ones(1, np.float32)
-        self._width = self._spec.block_size if wish.rounds_activations else 0
+        self._rounding = wish.head_rounding
 
     def names(self) -> list[str]:
         return self._source.names()
@@ -231,8 +236,7 @@ class _RoundedHead:
 
     def divergence(self, config: ModelConfig, exact: Floats, arriving: Floats) -> float:
         """Mean KLD from the exact head on `exact` [T, D] to this one on `arriving`."""
-        x = arriving / self._scales
-        x = rounded_activations(x, self._width) if self._width else x
+        x = rounded_input(arriving / self._scales, self._rounding, self._spec.block_size, self._facts.values)
         return mean_divergences(config, self._source, exact, {"": x}, self)[""]
 
 
@@ -255,12 +259,11 @@ def _first_probes(
 
 def _embedding_facts(rows: Floats, specs: Mapping[str, QuantSpec]) -> InputFacts:
     """Nothing arrives at an embedding: its error is that of its rows."""
-    ones = np.ones(rows.shape[1], np.float32)
     losses: dict[QuantSpec, float] = {}
     for spec in formats(specs[names.weight(names.EMBED_TOKENS)], rows.shape[1]):
         miss = dequantize_blocks(quantize_blocks(rows, spec), spec, rows.shape[1]) - rows
         losses[spec] = float(np.vdot(miss, miss) / (np.vdot(rows, rows) or 1.0))
-    return InputFacts(ones, FoldChoice(None, 0.0, 0.0, 0.0, 0.0), losses)
+    return InputFacts(np.ones(rows.shape[1], np.float32), ActivationRange(0.0, 0.0), FoldChoice(), losses)
 
 
 def _spread_rows(source: Tensors, name: str, rows: int) -> Floats:

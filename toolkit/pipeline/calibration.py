@@ -29,9 +29,11 @@ from toolkit.partition.solved import open_solved
 from toolkit.pipeline.calibration_cost import calibration_tokens
 from toolkit.pipeline.plan import ExportPlan
 from toolkit.pipeline.text import LONGEST, find_text, token_sequences
+from toolkit.quant.activations import Rounding
 from toolkit.quant.blockwise import QuantSpec
 from toolkit.quant.ranges import ActivationRange
 from toolkit.recipe import Recipe
+from toolkit.target import CPU_FORM, Form
 
 Floats = NDArray[np.float32]
 # Fewer say nothing about a channel.
@@ -84,8 +86,8 @@ def _weights(
     start = time.perf_counter()
     recipe, checkpoint, config = plan.recipe, plan.checkpoint, plan.checkpoint.config
     specs = planned_specs(config, recipe, plan.target.form)
-    rounds = plan.target.form.accuracy_level == 4
-    wish = Wish(specs, rounds, recipe.fold, recipe.bits_per_weight > 0)
+    rounding, head_rounding = _rounding(plan.target.form), _rounding(CPU_FORM)
+    wish = Wish(specs, rounding, head_rounding, recipe.fold, recipe.bits_per_weight > 0)
     found = survey(config, checkpoint.source, sequences, wish, work / "survey", progress)
     surveyed = time.perf_counter()
     folded = FoldedTensors(checkpoint.source, linear_inputs(config), found.scales())
@@ -104,7 +106,8 @@ def _weights(
     fallbacks: list[Fallback] = []
     if any(spec.algorithm == "gptq" for spec in formats.values()):
         with open_solved(Destination(layout, partial)) as writer:
-            task = Task(formats, importance, rounds)
+            values = {name: facts.values for name, facts in found.inputs.items()}
+            task = Task(formats, importance, rounding, head_rounding, values)
             fallbacks = solve(config, folded, sequences, task, writer, work / "solve", progress)
     section = _section(recipe, found, fallbacks)
     return plan, importance, section | {"survey_s": surveyed - start, "solve_s": time.perf_counter() - surveyed}
@@ -160,6 +163,13 @@ def _formats(plan: ExportPlan, specs: Mapping[str, QuantSpec], found: Survey) ->
         tensor: replace(spec, algorithm="imatrix") if spec.algorithm == "gptq" and spec.bits != 4 else spec
         for tensor, spec in bought.items()
     }
+
+
+def _rounding(form: Form) -> Rounding:
+    """What a bundle of this form does to the input of a linear."""
+    if form.qdq:
+        return Rounding.UINT16
+    return Rounding.INT8 if form.accuracy_level == 4 else Rounding.NONE
 
 
 def _section(recipe: Recipe, found: Survey, fallbacks: list[Fallback]) -> dict[str, Any]:

@@ -1,15 +1,61 @@
-"""What MatMulNBits does to its input at accuracy_level 4: int8 by blocks along the features, scaled by the largest.
+"""What becomes of a linear's input where the bundle runs.
 
-ONNX Runtime's MLAS, QuantizeARow of SQNBitGemm's CompInt8 path: symmetric, round half to even, one scale a block.
+int8 by blocks along the features, scaled by the largest, as MatMulNBits has it at accuracy_level 4 (ONNX Runtime's
+MLAS, QuantizeARow of SQNBitGemm's CompInt8 path: symmetric, round half to even, one scale a block); or uint16 in one
+range for the tensor (quant/ranges.py), where one channel many times the others costs them all their precision.
 T tokens, K features.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from enum import Enum
+
 import numpy as np
 from numpy.typing import NDArray
 
+from toolkit.quant.ranges import ActivationRange, rounded_to_uint16
+
 Floats = NDArray[np.float32]
+
+
+class Rounding(Enum):
+    """Of a linear's input."""
+
+    NONE = "none"
+    INT8 = "int8 by blocks"
+    UINT16 = "uint16 by tensor"
+
+
+@dataclass(frozen=True)
+class InputSample:
+    """What a text showed of an input: some tokens [T, K], the second moment of each channel [K], and its smallest and
+    largest value [K]."""
+
+    tokens: Floats
+    moments: Floats
+    low: Floats
+    high: Floats
+
+    def divided(self, scales: Floats) -> InputSample:
+        """As it is once channels are divided by `scales` [K], which are positive."""
+        moments = (self.moments / scales**2).astype(np.float32)
+        return InputSample(self.tokens / scales, moments, self.low / scales, self.high / scales)
+
+    def values(self) -> ActivationRange:
+        """The range of the tensor."""
+        return ActivationRange(float(self.low.min()), float(self.high.max()))
+
+    def rounded(self, rounding: Rounding, block_size: int) -> Floats:
+        """The tokens as the product sees them."""
+        return rounded_input(self.tokens, rounding, block_size, self.values())
+
+
+def rounded_input(x: Floats, rounding: Rounding, block_size: int, values: ActivationRange) -> Floats:
+    """`x` [T, K] as the product sees it; blocks are for int8, the range of the tensor for uint16."""
+    if rounding is Rounding.INT8:
+        return rounded_activations(x, block_size)
+    return rounded_to_uint16(x, values) if rounding is Rounding.UINT16 else x
 
 
 def rounded_activations(x: Floats, block_size: int) -> Floats:

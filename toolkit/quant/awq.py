@@ -3,20 +3,20 @@
 A reader's columns are multiplied by s, whatever writes the input is divided by it (arXiv 2306.00978): rounding the
 columns of a large channel then errs less, at the price of the others. s = m^alpha / w^beta, with m the root mean square
 of a channel and w that of the columns that read it, on a grid; each candidate is quantized and judged by the squared
-error of the output on a sample of the input, its rounding to int8 included where the bundle rounds it.
+error of the output on a sample of the input, its rounding to int8 or uint16 included where the bundle rounds it.
 T sampled tokens, K channels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from toolkit.quant.activations import rounded_activations
+from toolkit.quant.activations import InputSample, Rounding
 from toolkit.quant.blockwise import QuantSpec, dequantize_blocks, quantize_blocks
 
 Floats = NDArray[np.float32]
@@ -40,57 +40,54 @@ class FoldChoice:
     """`scales` [K] float32, or None where nothing beats leaving the input alone. Losses are shares of the output's
     energy on the sample."""
 
-    scales: Floats | None
-    alpha: float
-    beta: float
-    plain_loss: float
-    loss: float
+    scales: Floats | None = None
+    alpha: float = 0.0
+    beta: float = 0.0
+    plain_loss: float = 0.0
+    loss: float = 0.0
 
 
 def choose_scales(
-    readers: Sequence[Reader], sample: Floats, moments: Floats, shared: NDArray[np.int64], rounds_activations: bool
+    readers: Sequence[Reader], sample: InputSample, shared: NDArray[np.int64], rounding: Rounding
 ) -> FoldChoice:
-    """The best scales for an input. `sample` [T, K], `moments` [K] second moments; channels of equal `shared` [K] get
-    one scale."""
+    """The best scales for an input; channels of equal `shared` [K] get one scale."""
     readers = [Reader(thinned_rows(reader.weight), reader.spec) for reader in readers]
-    wanted = [sample @ reader.weight.T for reader in readers]
+    wanted = [sample.tokens @ reader.weight.T for reader in readers]
     energy = sum(float(np.vdot(y, y)) for y in wanted) or 1.0
 
     def loss_of(scales: Floats) -> float:
         lost = 0.0
         for reader, y in zip(readers, wanted, strict=True):
-            miss = _output(reader, sample, moments, scales, rounds_activations) - y
+            miss = _output(reader, sample, scales, rounding) - y
             lost += float(np.vdot(miss, miss))
         return lost / energy
 
-    ones = np.ones(sample.shape[1], np.float32)
+    ones = np.ones(sample.moments.shape, np.float32)
     plain = loss_of(ones)
-    best = FoldChoice(None, 0.0, 0.0, plain, plain)
-    m = np.sqrt(_pooled(moments, shared))
+    best = FoldChoice(plain_loss=plain, loss=plain)
+    m = np.sqrt(_pooled(sample.moments, shared))
     columns = sum((reader.weight.astype(np.float64) ** 2).mean(axis=0) for reader in readers)
     w = np.sqrt(_pooled(np.asarray(columns), shared))
     for beta in _BETAS:
         for alpha in _ALPHAS:
             scales = _bounded(m, w, alpha, beta)
             if (loss := loss_of(scales)) < best.loss:
-                best = FoldChoice(scales, alpha, beta, plain, loss)
+                best = replace(best, scales=scales, alpha=alpha, beta=beta, loss=loss)
     return best
 
 
-def output_loss(reader: Reader, sample: Floats, moments: Floats, rounds_activations: bool) -> float:
+def output_loss(reader: Reader, sample: InputSample, rounding: Rounding) -> float:
     """The squared error of a reader's output on the sample, as a share of the output's energy."""
     thin = Reader(thinned_rows(reader.weight), reader.spec)
-    y = sample @ thin.weight.T
-    miss = _output(thin, sample, moments, np.ones(sample.shape[1], np.float32), rounds_activations) - y
+    y = sample.tokens @ thin.weight.T
+    miss = _output(thin, sample, np.ones(sample.moments.shape, np.float32), rounding) - y
     return float(np.vdot(miss, miss)) / (float(np.vdot(y, y)) or 1.0)
 
 
-def _output(reader: Reader, sample: Floats, moments: Floats, scales: Floats, rounds_activations: bool) -> Floats:
-    x = np.asarray(sample / scales, np.float32)
-    scaled = np.asarray(reader.weight * scales, np.float32)
-    blocks = quantize_blocks(scaled, reader.spec, (moments / scales**2).astype(np.float32))
-    if rounds_activations:
-        x = rounded_activations(x, reader.spec.block_size)
+def _output(reader: Reader, sample: InputSample, scales: Floats, rounding: Rounding) -> Floats:
+    scaled, arriving = np.asarray(reader.weight * scales, np.float32), sample.divided(scales)
+    blocks = quantize_blocks(scaled, reader.spec, arriving.moments)
+    x = arriving.rounded(rounding, reader.spec.block_size)
     y: Floats = x @ dequantize_blocks(blocks, reader.spec, scaled.shape[1]).T
     return y
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 # What the text did not show: values a quarter beyond the range still fit, for a third of a bit.
 HEADROOM: Final = 1.25
@@ -31,3 +32,10 @@ def uint16_parameters(values: ActivationRange) -> tuple[np.float16, np.uint16]:
     if float(scale) < exact:
         scale = np.nextafter(scale, np.float16(np.inf))
     return scale, np.uint16(round(-low / float(scale)))
+
+
+def rounded_to_uint16(x: NDArray[np.float32], values: ActivationRange) -> NDArray[np.float32]:
+    """`x` through QuantizeLinear and DequantizeLinear of a tensor in this range: half to even, saturating."""
+    scale, zero_point = (np.float32(part) for part in uint16_parameters(values))
+    levels = np.clip(np.rint(x / scale) + zero_point, 0, _LEVELS)
+    return np.asarray((levels - zero_point) * scale, np.float32)
