@@ -27,8 +27,10 @@ from toolkit.errors import RecipeError
 from toolkit.graph.htp_faults import htp_faults
 from toolkit.graph.interface import load_graph
 from toolkit.partition import pack, rows
+from toolkit.partition.stored import StoredTensors
 from toolkit.pipeline.check import check_bundle
 from toolkit.pipeline.export import Order, export_bundles
+from toolkit.pipeline.plan import plan_export
 from toolkit.pipeline.text import token_sequences
 from toolkit.recipe import load_recipe
 from toolkit.reference.decoder import Layer, rms_norm
@@ -93,6 +95,17 @@ def test_stages_compute_the_reference_of_their_weights(case: str, bundles: dict[
     for tensor, rounded in weights.items():
         weight = exact.read(tensor)
         assert np.square(rounded - weight).sum() < (1e-3 if case == "8 bits" else 0.03) * np.square(weight).sum()
+
+
+@pytest.mark.parametrize("case", BUNDLES)
+def test_weights_are_read_back_as_graphs_read_them(case: str, bundles: dict[str, Path], tiny_r1: Path) -> None:
+    bundle = bundles[case]
+    recipe = load_recipe("tiny-r1-qnn", BUNDLES[case])
+    stored = StoredTensors(plan_export(recipe, open_checkpoint(tiny_r1), bundle, "int4").layout, bundle)
+    expected = _weights(bundle / "context.onnx")
+    for tensor, weight in expected.items():
+        np.testing.assert_array_equal(stored.read(tensor), weight)
+        np.testing.assert_array_equal(stored.read_rows(tensor, 5, 9), weight[5:9])
 
 
 def test_formats_are_those_asked_for(bundles: dict[str, Path]) -> None:
@@ -162,8 +175,8 @@ def test_widths_that_no_block_divides(stories260k: Path, tmp_path: Path) -> None
     ]  # fmt: skip
     assert scales is not None and scales.shape.numpy() == (64,)
     ids = token_sequences(checkpoint, tmp_path / "text.txt", 20, 20)[0]
-    # .036, of which .006 without the range of down_proj's input: one channel of it is many times the others (LOG.md).
-    assert _error_on(bundle, pad_heads(checkpoint, 16), ids) < 0.05
+    # .0015; by the exact weights' ranges .036: here the rounded ones reach further, and one token is cut off.
+    assert _error_on(bundle, pad_heads(checkpoint, 16), ids) < 0.006
 
 
 def test_matrices_that_come_in_pieces_are_gathered(

@@ -1,5 +1,6 @@
-"""The range of every tensor that becomes uint16, seen on text through the model as it will be stored, layer by layer.
+"""The range of every tensor that becomes uint16, seen on text through the weights as they are stored, layer by layer.
 
+Rounded weights give other values than exact ones, and what is beyond its range is cut off.
 Each token's smallest and largest value is kept, so that a range may leave out single tokens. What float16 must hold is
 looked at on the way: the residual stream, and the scores of attention before their softmax.
 Every finished layer is kept on disk, and an interrupted pass goes on after it.
@@ -42,7 +43,7 @@ def activation_ranges(
     progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, ActivationRange]:
     """By point (`names.input_of`, `names.output_of`), the range that holds every value of `percentile` percent of the
-    tokens at least; `folder` holds what is finished.
+    tokens at least; `source` has the rounded weights, `folder` holds what is finished.
 
     Raises NonFiniteError if an activation is NaN or infinite, UnsupportedError for values that float16 cannot hold.
     """

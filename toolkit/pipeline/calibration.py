@@ -26,6 +26,7 @@ from toolkit.errors import RecipeError
 from toolkit.graph.layout import plan_layout, planned_specs
 from toolkit.partition.data_files import Destination
 from toolkit.partition.solved import open_solved
+from toolkit.partition.stored import StoredTensors
 from toolkit.pipeline.calibration_cost import calibration_tokens
 from toolkit.pipeline.plan import ExportPlan
 from toolkit.pipeline.text import LONGEST, find_text, token_sequences
@@ -42,23 +43,22 @@ _FEWEST_TOKENS: Final = 256
 
 @dataclass(frozen=True)
 class Calibrated:
-    """A plan with its final formats and folded weights, the importance of columns by tensor, the ranges of uint16
-    activations by point (None where there are none), and what the report says of it."""
+    """A plan with its final formats and folded weights, the importance of columns by tensor, and what the report says
+    of it."""
 
     plan: ExportPlan
     importance: Mapping[str, Floats]
-    ranges: Mapping[str, ActivationRange] | None
     section: dict[str, Any]
 
 
 def calibrate(
     plan: ExportPlan, partial: Path, work: Path, progress: Callable[[str], None] = lambda _: None
 ) -> Calibrated:
-    """Runs the recipe's text through the checkpoint and decides how each matrix, and each activation, is stored; `work`
-    holds what is finished, solved matrices go into the data files in `partial`.
+    """Runs the recipe's text through the checkpoint and decides how each matrix is stored; `work` holds what is
+    finished, solved matrices go into the data files in `partial`.
 
-    Raises RecipeError or CheckpointError for a text that cannot serve, NonFiniteError or UnsupportedError for
-    activations that cannot be stored.
+    Raises RecipeError or CheckpointError for a text that cannot serve, NonFiniteError for activations that are not
+    numbers.
     """
     sequences, text = calibration_sequences(plan)
     section: dict[str, Any] = {
@@ -69,14 +69,22 @@ def calibrate(
     if plan.recipe.calibrated:
         plan, importance, made = _weights(plan, sequences, partial, work, progress)
         section |= made
-    ranges = None
-    if plan.target.form.qdq:
-        start = time.perf_counter()
-        config, source, percentile = plan.checkpoint.config, plan.checkpoint.source, plan.recipe.activation_percentile
-        ranges = activation_ranges(config, source, sequences, percentile, work / "ranges", progress)
-        section["activations"] = {"dtype": "uint16", "tensors": len(ranges), "percentile": percentile}
-        section["ranges_s"] = time.perf_counter() - start
-    return Calibrated(plan, importance, ranges, section)
+    return Calibrated(plan, importance, section)
+
+
+def stored_ranges(
+    plan: ExportPlan, partial: Path, work: Path, progress: Callable[[str], None] = lambda _: None
+) -> tuple[dict[str, ActivationRange], dict[str, Any]]:
+    """The ranges of uint16 activations by point, from the recipe's text through the weights packed in `partial`, and
+    what the report says of them; `work` holds what is finished.
+
+    Raises NonFiniteError or UnsupportedError for activations that cannot be stored.
+    """
+    start, percentile = time.perf_counter(), plan.recipe.activation_percentile
+    stored, (sequences, _) = StoredTensors(plan.layout, partial), calibration_sequences(plan)
+    ranges = activation_ranges(plan.checkpoint.config, stored, sequences, percentile, work / "ranges", progress)
+    described = {"dtype": "uint16", "tensors": len(ranges), "percentile": percentile}
+    return ranges, {"activations": described, "ranges_s": time.perf_counter() - start}
 
 
 def _weights(

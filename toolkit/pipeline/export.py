@@ -1,4 +1,4 @@
-"""The export story, a line a step: plan, check, pack, author, describe, rename."""
+"""The export story, a line a step: plan, check, calibrate, pack, author, describe, rename."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from toolkit.machine import package_versions, peak_rss_bytes
 from toolkit.partition.data_files import JOURNAL_FILE, Destination, disk_error
 from toolkit.partition.lower import lower
 from toolkit.partition.pack import PackResult, pack_weights
-from toolkit.pipeline.calibration import calibrate, calibration_sequences, text_digest
+from toolkit.pipeline.calibration import calibrate, calibration_sequences, stored_ranges, text_digest
 from toolkit.pipeline.plan import ExportPlan, check_machine, plan_export
 from toolkit.quant.ranges import ActivationRange
 from toolkit.recipe import Recipe
@@ -106,6 +106,7 @@ def export_bundles(
         ready = [_calibrated(bundle, clock, progress) for bundle in begun]
         with clock.stage("pack"):
             packed = _pack(ready, progress)
+        ready = [_ranged(bundle, clock, progress) for bundle in ready]
         for bundle, result in zip(ready, packed, strict=True):
             beside = [other.plan.recipe.name for other in begun if other.plan.out != bundle.plan.out]
             _finish(bundle, _graphs(bundle.plan, pad, bundle.ranges), result, tokenizer_files, clock, beside)
@@ -137,7 +138,17 @@ def _calibrated(begun: _Begun, clock: _Clock, progress: Callable[[str], None]) -
         return begun
     with clock.stage(f"calibrate {plan.recipe.name}"):
         made = calibrate(plan, begun.partial, begun.partial / _CALIBRATION_FOLDER, progress)
-    return replace(begun, plan=made.plan, importance=made.importance, ranges=made.ranges, calibration=made.section)
+    return replace(begun, plan=made.plan, importance=made.importance, calibration=made.section)
+
+
+def _ranged(packed: _Begun, clock: _Clock, progress: Callable[[str], None]) -> _Begun:
+    """The bundle with the ranges of its uint16 activations; itself where it has none."""
+    plan = packed.plan
+    if not (plan.calibration and plan.target.form.qdq):
+        return packed
+    with clock.stage(f"ranges {plan.recipe.name}"):
+        ranges, described = stored_ranges(plan, packed.partial, packed.partial / _CALIBRATION_FOLDER, progress)
+    return replace(packed, ranges=ranges, calibration=packed.calibration | described)
 
 
 def _pack(ready: Sequence[_Begun], progress: Callable[[str], None]) -> list[PackResult]:

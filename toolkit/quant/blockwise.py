@@ -120,6 +120,13 @@ def signed_integers(packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     return np.bitwise_or(integers[::2], np.left_shift(integers[1::2], 4, dtype=np.uint8))
 
 
+def signed_levels(integers: NDArray[np.uint8], bits: int) -> NDArray[np.int8]:
+    """The values [n] of what `signed_integers` made."""
+    if bits == 8:
+        return integers.view(np.int8)
+    return (_unpack_last_axis(integers, bits) ^ np.uint8(8)).view(np.int8) - np.int8(8)
+
+
 def pack_last_axis(values: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     """4 bits: two values a byte, the even one in the low nibble; an odd row ends in a zero nibble."""
     if bits == 8:

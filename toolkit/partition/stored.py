@@ -1,0 +1,84 @@
+"""A bundle's weights as they lie in its data files, read back for a forward pass: what is stored, not what was meant.
+
+N output features, K input features, J blocks.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from toolkit.graph.layout import Layout, Slot, Unit
+from toolkit.quant.blockwise import QuantizedBlocks, dequantize_blocks, signed_levels
+
+Floats = NDArray[np.float32]
+_DTYPES: Final = {"float32": np.float32, "float16": np.float16}
+# Input features of a turned matrix taken at a time.
+_TURNED: Final = 512
+
+
+class StoredTensors:
+    """A `Tensors` over the data files in `folder`, by the checkpoint's names."""
+
+    def __init__(self, layout: Layout, folder: Path) -> None:
+        self._folder = folder
+        self._places: dict[str, tuple[Unit, int, int]] = {}
+        for unit in layout.units.values():
+            for k, name in enumerate(unit.sources):
+                start = sum(unit.rows[:k])
+                self._places[name] = unit, start, start + unit.rows[k]
+
+    def names(self) -> list[str]:
+        """Every tensor."""
+        return list(self._places)
+
+    def read(self, name: str) -> Floats:
+        """A whole tensor, a matrix as [N, K]."""
+        unit, start, stop = self._places[name]
+        if unit.spec is not None and unit.spec.signed:
+            return self._turned(unit)[start:stop]
+        return self._rows(unit, start, stop)
+
+    def read_rows(self, name: str, start: int, stop: int) -> Floats:
+        """Rows of a tensor; of a signed matrix they lie apart, so that it is read whole."""
+        unit, first, _ = self._places[name]
+        if unit.spec is not None and unit.spec.signed:
+            return self.read(name)[start:stop]
+        return self._rows(unit, first + start, first + stop)
+
+    def _rows(self, unit: Unit, start: int, stop: int) -> Floats:
+        """Rows of a unit that holds floats, or blocks along its rows."""
+        slots = [self._slot_rows(slot, start, stop) for slot in unit.slots]
+        if unit.spec is None:
+            return np.asarray(slots[0], np.float32)
+        packed, scales, *zero_points = slots
+        blocks = QuantizedBlocks(packed, scales.astype(np.float32), zero_points[0] if zero_points else None, 0.0)
+        return dequantize_blocks(blocks, unit.spec, unit.width)
+
+    def _turned(self, unit: Unit) -> Floats:
+        """[N, K] of a signed matrix, which lies as [K, N] with scales [J, N] or [N]; its zero points are zeros."""
+        integers, scale, _ = unit.slots
+        assert unit.spec is not None
+        K, N = integers.shape
+        scales = self._slot_rows(scale, 0, scale.shape[0]).astype(np.float32).reshape(-1, N)
+        weight = np.empty((N, K), np.float32)
+        for start in range(0, K, _TURNED):
+            stop = min(K, start + _TURNED)
+            levels = signed_levels(self._bytes(integers, start, stop), unit.spec.bits).reshape(-1, N)
+            weight[:, start:stop] = (levels * scales[np.arange(start, stop) // unit.spec.block_size]).T
+        return weight
+
+    def _slot_rows(self, slot: Slot, start: int, stop: int) -> NDArray[Any]:
+        """Along the first axis."""
+        found = self._bytes(slot, start, stop)
+        return found.view(_DTYPES.get(slot.dtype, np.uint8)).reshape(stop - start, *slot.shape[1:])
+
+    def _bytes(self, slot: Slot, start: int, stop: int) -> NDArray[np.uint8]:
+        """Of entries [start, stop) along the first axis, each a whole number of bytes."""
+        each = slot.nbytes // slot.shape[0]
+        with (self._folder / slot.file).open("rb") as file:
+            file.seek(slot.offset + start * each)
+            return np.frombuffer(file.read((stop - start) * each), np.uint8)
