@@ -34,7 +34,7 @@ def compiled(function: Any, options: dict[str, Any] = _OPTIONS) -> Any:
         return numba.njit(**options)(function)
 
 
-def _compiled_for_reports(function: Any) -> Any:
+def compiled_for_reports(function: Any) -> Any:
     """Sums in any order: for what is reported, never for what is stored."""
     return compiled(function, {**_OPTIONS, "fastmath": _OPTIONS["fastmath"] | {"reassoc"}})
 
@@ -68,7 +68,7 @@ def quantize_rows(
                     _worth_by_size(block, worth, squares)
                 scale, zero = _search_scale(block, worth, scale, zero, top, symmetric, crosses, squares)
             noise += _round(block, scale, zero, top, levels)
-            _pack(levels, bits, packed[row, j])
+            pack_levels(levels, bits, packed[row, j])
             scales[row, j] = scale
             zeros[row, j] = np.uint8(zero)
     return noise
@@ -144,7 +144,7 @@ def _worth_by_size(block: Any, worth: Any, squares: Any) -> None:
     """What an error weighs without data: the block's root mean square plus the weight's own size."""
     for k in range(block.size):
         squares[k] = block[k] * block[k]
-    rms = np.sqrt(_sum(squares) / _F(block.size))
+    rms = np.sqrt(tree_sum(squares) / _F(block.size))
     for k in range(block.size):
         worth[k] = abs(block[k]) + rms
 
@@ -180,7 +180,7 @@ def _search_scale(
             weighted = worth[k] * level
             crosses[k] = weighted * x
             squares[k] = weighted * level
-        cross, square = _sum(crosses), _sum(squares)
+        cross, square = tree_sum(crosses), tree_sum(squares)
         fit = cross / square if square != _F(0) else _F(0)
         if cross * fit > best:
             best, scale, zero = cross * fit, fit, candidate_zero
@@ -188,7 +188,7 @@ def _search_scale(
 
 
 @compiled
-def _sum(terms: Any) -> Any:
+def tree_sum(terms: Any) -> Any:
     """Halves added to each other, in place, down to eight: an order the processor can run side by side, and always the
     same. The length is a power of two from 16 on, as every block size is."""
     half = terms.size // 2
@@ -200,7 +200,7 @@ def _sum(terms: Any) -> Any:
     return low + ((terms[4] + terms[5]) + (terms[6] + terms[7]))
 
 
-@_compiled_for_reports
+@compiled_for_reports
 def _round(block: Any, scale: Any, zero: Any, top: Any, levels: Any) -> Any:
     """Fills `levels` with the integers 0 … 2^bits - 1, half to even, then clipped; returns the squared error."""
     inverse, error = _inverse(scale), _F(0)
@@ -215,8 +215,8 @@ def _round(block: Any, scale: Any, zero: Any, top: Any, levels: Any) -> Any:
 
 
 @compiled
-def _pack(levels: Any, bits: int, packed: Any) -> None:
-    """4 bits: two levels a byte, the even one in the low nibble."""
+def pack_levels(levels: Any, bits: int, packed: Any) -> None:
+    """Fills `packed` with levels of one block. 4 bits: two levels a byte, the even one in the low nibble."""
     if bits == 8:
         packed[:] = levels
     else:

@@ -11,11 +11,16 @@ from typing import Any, Final
 
 import numpy as np
 
-from toolkit.quant.kernel import compiled
+from toolkit.quant.kernel import compiled, compiled_for_reports, pack_levels, tree_sum
 
 SIXTEENTHS: Final = 16
 _F, _D = np.float32, np.float64
+# Zeros below the first, as in quant/kernel.py; outside the others float32 does not hold what a search adds up.
 _SMALLEST_SCALE: Final = np.float32(1e-36)
+_SMALLEST_SEARCHED: Final = np.float32(1e-9)
+_LARGEST_SEARCHED: Final = np.float32(1e9)
+# Terms that are added in float32, side by side; sums of these in float64.
+_PIECE: Final = 64
 
 
 @compiled
@@ -26,21 +31,25 @@ def quantize_signed_rows(
     from `weight` [N, K] float32, K = J blocks; returns the sum of squared errors. `importance` [K] float32 weighs the
     errors of columns; without entries the search weighs by size."""
     half = _F(1 << (bits - 1))
-    worth = np.empty(block_size, np.float32)
+    width = 16
+    while width < min(block_size, _PIECE):
+        width *= 2
+    terms = np.zeros((2, width), np.float32)
+    worth, levels = np.empty(block_size, np.float32), np.empty(block_size, np.uint8)
     noise = 0.0
     for row in range(weight.shape[0]):
         for j in range(scales.shape[1]):
             block = weight[row, j * block_size : (j + 1) * block_size]
             scale = _range(block, half)
-            if searches and scale > _F(0):
-                _weigh(block, importance, j * block_size, worth)
-                scale = _search(block, worth, scale, half)
+            if searches and _SMALLEST_SEARCHED < scale < _LARGEST_SEARCHED:
+                _weigh(block, importance, j * block_size, worth, terms)
+                scale = _search(block, worth, scale, half, terms)
             scales[row, j] = scale
         if scales.shape[1] > 1:
-            _snap(weight[row], importance, searches, block_size, half, worth, scales[row])
+            _snap(weight[row], importance, searches, block_size, half, worth, scales[row], terms)
         for j in range(scales.shape[1]):
-            block = weight[row, j * block_size : (j + 1) * block_size]
-            noise += _round(block, scales[row, j], half, bits, packed[row, j])
+            noise += _round(weight[row, j * block_size : (j + 1) * block_size], scales[row, j], half, levels)
+            pack_levels(levels, bits, packed[row, j])
     return noise
 
 
@@ -71,40 +80,60 @@ def _range(block: Any, half: Any) -> Any:
 
 
 @compiled
-def _weigh(block: Any, importance: Any, first: int, worth: Any) -> None:
+def _weigh(block: Any, importance: Any, first: int, worth: Any, terms: Any) -> None:
     """What an error of each column weighs: as given, or its size plus the block's root mean square."""
     if importance.size:
-        for k in range(block.size):
-            worth[k] = importance[first + k]
+        worth[:] = importance[first : first + block.size]
         return
-    total = 0.0
-    for k in range(block.size):
-        total += _D(block[k]) * _D(block[k])
+    total, width = 0.0, terms.shape[1]
+    for start in range(0, block.size, width):
+        n = min(width, block.size - start)
+        for k in range(n):
+            terms[0, k] = block[start + k] * block[start + k]
+        terms[0, n:] = _F(0)
+        total += _D(tree_sum(terms[0]))
     rms = _F(np.sqrt(total / block.size))
     for k in range(block.size):
         worth[k] = abs(block[k]) + rms
 
 
 @compiled
-def _search(block: Any, worth: Any, start: Any, half: Any) -> Any:
+def _search(block: Any, worth: Any, start: Any, half: Any, terms: Any) -> Any:
     """Of scales from half of `start` up, each refitted to the levels it gives, the one with the least error."""
     best, scale = -1.0, start
     for step in range(10, 21):
-        candidate = start * _F(step) / _F(20)
-        cross, square = 0.0, 0.0
-        for k in range(block.size):
-            level = _level(block[k], candidate, half)
-            weighted = _D(worth[k]) * _D(level)
-            cross += weighted * _D(block[k])
-            square += weighted * _D(level)
+        cross, square = _products(block, worth, start * _F(step) / _F(20), half, terms)
         if cross > 0 and cross * cross > best * square:
             best, scale = cross * cross / square, _F(cross / square)
     return scale
 
 
 @compiled
+def _products(block: Any, worth: Any, scale: Any, half: Any, terms: Any) -> Any:
+    """Sums of worth * level * x and of worth * level^2, with the levels that a scale gives."""
+    crosses, squares = terms[0], terms[1]
+    inverse, bottom, top = _F(1) / scale, -half, half - _F(1)
+    cross, square = 0.0, 0.0
+    for start in range(0, block.size, crosses.size):
+        n = min(crosses.size, block.size - start)
+        x, weighs = block[start : start + n], worth[start : start + n]
+        for k in range(n):
+            level = np.rint(x[k] * inverse)
+            level = bottom if level < bottom else level
+            level = top if level > top else level
+            weighted = weighs[k] * level
+            crosses[k] = weighted * x[k]
+            squares[k] = weighted * level
+        crosses[n:] = _F(0)
+        squares[n:] = _F(0)
+        cross += _D(tree_sum(crosses))
+        square += _D(tree_sum(squares))
+    return cross, square
+
+
+@compiled
 def _snap(
-    row: Any, importance: Any, searches: bool, block_size: int, half: Any, worth: Any, scales: Any
+    row: Any, importance: Any, searches: bool, block_size: int, half: Any, worth: Any, scales: Any, terms: Any
 ) -> None:
     """Each scale of a row to a multiple 1 … 16 of a sixteenth of the largest: of those around it the best, the one
     above where nothing is searched."""
@@ -112,6 +141,7 @@ def _snap(
     for j in range(scales.size):
         largest = max(largest, scales[j])
     unit = largest / _F(SIXTEENTHS)
+    searches = searches and _SMALLEST_SEARCHED < largest < _LARGEST_SEARCHED
     for j in range(scales.size):
         if unit <= _SMALLEST_SCALE:
             scales[j] = _F(0)
@@ -121,21 +151,30 @@ def _snap(
         # The largest stays what it is: the others are counted in its sixteenths.
         if searches and scales[j] < largest:
             block = row[j * block_size : (j + 1) * block_size]
-            _weigh(block, importance, j * block_size, worth)
+            _weigh(block, importance, j * block_size, worth, terms)
             least = -1.0
             for multiplier in range(max(above - 2, 1), min(above + 1, SIXTEENTHS) + 1):
-                error = _error(block, worth, unit * _F(multiplier), half)
+                error = _error(block, worth, unit * _F(multiplier), half, terms[0])
                 if least < 0 or error < least:
                     least, chosen = error, multiplier
         scales[j] = unit * _F(chosen)
 
 
 @compiled
-def _error(block: Any, worth: Any, scale: Any, half: Any) -> Any:
-    total = 0.0
-    for k in range(block.size):
-        miss = _D(block[k] - _level(block[k], scale, half) * scale)
-        total += _D(worth[k]) * miss * miss
+def _error(block: Any, worth: Any, scale: Any, half: Any, terms: Any) -> Any:
+    """The weighted squared error of a block rounded by a scale."""
+    inverse, bottom, top, total = _F(1) / scale, -half, half - _F(1), 0.0
+    for start in range(0, block.size, terms.size):
+        n = min(terms.size, block.size - start)
+        x, weighs = block[start : start + n], worth[start : start + n]
+        for k in range(n):
+            level = np.rint(x[k] * inverse)
+            level = bottom if level < bottom else level
+            level = top if level > top else level
+            miss = x[k] - level * scale
+            terms[k] = weighs[k] * miss * miss
+        terms[n:] = _F(0)
+        total += _D(tree_sum(terms))
     return total
 
 
@@ -147,19 +186,15 @@ def _level(x: Any, scale: Any, half: Any) -> Any:
     return min(max(level, -half), half - _F(1))
 
 
-@compiled
-def _round(block: Any, scale: Any, half: Any, bits: int, packed: Any) -> Any:
-    """Fills `packed`, 4 bits two a byte, the even one in the low nibble; returns the squared error."""
-    error = 0.0
-    for k in range(packed.size):
-        packed[k] = 0
+@compiled_for_reports
+def _round(block: Any, scale: Any, half: Any, levels: Any) -> Any:
+    """Fills `levels` with the integers 0 … 2^bits - 1; returns the squared error."""
+    error, bottom, top = 0.0, -half, half - _F(1)
     for k in range(block.size):
-        level = _level(block[k], scale, half)
-        miss = _D(block[k] - level * scale)
-        error += miss * miss
-        stored = np.uint8(np.int32(level + half))
-        if bits == 8:
-            packed[k] = stored
-        else:
-            packed[k // 2] |= stored << np.uint8(4 * (k % 2))
+        level = np.rint(block[k] / scale) if scale > _F(0) else _F(0)
+        level = bottom if level < bottom else level
+        level = top if level > top else level
+        miss = block[k] - level * scale
+        error += _D(miss) * _D(miss)
+        levels[k] = np.uint8(np.int32(level + half))
     return error
