@@ -141,7 +141,7 @@ def _snap(
     for j in range(scales.size):
         largest = max(largest, scales[j])
     unit = largest / _F(SIXTEENTHS)
-    searches = searches and _SMALLEST_SEARCHED < largest < _LARGEST_SEARCHED
+    finds = searches and bool(_SMALLEST_SEARCHED < largest < _LARGEST_SEARCHED)
     for j in range(scales.size):
         if unit <= _SMALLEST_SCALE:
             scales[j] = _F(0)
@@ -149,7 +149,7 @@ def _snap(
         above = min(max(int(np.ceil(scales[j] / unit - _F(1e-4))), 1), SIXTEENTHS)
         chosen = above
         # The largest stays what it is: the others are counted in its sixteenths.
-        if searches and scales[j] < largest:
+        if finds and scales[j] < largest:
             block = row[j * block_size : (j + 1) * block_size]
             _weigh(block, importance, j * block_size, worth, terms)
             least = -1.0
