@@ -38,7 +38,7 @@ from toolkit.validate import simulator
 from toolkit.validate.parity import Comparison
 from toolkit.validate.positions import open_positions, some_ids
 from toolkit.validate.session import continuations
-from toolkit.validate.simulator import simulate
+from toolkit.validate.simulator import simulate, simulated_divergence
 
 STAGES = ("context_0", "context_1", "iterator_0", "iterator_1")
 BINARIES = ("context_0_ctx_qnn.bin", "context_1_ctx_qnn.bin")
@@ -399,8 +399,8 @@ def test_the_plan_counts_the_binaries(tiny_r1: Path, tmp_path: Path) -> None:
 @needs_compiler
 def test_validate_measures_in_the_simulator(compiled_copy: Path) -> None:
     words = ["--no-tasks", "--no-speed", "--no-baseline", "--tokens", "140"]
-    done = run("validate", str(compiled_copy), *words)
-    assert done.returncode == 0 and "simulator beside the CPU on 136 tokens" in done.stdout, done.stderr
+    done = run("validate", str(compiled_copy), *words, "--simulate-tokens", "139")
+    assert done.returncode == 0 and "beside the checkpoint on 139: mean KLD" in done.stdout, done.stderr
     report = _report(compiled_copy)
     assert 0 < report["simulator"]["hidden_rms_error"] < 0.02 and report["simulator"]["tokens"] == 136
     assert report["ceiling"] and sum(row["compiled"] for row in report["partition"]) == 4
@@ -427,6 +427,16 @@ def test_the_simulator_computes_what_the_cpu_computes(uncompiled: Path, tiny_r1:
     on_cpu = Comparison()
     on_cpu.add(reference, open_positions(uncompiled, exact=True).logits(ids, len(ids) - 4), ids)
     assert found["mean_kld"] == pytest.approx(on_cpu.figures()["mean_kld"], rel=0.5, abs=1e-4)
+    assert found["compared_tokens"] == len(ids)
+    # Two texts in one pass through the simulator, window by window.
+    half = len(ids) // 2
+    halves, positions, on_cpu = [ids[:half], ids[half:]], open_positions(uncompiled, exact=True), Comparison()
+    exact = reference_logits(checkpoint.config, checkpoint.source, halves)
+    for some, logits in zip(halves, exact, strict=True):
+        on_cpu.add(logits, positions.logits(some), some)
+    windows = simulated_divergence(uncompiled, halves, exact)
+    assert windows["compared_tokens"] == len(ids)
+    assert windows["mean_kld"] == pytest.approx(on_cpu.figures()["mean_kld"], rel=0.5, abs=1e-4)
 
 
 def test_the_simulators_error_is_the_hidden_states_own(uncompiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:

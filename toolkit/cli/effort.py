@@ -33,6 +33,10 @@ def effort_options(command: Callable[..., None]) -> Callable[..., None]:
             "--simulate-examples", type=click.IntRange(min=0), default=0, show_default=True, metavar="N",
             help="Ask the first N questions of each task in the simulator too: seconds each, at least.",
         ),
+        click.option(
+            "--simulate-tokens", type=click.IntRange(min=2), metavar="N",
+            help="Of the tokens compared, how many in the simulator too [two windows].",
+        ),
         click.option("--no-speed", is_flag=True, help="Leave tokens per second out."),
     ):
         command = option(command)
@@ -49,4 +53,5 @@ def effort_of(options: dict[str, Any]) -> Effort:
         tokens=options["tokens"], examples=options["examples"], tasks=not options["no_tasks"], own_tasks=own_tasks,
         max_new_tokens=options["max_new_tokens"], speed=not options["no_speed"], baseline=options["baseline"],
         text=options["text"], simulate=options["simulate"], simulated_examples=options["simulate_examples"],
+        simulated_tokens=options["simulate_tokens"] or 0,
     )  # fmt: skip

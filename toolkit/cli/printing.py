@@ -100,8 +100,8 @@ def print_verdict(bundle: Path, report: dict[str, Any]) -> None:
     if simulated := report.get("simulator"):
         error, agree = simulated["hidden_rms_error"], simulated["top1_agreement"]
         click.echo(f"{simulated['software']}'s simulator beside the CPU on {simulated['tokens']} tokens: "
-                   f"hidden states differ by {error:.2g}, top-1 {agree:.1%}; beside the checkpoint: "
-                   f"mean KLD {simulated['mean_kld']:.3g}")  # fmt: skip
+                   f"hidden states differ by {error:.2g}, top-1 {agree:.1%}; beside the checkpoint on "
+                   f"{simulated['compared_tokens']}: mean KLD {simulated['mean_kld']:.3g}")  # fmt: skip
         for task in simulated.get("tasks", []):
             _print_task({**task, "name": f"{task['name']} in the simulator"}, {})
     if speed := report.get("speed"):

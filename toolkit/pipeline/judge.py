@@ -37,7 +37,7 @@ from toolkit.validate.positions import open_positions, rounds_activations
 from toolkit.validate.rounded import PLAIN_BITS_PER_WEIGHT, PLAIN_NAME, plain_rounding
 from toolkit.validate.session import continuations, is_here
 from toolkit.validate.simulated_loop import simulated_continuations
-from toolkit.validate.simulator import simulate
+from toolkit.validate.simulator import simulate, simulated_divergence
 from toolkit.validate.speed import measure_speed_apart
 from toolkit.validate.tasks import Task, read_task
 
@@ -63,7 +63,7 @@ class Effort:
     `simulate` None to the transformer's size.
 
     `tasks` asks the recipe's own, beside `own_tasks`; an answer may have `max_new_tokens`. `simulated_examples` of each
-    task are asked in the simulator too.
+    task are asked in the simulator too, and `simulated_tokens` compared there, 0 for two windows.
     """
 
     tokens: int = 2000
@@ -76,6 +76,7 @@ class Effort:
     text: Path | None = None
     simulate: bool | None = None
     simulated_examples: int = 0
+    simulated_tokens: int = 0
 
 
 def judge_bundle(
@@ -98,8 +99,7 @@ def judge_bundle(
     asked = _asked(bundle, tasks, effort, not here)
     report |= _parity_sections(bundle, checkpoint, sequences, wants_baseline, not here, progress)
     reasons |= _place(report, here)
-    ids = [token for sequence in sequences for token in sequence]
-    reasons |= _simulate(report, bundle, checkpoint, manifest, ids, asked, effort, progress)
+    reasons |= _simulate(report, bundle, checkpoint, manifest, sequences, asked, effort, progress)
     if effort.baseline is False:
         reasons["baseline"] = "left out by --no-baseline"
     if not effort.tasks:
@@ -144,7 +144,7 @@ def _simulate(
     bundle: Path,
     checkpoint: Checkpoint,
     manifest: dict[str, Any],
-    ids: list[int],
+    sequences: list[list[int]],
     asked: list[Asked],
     effort: Effort,
     progress: Callable[[str], None],
@@ -163,10 +163,15 @@ def _simulate(
     except MachineError as problem:
         return {"simulator": str(problem)}
     windows, decoded = (1, 1) if large else (2, 8)
-    cut = ids[: windows * recipe["window"] + decoded]
+    cut = [token for sequence in sequences for token in sequence][: windows * recipe["window"] + decoded]
     config, source = checkpoint.config, checkpoint.source
     reference = head_logits(config, source, reference_hidden(config, source, [cut])[0])
     report["simulator"] = simulate(bundle, cut, max(len(cut) - decoded, 1), reference, progress)
+    if effort.simulated_tokens:
+        first = _first_tokens(sequences, effort.simulated_tokens)
+        progress(f"{sum(map(len, first))} tokens in the simulator")
+        expected = (head_logits(config, source, hidden) for hidden in reference_hidden(config, source, first))
+        report["simulator"] |= simulated_divergence(bundle, first, expected)
     if not large:
         progress("greedy tokens through onnxruntime-genai in the simulator")
         prompt = cut[:_GREEDY_PROMPT]
@@ -185,6 +190,12 @@ def _simulate(
         rows.append({**identity, **ours.figures(), **theirs.figures("reference_"), **compared(ours, theirs)})
     report["simulator"]["tasks"] = rows
     return {}
+
+
+def _first_tokens(sequences: list[list[int]], tokens: int) -> list[list[int]]:
+    """So many tokens of the sequences, the last one cut."""
+    starts = [sum(map(len, sequences[:k])) for k in range(len(sequences))]
+    return [ids[: tokens - start] for ids, start in zip(sequences, starts, strict=True) if start < tokens]
 
 
 def _thresholds(manifest: dict[str, Any], report: dict[str, Any]) -> dict[str, float]:

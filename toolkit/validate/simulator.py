@@ -47,7 +47,7 @@ def simulate(
 
     Beside the same graphs on the CPU, `hidden_rms_error` is the rms difference of the normalized hidden states over
     their standard deviation, `top1_agreement` that of the LM head's best tokens; beside the checkpoint's logits
-    `reference` [T, V] there are `mean_kld` and `reference_top1_agreement`. Raises MachineError if the simulator is not
+    `reference` [T, V] there are the figures of `simulated_divergence`. Raises MachineError if the simulator is not
     here, BundleError if it did not run a part.
     """
     version = htp_version()
@@ -74,11 +74,30 @@ def simulate(
     agree = logits.argmax(axis=-1) == pipeline.head(ids, on_cpu).argmax(axis=-1)
     comparison = Comparison()
     comparison.add(reference, logits, ids)
-    judged = comparison.figures()
     return {
         "ep": PROVIDER, "software": f"{PACKAGE} {version}", "stage": "transformer", "parts": len(parts),
         "hidden_rms_error": float(error), "top1_agreement": float(agree.mean()), "tokens": len(ids),
-        "mean_kld": judged["mean_kld"], "reference_top1_agreement": judged["top1_agreement"],
+        **_divergence(comparison),
+    }  # fmt: skip
+
+
+def simulated_divergence(
+    bundle: Path, sequences: Sequence[list[int]], expected: Iterable[NDArray[np.float32]]
+) -> dict[str, Any]:
+    """`mean_kld`, `p999_kld` and `reference_top1_agreement` of the bundle in the simulator, window by window, beside
+    the checkpoint's logits [T, V] of each sequence; `compared_tokens` says on how many. Raises as `simulate`."""
+    pipeline, comparison = Pipeline(bundle, exact=True), Comparison()
+    made = simulated_hidden(bundle, pipeline, sequences)
+    for ids, hidden, logits in zip(sequences, made, expected, strict=True):
+        comparison.add(logits, pipeline.head(ids, hidden), ids)
+    return _divergence(comparison)
+
+
+def _divergence(comparison: Comparison) -> dict[str, Any]:
+    figures = comparison.figures()
+    return {
+        "compared_tokens": figures["tokens"], "mean_kld": figures["mean_kld"], "p999_kld": figures["p999_kld"],
+        "reference_top1_agreement": figures["top1_agreement"],
     }  # fmt: skip
 
 
