@@ -24,6 +24,7 @@ from toolkit.reference.decoder import head_logits, reference_hidden
 from toolkit.report.summary import judge, read_report, section_of, write_report
 from toolkit.target import CPU_EP
 from toolkit.validate.answers import (
+    Answers,
     Asked,
     ask,
     bundle_answers,
@@ -97,15 +98,16 @@ def judge_bundle(
     sequences = token_sequences(checkpoint, text, effort.tokens, _SHORTEST)
     here = is_here(read_settings(bundle))
     asked = _asked(bundle, tasks, effort, not here)
+    reference = _ReferenceAnswers(checkpoint)
     report |= _parity_sections(bundle, checkpoint, sequences, wants_baseline, not here, progress)
     reasons |= _place(report, here)
-    reasons |= _simulate(report, bundle, checkpoint, manifest, sequences, asked, effort, progress)
+    reasons |= _simulate(report, bundle, checkpoint, manifest, sequences, asked, reference, effort, progress)
     if effort.baseline is False:
         reasons["baseline"] = "left out by --no-baseline"
     if not effort.tasks:
         reasons["tasks"] = "left out by --no-tasks"
     if asked:
-        report["tasks"] = _tasks_section(bundle, checkpoint, asked, report.get("baseline"), not here, progress)
+        report["tasks"] = _tasks_section(bundle, asked, reference, report.get("baseline"), not here, progress)
         if any("reference_accuracy" not in row for row in report["tasks"]):
             reasons["tasks.reference_accuracy"] = "the checkpoint as float32 does not fit into this machine's memory"
     if effort.speed and not here:
@@ -146,6 +148,7 @@ def _simulate(
     manifest: dict[str, Any],
     sequences: list[list[int]],
     asked: list[Asked],
+    reference: _ReferenceAnswers,
     effort: Effort,
     progress: Callable[[str], None],
 ) -> dict[str, str]:
@@ -165,8 +168,8 @@ def _simulate(
     windows, decoded = (1, 1) if large else (2, 8)
     cut = [token for sequence in sequences for token in sequence][: windows * recipe["window"] + decoded]
     config, source = checkpoint.config, checkpoint.source
-    reference = head_logits(config, source, reference_hidden(config, source, [cut])[0])
-    report["simulator"] = simulate(bundle, cut, max(len(cut) - decoded, 1), reference, progress)
+    logits = head_logits(config, source, reference_hidden(config, source, [cut])[0])
+    report["simulator"] = simulate(bundle, cut, max(len(cut) - decoded, 1), logits, progress)
     if effort.simulated_tokens:
         first = _first_tokens(sequences, effort.simulated_tokens)
         progress(f"{sum(map(len, first))} tokens in the simulator")
@@ -183,11 +186,15 @@ def _simulate(
     if not effort.simulated_examples:
         return {"simulator.tasks": "slow: ask some questions in the simulator with --simulate-examples"}
     rows = []
-    for some in (first_of(task, effort.simulated_examples) for task in asked):
-        progress(f"task {some.task.name}: {len(some.ids)} questions in the simulator")
-        ours, theirs = simulated_answers(bundle, some), reference_answers(config, source, some)
-        identity = {"name": some.task.name, "examples": len(some.ids), "max_new_tokens": some.new_tokens}
-        rows.append({**identity, **ours.figures(), **theirs.figures("reference_"), **compared(ours, theirs)})
+    for task in asked:
+        some = first_of(task, effort.simulated_examples)
+        progress(f"task {task.task.name}: {len(some.ids)} questions in the simulator")
+        ours = simulated_answers(bundle, some)
+        row = {"name": task.task.name, "examples": len(some.ids), "max_new_tokens": some.new_tokens, **ours.figures()}
+        if theirs := reference.to(task, progress):
+            theirs = theirs.first(len(some.ids))
+            row |= {**theirs.figures("reference_"), **compared(ours, theirs)}
+        rows.append(row)
     report["simulator"]["tasks"] = rows
     return {}
 
@@ -280,30 +287,44 @@ def _asked(bundle: Path, files: list[Path], effort: Effort, on_cpu: bool) -> lis
     return [ask(bundle, task, effort.max_new_tokens, on_cpu) for task in tasks]
 
 
+class _ReferenceAnswers:
+    """The checkpoint's answers, each task asked once, and only where its weights fit into memory."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self._resident = 8 * parameter_count(checkpoint.config) < free_memory_bytes()
+        self._made: dict[str, Answers] = {}
+
+    def to(self, asked: Asked, progress: Callable[[str], None]) -> Answers | None:
+        """Its answers to a task; None where it does not fit."""
+        name = asked.task.name
+        if self._resident and name not in self._made:
+            progress(f"task {name}: the reference")
+            self._made[name] = reference_answers(self.checkpoint.config, self.checkpoint.source, asked)
+        return self._made.get(name)
+
+
 def _tasks_section(
     bundle: Path,
-    checkpoint: Checkpoint,
     tasks: list[Asked],
+    reference: _ReferenceAnswers,
     baseline: dict[str, Any] | None,
     on_cpu: bool,
     progress: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    """Accuracy of bundle and reference; the baseline's goes into its own section. The reference answers only where
-    its weights fit into memory."""
-    config, resident = checkpoint.config, 8 * parameter_count(checkpoint.config) < free_memory_bytes()
+    """Accuracy of bundle and reference; the baseline's goes into its own section."""
+    config, source = reference.checkpoint.config, reference.checkpoint.source
     rows = []
     for asked in tasks:
         identity = {"name": asked.task.name, "examples": len(asked.ids)}
         progress(f"task {asked.task.name}: {len(asked.ids)} questions")
         ours = bundle_answers(bundle, asked, on_cpu)
         row = {**identity, "max_new_tokens": asked.new_tokens, **ours.figures()}
-        if resident:
-            progress(f"task {asked.task.name}: the reference")
-            theirs = reference_answers(config, checkpoint.source, asked)
+        if theirs := reference.to(asked, progress):
             row |= {**theirs.figures("reference_"), **compared(ours, theirs)}
             if baseline is not None:
                 progress(f"task {asked.task.name}: plain 4-bit rounding")
-                plain = reference_answers(config, plain_rounding(checkpoint.source), asked)
+                plain = reference_answers(config, plain_rounding(source), asked)
                 baseline.setdefault("tasks", []).append({**identity, **plain.figures()})
         rows.append(row)
     return rows

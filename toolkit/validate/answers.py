@@ -61,6 +61,10 @@ class Answers:
         length = {"mean_answer_tokens": float(self.tokens.mean()), "truncated": float(self.truncated.mean())}
         return {f"{prefix}{name}": value for name, value in {"accuracy": accuracy, **error, **length}.items()}
 
+    def first(self, count: int) -> Answers:
+        """To the first questions."""
+        return Answers(self.right[:count], self.tokens[:count], self.truncated[:count])
+
 
 def ask(bundle: Path, task: Task, new_tokens: int, on_cpu: bool = False) -> Asked:
     """A task's prompts for a bundle, its chat template around plain questions.
