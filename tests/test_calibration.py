@@ -224,8 +224,8 @@ def test_each_matrix_is_solved_against_what_the_rounded_layers_before_it_give(
     spec = QuantSpec(4, BLOCK, algorithm="gptq")
     changes = {t: dequantize_blocks(b, spec, source.read(t).shape[1]) for t, b in kept.blocks.items()}
     table = source.read("model.embed_tokens.weight")
-    rounding = QuantSpec(4, BLOCK, algorithm="imatrix")
-    changes["model.embed_tokens.weight"] = dequantize_blocks(quantize_blocks(table, rounding), rounding, 64)
+    plain = QuantSpec(4, BLOCK, algorithm="imatrix")
+    changes["model.embed_tokens.weight"] = dequantize_blocks(quantize_blocks(table, plain), plain, 64)
     arriving = _Changed(source, changes)
 
     def down_input(tensors: Any) -> Floats:

@@ -75,7 +75,8 @@ needs_compiler = pytest.mark.skipif(bool(_why_not()), reason=_why_not() or "the 
 @pytest.fixture(scope="session")
 def uncompiled(tiny_r1: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("ahead") / "b"
-    return export_bundle(load_recipe("tiny-r1-qnn", ["parts=2", *EIGHT_BITS]), open_checkpoint(tiny_r1), out)
+    changes = ["parts=2", "context_length=256", *EIGHT_BITS]
+    return export_bundle(load_recipe("tiny-r1-qnn", changes), open_checkpoint(tiny_r1), out)
 
 
 @pytest.fixture(scope="session")

@@ -336,13 +336,13 @@ def test_a_cache_beyond_the_machine_is_refused_with_a_context_that_fits(
 ) -> None:  # fmt: skip
     checkpoint, ram = open_checkpoint(tiny_r1), int(1024 * bytes_a_token * share)
     monkeypatch.setattr(plan, "ram_bytes", lambda: ram)
-    recipe = load_recipe(f"tiny-r1-{target}", [f"window={window}"])
+    recipe = load_recipe(f"tiny-r1-{target}", [f"window={window}", *EIGHT_BITS])
     with pytest.raises(MachineError, match=r"KV cache of 1024 tokens is .* GiB, .* --set context_length=\d+$") as said:
         export_bundle(recipe, checkpoint, tmp_path / "b")
     assert list(tmp_path.iterdir()) == []
     fits = int(re.findall(r"\d+$", str(said.value))[0])
     assert 0 < fits < 1024 and fits % window == 0 and fits * bytes_a_token <= ram
-    smaller = load_recipe(f"tiny-r1-{target}", [f"window={window}", f"context_length={fits}"])
+    smaller = load_recipe(f"tiny-r1-{target}", [f"window={window}", f"context_length={fits}", *EIGHT_BITS])
     bundle = export_bundle(smaller, checkpoint, tmp_path / "b")
     assert read_genai_config(bundle)["search"]["max_length"] == fits
     monkeypatch.setattr(plan, "ram_bytes", lambda: 1024 * bytes_a_token)
