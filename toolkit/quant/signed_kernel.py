@@ -118,9 +118,7 @@ def _products(block: Any, worth: Any, scale: Any, half: Any, terms: Any) -> Any:
         n = min(crosses.size, block.size - start)
         x, weighs = block[start : start + n], worth[start : start + n]
         for k in range(n):
-            level = np.rint(x[k] * inverse)
-            level = bottom if level < bottom else level
-            level = top if level > top else level
+            level = _near(x[k], inverse, bottom, top)
             weighted = weighs[k] * level
             crosses[k] = weighted * x[k]
             squares[k] = weighted * level
@@ -168,14 +166,20 @@ def _error(block: Any, worth: Any, scale: Any, half: Any, terms: Any) -> Any:
         n = min(terms.size, block.size - start)
         x, weighs = block[start : start + n], worth[start : start + n]
         for k in range(n):
-            level = np.rint(x[k] * inverse)
-            level = bottom if level < bottom else level
-            level = top if level > top else level
+            level = _near(x[k], inverse, bottom, top)
             miss = x[k] - level * scale
             terms[k] = weighs[k] * miss * miss
         terms[n:] = _F(0)
         total += _D(tree_sum(terms))
     return total
+
+
+@compiled
+def _near(x: Any, inverse: Any, bottom: Any, top: Any) -> Any:
+    """The level nearest to x times the inverse of a scale: what a search may use, a product being faster."""
+    level = np.rint(x * inverse)
+    level = bottom if level < bottom else level
+    return top if level > top else level
 
 
 @compiled
