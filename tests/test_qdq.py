@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -28,6 +29,7 @@ from toolkit.graph.htp_faults import htp_faults
 from toolkit.graph.interface import load_graph
 from toolkit.partition import pack, rows
 from toolkit.partition.stored import StoredTensors
+from toolkit.pipeline import export
 from toolkit.pipeline.check import check_bundle
 from toolkit.pipeline.export import Order, export_bundles
 from toolkit.pipeline.plan import plan_export
@@ -189,6 +191,28 @@ def test_matrices_that_come_in_pieces_are_gathered(
     bundle = export_bundle(recipe, open_checkpoint(tiny_r1), tmp_path / "b")
     for path in whole.glob("*.data"):
         assert (bundle / path.name).read_bytes() == path.read_bytes()
+
+
+def test_what_reads_text_for_its_ranges_alone_is_packed_with_others(
+    bundles: dict[str, Path], tiny_r1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes: list[int] = []
+    plain = export.pack_weights
+
+    def counted(source: Any, destinations: Any, *rest: Any) -> Any:
+        passes.append(len(destinations))
+        return plain(source, destinations, *rest)
+
+    monkeypatch.setattr(export, "pack_weights", counted)
+    made = {"cpu": ("tiny-r1-cpu", FAST), "qnn": ("tiny-r1-qnn", BUNDLES["blocks"])}
+    orders = [Order(load_recipe(name, changes), tmp_path / key) for key, (name, changes) in made.items()]
+    _, qnn = export_bundles(orders, open_checkpoint(tiny_r1))
+    assert passes == [2]
+    for path in bundles["blocks"].glob("*.onnx*"):
+        assert (qnn / path.name).read_bytes() == path.read_bytes()
+    report = json.loads((qnn / "report.json").read_text(encoding="utf-8"))
+    assert "calibrate tiny-r1-qnn" not in {stage["name"] for stage in report["conversion"]["stages"]}
+    assert report["quantization"]["calibration"]["text"] == "calibration.jsonl"
 
 
 def test_an_export_stopped_while_ranges_are_taken_resumes_to_the_same_bytes(

@@ -61,15 +61,8 @@ def calibrate(
     numbers.
     """
     sequences, text = calibration_sequences(plan)
-    section: dict[str, Any] = {
-        "quality": plan.recipe.quality, "text": text, "tokens": sum(map(len, sequences)), "inputs": 0, "folded": [],
-        "fallbacks": [],
-    }  # fmt: skip
-    importance: Mapping[str, Floats] = {}
-    if plan.recipe.calibrated:
-        plan, importance, made = _weights(plan, sequences, partial, work, progress)
-        section |= made
-    return Calibrated(plan, importance, section)
+    plan, importance, made = _weights(plan, sequences, partial, work, progress)
+    return Calibrated(plan, importance, _text_section(plan, text, sequences) | made)
 
 
 def stored_ranges(
@@ -81,10 +74,19 @@ def stored_ranges(
     Raises NonFiniteError or UnsupportedError for activations that cannot be stored.
     """
     start, percentile = time.perf_counter(), plan.recipe.activation_percentile
-    stored, (sequences, _) = StoredTensors(plan.layout, partial), calibration_sequences(plan)
+    stored, (sequences, text) = StoredTensors(plan.layout, partial), calibration_sequences(plan)
     ranges = activation_ranges(plan.checkpoint.config, stored, sequences, percentile, work / "ranges", progress)
     described = {"dtype": "uint16", "tensors": len(ranges), "percentile": percentile}
-    return ranges, {"activations": described, "ranges_s": time.perf_counter() - start}
+    seconds = time.perf_counter() - start
+    return ranges, {**_text_section(plan, text, sequences), "activations": described, "ranges_s": seconds}
+
+
+def _text_section(plan: ExportPlan, text: str, sequences: list[list[int]]) -> dict[str, Any]:
+    """What was read, and nothing made of it yet."""
+    tokens = sum(map(len, sequences))
+    return {
+        "quality": plan.recipe.quality, "text": text, "tokens": tokens, "inputs": 0, "folded": [], "fallbacks": []
+    }  # fmt: skip
 
 
 def _weights(

@@ -132,9 +132,9 @@ def _graphs(
 
 
 def _calibrated(begun: _Begun, clock: _Clock, progress: Callable[[str], None]) -> _Begun:
-    """The bundle with its plan's final formats and weights; itself where its recipe needs no text."""
+    """The bundle with its plan's final formats and weights; itself where these need no text."""
     plan = begun.plan
-    if not plan.calibration:
+    if not (plan.calibration and plan.recipe.calibrated):
         return begun
     with clock.stage(f"calibrate {plan.recipe.name}"):
         made = calibrate(plan, begun.partial, begun.partial / _CALIBRATION_FOLDER, progress)
@@ -148,7 +148,7 @@ def _ranged(packed: _Begun, clock: _Clock, progress: Callable[[str], None]) -> _
         return packed
     with clock.stage(f"ranges {plan.recipe.name}"):
         ranges, described = stored_ranges(plan, packed.partial, packed.partial / _CALIBRATION_FOLDER, progress)
-    return replace(packed, ranges=ranges, calibration=packed.calibration | described)
+    return replace(packed, ranges=ranges, calibration=described | packed.calibration)
 
 
 def _pack(ready: Sequence[_Begun], progress: Callable[[str], None]) -> list[PackResult]:
