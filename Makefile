@@ -33,8 +33,9 @@ test: .venv/tested  ## Every test that needs no special hardware
 test-slow: .venv/tested  ## Older onnxruntime-genai releases and lm-evaluation-harness, each installed into build/ first
 	$(BIN)/python -m pytest -q tests/slow
 
-check: .venv/tested  ## Lint and types
+check: .venv/tested  ## Lint, format and types
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 .venv/installed: pyproject.toml constraints.txt

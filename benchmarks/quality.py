@@ -75,9 +75,14 @@ def own_row(candidate: Candidate, bench: Bench, calibration: Path, work: Path) -
     folder = bench.checkpoint.folder
     config = bench.checkpoint.config
     asked = {
-        "name": "quality-cpu", "model": str(folder), "target": "cpu", "calibration": str(calibration.resolve()),
-        "context_length": min(1024, config.max_position_embeddings), "validate": {}, **candidate.changes,
-    }  # fmt: skip
+        "name": "quality-cpu",
+        "model": str(folder),
+        "target": "cpu",
+        "calibration": str(calibration.resolve()),
+        "context_length": min(1024, config.max_position_embeddings),
+        "validate": {},
+        **candidate.changes,
+    }
     recipe.write_text(yaml.safe_dump(asked), encoding="utf-8")
     shutil.rmtree(out, ignore_errors=True)
     command = [sys.executable, "-m", "toolkit", "export", str(recipe), "--checkpoint", str(folder), "--out", str(out)]

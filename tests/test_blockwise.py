@@ -38,9 +38,16 @@ def test_matmulnbits_computes_with_our_dequantized_weights(spec: QuantSpec, widt
     if blocks.zero_points is not None:
         inputs["z"] = blocks.zero_points
     node = helper.make_node(
-        "MatMulNBits", list(inputs), ["y"], domain="com.microsoft",
-        K=width, N=24, bits=spec.bits, block_size=spec.block_size, accuracy_level=1,
-    )  # fmt: skip
+        "MatMulNBits",
+        list(inputs),
+        ["y"],
+        domain="com.microsoft",
+        K=width,
+        N=24,
+        bits=spec.bits,
+        block_size=spec.block_size,
+        accuracy_level=1,
+    )
     # An identity input reads the kernel's own dequantized weight, one column per row.
     np.testing.assert_array_equal(_run(node, inputs, 2).T, dequantize_blocks(blocks, spec, width))
 
@@ -53,9 +60,15 @@ def test_gather_block_quantized_reads_our_rows(spec: QuantSpec) -> None:
     if blocks.zero_points is not None:
         inputs["z"] = blocks.zero_points
     node = helper.make_node(
-        "GatherBlockQuantized", list(inputs), ["y"], domain="com.microsoft",
-        gather_axis=0, quantize_axis=1, bits=spec.bits, block_size=spec.block_size,
-    )  # fmt: skip
+        "GatherBlockQuantized",
+        list(inputs),
+        ["y"],
+        domain="com.microsoft",
+        gather_axis=0,
+        quantize_axis=1,
+        bits=spec.bits,
+        block_size=spec.block_size,
+    )
     np.testing.assert_array_equal(_run(node, inputs, 2), dequantize_blocks(blocks, spec, 256))
 
 

@@ -44,14 +44,23 @@ def _product(
     if blocks.zero_points is not None:
         arrays["z"] = blocks.zero_points
     node = helper.make_node(
-        "MatMulNBits", ["x", *arrays], ["y"], domain="com.microsoft", K=weight.shape[1], N=weight.shape[0],
-        bits=spec.bits, block_size=spec.block_size, accuracy_level=accuracy_level,
-    )  # fmt: skip
+        "MatMulNBits",
+        ["x", *arrays],
+        ["y"],
+        domain="com.microsoft",
+        K=weight.shape[1],
+        N=weight.shape[0],
+        bits=spec.bits,
+        block_size=spec.block_size,
+        accuracy_level=accuracy_level,
+    )
     graph = helper.make_graph(
-        [node], "one", [helper.make_tensor_value_info("x", T.FLOAT, x.shape)],
+        [node],
+        "one",
+        [helper.make_tensor_value_info("x", T.FLOAT, x.shape)],
         [helper.make_tensor_value_info("y", T.FLOAT, [None, None])],
         [onnx.numpy_helper.from_array(a, n) for n, a in arrays.items()],
-    )  # fmt: skip
+    )
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
     return np.asarray(ort.InferenceSession(model.SerializeToString()).run(None, {"x": x})[0])

@@ -125,11 +125,14 @@ def test_rounded_activations_count_too(tmp_path: Path) -> None:
     specs = _specs(checkpoint, "imatrix")
     alone, both = (
         survey(
-            checkpoint.config, checkpoint.source, sequences, Wish(specs, rounding, rounding, False, True),
+            checkpoint.config,
+            checkpoint.source,
+            sequences,
+            Wish(specs, rounding, rounding, False, True),
             tmp_path / rounding.name,
         ).divergences
         for rounding in (Rounding.NONE, Rounding.INT8)
-    )  # fmt: skip
+    )
     layers = [name for name in alone if "layers" in name]
     assert all(both[name] != alone[name] for name in layers)
     assert sum(both[name] for name in layers) > sum(alone[name] for name in layers)
@@ -323,8 +326,13 @@ def stories_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 # What progress says, from the survey to the packing.
 STOPS = (
-    "calibrated layer 1", "calibrated head", "solved layer 0", "solved layer 3", "solved head", "model.norm.weight",
-)  # fmt: skip
+    "calibrated layer 1",
+    "calibrated head",
+    "solved layer 0",
+    "solved layer 3",
+    "solved head",
+    "model.norm.weight",
+)
 
 
 @pytest.fixture(scope="module")
@@ -455,8 +463,10 @@ def test_bad_calibration_is_one_line(case: str, stories260k: Path, tmp_path: Pat
     command = [sys.executable, "-m", "toolkit", "export", "cpu", "--checkpoint", str(stories260k), "--out", str(out)]
     done = subprocess.run(
         [*command, "--no-validate", "--calibration", str(text), *words],
-        capture_output=True, text=True, encoding="utf-8",
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+    )
     assert done.returncode == 2, done.stderr
     assert message in done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith("error: ") and "Traceback" not in done.stderr
@@ -469,8 +479,10 @@ def test_a_fallback_is_said_where_one_looks(stories260k: Path, stories_text: Pat
     command = [sys.executable, "-m", "toolkit", "export", "cpu", "--checkpoint", str(stories260k), "--no-validate"]
     done = subprocess.run(
         [*command, "--quality", "best", "--calibration", str(stories_text), "--out", str(tmp_path / "b"), *words],
-        capture_output=True, text=True, encoding="utf-8",
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+    )
     assert done.returncode == 0, done.stderr
     assert "note: 5 matrices were searched, not solved by GPTQ: " in done.stdout
     assert "calibration tokens, and 172 channels need 344" in done.stdout

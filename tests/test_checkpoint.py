@@ -31,14 +31,29 @@ from toolkit.checkpoint.synthetic import SyntheticWeights
 from toolkit.checkpoint.weights import WeightSource, expected_tensors, open_weights
 
 LLAMA: dict[str, Any] = {
-    "model_type": "llama", "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 2, "vocab_size": 96,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
-    "bos_token_id": 1, "eos_token_id": [2, 3],
-}  # fmt: skip
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 112,
+    "num_hidden_layers": 2,
+    "vocab_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": 1,
+    "eos_token_id": [2, 3],
+}
 YARN_IN_FULL = {
-    "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "attention_factor": 1.5,
-    "beta_fast": 24.0, "beta_slow": 2.0, "mscale": 0.7, "mscale_all_dim": 0.9, "truncate": False,
-}  # fmt: skip
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "attention_factor": 1.5,
+    "beta_fast": 24.0,
+    "beta_slow": 2.0,
+    "mscale": 0.7,
+    "mscale_all_dim": 0.9,
+    "truncate": False,
+}
 ROPES: dict[str, tuple[dict[str, Any] | None, RopeConfig]] = {
     "default": (None, RopeConfig("default", 5e5)),
     "linear": ({"rope_type": "linear", "factor": 2.0}, RopeConfig("linear", 5e5, 2.0)),
@@ -47,11 +62,19 @@ ROPES: dict[str, tuple[dict[str, Any] | None, RopeConfig]] = {
     "yarn in full": (
         YARN_IN_FULL,
         RopeConfig(
-            "yarn", 5e5, 4.0, 16, attention_factor=1.5, beta_fast=24.0, beta_slow=2.0, mscale=0.7, mscale_all_dim=0.9,
+            "yarn",
+            5e5,
+            4.0,
+            16,
+            attention_factor=1.5,
+            beta_fast=24.0,
+            beta_slow=2.0,
+            mscale=0.7,
+            mscale_all_dim=0.9,
             truncate=False,
         ),
     ),
-}  # fmt: skip
+}
 STORED = ("bf16", "fp16", "fp32", "mixed", "odd header", "bf16 shards", "fp32 shards")
 CHUNKS = (1000, 4097, 1 << 20)
 

@@ -211,17 +211,20 @@ PLANTED = {
     "no node": (_edit("iterator_0", lambda m: m.graph.ClearField("node")), "iterator_0_ctx.onnx: no node at all"),
     "no binary": (lambda b: (b / BINARIES[1]).unlink(), f"its binary '{BINARIES[1]}' is no file of the bundle"),
     "a binary elsewhere": (
-        _edit("context_0", _attribute("ep_cache_context", "../b/context_0_ctx_qnn.bin")), "is no file of the bundle",
+        _edit("context_0", _attribute("ep_cache_context", "../b/context_0_ctx_qnn.bin")),
+        "is no file of the bundle",
     ),
     "a binary inside": (_edit("context_0", _attribute("embed_mode", 1)), "embed_mode is not 0"),
     "a binary of another part": (
-        _edit("iterator_0", _attribute("ep_cache_context", BINARIES[1])), "part 0 has 2 binaries",
+        _edit("iterator_0", _attribute("ep_cache_context", BINARIES[1])),
+        "part 0 has 2 binaries",
     ),
     "no SoC": (_edit("context_0", lambda m: m.ClearField("metadata_props")), "HTP arch and SoC model unknown"),
     "other inputs": (
-        lambda b: shutil.copy(b / "context_1_ctx.onnx", b / "context_0_ctx.onnx"), "are not those of context_0.onnx",
+        lambda b: shutil.copy(b / "context_1_ctx.onnx", b / "context_0_ctx.onnx"),
+        "are not those of context_0.onnx",
     ),
-}  # fmt: skip
+}
 
 
 @needs_compiler
@@ -238,16 +241,23 @@ def test_each_planted_fault_of_a_compiled_stage_is_named(case: str, compiled_cop
 @pytest.mark.parametrize(
     ("what", "kind", "words"),
     [
-        ("os.kill(os.getpid(), signal.SIGSEGV)", BundleError, "onnxruntime-qnn crashed compiling part 2 of 2 "
-         r"\(context_1 and iterator_1\) \(SIGSEGV\)"),
+        (
+            "os.kill(os.getpid(), signal.SIGSEGV)",
+            BundleError,
+            "onnxruntime-qnn crashed compiling part 2 of 2 "
+            r"\(context_1 and iterator_1\) \(SIGSEGV\)",
+        ),
         ("os.kill(os.getpid(), signal.SIGKILL)", MachineError, "part 2 of 2 .* ran out of memory .*was killed"),
-        ("raise SystemExit('error: Failed to finalize QNN graph: QNN_COMMON_ERROR_MEM_ALLOC')", MachineError,
-         "part 2 of 2 .* ran out of memory .*MEM_ALLOC"),
+        (
+            "raise SystemExit('error: Failed to finalize QNN graph: QNN_COMMON_ERROR_MEM_ALLOC')",
+            MachineError,
+            "part 2 of 2 .* ran out of memory .*MEM_ALLOC",
+        ),
         ("raise SystemExit('no licence')", BundleError, "did not compile part 2 of 2 .*: no licence"),
         ("raise SystemExit(0)", BundleError, "did not compile part 2 of 2"),
     ],
     ids=["crash", "killed", "out of memory", "refused", "silent"],
-)  # fmt: skip
+)
 def test_a_childs_end_is_told_and_finished_parts_are_kept(
     bundle: Path, monkeypatch: pytest.MonkeyPatch, what: str, kind: type[Exception], words: str
 ) -> None:

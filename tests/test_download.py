@@ -97,9 +97,14 @@ def hub(tiny_r1: Path, tmp_path: Path) -> Iterator[Hub]:
 def _export(hub: Hub, home: Path, out: Path, offline: str) -> subprocess.CompletedProcess[str]:
     port = hub.server_address[1]
     environment = {
-        **os.environ, "HF_HOME": str(home), "HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HUB_OFFLINE": offline,
-        "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1",
-    }  # fmt: skip
+        **os.environ,
+        "HF_HOME": str(home),
+        "HF_ENDPOINT": f"http://127.0.0.1:{port}",
+        "HF_HUB_OFFLINE": offline,
+        "HF_HUB_DISABLE_XET": "1",
+        "NO_PROXY": "127.0.0.1",
+        "no_proxy": "127.0.0.1",
+    }
     command = [sys.executable, "-m", "toolkit", "export", "cpu", "--checkpoint", REPO, "--no-validate"]
     return subprocess.run(
         [*command, "--out", str(out)], env=environment, capture_output=True, text=True, encoding="utf-8"

@@ -21,9 +21,12 @@ from toolkit.validate.positions import open_positions
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 LLAMA3 = {
-    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
-}  # fmt: skip
+}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", {}),
     "qwen2-yarn": ("Qwen2", {"rope_scaling": YARN}),
@@ -44,11 +47,19 @@ def make_checkpoint(family: str, extra: dict[str, Any], folder: Path) -> torch.n
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(
         **{
-            "vocab_size": 96, "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 2,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
-            "initializer_range": 0.2, "bos_token_id": 1, "eos_token_id": 2, **extra,
+            "vocab_size": 96,
+            "hidden_size": 64,
+            "intermediate_size": 112,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 64,
+            "initializer_range": 0.2,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            **extra,
         }
-    )  # fmt: skip
+    )
     model = getattr(transformers, f"{family}ForCausalLM")(config).float().eval()
     for name, parameter in model.named_parameters():
         if name.endswith("bias") or "norm" in name:

@@ -7,17 +7,47 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "toolkit"
 FLOORS = {
-    "errors": 0, "names": 0, "machine": 0, "progress": 0, "target": 0, "quality": 0, "soc": 0,
-    "recipe": 1, "checkpoint": 2, "quant": 3, "graph": 4, "reference": 4, "calibrate": 5,
-    "partition": 6, "bundle": 7, "epcontext": 7, "validate": 8, "report": 9, "pipeline": 10, "cli": 11, "__main__": 12,
-}  # fmt: skip
+    "errors": 0,
+    "names": 0,
+    "machine": 0,
+    "progress": 0,
+    "target": 0,
+    "quality": 0,
+    "soc": 0,
+    "recipe": 1,
+    "checkpoint": 2,
+    "quant": 3,
+    "graph": 4,
+    "reference": 4,
+    "calibrate": 5,
+    "partition": 6,
+    "bundle": 7,
+    "epcontext": 7,
+    "validate": 8,
+    "report": 9,
+    "pipeline": 10,
+    "cli": 11,
+    "__main__": 12,
+}
 ROOMS = {
-    "click": {"cli"}, "numba": {"quant"}, "rich": {"progress"}, "jinja2": {"report"}, "psutil": {"machine"},
-    "huggingface_hub": {"checkpoint"}, "yaml": {"recipe"}, "onnx_ir": {"graph"}, "onnx": {"validate", "epcontext"},
-    "onnxruntime": {"validate", "epcontext"}, "onnxruntime_genai": {"validate"},
-    "openvino": {"validate"}, "onnxruntime_qnn": {"epcontext"}, "tokenizers": {"validate", "pipeline"},
-    "lm_eval": {"validate"}, "torch": set(), "transformers": set(),
-}  # fmt: skip
+    "click": {"cli"},
+    "numba": {"quant"},
+    "rich": {"progress"},
+    "jinja2": {"report"},
+    "psutil": {"machine"},
+    "huggingface_hub": {"checkpoint"},
+    "yaml": {"recipe"},
+    "onnx_ir": {"graph"},
+    "onnx": {"validate", "epcontext"},
+    "onnxruntime": {"validate", "epcontext"},
+    "onnxruntime_genai": {"validate"},
+    "openvino": {"validate"},
+    "onnxruntime_qnn": {"epcontext"},
+    "tokenizers": {"validate", "pipeline"},
+    "lm_eval": {"validate"},
+    "torch": set(),
+    "transformers": set(),
+}
 
 
 def breaches(sources: dict[str, str]) -> list[str]:

@@ -208,7 +208,9 @@ def test_compiled_and_cached_code_make_the_same_bytes(tmp_path: Path) -> None:
         "    b = quantize_blocks(w, spec); print(hashlib.sha256(b.packed.tobytes() + b.scales.tobytes()).hexdigest())"
     )
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
-    runs = [subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-            for _ in range(2)]  # fmt: skip
+    runs = [
+        subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        for _ in range(2)
+    ]
     assert list(tmp_path.rglob("*.nbc"))
     assert runs[0].stdout == runs[1].stdout and len(runs[0].stdout.split()) == 3

@@ -103,8 +103,10 @@ def test_windows_are_those_of_the_harness(scorer: Likelihood) -> None:
     # The example in lm_eval/api/model.py, LM.loglikelihood_rolling: ids 0 to 9, a context of 4.
     short = Likelihood(logits, encode, -1, 4)
     assert list(short.windows(list(range(10)))) == [
-        ([-1, 0, 1, 2], [0, 1, 2, 3]), ([3, 4, 5, 6], [4, 5, 6, 7]), ([5, 6, 7, 8], [8, 9]),
-    ]  # fmt: skip
+        ([-1, 0, 1, 2], [0, 1, 2, 3]),
+        ([3, 4, 5, 6], [4, 5, 6, 7]),
+        ([5, 6, 7, 8], [8, 9]),
+    ]
     assert list(short.windows([])) == [] and list(short.windows([5])) == [([-1], [5])]
 
 

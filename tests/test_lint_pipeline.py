@@ -82,18 +82,22 @@ CASES: dict[str, tuple[Edit, list[str]]] = {
         ["window_size 12 does not divide model.context_length 64", "stage context takes 8 positions and is given 12"],
     ),
     "a window twice the graph's": (
-        _set(SLIDING, window_size=16), ["stage context takes 8 positions and is given 16 on prompts"],
+        _set(SLIDING, window_size=16),
+        ["stage context takes 8 positions and is given 16 on prompts"],
     ),
     "an iterator on prompts": (
-        _set(ITERATOR, run_on_prompt=True), ["stage iterator takes 1 positions and is given 8 on prompts"],
+        _set(ITERATOR, run_on_prompt=True),
+        ["stage iterator takes 1 positions and is given 8 on prompts"],
     ),
     "a context in decoding": (
-        _set(CONTEXT, run_on_token_gen=True), ["stage context takes 8 positions and is given 1 in decoding"],
+        _set(CONTEXT, run_on_token_gen=True),
+        ["stage context takes 8 positions and is given 1 in decoding"],
     ),
     "inputs that do not slide": (_set(SLIDING, slide_inputs=False), ["slide_inputs is not true"]),
     "another model type": (_set("model", type="qwen2"), ["model.type is 'qwen2', expected 'decoder-pipeline'"]),
     "an unknown input name": (
-        _set(f"{DECODER}.inputs", input_idz="input_ids"), ["model.decoder.inputs has 'input_idz'"],
+        _set(f"{DECODER}.inputs", input_idz="input_ids"),
+        ["model.decoder.inputs has 'input_idz'"],
     ),
     "an array for the model": (lambda c: c.update(model=[]), ["model is [], expected an object"]),
     "nothing for a stage": (
@@ -105,12 +109,14 @@ CASES: dict[str, tuple[Edit, list[str]]] = {
         ["model.decoder.sliding_window is None, expected an object"],
     ),
     "names for stages": (
-        lambda c: c["model"]["decoder"].update(pipeline=["embeddings"]), ["pipeline is not an array of objects"],
+        lambda c: c["model"]["decoder"].update(pipeline=["embeddings"]),
+        ["pipeline is not an array of objects"],
     ),
     "a length in words": (_set("search", max_length="64"), ["search.max_length is '64', expected a number"]),
     "layers in words": (_set(DECODER, num_hidden_layers="four"), ["num_hidden_layers is 'four', expected a number"]),
     "a pattern of two": (
-        _set(f"{DECODER}.inputs", past_key_names="past_%s_%d"), ["past_key_names is 'past_%s_%d', expected a name"],
+        _set(f"{DECODER}.inputs", past_key_names="past_%s_%d"),
+        ["past_key_names is 'past_%s_%d', expected a name"],
     ),
     "no pad": (_drop("model", "pad_token_id"), ["model.pad_token_id is None"]),
     "a pad that begins sentences": (_set("model", pad_token_id=767), ["pad_token_id 767 is"]),
@@ -118,17 +124,18 @@ CASES: dict[str, tuple[Edit, list[str]]] = {
     "a window in words": (_set(SLIDING, window_size="8"), ["window_size is '8', expected at least 2"]),
     "a context of half a window": (
         _set("model", context_length=60),
-        ["window_size 8 does not divide model.context_length 60", "chunk_size is 64, not model.context_length 60",
-         "max_length 64 is more than model.context_length 60"],
+        [
+            "window_size 8 does not divide model.context_length 60",
+            "chunk_size is 64, not model.context_length 60",
+            "max_length 64 is more than model.context_length 60",
+        ],
     ),
     "no context": (
         _drop("model", "context_length"),
         ["chunk_size is 64, not model.context_length None", "context_length is 0, expected a token count"],
     ),
     "a sliding cache": (_set(SLIDING, slide_key_value_cache=True), ["slide_key_value_cache is not false"]),
-    "a cache that slides by default": (
-        _drop(SLIDING, "slide_key_value_cache"), ["slide_key_value_cache is not false"],
-    ),
+    "a cache that slides by default": (_drop(SLIDING, "slide_key_value_cache"), ["slide_key_value_cache is not false"]),
     "pads first": (_set(SLIDING, alignment="right"), ["sliding_window.alignment is not left"]),
     "pads first by default": (_drop(SLIDING, "alignment"), ["sliding_window.alignment is not left"]),
     "no windows": (
@@ -138,12 +145,14 @@ CASES: dict[str, tuple[Edit, list[str]]] = {
     "no chunk size": (_drop(SEARCH, "chunk_size"), ["search.chunk_size is None, not model.context_length 64"]),
     "chunks of a window": (_set(SEARCH, chunk_size=8), ["search.chunk_size is 8, not model.context_length 64"]),
     "a primary provider": (
-        _set(f"{DECODER}.session_options", provider_options=[{"qnn": {}}]), ["provider_options is not empty"],
+        _set(f"{DECODER}.session_options", provider_options=[{"qnn": {}}]),
+        ["provider_options is not empty"],
     ),
     "no LM head": (_drop(HEAD, "is_lm_head"), ["0 stages have is_lm_head, expected one"]),
     "two LM heads": (_set(ITERATOR, is_lm_head=True), ["2 stages have is_lm_head, expected one"]),
     "no LM head in decoding": (
-        _set(HEAD, run_on_token_gen=False), ["run_on_token_gen leaves embeddings and iterator to run"],
+        _set(HEAD, run_on_token_gen=False),
+        ["run_on_token_gen leaves embeddings and iterator to run"],
     ),
     "no LM head in a prompt": (_set(HEAD, run_on_prompt=False), ["run_on_prompt leaves embeddings and context to run"]),
     "nothing but a head in decoding": (
@@ -151,26 +160,37 @@ CASES: dict[str, tuple[Edit, list[str]]] = {
         ["run_on_token_gen leaves lm_head to run", "stage lm_head takes 'last_hidden_states' in decoding, where no"],
     ),
     "an iterator that never runs": (
-        _set(ITERATOR, run_on_token_gen=False), ["stage lm_head takes 'last_hidden_states' in decoding, where no"],
+        _set(ITERATOR, run_on_token_gen=False),
+        ["stage lm_head takes 'last_hidden_states' in decoding, where no"],
     ),
     "embeddings of a prompt alone": (
-        _set(EMBEDDINGS, run_on_token_gen=False), ["stage iterator takes 'inputs_embeds' in decoding, where no"],
+        _set(EMBEDDINGS, run_on_token_gen=False),
+        ["stage iterator takes 'inputs_embeds' in decoding, where no"],
     ),
     "no name of the past's length": (
         _drop(f"{DECODER}.inputs", "past_sequence_length"),
-        ["inputs.past_sequence_length is None, which no stage takes", "stage context takes 'past_seq_len', which no",
-         "stage iterator takes 'past_seq_len', which no"],
+        [
+            "inputs.past_sequence_length is None, which no stage takes",
+            "stage context takes 'past_seq_len', which no",
+            "stage iterator takes 'past_seq_len', which no",
+        ],
     ),
     "another name of the total length": (
         _set(f"{DECODER}.inputs", total_sequence_length="total"),
-        ["inputs.total_sequence_length is 'total', which no stage takes", "stage context takes 'total_seq_len'",
-         "stage iterator takes 'total_seq_len'", "inputs.total_sequence_length names 'total', which the graph"],
+        [
+            "inputs.total_sequence_length is 'total', which no stage takes",
+            "stage context takes 'total_seq_len'",
+            "stage iterator takes 'total_seq_len'",
+            "inputs.total_sequence_length names 'total', which the graph",
+        ],
     ),
     "lengths exchanged": (
         _set(f"{DECODER}.inputs", past_sequence_length="total_seq_len", total_sequence_length="past_seq_len"),
-        [f"stage {stage} takes {name} as INT32{found}, onnxruntime-genai gives INT32{given}"
-         for name, found, given in (("total_seq_len", [1], [1, 1]), ("past_seq_len", [1, 1], [1]))
-         for stage in ("context", "iterator")],
+        [
+            f"stage {stage} takes {name} as INT32{found}, onnxruntime-genai gives INT32{given}"
+            for name, found, given in (("total_seq_len", [1], [1, 1]), ("past_seq_len", [1, 1], [1]))
+            for stage in ("context", "iterator")
+        ],
     ),
     "an input too many": (
         lambda c: _at(c, f"{CONTEXT}.inputs").append("position_ids"),
@@ -190,8 +210,10 @@ CASES: dict[str, tuple[Edit, list[str]]] = {
     ),
     "no list of inputs": (
         _drop(HEAD, "inputs"),
-        ["stage lm_head does not list its graph's input 'last_hidden_states'",
-         "stage lm_head does not list its graph's input 'input_ids'"],
+        [
+            "stage lm_head does not list its graph's input 'last_hidden_states'",
+            "stage lm_head does not list its graph's input 'input_ids'",
+        ],
     ),
     "the LM head first": (
         _reorder("lm_head", "embeddings", "context", "iterator"),
@@ -207,21 +229,31 @@ CASES: dict[str, tuple[Edit, list[str]]] = {
     ),
     "too few layers": (
         _set(DECODER, num_hidden_layers=3),
-        [f"stage {stage} takes 'past_key_values.3.{kind}', which no stage before it"
-         for stage in ("context", "iterator") for kind in ("key", "value")],
+        [
+            f"stage {stage} takes 'past_key_values.3.{kind}', which no stage before it"
+            for stage in ("context", "iterator")
+            for kind in ("key", "value")
+        ],
     ),
     "too many layers": (
         _set(DECODER, num_hidden_layers=5),
-        [f"{key} names '{name}', which the graph does not have" for key, name in (
-            ("inputs.past_key_names", "past_key_values.4.key"), ("inputs.past_value_names", "past_key_values.4.value"),
-            ("outputs.present_key_names", "present.4.key"), ("outputs.present_value_names", "present.4.value"),
-        )],
+        [
+            f"{key} names '{name}', which the graph does not have"
+            for key, name in (
+                ("inputs.past_key_names", "past_key_values.4.key"),
+                ("inputs.past_value_names", "past_key_values.4.value"),
+                ("outputs.present_key_names", "present.4.key"),
+                ("outputs.present_value_names", "present.4.value"),
+            )
+        ],
     ),
     "logits of another name": (
-        _set(f"{DECODER}.outputs", logits="scores"), ["outputs.logits names 'scores', which the graph does not have"],
+        _set(f"{DECODER}.outputs", logits="scores"),
+        ["outputs.logits names 'scores', which the graph does not have"],
     ),
     "the pipeline as an object": (
-        lambda c: _set(DECODER, pipeline=_at(c, f"{DECODER}.pipeline.0"))(c), ["model.decoder.pipeline is an object"],
+        lambda c: _set(DECODER, pipeline=_at(c, f"{DECODER}.pipeline.0"))(c),
+        ["model.decoder.pipeline is an object"],
     ),
     "a missing file": (
         _set(CONTEXT, filename="context_ctx.onnx"),
@@ -239,13 +271,16 @@ CASES: dict[str, tuple[Edit, list[str]]] = {
     "too long": (_set(SEARCH, max_length=65), ["search.max_length 65 is more than model.context_length 64"]),
     "no shared buffer": (_set(SEARCH, past_present_share_buffer=False), ["past_present_share_buffer is not true"]),
     "a buffer unshared by default": (
-        _drop(SEARCH, "past_present_share_buffer"), ["past_present_share_buffer is not true"],
+        _drop(SEARCH, "past_present_share_buffer"),
+        ["past_present_share_buffer is not true"],
     ),
     "a misspelt key of a stage": (
-        _set(CONTEXT, run_on_promt=False), ["model.decoder.pipeline.context has 'run_on_promt', which no version"],
+        _set(CONTEXT, run_on_promt=False),
+        ["model.decoder.pipeline.context has 'run_on_promt', which no version"],
     ),
     "a misspelt key of the windows": (
-        _set(SLIDING, window=8), ["model.decoder.sliding_window has 'window', which no version is known to read"],
+        _set(SLIDING, window=8),
+        ["model.decoder.sliding_window has 'window', which no version is known to read"],
     ),
     "a misspelt key of the root": (lambda c: c.update(serach={}), ["the root has 'serach', which no version"]),
     **{
@@ -266,14 +301,15 @@ CASES: dict[str, tuple[Edit, list[str]]] = {
     },
     "pad is eos": (_set("model", pad_token_id=764), ["pad_token_id 764 is an end of sentence"]),
     "pad is one eos of many": (
-        _set("model", pad_token_id=765, eos_token_id=[764, 765]), ["pad_token_id 765 is an end of sentence"],
+        _set("model", pad_token_id=765, eos_token_id=[764, 765]),
+        ["pad_token_id 765 is an end of sentence"],
     ),
     "pad is text": (_set("model", pad_token_id=300), ["pad_token_id 300 is a token of text"]),
     "a wrong vocabulary": (_set("model", vocab_size=1000), ["vocab_size is 1000, the graph's logits have 1024"]),
     # The context's cache and the iterator's.
     "a wrong head": (_set(DECODER, head_size=32), ["head_size is 32, the graph's cache has 64"] * 2),
     "wrong kv heads": (_set(DECODER, num_key_value_heads=4), ["num_key_value_heads is 4, the graph's cache has 2"] * 2),
-}  # fmt: skip
+}
 
 CLEAN: dict[str, Edit] = {
     "as it is": lambda c: c,
@@ -336,41 +372,53 @@ def _renamed(name: str, new: str) -> GraphEdit:
 
 GRAPH_CASES: dict[str, tuple[str, GraphEdit, list[str]]] = {
     "a length in int64": (
-        "iterator", _typed("past_seq_len", TensorProto.INT64),
+        "iterator",
+        _typed("past_seq_len", TensorProto.INT64),
         ["stage iterator takes past_seq_len as INT64[1, 1], onnxruntime-genai gives INT32[1, 1]"],
     ),
     "a flat length": (
-        "context", _sized("past_seq_len", 1),
+        "context",
+        _sized("past_seq_len", 1),
         ["stage context takes past_seq_len as INT32[1], onnxruntime-genai gives INT32[1, 1]"],
     ),
     "a length without dimensions": (
-        "context", _sized("total_seq_len"),
+        "context",
+        _sized("total_seq_len"),
         ["stage context takes total_seq_len as INT32[], onnxruntime-genai gives INT32[1]"],
     ),
     "a stage of another dtype": (
-        "context", _typed("inputs_embeds", TensorProto.FLOAT16),
+        "context",
+        _typed("inputs_embeds", TensorProto.FLOAT16),
         ["stage context takes inputs_embeds as FLOAT16, a stage before it makes FLOAT"],
     ),
     "embeddings of another dtype": (
-        "embeddings", _typed("inputs_embeds", TensorProto.FLOAT16),
-        [f"stage {stage} takes inputs_embeds as FLOAT, a stage before it makes FLOAT16"
-         for stage in ("context", "iterator")],
+        "embeddings",
+        _typed("inputs_embeds", TensorProto.FLOAT16),
+        [
+            f"stage {stage} takes inputs_embeds as FLOAT, a stage before it makes FLOAT16"
+            for stage in ("context", "iterator")
+        ],
     ),
     "an iterator that makes another dtype": (
-        "iterator", _typed("last_hidden_states", TensorProto.BFLOAT16),
+        "iterator",
+        _typed("last_hidden_states", TensorProto.BFLOAT16),
         ["stage lm_head takes last_hidden_states as FLOAT, a stage before it makes BFLOAT16"],
     ),
     "another cache in one stage": (
-        "iterator", _sized("past_key_values.0.key", 1, 4, 64, 64),
+        "iterator",
+        _sized("past_key_values.0.key", 1, 4, 64, 64),
         ["num_key_value_heads is 2, the graph's cache has 4"],
     ),
     "an input of another name": (
-        "lm_head", _renamed("last_hidden_states", "rows"),
-        ["stage lm_head lists input 'last_hidden_states', which its graph does not have",
-         "stage lm_head does not list its graph's input 'rows'",
-         "stage lm_head takes 'rows', which no stage before it and no genai input gives"],
+        "lm_head",
+        _renamed("last_hidden_states", "rows"),
+        [
+            "stage lm_head lists input 'last_hidden_states', which its graph does not have",
+            "stage lm_head does not list its graph's input 'rows'",
+            "stage lm_head takes 'rows', which no stage before it and no genai input gives",
+        ],
     ),
-}  # fmt: skip
+}
 
 
 def _edit_graph(path: Path, change: GraphEdit) -> None:

@@ -124,9 +124,7 @@ FOREIGN: dict[tuple[str, str], list[str]] = {
         "com.microsoft:MatMulNBits is taken with 4 inputs at most, not ",
         "input past_key_values.0.key has no fixed shape, which QNNExecutionProvider needs",
     ],
-    ("vitisai", "openvino"): [
-        "com.microsoft:GroupQueryAttention is not among its operators, for 2 nodes such as",
-    ],
+    ("vitisai", "openvino"): ["com.microsoft:GroupQueryAttention is not among its operators, for 2 nodes such as"],
     ("qnn", "openvino"): [
         "com.microsoft:GroupQueryAttention is not among its operators, for 2 nodes such as",
         "RMSNormalization is not among its operators, for 5 nodes such as",
@@ -136,13 +134,30 @@ FOREIGN: dict[tuple[str, str], list[str]] = {
         "opset 23, VitisAIExecutionProvider's table is for 21 to 21",
     ],
     ("openvino", "vitisai"): [
-        *(f": {operator} is not among its operators" for operator in (
-            "Reshape", "Sub", "Gather", "GreaterOrEqual", "Less", "And", "Max", "Min", "Transpose", "Split", "Concat",
-            "Where", "LessOrEqual", "MatMul", "Softmax", "Cast",
-        )),
+        *(
+            f": {operator} is not among its operators"
+            for operator in (
+                "Reshape",
+                "Sub",
+                "Gather",
+                "GreaterOrEqual",
+                "Less",
+                "And",
+                "Max",
+                "Min",
+                "Transpose",
+                "Split",
+                "Concat",
+                "Where",
+                "LessOrEqual",
+                "MatMul",
+                "Softmax",
+                "Cast",
+            )
+        ),
         ": Add is taken in float32 or float16, not in int64",
     ],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("pair", FOREIGN, ids="-under-".join)
@@ -163,35 +178,45 @@ WITH_BIAS = "float16 uint8 float16 uint8 int32 float16"
 PLANTED: dict[str, tuple[str, ir.Model, str]] = {
     "rotary inside": ("dml", _one(GQA, "float16", do_rotary=1), "is taken with do_rotary 0, not 1"),
     "a sliding window for DirectML": (
-        "dml", _one(GQA, "float16", local_window_size=8), "is taken with local_window_size -1, not 8",
+        "dml",
+        _one(GQA, "float16", local_window_size=8),
+        "is taken with local_window_size -1, not 8",
     ),
     "a sliding window for QNN": (
-        "qnn", _one(GQA, "float16", local_window_size=8), "is taken with local_window_size -1, not 8",
+        "qnn",
+        _one(GQA, "float16", local_window_size=8),
+        "is taken with local_window_size -1, not 8",
     ),
     "a bias for DirectML": ("dml", _one(NBITS, WITH_BIAS, **MATMUL), "is taken with 4 inputs at most, not 6"),
     "a bias for QNN": ("qnn", _one(NBITS, WITH_BIAS, **MATMUL), "is taken with 4 inputs at most, not 6"),
     "part of a block for QNN": (
-        "qnn", _one(NBITS, **{**MATMUL, "K": 112}), "needs a block_size that divides K 112, not 32",
+        "qnn",
+        _one(NBITS, **{**MATMUL, "K": 112}),
+        "needs a block_size that divides K 112, not 32",
     ),
     "part of a block": (
-        "dml", _one(NBITS, "float16 uint8 float16", **{**MATMUL, "K": 112}),
+        "dml",
+        _one(NBITS, "float16 uint8 float16", **{**MATMUL, "K": 112}),
         "needs a block_size that divides K 112, not 32",
     ),
     "8 bits": ("vitisai", _one(NBITS, **{**MATMUL, "bits": 8}), "is taken with bits 4, not 8"),
     "blocks of 16": (
-        "vitisai", _one(NBITS, **{**MATMUL, "block_size": 16}), "is taken with block_size 32 or 64 or 128, not 16",
+        "vitisai",
+        _one(NBITS, **{**MATMUL, "block_size": 16}),
+        "is taken with block_size 32 or 64 or 128, not 16",
     ),
     "2 bits for DirectML": ("dml", _one(NBITS, **{**MATMUL, "bits": 2}), "is taken with bits 4 or 8, not 2"),
-    "a fused norm": (
-        "qnn", _one("com.microsoft:SkipSimplifiedLayerNormalization"), "is not among its operators",
-    ),
+    "a fused norm": ("qnn", _one("com.microsoft:SkipSimplifiedLayerNormalization"), "is not among its operators"),
     "a new norm": ("openvino", _one("RMSNormalization", opset=23), "is not among its operators"),
     "attention for OpenVINO": ("openvino", _one(GQA, "float16"), "is not among its operators"),
     "an embedding for QNN": (
-        "qnn", _one("com.microsoft:GatherBlockQuantized", "uint8 int64 float16"), "is not among its operators",
+        "qnn",
+        _one("com.microsoft:GatherBlockQuantized", "uint8 int64 float16"),
+        "is not among its operators",
     ),
     "an axis of the embedding": (
-        "cpu", _one("com.microsoft:GatherBlockQuantized", "uint8 int64 float32", quantize_axis=0),
+        "cpu",
+        _one("com.microsoft:GatherBlockQuantized", "uint8 int64 float32", quantize_axis=0),
         "is taken with quantize_axis 1, not 0",
     ),
     "doubles": ("cpu", _one("Mul", "float64"), "is taken in float32 or float16 or int32 or int64, not in float64"),
@@ -202,7 +227,7 @@ PLANTED: dict[str, tuple[str, ir.Model, str]] = {
     "another domain": ("cpu", _one("com.acme:Add"), "is not among its operators"),
     # The value that means nothing is refused too.
     "smooth softmax": ("qnn", _one(GQA, "float16", smooth_softmax=0), "is not taken with smooth_softmax written"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", PLANTED)
@@ -312,26 +337,46 @@ def flow() -> GraphInterface:
     split = _node("Split", [cast.outputs[0]], outputs=2, num_outputs=2)
     doubled = _node("Cast", [ids], to=ir.DataType.DOUBLE.value)
     skipped = _node("Clip", [x, None, x], mode="none", axes=[1])
-    nodes = {"cast": cast, "shape": shape, "less": less, "where": where, "rows": rows, "top": top, "split": split,
-             "doubled": doubled, "skipped": skipped}  # fmt: skip
+    nodes = {
+        "cast": cast,
+        "shape": shape,
+        "less": less,
+        "where": where,
+        "rows": rows,
+        "top": top,
+        "split": split,
+        "doubled": doubled,
+        "skipped": skipped,
+    }
     for name in tuple(nodes):
         nodes[f"after {name}"] = _node("Identity", [nodes[name].outputs[-1]])
     for number, (name, node) in enumerate(nodes.items()):
         node.name = name
         for k, output in enumerate(node.outputs):
             output.name = f"v{number}.{k}"
-    graph = ir.Graph([x, ids], [where.outputs[0]], nodes=list(nodes.values()), initializers=[codes, scales],
-                     opset_imports={"": 21, "com.microsoft": 1})  # fmt: skip
+    graph = ir.Graph(
+        [x, ids],
+        [where.outputs[0]],
+        nodes=list(nodes.values()),
+        initializers=[codes, scales],
+        opset_imports={"": 21, "com.microsoft": 1},
+    )
     where.outputs[0].type, where.outputs[0].shape = ir.TensorType(ir.DataType.FLOAT16), ir.Shape((1, 3))
     return interface_of(ir.Model(graph, ir_version=10))
 
 
 # The dtype that decides a node's kernel, and the one it makes.
 FLOW = {
-    "cast": ("float32", "float16"), "shape": ("float32", "int64"), "less": ("int64", "bool"),
-    "where": ("float16", "float16"), "rows": ("float16", "float16"), "top": ("float32", "int64"),
-    "split": ("float16", "float16"), "doubled": ("int64", "float64"), "skipped": ("float32", "float32"),
-}  # fmt: skip
+    "cast": ("float32", "float16"),
+    "shape": ("float32", "int64"),
+    "less": ("int64", "bool"),
+    "where": ("float16", "float16"),
+    "rows": ("float16", "float16"),
+    "top": ("float32", "int64"),
+    "split": ("float16", "float16"),
+    "doubled": ("int64", "float64"),
+    "skipped": ("float32", "float32"),
+}
 
 
 @pytest.mark.parametrize("name", FLOW)
@@ -353,9 +398,16 @@ def test_an_interface_tells_types_shapes_and_nodes(flow: GraphInterface) -> None
     assert list(flow.outputs.values()) == [ValueType("FLOAT16", (1, 3))]
     assert flow.opset == 21
     assert flow.operators() == {
-        "ArgMax": 1, "Cast": 2, "Clip": 1, "GatherBlockQuantized": 1, "Identity": 9, "Less": 1, "Shape": 1, "Split": 1,
+        "ArgMax": 1,
+        "Cast": 2,
+        "Clip": 1,
+        "GatherBlockQuantized": 1,
+        "Identity": 9,
+        "Less": 1,
+        "Shape": 1,
+        "Split": 1,
         "Where": 1,
-    }  # fmt: skip
+    }
     nodes = {node.name: node for node in flow.nodes}
     assert nodes["rows"].operator == "com.microsoft:GatherBlockQuantized" and nodes["less"].operator == "Less"
     assert nodes["rows"].inputs == 3 and nodes["rows"].attributes == {"bits": 4}

@@ -21,9 +21,13 @@ def test_fp32_graph_agrees_with_optimums_export(case: str, tmp_path: Path) -> No
 
     make_checkpoint(*CASES[case], tmp_path / "checkpoint")
     onnx_export.main_export(
-        str(tmp_path / "checkpoint"), str(tmp_path / "optimum"), task="text-generation", do_validation=False,
-        no_post_process=True, device="cpu",
-    )  # fmt: skip
+        str(tmp_path / "checkpoint"),
+        str(tmp_path / "optimum"),
+        task="text-generation",
+        do_validation=False,
+        no_post_process=True,
+        device="cpu",
+    )
     ids = [int(i) for i in np.random.default_rng(3).integers(3, 96, 40)]
     session = ort.InferenceSession(str(tmp_path / "optimum" / "model.onnx"), providers=["CPUExecutionProvider"])
     feed = {"input_ids": np.array([ids]), "attention_mask": np.ones((1, 40), np.int64)}

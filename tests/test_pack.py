@@ -33,10 +33,7 @@ RULES = (
     QuantRule("model.layers.0.self_attn.v_proj", "rtn", 8, 32),
     QuantRule("*", "kquant", 4, 32),
 )
-RECIPES: dict[str, Recipe | None] = {
-    "fp32": None,
-    "quantized": Recipe("pack-cpu", "pack", "cpu", 128, RULES, {}),
-}
+RECIPES: dict[str, Recipe | None] = {"fp32": None, "quantized": Recipe("pack-cpu", "pack", "cpu", 128, RULES, {})}
 
 
 class Watched:
@@ -244,9 +241,7 @@ def test_prefix_hash_of_tensors_in_any_order(
     assert running.hexdigest() == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_a_journal_whose_data_file_is_gone_names_nothing(
-    source: WeightSource, layout: Layout, tmp_path: Path
-) -> None:
+def test_a_journal_whose_data_file_is_gone_names_nothing(source: WeightSource, layout: Layout, tmp_path: Path) -> None:
     whole = _pack(source, layout, tmp_path)
     expected = _bytes(tmp_path)
     (tmp_path / "model.onnx.data").unlink()

@@ -198,8 +198,10 @@ def test_half_precision_is_what_single_precision_rounds_to(checkpoint: Checkpoin
             expected = _values(single, wide).astype(slot.dtype)
             assert np.array_equal(_values(half, slot), expected), slot.name
     assert dtypes["float16", "float32"] > 20 and dtypes.keys() == {
-        ("float16", "float32"), ("float32", "float32"), ("uint8", "uint8")
-    }  # fmt: skip
+        ("float16", "float32"),
+        ("float32", "float32"),
+        ("uint8", "uint8"),
+    }
 
 
 @pytest.mark.parametrize("links", [True, False], ids=["linked", "without links"])

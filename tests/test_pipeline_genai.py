@@ -115,9 +115,7 @@ def test_genai_decodes_what_the_reference_decodes(
     fp32: dict[tuple[str, int], Path], reference: dict[int, list[int]], target: str, window: int
 ) -> None:
     lengths = prompt_lengths(window)
-    made = continuations(
-        fp32[target, window], [prompt_of(n) for n in lengths], NEW_TOKENS, on_cpu=target in PROVIDERS
-    )
+    made = continuations(fp32[target, window], [prompt_of(n) for n in lengths], NEW_TOKENS, on_cpu=target in PROVIDERS)
     assert dict(zip(lengths, made, strict=True)) == {length: reference[length] for length in lengths}
 
 
@@ -148,9 +146,7 @@ def test_quantized_parts_decode_what_one_part_decodes(
 
 
 @pytest.mark.parametrize("window", WINDOWS)
-def test_prompt_and_answer_may_fill_the_context(
-    fp32: dict[tuple[str, int], Path], tiny_r1: Path, window: int
-) -> None:
+def test_prompt_and_answer_may_fill_the_context(fp32: dict[tuple[str, int], Path], tiny_r1: Path, window: int) -> None:
     """A prompt of whole windows, and as many new tokens as the cache has left."""
     prompt = prompt_of(1024 - window)
     (made,) = continuations(fp32["cpu-split", window], [prompt], window)
@@ -331,9 +327,14 @@ def test_a_cache_beyond_free_memory_is_refused_at_opening(
 )
 @pytest.mark.parametrize("share", [0.999, 0.6, 0.51])
 def test_a_cache_beyond_the_machine_is_refused_with_a_context_that_fits(
-    tiny_r1: Path, target: str, window: int, bytes_a_token: int, share: float, tmp_path: Path,
+    tiny_r1: Path,
+    target: str,
+    window: int,
+    bytes_a_token: int,
+    share: float,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     checkpoint, ram = open_checkpoint(tiny_r1), int(1024 * bytes_a_token * share)
     monkeypatch.setattr(plan, "ram_bytes", lambda: ram)
     recipe = load_recipe(f"tiny-r1-{target}", [f"window={window}", *EIGHT_BITS])

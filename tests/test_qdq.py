@@ -172,9 +172,10 @@ def test_widths_that_no_block_divides(stories260k: Path, tmp_path: Path) -> None
     assert htp_faults(bundle, ["context", "iterator"]) == []
     # 172 columns of down_proj, no multiple of 32: a scale a row.
     (scales,) = [
-        value.const_value for value in load_graph(bundle / "context.onnx").graph.initializers.values()
+        value.const_value
+        for value in load_graph(bundle / "context.onnx").graph.initializers.values()
         if value.name == "model.layers.0.mlp.down_proj.weight.scales"
-    ]  # fmt: skip
+    ]
     assert scales is not None and scales.shape.numpy() == (64,)
     ids = token_sequences(checkpoint, tmp_path / "text.txt", 20, 20)[0]
     # .0015; by the exact weights' ranges .036: here the rounded ones reach further, and one token is cut off.

@@ -29,9 +29,15 @@ from toolkit.target import TARGETS
 RECIPES = Path(__file__).parent.parent / "recipes"
 # Parameters as the model cards round them.
 PARAMETERS = {
-    "1.5b": 1.78e9, "7b": 7.62e9, "14b": 14.8e9, "32b": 32.8e9, "8b": 8.03e9, "70b": 70.6e9, "0528-8b": 8.19e9,
+    "1.5b": 1.78e9,
+    "7b": 7.62e9,
+    "14b": 14.8e9,
+    "32b": 32.8e9,
+    "8b": 8.03e9,
+    "70b": 70.6e9,
+    "0528-8b": 8.19e9,
     "tiny-r1": 3.67e6,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", recipe_names())

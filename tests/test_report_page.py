@@ -11,21 +11,22 @@ from typing import Any
 import pytest
 
 from toolkit.report import charts
-from toolkit.report.figures import (
-    format_bytes,
-    format_date,
-    format_kld,
-    format_number,
-    format_percent,
-    format_seconds,
-)
+from toolkit.report.figures import format_bytes, format_date, format_kld, format_number, format_percent, format_seconds
 from toolkit.report.page import render_report, wilson_interval
 from toolkit.report.summary import judge
 
 ROLES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 OWN_SECTIONS = (
-    "quantization", "parity", "tasks", "speed", "ceiling", "simulator", "conversion", "partition", "machine",
-)  # fmt: skip
+    "quantization",
+    "parity",
+    "tasks",
+    "speed",
+    "ceiling",
+    "simulator",
+    "conversion",
+    "partition",
+    "machine",
+)
 NASTY = "<script src='https://evil.example/x.js'>alert(\"1\")</script>"
 
 
@@ -43,41 +44,82 @@ def sample_report(layers: int = 28) -> dict[str, Any]:
         "synthetic": False,
         "created": "2026-11-24T21:59:39+00:00",
         "machine": {
-            "cpu": "AMD EPYC 7763 64-Core Processor", "cores": 2, "ram_bytes": 25_200_000_000,
-            "os": "Linux 6.1.0 x86_64", "python": "3.11.9",
+            "cpu": "AMD EPYC 7763 64-Core Processor",
+            "cores": 2,
+            "ram_bytes": 25_200_000_000,
+            "os": "Linux 6.1.0 x86_64",
+            "python": "3.11.9",
             "versions": {"onnxruntime": "1.23.2", "onnxruntime_genai": "0.12.2", "numpy": "2.3.4", "onnx_ir": "1.1.0"},
         },
         "conversion": {
-            "wall_s": 252.4, "peak_rss_bytes": 2_310_000_000, "bytes_read": 3_554_214_000,
+            "wall_s": 252.4,
+            "peak_rss_bytes": 2_310_000_000,
+            "bytes_read": 3_554_214_000,
             "bytes_written": 1_113_000_000,
             "stages": [
-                {"name": "read and check", "wall_s": 3.1}, {"name": "calibrate", "wall_s": 71.4},
-                {"name": "quantize", "wall_s": 139.6}, {"name": "write graphs", "wall_s": 8.3},
-                {"name": "hash", "wall_s": 6.2}, {"name": "validate", "wall_s": 23.8},
+                {"name": "read and check", "wall_s": 3.1},
+                {"name": "calibrate", "wall_s": 71.4},
+                {"name": "quantize", "wall_s": 139.6},
+                {"name": "write graphs", "wall_s": 8.3},
+                {"name": "hash", "wall_s": 6.2},
+                {"name": "validate", "wall_s": 23.8},
             ],
         },
         "quantization": {
-            "bits_per_weight": 4.87, "weight_bytes": 1_081_344_000, "tensors": tensors,
+            "bits_per_weight": 4.87,
+            "weight_bytes": 1_081_344_000,
+            "tensors": tensors,
             "by_role": [
-                *({"role": role, "algorithm": "gptq", "bits": 4, "block_size": 32, "symmetric": True, "tensors": layers,
-                   "bytes": 3_000_000 * (1 + index) * layers, "sqnr_db": 19.5 + index / 5}
-                  for index, role in enumerate(ROLES)),
+                *(
+                    {
+                        "role": role,
+                        "algorithm": "gptq",
+                        "bits": 4,
+                        "block_size": 32,
+                        "symmetric": True,
+                        "tensors": layers,
+                        "bytes": 3_000_000 * (1 + index) * layers,
+                        "sqnr_db": 19.5 + index / 5,
+                    }
+                    for index, role in enumerate(ROLES)
+                ),
                 {**head, "tensors": 1, "bytes": 262_000_000},
                 {"role": "input_layernorm", "algorithm": "none", "bits": 32, "tensors": layers, "bytes": 172_032},
             ],
         },
         "partition": [
-            {"stage": "embeddings", "file": "embeddings.onnx", "ep": "cpu", "device": "cpu", "nodes": 1,
-             "nodes_on_ep": 1},
-            {"stage": "context", "file": "context_ctx.onnx", "ep": "qnn", "device": "npu", "nodes": 812,
-             "nodes_on_ep": 798, "compiled": True, "bin_bytes": 702_000_000},
-            {"stage": "iterator", "file": "iterator_ctx.onnx", "ep": "qnn", "device": "npu", "nodes": 812,
-             "nodes_on_ep": 812, "compiled": False},
+            {
+                "stage": "embeddings",
+                "file": "embeddings.onnx",
+                "ep": "cpu",
+                "device": "cpu",
+                "nodes": 1,
+                "nodes_on_ep": 1,
+            },
+            {
+                "stage": "context",
+                "file": "context_ctx.onnx",
+                "ep": "qnn",
+                "device": "npu",
+                "nodes": 812,
+                "nodes_on_ep": 798,
+                "compiled": True,
+                "bin_bytes": 702_000_000,
+            },
+            {
+                "stage": "iterator",
+                "file": "iterator_ctx.onnx",
+                "ep": "qnn",
+                "device": "npu",
+                "nodes": 812,
+                "nodes_on_ep": 812,
+                "compiled": False,
+            },
             {"stage": "lm_head", "file": "lm_head.onnx", "ep": "cpu", "device": "cpu", "nodes": 3, "nodes_on_ep": 3},
         ],
         **_measured(rng),
         "not_measured": [{"name": "energy", "reason": "this machine has no power meter"}],
-    }  # fmt: skip
+    }
 
 
 def _measured(rng: random.Random) -> dict[str, Any]:
@@ -85,36 +127,72 @@ def _measured(rng: random.Random) -> dict[str, Any]:
     kld = _kld(-2.9, rng)
     return {
         "parity": {
-            "reference": "numpy float32 forward of the checkpoint", "tokens": 16384, "max_abs_logit_error": 3.214,
-            "top1_agreement": 0.9543, "perplexity": 8.3127, "reference_perplexity": 8.1209, "greedy_match_tokens": 61,
+            "reference": "numpy float32 forward of the checkpoint",
+            "tokens": 16384,
+            "max_abs_logit_error": 3.214,
+            "top1_agreement": 0.9543,
+            "perplexity": 8.3127,
+            "reference_perplexity": 8.1209,
+            "greedy_match_tokens": 61,
             **kld,
         },
         "baseline": {
-            "name": "rtn, 4 bits, block 32, symmetric", "bits_per_weight": 4.51, "top1_agreement": 0.9312,
-            "perplexity": 8.702, **_kld(-2.4, rng),
+            "name": "rtn, 4 bits, block 32, symmetric",
+            "bits_per_weight": 4.51,
+            "top1_agreement": 0.9312,
+            "perplexity": 8.702,
+            **_kld(-2.4, rng),
             "tasks": [
-                {"name": "gsm8k", "examples": 400, "accuracy": 0.7075, "accuracy_se": 0.02277,
-                 "mean_answer_tokens": 1311.2, "truncated": 0.1075},
+                {
+                    "name": "gsm8k",
+                    "examples": 400,
+                    "accuracy": 0.7075,
+                    "accuracy_se": 0.02277,
+                    "mean_answer_tokens": 1311.2,
+                    "truncated": 0.1075,
+                },
                 {"name": "arc_easy", "examples": 1000, "accuracy": 0.654},
             ],
         },
         "tasks": [
-            {"name": "gsm8k", "examples": 400, "max_new_tokens": 4000, "accuracy": 0.735, "accuracy_se": 0.02209,
-             "mean_answer_tokens": 1044.6, "truncated": 0.0425, "reference_accuracy": 0.7425,
-             "reference_accuracy_se": 0.02189, "reference_mean_answer_tokens": 988.3, "reference_truncated": 0.0375,
-             "right_to_wrong": 14, "wrong_to_right": 11, "accuracy_drop_se": 0.01251},
+            {
+                "name": "gsm8k",
+                "examples": 400,
+                "max_new_tokens": 4000,
+                "accuracy": 0.735,
+                "accuracy_se": 0.02209,
+                "mean_answer_tokens": 1044.6,
+                "truncated": 0.0425,
+                "reference_accuracy": 0.7425,
+                "reference_accuracy_se": 0.02189,
+                "reference_mean_answer_tokens": 988.3,
+                "reference_truncated": 0.0375,
+                "right_to_wrong": 14,
+                "wrong_to_right": 11,
+                "accuracy_drop_se": 0.01251,
+            },
             {"name": "arc_easy", "examples": 1000, "accuracy": 0.671, "reference_accuracy": 0.668},
         ],
         "speed": {
-            "runtime": "onnxruntime-genai", "threads": 2, "load_s": 1.42, "ttft_s": 0.812, "prompt_tokens": 128,
-            "prefill_tokens_per_s": 161.2, "decode_tokens_per_s": 14.31, "peak_rss_bytes": 1_640_000_000,
+            "runtime": "onnxruntime-genai",
+            "threads": 2,
+            "load_s": 1.42,
+            "ttft_s": 0.812,
+            "prompt_tokens": 128,
+            "prefill_tokens_per_s": 161.2,
+            "decode_tokens_per_s": 14.31,
+            "peak_rss_bytes": 1_640_000_000,
             "runs": [
                 {"ttft_s": 0.812 + d / 90, "prefill_tokens_per_s": 161.2 - 4 * d, "decode_tokens_per_s": 14.31 - d / 3}
                 for d in (0, -0.7, 0.4, 1.0, -0.2)
             ],
         },
         "simulator": {
-            "ep": "qnn", "stage": "iterator", "hidden_rms_error": 0.0021, "top1_agreement": 0.948, "tokens": 512,
+            "ep": "qnn",
+            "stage": "iterator",
+            "hidden_rms_error": 0.0021,
+            "top1_agreement": 0.948,
+            "tokens": 512,
         },
         "ceiling": [
             {"device": "Snapdragon X Elite", "memory_bytes_per_s": 135_000_000_000, "decode_tokens_per_s": 124.8},
@@ -129,7 +207,7 @@ def _measured(rng: random.Random) -> dict[str, Any]:
                 {"name": "max_abs_logit_error", "value": 3.214, "relation": "<=", "threshold": 3.0, "passed": False},
             ],
         },
-    }  # fmt: skip
+    }
 
 
 def minimal_report() -> dict[str, Any]:

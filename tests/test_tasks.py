@@ -54,9 +54,13 @@ def test_published_files_are_read_as_they_stand(tmp_path: Path) -> None:
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))  # as editors on Windows leave it
     task = read_task(path)
     assert [(q.line, q.plain, q.checker) for q in task.questions] == [
-        (1, True, "number"), (2, True, "boxed"), (3, True, "boxed"), (4, False, "exact"), (6, True, "choice"),
+        (1, True, "number"),
+        (2, True, "boxed"),
+        (3, True, "boxed"),
+        (4, False, "exact"),
+        (6, True, "choice"),
         (7, True, "number"),
-    ]  # fmt: skip
+    ]
     assert task.name == "own" and task.questions[3].text == "<｜User｜>Spell river."
     assert [q.is_right("\\boxed{18} or \\boxed{\\frac12}") for q in task.questions[:3]] == [False, True, True]
     assert task.questions[0].is_right("$18") and not task.questions[0].is_right(None)
@@ -130,15 +134,22 @@ def test_figures_are_those_of_the_textbook() -> None:
     ours, theirs = rng.random(200) < 0.7, rng.random(200) < 0.8
     tokens, cut = rng.integers(1, 300, 200), rng.random(200) < 0.1
     one, other = Answers(ours, tokens, cut), Answers(theirs, tokens, cut)
-    assert one.figures("reference_") == pytest.approx({
-        "reference_accuracy": ours.mean(), "reference_accuracy_se": ours.std(ddof=1) / math.sqrt(200),
-        "reference_mean_answer_tokens": tokens.mean(), "reference_truncated": cut.mean(),
-    })  # fmt: skip
+    assert one.figures("reference_") == pytest.approx(
+        {
+            "reference_accuracy": ours.mean(),
+            "reference_accuracy_se": ours.std(ddof=1) / math.sqrt(200),
+            "reference_mean_answer_tokens": tokens.mean(),
+            "reference_truncated": cut.mean(),
+        }
+    )
     drops = theirs.astype(int) - ours.astype(int)
-    assert compared(one, other) == pytest.approx({
-        "right_to_wrong": (drops == 1).sum(), "wrong_to_right": (drops == -1).sum(),
-        "accuracy_drop_se": drops.std(ddof=1) / math.sqrt(200),
-    })  # fmt: skip
+    assert compared(one, other) == pytest.approx(
+        {
+            "right_to_wrong": (drops == 1).sum(),
+            "wrong_to_right": (drops == -1).sum(),
+            "accuracy_drop_se": drops.std(ddof=1) / math.sqrt(200),
+        }
+    )
     single = Answers(ours[:1], tokens[:1], cut[:1])
     assert not [name for name in {**single.figures(), **compared(single, single)} if name.endswith("_se")]
 
@@ -149,8 +160,9 @@ def test_own_tasks_are_reported_with_length_and_truncation(
     rows = test_questions[:20]
     lines = [
         {"question": row["question"], "answer": f"{row['think']}\n#### {row['answer']}"}
-        for row in rows if row["answer"].isdigit()
-    ]  # fmt: skip
+        for row in rows
+        if row["answer"].isdigit()
+    ]
     path = _write(tmp_path / "sums.jsonl", lines)
     words = ["--task", str(path), "--no-tasks", "--no-speed", "--tokens", "64", "--max-new-tokens", str(LIMIT)]
     done = run("validate", str(bundle), *words, "--json")

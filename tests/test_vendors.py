@@ -32,9 +32,7 @@ def target(request: pytest.FixtureRequest) -> str:
 
 @pytest.mark.parametrize("case", ["qwen2", "llama-llama3", "qwen3"])
 @pytest.mark.parametrize("quantized", [True, False], ids=["int4", "float"])
-def test_vendors_software_computes_what_ort_computes(
-    target: str, case: str, quantized: bool, tmp_path: Path
-) -> None:
+def test_vendors_software_computes_what_ort_computes(target: str, case: str, quantized: bool, tmp_path: Path) -> None:
     make_checkpoint(*CASES[case], tmp_path)
     # HTP takes whole blocks alone, and 112 wide matrices are among these.
     rules = (QuantRule("*", block_size=16, symmetric=target == "openvino"),)

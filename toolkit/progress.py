@@ -17,8 +17,9 @@ def progress_line(total: int | None) -> Iterator[Callable[[str], None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = [BarColumn(), MofNCompleteColumn()] if total else []
-    line = Progress(*columns, TimeElapsedColumn(), TextColumn("{task.description}"), console=Console(stderr=True),
-                    transient=True)  # fmt: skip
+    line = Progress(
+        *columns, TimeElapsedColumn(), TextColumn("{task.description}"), console=Console(stderr=True), transient=True
+    )
     with line:
         task = line.add_task("", total=total)
         yield lambda name: line.update(task, advance=1, description=name)

@@ -24,10 +24,25 @@ BITS: Final = (4, 8)
 BLOCK_SIZES: Final = (16, 32, 64, 128, 256)
 # Figures of report.json that a recipe may set a threshold on.
 FIGURES: Final = (
-    "max_abs_logit_error", "mean_kld", "median_kld", "p99_kld", "p999_kld", "top1_agreement", "perplexity",
-    "greedy_match_tokens", "accuracy", "accuracy_drop", "ttft_s", "prefill_tokens_per_s", "decode_tokens_per_s",
-    "peak_rss_bytes", "hidden_rms_error", "simulator_mean_kld", "simulator_accuracy", "simulator_accuracy_drop",
-)  # fmt: skip
+    "max_abs_logit_error",
+    "mean_kld",
+    "median_kld",
+    "p99_kld",
+    "p999_kld",
+    "top1_agreement",
+    "perplexity",
+    "greedy_match_tokens",
+    "accuracy",
+    "accuracy_drop",
+    "ttft_s",
+    "prefill_tokens_per_s",
+    "decode_tokens_per_s",
+    "peak_rss_bytes",
+    "hidden_rms_error",
+    "simulator_mean_kld",
+    "simulator_accuracy",
+    "simulator_accuracy_drop",
+)
 
 
 @dataclass(frozen=True)

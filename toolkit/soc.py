@@ -32,12 +32,20 @@ SOCS: Final = {
     soc.name: soc
     for soc in (
         Soc(
-            "x-elite", "Snapdragon X Elite", 60, 73, 135e9,
+            "x-elite",
+            "Snapdragon X Elite",
+            60,
+            73,
+            135e9,
             "as Qualcomm publishes it: LPDDR5x-8448 on 128 bits, 135 GB/s",
         ),
         Soc(
-            "x2-elite", "Snapdragon X2 Elite", 88, 81, 152e9,
+            "x2-elite",
+            "Snapdragon X2 Elite",
+            88,
+            81,
+            152e9,
             "as the press reports it: LPDDR5x-9523 on 128 bits, 152 GB/s (X2 Elite Extreme: 192 bits, 228 GB/s)",
         ),
     )
-}  # fmt: skip
+}

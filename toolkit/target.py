@@ -188,12 +188,14 @@ _QNN_FORM: Final = replace(_PARTS, opset=23, activations="float16", fused=False,
 _EXACT_INPUTS: Final = {"session.qdq_matmulnbits_accuracy_level": "1"}
 _QNN_PROFILES: Final = (
     Profile(
-        "lpbq", replace(_QNN_FORM, qdq=True), session_options=_EXACT_INPUTS,
+        "lpbq",
+        replace(_QNN_FORM, qdq=True),
+        session_options=_EXACT_INPUTS,
         provider_options={"enable_block_quant_weight_optimization": "1"},
     ),
     Profile("row-scales", replace(_QNN_FORM, qdq=True, row_scales=True), rotates=True, session_options=_EXACT_INPUTS),
     Profile("float16", _QNN_FORM),
-)  # fmt: skip
+)
 _OPENVINO_FORM: Final = replace(
     _PARTS, activations="float16", plain_attention=True, static_cache=True, local_window=True
 )
@@ -252,10 +254,7 @@ TARGETS: Final[dict[str, Target]] = {
         form=_OPENVINO_FORM,
         window=64,
         context_length=4096,
-        quantize=(
-            _OUTSIDE_RULE,
-            {"match": "*", "bits": 4, "block_size": 128, "symmetric": True},
-        ),
+        quantize=(_OUTSIDE_RULE, {"match": "*", "bits": 4, "block_size": 128, "symmetric": True}),
         validate={"mean_kld": 0.1},
     ),
     "qnn": Target(

@@ -104,11 +104,15 @@ def _document(
     asked: argparse.Namespace, material: Material, rows: list[Row], left_out: dict[str, str], own: float | None
 ) -> dict[str, Any]:
     return {
-        "checkpoint": str(asked.checkpoint), "tokens": sum(map(len, material.sequences)),
+        "checkpoint": str(asked.checkpoint),
+        "tokens": sum(map(len, material.sequences)),
         "calibration_tokens": sum(map(len, material.calibration)),
-        "questions": len(material.task.questions) if material.task else 0, "reference_accuracy": own,
-        "machine": machine_facts(), "rows": [dataclasses.asdict(row) for row in rows], "left_out": left_out,
-    }  # fmt: skip
+        "questions": len(material.task.questions) if material.task else 0,
+        "reference_accuracy": own,
+        "machine": machine_facts(),
+        "rows": [dataclasses.asdict(row) for row in rows],
+        "left_out": left_out,
+    }
 
 
 def print_table(material: Material, rows: list[Row], left_out: dict[str, str], own: float | None) -> None:

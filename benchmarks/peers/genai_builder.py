@@ -11,14 +11,21 @@ from benchmarks.peers.tool import Cost, run_tool
 
 VERSION: Final = "0.18.0"
 _PACKAGES: Final = (
-    f"onnxruntime-genai=={VERSION}", "onnxruntime==1.32.0", "torch==2.13.0", "transformers==5.24.0", "onnx==1.23.2",
+    f"onnxruntime-genai=={VERSION}",
+    "onnxruntime==1.32.0",
+    "torch==2.13.0",
+    "transformers==5.24.0",
+    "onnx==1.23.2",
     "onnx-ir==1.1.0",
-)  # fmt: skip
+)
 # What `--extra_options algo_config=` takes, by the name of the row. All else is as the builder has it: block 32,
 # symmetric, accuracy_level 4, the embedding float32.
 ALGORITHMS: Final = {
-    "genai default": "default", "genai rtn": "rtn", "genai k_quant": "k_quant", "genai k_quant_mixed": "k_quant_mixed"
-}  # fmt: skip
+    "genai default": "default",
+    "genai rtn": "rtn",
+    "genai k_quant": "k_quant",
+    "genai k_quant_mixed": "k_quant_mixed",
+}
 
 
 def builder_python(folder: Path) -> Path:

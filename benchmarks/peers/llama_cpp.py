@@ -24,10 +24,17 @@ VERSION: Final = "0.3.36"
 _JOBS: Final = 2
 _PROGRAMS: Final = ("llama-quantize", "llama-logits")
 _OPTIONS: Final = {
-    "CMAKE_BUILD_TYPE": "Release", "BUILD_SHARED_LIBS": "OFF", "LLAMA_BUILD_COMMON": "ON", "LLAMA_BUILD_TOOLS": "ON",
-    "LLAMA_BUILD_SERVER": "OFF", "LLAMA_BUILD_APP": "OFF", "LLAMA_BUILD_TESTS": "OFF", "LLAMA_BUILD_EXAMPLES": "OFF",
-    "LLAMA_OPENSSL": "OFF", "GGML_OPENMP": "OFF",
-}  # fmt: skip
+    "CMAKE_BUILD_TYPE": "Release",
+    "BUILD_SHARED_LIBS": "OFF",
+    "LLAMA_BUILD_COMMON": "ON",
+    "LLAMA_BUILD_TOOLS": "ON",
+    "LLAMA_BUILD_SERVER": "OFF",
+    "LLAMA_BUILD_APP": "OFF",
+    "LLAMA_BUILD_TESTS": "OFF",
+    "LLAMA_BUILD_EXAMPLES": "OFF",
+    "LLAMA_OPENSSL": "OFF",
+    "GGML_OPENMP": "OFF",
+}
 
 
 @dataclass(frozen=True)

@@ -135,9 +135,14 @@ def _matrices(model: onnx.ModelProto, config: ModelConfig) -> dict[str, _Matrix]
     """By the checkpoint's names."""
     constants = {value.name: numpy_helper.to_array(value) for value in model.graph.initializer}
     out_features = {
-        "q": config.q_size, "k": config.kv_size, "v": config.kv_size, "o": config.hidden_size,
-        "gate": config.intermediate_size, "up": config.intermediate_size, "down": config.hidden_size,
-    }  # fmt: skip
+        "q": config.q_size,
+        "k": config.kv_size,
+        "v": config.kv_size,
+        "o": config.hidden_size,
+        "gate": config.intermediate_size,
+        "up": config.intermediate_size,
+        "down": config.hidden_size,
+    }
     found: dict[str, _Matrix] = {}
     shared_scales = ""
     for node in model.graph.node:

@@ -44,9 +44,12 @@ def run_tool(command: list[str], log: Path, environment: Mapping[str, str] | Non
     with log.open("wb") as output:
         try:
             child = psutil.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
                 env={**os.environ, **(environment or {})},
-            )  # fmt: skip
+            )
         except OSError as problem:
             raise PeerError(f"{command[0]} cannot be started: {problem.strerror}") from None
         try:

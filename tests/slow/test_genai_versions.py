@@ -68,9 +68,12 @@ def bundles(tiny_r1: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     """Bundles by what a case asks for: target, precision and window."""
     folder, made = tmp_path_factory.mktemp("bundles"), {}
     for target, precision, window in (
-        ("cpu-split", "fp32", 64), ("cpu-split", "fp32", 8), ("cpu-split", "int4", 64),
-        ("cpu", "fp32", 0), ("cpu", "int4", 0),
-    ):  # fmt: skip
+        ("cpu-split", "fp32", 64),
+        ("cpu-split", "fp32", 8),
+        ("cpu-split", "int4", 64),
+        ("cpu", "fp32", 0),
+        ("cpu", "int4", 0),
+    ):
         name = f"{target} {precision} {window}"
         recipe = load_recipe(f"tiny-r1-{target}", [f"window={window}"])
         made[name] = export_bundle(recipe, open_checkpoint(tiny_r1), folder / name.replace(" ", "-"), precision)

@@ -186,9 +186,14 @@ def _log_probabilities(tiny_r1: Path, sequences: list[list[int]]) -> list[tuple[
 
 @pytest.mark.parametrize("name", ["cpu", "cpu-split"])
 def test_likelihoods_and_answers_are_the_references(
-    name: str, python: Path, bundles: dict[str, Path], folder: Path, rows: list[dict[str, Any]], tiny_r1: Path,
+    name: str,
+    python: Path,
+    bundles: dict[str, Path],
+    folder: Path,
+    rows: list[dict[str, Any]],
+    tiny_r1: Path,
     tmp_path: Path,
-) -> None:  # fmt: skip
+) -> None:
     results, samples = _evaluate(python, bundles[name], folder, "whole,choices", tmp_path)
     tokenizer = Tokenizer.from_file(str(tiny_r1 / "tokenizer.json"))
     contexts = [tokenizer.encode(f"{row['prompt']}{row['think']}\n</think>").ids for row in rows]

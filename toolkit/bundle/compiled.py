@@ -59,10 +59,14 @@ def partition_rows(rows: Sequence[Mapping[str, Any]], bundle: Path, stages: Sequ
         if row["stage"] in stages:
             binary = binary_of(read_interface(bundle / names.compiled_file(row["stage"])))
             row |= {
-                "file": names.compiled_file(row["stage"]), "compiled": True, "bin": binary,
-                "bin_bytes": (bundle / binary).stat().st_size, "nodes_on_ep": row["nodes"], "nodes_run": row["nodes"],
+                "file": names.compiled_file(row["stage"]),
+                "compiled": True,
+                "bin": binary,
+                "bin_bytes": (bundle / binary).stat().st_size,
+                "nodes_on_ep": row["nodes"],
+                "nodes_run": row["nodes"],
                 "conditions": [],
-            }  # fmt: skip
+            }
         changed.append(row)
     return changed
 

@@ -90,11 +90,9 @@ def _pipeline(graphs: Sequence[StageGraph]) -> dict[str, Any]:
         "session_options": {"provider_options": []},
         "inputs": {"input_ids": names.INPUT_IDS, **lengths, **_PAST},
         "outputs": {"logits": names.LOGITS, **_PRESENT},
-        "sliding_window": {
-            "window_size": window, "pad_value": 0, "alignment": "left", "slide_key_value_cache": False,
-        },
+        "sliding_window": {"window_size": window, "pad_value": 0, "alignment": "left", "slide_key_value_cache": False},
         "pipeline": [stages],
-    }  # fmt: skip
+    }
 
 
 def _session_options(stage: Stage) -> dict[str, Any]:

@@ -177,4 +177,3 @@ def _meet(earlier: Mapping[str, Any], later: Mapping[str, Any]) -> bool:
 
 def _words(value: ValueType) -> str:
     return f"{value.dtype}{list(value.shape)}"
-

@@ -56,9 +56,15 @@ def place(graph: GraphInterface, stage: Stage) -> Placement:
     ]
     problems += _graph_problems(graph, stage, support)
     return Placement(
-        stage.name, stage.file, stage.execution_provider, len(graph.nodes),
-        legal, outside, tuple(problems), tuple(_conditions(graph, stage, support)),
-    )  # fmt: skip
+        stage.name,
+        stage.file,
+        stage.execution_provider,
+        len(graph.nodes),
+        legal,
+        outside,
+        tuple(problems),
+        tuple(_conditions(graph, stage, support)),
+    )
 
 
 @functools.cache

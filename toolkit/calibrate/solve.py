@@ -135,9 +135,15 @@ class _LayerPass:
     """One layer in both streams; matrices of the rounded one are replaced as they are solved."""
 
     def __init__(
-        self, config: ModelConfig, source: Tensors, k: int, task: Task, writer: Writer, folder: Path,
+        self,
+        config: ModelConfig,
+        source: Tensors,
+        k: int,
+        task: Task,
+        writer: Writer,
+        folder: Path,
         lengths: Sequence[int],
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._config, self._k, self._task, self._writer = config, k, task, writer
         self._folder, self._lengths = folder, lengths
         self._exact = Layer(config, source, k)
@@ -160,11 +166,12 @@ class _LayerPass:
         self._solve(attention, lambda n: iter(mixed[n]))
         middle = [
             self._spill(
-                f"middle{n}", self._config.hidden_size,
+                f"middle{n}",
+                self._config.hidden_size,
                 (layers[n].after_attention(x, y) for x, y in zip(before[n], mixed[n], strict=True)),
             )
             for n in (0, 1)
-        ]  # fmt: skip
+        ]
         self._solve(mlp, lambda n: (layers[n].mlp_input(x) for x in middle[n]))
         hidden = [
             self._spill(f"hidden{n}", down.width, (layers[n].mlp_hidden(layers[n].mlp_input(x)) for x in middle[n]))

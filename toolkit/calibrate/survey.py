@@ -100,11 +100,14 @@ def units_of(
         groups.append((names.EMBED_TOKENS, (names.weight(names.EMBED_TOKENS),)))
     return [
         Unit(
-            tensors, tuple((shapes[t][0], shapes[t][1]) for t in tensors), specs[tensors[0]], found.divergences[name],
+            tensors,
+            tuple((shapes[t][0], shapes[t][1]) for t in tensors),
+            specs[tensors[0]],
+            found.divergences[name],
             found.inputs[name].losses,
         )
         for name, tensors in groups
-    ]  # fmt: skip
+    ]
 
 
 class _Pass:

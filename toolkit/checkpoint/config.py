@@ -251,9 +251,7 @@ def _parse_rope(raw: Mapping[str, Any], path: Path, positions: int) -> RopeConfi
         low, high = number("low_freq_factor"), number("high_freq_factor")
         if low >= high:
             raise CheckpointError(f"{path}: rope low_freq_factor {low} must be below high_freq_factor {high}")
-        return RopeConfig(
-            rope_type, theta, number("factor"), original, low_freq_factor=low, high_freq_factor=high
-        )
+        return RopeConfig(rope_type, theta, number("factor"), original, low_freq_factor=low, high_freq_factor=high)
     return RopeConfig(
         rope_type,
         theta,

@@ -50,14 +50,15 @@ def layer_inputs(config: ModelConfig, layer_index: int) -> tuple[LinearInput, ..
     return (
         LinearInput(qkv, (before_qkv,), config.hidden_size),
         LinearInput(
-            (module("self_attn.o_proj"),), rows_of("self_attn.v_proj", config.qkv_bias), config.q_size, shared,
+            (module("self_attn.o_proj"),),
+            rows_of("self_attn.v_proj", config.qkv_bias),
+            config.q_size,
+            shared,
             config.head_dim,
         ),
         LinearInput((module("mlp.gate_proj"), module("mlp.up_proj")), (before_mlp,), config.hidden_size),
-        LinearInput(
-            (module("mlp.down_proj"),), rows_of("mlp.up_proj", config.mlp_bias), config.intermediate_size
-        ),
-    )  # fmt: skip
+        LinearInput((module("mlp.down_proj"),), rows_of("mlp.up_proj", config.mlp_bias), config.intermediate_size),
+    )
 
 
 def head_input(config: ModelConfig) -> LinearInput:

@@ -19,9 +19,20 @@ from toolkit.errors import CheckpointError
 MAX_HEADER_BYTES: Final = 100_000_000
 ITEM_BYTES: Final = {"BF16": 2, "F16": 2, "F32": 4}
 _KNOWN_BYTES: Final = {
-    **ITEM_BYTES, "F64": 8, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "U64": 8, "U32": 4, "U16": 2,
-    "F8_E4M3": 1, "F8_E5M2": 1,
-}  # fmt: skip
+    **ITEM_BYTES,
+    "F64": 8,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+    "U64": 8,
+    "U32": 4,
+    "U16": 2,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+}
 
 
 @dataclass(frozen=True)

@@ -53,10 +53,20 @@ def commands(debug: bool) -> None:
 @AS_JSON
 @effort_options
 def export(
-    recipes: tuple[str, ...], checkpoint: str | None, out: Path | None, changes: tuple[str, ...], precision: str,
-    quality: str | None, calibration: Path | None, dry_run: bool, synthetic: bool, no_validate: bool, no_compile: bool,
-    as_json: bool, **effort: Any,
-) -> None:  # fmt: skip
+    recipes: tuple[str, ...],
+    checkpoint: str | None,
+    out: Path | None,
+    changes: tuple[str, ...],
+    precision: str,
+    quality: str | None,
+    calibration: Path | None,
+    dry_run: bool,
+    synthetic: bool,
+    no_validate: bool,
+    no_compile: bool,
+    as_json: bool,
+    **effort: Any,
+) -> None:
     """Convert one RECIPE to one bundle: a name, a path, or a bare target such as cpu with --checkpoint.
 
     Several recipes of one model are made in one pass over its checkpoint, and share what is equal on the disk.

@@ -91,17 +91,21 @@ def print_verdict(bundle: Path, report: dict[str, Any]) -> None:
     """Parity, answers, speed, notes, checks, and where the report is."""
     parity, plain = report["parity"], report.get("baseline")
     beside = f", plain 4-bit {plain['mean_kld']:.3g} and {plain['top1_agreement']:.1%}" if plain else ""
-    click.echo(f"parity on {parity['tokens']} tokens: mean KLD {parity['mean_kld']:.3g}, "
-               f"top-1 {parity['top1_agreement']:.1%}{beside}")  # fmt: skip
+    click.echo(
+        f"parity on {parity['tokens']} tokens: mean KLD {parity['mean_kld']:.3g}, "
+        f"top-1 {parity['top1_agreement']:.1%}{beside}"
+    )
     if alone := parity.get("weights_alone"):
         click.echo(f"the weights alone: mean KLD {alone['mean_kld']:.3g}, top-1 {alone['top1_agreement']:.1%}")
     for k, task in enumerate(report.get("tasks", [])):
         _print_task(task, plain["tasks"][k] if plain and "tasks" in plain else {})
     if simulated := report.get("simulator"):
         error, agree = simulated["hidden_rms_error"], simulated["top1_agreement"]
-        click.echo(f"{simulated['software']}'s simulator beside the CPU on {simulated['tokens']} tokens: "
-                   f"hidden states differ by {error:.2g}, top-1 {agree:.1%}; beside the checkpoint on "
-                   f"{simulated['compared_tokens']}: mean KLD {simulated['mean_kld']:.3g}")  # fmt: skip
+        click.echo(
+            f"{simulated['software']}'s simulator beside the CPU on {simulated['tokens']} tokens: "
+            f"hidden states differ by {error:.2g}, top-1 {agree:.1%}; beside the checkpoint on "
+            f"{simulated['compared_tokens']}: mean KLD {simulated['mean_kld']:.3g}"
+        )
         for task in simulated.get("tasks", []):
             _print_task({**task, "name": f"{task['name']} in the simulator"}, {})
     if speed := report.get("speed"):
@@ -134,8 +138,10 @@ def _print_notes(report: dict[str, Any]) -> None:
     quantization = report.get("quantization", {})
     if salient := quantization.get("salient_inputs"):
         spoils = "spoils, rotated as they are" if quantization.get("rotated") else "spoils"
-        click.echo(f"note: {len(salient)} norms have gains many times their median, which rounding without data "
-                   f"{spoils}: export with --quality balanced")  # fmt: skip
+        click.echo(
+            f"note: {len(salient)} norms have gains many times their median, which rounding without data "
+            f"{spoils}: export with --quality balanced"
+        )
     fallen: dict[str, int] = {}
     for fallback in quantization.get("calibration", {}).get("fallbacks", []):
         fallen[fallback["reason"]] = fallen.get(fallback["reason"], 0) + 1

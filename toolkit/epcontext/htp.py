@@ -54,9 +54,7 @@ def simulator_options(provider_options: Mapping[str, str], folder: Path) -> dict
     return {"htp_graph_finalization_optimization_mode": "3", **provider_options, **here}
 
 
-def open_htp(
-    graph: Path, provider_options: Mapping[str, str], entries: Mapping[str, str], folder: Path
-) -> Any:
+def open_htp(graph: Path, provider_options: Mapping[str, str], entries: Mapping[str, str], folder: Path) -> Any:
     """An InferenceSession of `graph`, compiled for HTP with no node left to the CPU; it runs in the simulator.
 
     `provider_options` say for which SoC, `entries` are session options; `folder` is for a file the compiler reads.

@@ -81,9 +81,12 @@ def group_query_attention(
         query = [q, k, v]
     window = config.sliding_windows[i] if build.form.local_window else None
     attributes = {
-        "num_heads": config.num_attention_heads, "kv_num_heads": config.num_key_value_heads,
-        "scale": config.rotary_head_dim**-0.5, "do_rotary": int(inside), "local_window_size": window or -1,
-    }  # fmt: skip
+        "num_heads": config.num_attention_heads,
+        "kv_num_heads": config.num_key_value_heads,
+        "scale": config.rotary_head_dim**-0.5,
+        "do_rotary": int(inside),
+        "local_window_size": window or -1,
+    }
     inputs = [*query, *past, lengths.seqlens_k, lengths.total, *(rotary if inside else [])]
     y, *present = build.op(f"{path}/GroupQueryAttention", inputs, attributes, MS, outputs=3)
     return y, present

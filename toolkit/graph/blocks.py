@@ -14,19 +14,14 @@ import onnx_ir as ir
 from toolkit import names
 from toolkit.checkpoint.config import ModelConfig
 from toolkit.errors import UnsupportedError
-from toolkit.graph.attention import (
-    Lengths,
-    check_attention,
-    geometry,
-    group_query_attention,
-    plain_attention,
-)
+from toolkit.graph.attention import Lengths, check_attention, geometry, group_query_attention, plain_attention
 from toolkit.graph.builder import MS, GraphBuilder, declare, value
 from toolkit.graph.rope import rotary_caches
 from toolkit.quant.ranges import HEADROOM, ActivationRange
 from toolkit.target import CPU_FORM
 
 _SIGMOID: Final = ActivationRange(0.0, 1.0 / HEADROOM)
+
 
 @dataclass(frozen=True)
 class CacheShape:
@@ -51,9 +46,7 @@ def embedding(build: GraphBuilder, ids: ir.Value) -> ir.Value:
         # A tied head reads the same bytes as [V, J, block]; the embedding wants them flat.
         flat = build.slot(replace(packed, name=f"{packed.name}.flat", shape=(count, blocks * block_bytes)))
         scales, *zero_points = [build.slot(slot) for slot in unit.slots[1:]]
-        attributes = {
-            "gather_axis": 0, "quantize_axis": 1, "block_size": unit.spec.block_size, "bits": unit.spec.bits,
-        }  # fmt: skip
+        attributes = {"gather_axis": 0, "quantize_axis": 1, "block_size": unit.spec.block_size, "bits": unit.spec.bits}
         (rows,) = build.op(f"{path}/GatherBlockQuantized", [flat, ids, scales, *zero_points], attributes, MS)
     return rows if build.dtype == ir.DataType.FLOAT else build.cast(f"{path}/Cast", rows, build.dtype)
 
@@ -143,9 +136,12 @@ def _skip_norm(
         (total,) = build.op(f"{path}/Add", [x, skip])
         return _rms_norm(build, path, total, module, config), total
     y = build.op(
-        f"{path}/SkipSimplifiedLayerNormalization", [x, skip, build.vector(names.weight(module))],
-        {"epsilon": config.rms_norm_eps}, MS, outputs=4,
-    )  # fmt: skip
+        f"{path}/SkipSimplifiedLayerNormalization",
+        [x, skip, build.vector(names.weight(module))],
+        {"epsilon": config.rms_norm_eps},
+        MS,
+        outputs=4,
+    )
     y[1].name = y[2].name = ""
     return y[0], y[3]
 

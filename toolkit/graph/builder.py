@@ -20,9 +20,12 @@ from toolkit.target import Form, Stage
 
 MS: Final = "com.microsoft"
 _DTYPES: Final = {
-    "float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "uint8": ir.DataType.UINT8,
-    "int8": ir.DataType.INT8, "int4": ir.DataType.INT4,
-}  # fmt: skip
+    "float32": ir.DataType.FLOAT,
+    "float16": ir.DataType.FLOAT16,
+    "uint8": ir.DataType.UINT8,
+    "int8": ir.DataType.INT8,
+    "int4": ir.DataType.INT4,
+}
 # For a graph that is looked at before any text has been read.
 _UNSEEN: Final = ActivationRange(-1.0, 1.0)
 
@@ -88,9 +91,8 @@ class GraphBuilder:
         """An initializer in its data file."""
         if slot.name not in self.initializers:
             tensor = ir.ExternalTensor(
-                slot.file, slot.offset, slot.nbytes, _DTYPES[slot.dtype],
-                shape=ir.Shape(slot.shape), name=slot.name,
-            )  # fmt: skip
+                slot.file, slot.offset, slot.nbytes, _DTYPES[slot.dtype], shape=ir.Shape(slot.shape), name=slot.name
+            )
             self.initializers[slot.name] = ir.Value(name=slot.name, const_value=tensor)
         return self.initializers[slot.name]
 
@@ -149,9 +151,12 @@ class GraphBuilder:
             (product,) = self.op(f"{path}/MatMul", [x, weight])
             return self.rounded(f"{path}/output", product, names.output_of(unit.name.removesuffix(".weight")))
         attributes = {
-            "K": unit.width, "N": sum(unit.rows), "bits": unit.spec.bits,
-            "block_size": unit.spec.block_size, "accuracy_level": form.accuracy_level,
-        }  # fmt: skip
+            "K": unit.width,
+            "N": sum(unit.rows),
+            "bits": unit.spec.bits,
+            "block_size": unit.spec.block_size,
+            "accuracy_level": form.accuracy_level,
+        }
         weights: list[ir.Value | None] = [self.slot(slot) for slot in unit.slots]
         inputs = [x, *weights]
         if bias:
@@ -165,9 +170,13 @@ class GraphBuilder:
             assert tensor is not None
             value.shape, value.dtype = tensor.shape, tensor.dtype  # type: ignore[assignment]
         graph = ir.Graph(
-            inputs, outputs, nodes=self.nodes, initializers=list(self.initializers.values()),
-            opset_imports={"": self.form.opset, MS: 1}, name=name,
-        )  # fmt: skip
+            inputs,
+            outputs,
+            nodes=self.nodes,
+            initializers=list(self.initializers.values()),
+            opset_imports={"": self.form.opset, MS: 1},
+            name=name,
+        )
         return ir.Model(graph, ir_version=10, producer_name="toolkit")
 
 

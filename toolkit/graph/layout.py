@@ -141,9 +141,7 @@ def _spec(tensor: str, config: ModelConfig, recipe: Recipe) -> QuantSpec:
     return QuantSpec(rule.bits, rule.block_size, rule.symmetric, algorithm)
 
 
-def _groups(
-    config: ModelConfig, target: Target, specs: Mapping[str, QuantSpec]
-) -> list[tuple[str, tuple[str, ...]]]:
+def _groups(config: ModelConfig, target: Target, specs: Mapping[str, QuantSpec]) -> list[tuple[str, tuple[str, ...]]]:
     """Unit names with their sources: q, k and v become one matrix where target, specs and no q/k norm allow it."""
     groups: dict[str, tuple[str, ...]] = {}
     shapes = expected_tensors(config)
@@ -174,9 +172,10 @@ def _parts(
         scales = (rows,) if J == 1 else (J, rows)
         integers = f"int{spec.bits}"
         return [
-            (f"{name}.integers", integers, (shape[1], rows)), (f"{name}.scales", dtype, scales),
+            (f"{name}.integers", integers, (shape[1], rows)),
+            (f"{name}.scales", dtype, scales),
             (f"{name}.zero_points", integers, scales),
-        ]  # fmt: skip
+        ]
     parts: list[tuple[str, str, tuple[int, ...]]] = [
         (f"{name}.packed", "uint8", (rows, J, spec.block_size * spec.bits // 8)),
         (f"{name}.scales", dtype, (rows, J)),
@@ -186,9 +185,7 @@ def _parts(
     return parts
 
 
-def _place(
-    parts: list[tuple[str, str, tuple[int, ...]]], file: str, end: int
-) -> tuple[tuple[Slot, ...], int]:
+def _place(parts: list[tuple[str, str, tuple[int, ...]]], file: str, end: int) -> tuple[tuple[Slot, ...], int]:
     slots = []
     for part, dtype, shape in parts:
         nbytes = -(-math.prod(shape) * _ITEM_BITS[dtype] // 8)

@@ -42,9 +42,14 @@ def build_embeddings(config: ModelConfig, layout: Layout, form: Form) -> ir.Mode
 
 
 def build_transformer(
-    config: ModelConfig, layout: Layout, form: Form, context_length: int, part: Part, sequence_length: int,
+    config: ModelConfig,
+    layout: Layout,
+    form: Form,
+    context_length: int,
+    part: Part,
+    sequence_length: int,
     ranges: Mapping[str, ActivationRange] | None = None,
-) -> ir.Model:  # fmt: skip
+) -> ir.Model:
     """Hidden states [1, S, D], the lengths and its layers' KV cache in; hidden states [1, S, D] and the cache out.
 
     The first part takes inputs_embeds, the last gives last_hidden_states, normalized; between them goes the residual.

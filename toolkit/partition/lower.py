@@ -17,9 +17,13 @@ from toolkit.target import Target
 
 
 def lower(
-    config: ModelConfig, layout: Layout, target: Target, recipe: Recipe, pad_token_id: int,
+    config: ModelConfig,
+    layout: Layout,
+    target: Target,
+    recipe: Recipe,
+    pad_token_id: int,
     ranges: Mapping[str, ActivationRange] | None = None,
-) -> list[StageGraph]:  # fmt: skip
+) -> list[StageGraph]:
     """Every stage with its graph, in the order they run; a recipe without `parts` has one. `ranges` by point are for a
     form of uint16, None for graphs that are only looked at.
 
@@ -37,8 +41,6 @@ def lower(
             graph = build_lm_head(config, layout, form, pad_token_id)
         else:
             part = Part(stage.name, stage.part, parts, spans[stage.part])
-            graph = build_transformer(
-                config, layout, form, length, part, stage.sequence_length, ranges
-            )
+            graph = build_transformer(config, layout, form, length, part, stage.sequence_length, ranges)
         graphs.append(StageGraph(stage, graph))
     return graphs

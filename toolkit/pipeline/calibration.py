@@ -84,9 +84,7 @@ def stored_ranges(
 def _text_section(plan: ExportPlan, text: str, sequences: list[list[int]]) -> dict[str, Any]:
     """What was read, and nothing made of it yet."""
     tokens = sum(map(len, sequences))
-    return {
-        "quality": plan.recipe.quality, "text": text, "tokens": tokens, "inputs": 0, "folded": [], "fallbacks": []
-    }  # fmt: skip
+    return {"quality": plan.recipe.quality, "text": text, "tokens": tokens, "inputs": 0, "folded": [], "fallbacks": []}
 
 
 def _weights(
@@ -105,9 +103,12 @@ def _weights(
     layout = plan_layout(config, plan.target, recipe, formats)
     graphs = {name: nbytes for name, nbytes in plan.files.items() if name not in plan.layout.files}
     plan = replace(
-        plan, checkpoint=replace(checkpoint, source=folded), layout=layout, files={**graphs, **layout.files},
+        plan,
+        checkpoint=replace(checkpoint, source=folded),
+        layout=layout,
+        files={**graphs, **layout.files},
         bits_per_weight=layout.bits_per_weight(),
-    )  # fmt: skip
+    )
     importance = {
         names.weight(reader): found.inputs[given.name].importance
         for given in linear_inputs(config)
@@ -189,9 +190,10 @@ def _section(recipe: Recipe, found: Survey, fallbacks: list[Fallback]) -> dict[s
             figures = {key: value for key, value in asdict(facts.fold).items() if key != "scales"}
             folds.append({"input": name, **figures})
     section: dict[str, Any] = {
-        "inputs": len(found.inputs), "folded": folds,
+        "inputs": len(found.inputs),
+        "folded": folds,
         "fallbacks": [asdict(fallback) for fallback in fallbacks],
-    }  # fmt: skip
+    }
     if recipe.bits_per_weight:
         section |= {"budget_bits_per_weight": recipe.bits_per_weight, "divergences": found.divergences}
     return section

@@ -81,9 +81,7 @@ def _sizes_fit(bundle: Path, manifest: Mapping[str, Any]) -> bool:
     return all(path.is_file() and path.stat().st_size == nbytes for path, nbytes in files)
 
 
-def _parts(
-    recipe: Mapping[str, Any], options: dict[str, str], hashes: Mapping[str, str], software: str
-) -> list[Part]:
+def _parts(recipe: Mapping[str, Any], options: dict[str, str], hashes: Mapping[str, str], software: str) -> list[Part]:
     """The parts a recipe plans, keyed by the files they are made from; `options` are the compiler's."""
     count = recipe["parts"]
     parts = []

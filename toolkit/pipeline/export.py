@@ -125,9 +125,7 @@ def _disk_errors() -> Iterator[None]:
         raise disk_error(Path(problem.filename or "the bundle"), problem) from None
 
 
-def _graphs(
-    plan: ExportPlan, pad: int, ranges: Mapping[str, ActivationRange] | None = None
-) -> list[StageGraph]:
+def _graphs(plan: ExportPlan, pad: int, ranges: Mapping[str, ActivationRange] | None = None) -> list[StageGraph]:
     return lower(plan.checkpoint.config, plan.layout, plan.target, plan.recipe, pad, ranges)
 
 
@@ -174,9 +172,13 @@ def _begin(plan: ExportPlan, precision: str) -> _Begun:
 
 
 def _finish(
-    begun: _Begun, graphs: list[StageGraph], packed: PackResult, tokenizer_files: list[str], clock: _Clock,
+    begun: _Begun,
+    graphs: list[StageGraph],
+    packed: PackResult,
+    tokenizer_files: list[str],
+    clock: _Clock,
     beside: list[str],
-) -> None:  # fmt: skip
+) -> None:
     """Graphs, settings, manifest and report around the data files."""
     plan, partial, stages = begun.plan, begun.partial, list(clock.stages)
     source, folder = plan.checkpoint.source, plan.checkpoint.folder

@@ -39,9 +39,14 @@ _CORE_BYTES: Final = 12 << 20
 _DISK_MARGIN_BYTES: Final = 64 << 20
 # What decides whether a recipe fits a checkpoint; a fine-tune may resize the vocabulary or its positions.
 _SHAPE_FIELDS: Final = (
-    "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim",
-)  # fmt: skip
+    "model_type",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
 
 
 @dataclass(frozen=True)

@@ -40,9 +40,7 @@ def token_sequences(checkpoint: Checkpoint, text: Path, tokens: int, shortest: i
         if len(ids_of_text) > 1:
             sequences.append(ids_of_text)
     if not sequences:
-        raise CheckpointError(
-            f"{text} holds no text: expected JSON lines with a `text`, or a `prompt`, or plain text"
-        )
+        raise CheckpointError(f"{text} holds no text: expected JSON lines with a `text`, or a `prompt`, or plain text")
     return sequences
 
 

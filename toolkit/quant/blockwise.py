@@ -77,15 +77,27 @@ def quantize_blocks(weight: Floats, spec: QuantSpec, importance: Floats | None =
     scales = np.empty((out_features, J), np.float32)
     if spec.signed:
         noise = signed_kernel.quantize_signed_rows(
-            np.ascontiguousarray(weight, np.float32), weights_of_errors(importance), spec.algorithm != "rtn", spec.bits,
-            spec.block_size, packed, scales,
-        )  # fmt: skip
+            np.ascontiguousarray(weight, np.float32),
+            weights_of_errors(importance),
+            spec.algorithm != "rtn",
+            spec.bits,
+            spec.block_size,
+            packed,
+            scales,
+        )
         return QuantizedBlocks(packed, scales, None, noise)
     zeros = np.empty((out_features, J), np.uint8)
     noise = kernel.quantize_rows(
-        np.ascontiguousarray(weight, np.float32), weights_of_errors(importance), _ALGORITHMS[spec.algorithm],
-        spec.bits, spec.symmetric, spec.block_size, packed, scales, zeros,
-    )  # fmt: skip
+        np.ascontiguousarray(weight, np.float32),
+        weights_of_errors(importance),
+        _ALGORITHMS[spec.algorithm],
+        spec.bits,
+        spec.symmetric,
+        spec.block_size,
+        packed,
+        scales,
+        zeros,
+    )
     return QuantizedBlocks(packed, scales, None if spec.symmetric else pack_last_axis(zeros, spec.bits), noise)
 
 

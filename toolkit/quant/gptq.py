@@ -114,9 +114,7 @@ def gptq_blocks(weight: Floats, factor: Factor, spec: QuantSpec) -> QuantizedBlo
             triangle = np.ascontiguousarray(factor.upper[start:stop, start:stop])
             columns = np.ascontiguousarray(left[:, start:stop])
             made, errors = np.empty(columns.shape, np.uint8), np.empty_like(columns)
-            done = [
-                pool.submit(rounding.round, s, start, columns[s], triangle, made[s], errors[s]) for s in slices
-            ]
+            done = [pool.submit(rounding.round, s, start, columns[s], triangle, made[s], errors[s]) for s in slices]
             for future in done:
                 future.result()
             levels[:, factor.order[start:stop]] = made
@@ -140,9 +138,17 @@ class _SearchedScales:
         blocks = self._order[start : stop : spec.block_size] // spec.block_size
         scales, zeros = (np.empty((columns.shape[0], blocks.size), kind) for kind in (np.float32, np.uint8))
         kernel.gptq_columns(
-            columns, triangle, self._worth[start:stop], spec.bits, spec.symmetric, spec.block_size, levels, errors,
-            scales, zeros,
-        )  # fmt: skip
+            columns,
+            triangle,
+            self._worth[start:stop],
+            spec.bits,
+            spec.symmetric,
+            spec.block_size,
+            levels,
+            errors,
+            scales,
+            zeros,
+        )
         self.scales[rows, blocks], self.zeros[rows, blocks] = scales, zeros
 
 

@@ -21,9 +21,7 @@ _F = np.float32
 _SMALLEST_SCALE: Final = np.float32(1e-36)
 _SMALLEST_SEARCHED: Final = np.float32(1e-9)
 # Weights are finite by the time they come here, and the sign of a zero means nothing.
-_OPTIONS: Final[dict[str, Any]] = {
-    "nogil": True, "error_model": "numpy", "fastmath": {"nnan", "ninf", "nsz"},
-}  # fmt: skip
+_OPTIONS: Final[dict[str, Any]] = {"nogil": True, "error_model": "numpy", "fastmath": {"nnan", "ninf", "nsz"}}
 
 
 def compiled(function: Any, options: dict[str, Any] = _OPTIONS) -> Any:
@@ -41,7 +39,14 @@ def compiled_for_reports(function: Any) -> Any:
 
 @compiled
 def quantize_rows(
-    weight: Any, importance: Any, algorithm: int, bits: int, symmetric: bool, block_size: int, packed: Any, scales: Any,
+    weight: Any,
+    importance: Any,
+    algorithm: int,
+    bits: int,
+    symmetric: bool,
+    block_size: int,
+    packed: Any,
+    scales: Any,
     zeros: Any,
 ) -> float:
     """Fills packed [N, J, block_size*bits/8] uint8, scales [N, J] float32 and zeros [N, J] uint8 from `weight` [N, K]
@@ -76,8 +81,16 @@ def quantize_rows(
 
 @compiled
 def gptq_columns(
-    columns: Any, upper: Any, worth: Any, bits: int, symmetric: bool, block_size: int, levels: Any, errors: Any,
-    scales: Any, zeros: Any,
+    columns: Any,
+    upper: Any,
+    worth: Any,
+    bits: int,
+    symmetric: bool,
+    block_size: int,
+    levels: Any,
+    errors: Any,
+    scales: Any,
+    zeros: Any,
 ) -> None:
     """Rounds `columns` [N, n] float32 from left to right, in place, each error passed on by `upper` [n, n]
     (quant/gptq.py). Fills levels and errors [N, n], scales and zeros [N, n / block_size]."""

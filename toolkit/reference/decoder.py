@@ -27,10 +27,7 @@ def reference_logits(config: ModelConfig, source: Tensors, sequences: list[list[
 
 
 def reference_hidden(
-    config: ModelConfig,
-    source: Tensors,
-    sequences: list[list[int]],
-    progress: Callable[[str], None] = lambda _: None,
+    config: ModelConfig, source: Tensors, sequences: list[list[int]], progress: Callable[[str], None] = lambda _: None
 ) -> list[Array]:
     """The final norm's output [T, D] of each sequence, one layer's weights in memory at a time.
 
@@ -135,9 +132,7 @@ class Layer:
         return y
 
 
-def attend(
-    q: Array, k: Array, v: Array, positions: NDArray[np.int64], window: int | None, head_dim: int
-) -> Array:
+def attend(q: Array, k: Array, v: Array, positions: NDArray[np.int64], window: int | None, head_dim: int) -> Array:
     """Softmax attention [T, H * Dh] of queries at `positions` over keys at positions 0 … S-1.
 
     A query sees keys up to its own position, of which the last `window` where the layer slides. `head_dim` is what the

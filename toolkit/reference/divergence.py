@@ -50,6 +50,4 @@ def mean_divergences(
             theirs = hidden @ their_rows.T
             normalizers[name].add(theirs)
             differences[name] += np.einsum("tv,tv->t", shares, logits - theirs, dtype=np.float64)
-    return {
-        name: float(np.mean(differences[name] - log_sum + normalizers[name].value())) for name in others
-    }
+    return {name: float(np.mean(differences[name] - log_sum + normalizers[name].value())) for name in others}

@@ -9,11 +9,17 @@ from typing import Final
 from toolkit.report.charts import power_of_ten
 
 LABELS: Final = {
-    "accuracy_drop": "Task accuracy drop", "mean_kld": "Mean KLD", "median_kld": "Median KLD",
-    "p99_kld": "99th percentile KLD", "p999_kld": "99.9th percentile KLD", "top1_agreement": "Top-1 agreement",
-    "max_abs_logit_error": "Max abs logit error", "greedy_match_tokens": "Greedy tokens in agreement",
-    "perplexity": "Perplexity", "reference_perplexity": "Perplexity of the reference",
-}  # fmt: skip
+    "accuracy_drop": "Task accuracy drop",
+    "mean_kld": "Mean KLD",
+    "median_kld": "Median KLD",
+    "p99_kld": "99th percentile KLD",
+    "p999_kld": "99.9th percentile KLD",
+    "top1_agreement": "Top-1 agreement",
+    "max_abs_logit_error": "Max abs logit error",
+    "greedy_match_tokens": "Greedy tokens in agreement",
+    "perplexity": "Perplexity",
+    "reference_perplexity": "Perplexity of the reference",
+}
 
 
 def format_bytes(nbytes: float) -> str:

@@ -27,7 +27,7 @@ from toolkit.report.figures import (
     format_percent,
     format_seconds,
     label_of,
-)  # fmt: skip
+)
 
 Section = Mapping[str, Any]
 
@@ -217,12 +217,15 @@ def _parity(parity: Section, baseline: Section) -> dict[str, Any]:
             rows.append({"name": name, "values": values, "ratio": parity[name] / baseline[name] if both else None})
     series = [
         Distribution(
-            style, title, side["kld_histogram"]["log10_edges"], side["kld_histogram"]["counts"],
+            style,
+            title,
+            side["kld_histogram"]["log10_edges"],
+            side["kld_histogram"]["counts"],
             {mark: side[f"{mark}_kld"] for mark in ("median", "mean", "p99", "p999") if f"{mark}_kld" in side},
         )
         for style, title, side in (("bundle", "this bundle", parity), ("plain", "plain 4-bit", baseline))
         if side.get("kld_histogram")
-    ]  # fmt: skip
+    ]
     label = "Distribution of KLD per position: " + " and ".join(one.name for one in series)
     figure = charts.histogram(series, label) if series else ""
     alone = parity.get("weights_alone", {})

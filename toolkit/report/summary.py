@@ -128,9 +128,7 @@ def judge(report: Mapping[str, Any], thresholds: Mapping[str, float]) -> dict[st
     return {"passed": bool(checks) and all(check["passed"] for check in checks), "checks": checks}
 
 
-def write_report(
-    bundle: Path, report: Mapping[str, Any], reasons: Mapping[str, str] | None = None
-) -> dict[str, Any]:
+def write_report(bundle: Path, report: Mapping[str, Any], reasons: Mapping[str, str] | None = None) -> dict[str, Any]:
     """report.json and report.html; returns the report as written.
 
     Sections that are absent are named in `not_measured` with their reason; `reasons` may name single figures too.

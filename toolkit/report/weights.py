@@ -69,13 +69,19 @@ def partition_section(graphs: Sequence[StageGraph]) -> list[dict[str, Any]]:
         placement = place(interface_of(graph.model), graph.stage)
         rows.append(
             {
-                "stage": graph.stage.name, "file": graph.stage.file, "ep": graph.stage.execution_provider,
-                "device": graph.stage.device, "nodes": placement.nodes, "nodes_legal": placement.nodes_legal,
-                "nodes_outside": placement.nodes_outside, "illegal": list(placement.problems),
+                "stage": graph.stage.name,
+                "file": graph.stage.file,
+                "ep": graph.stage.execution_provider,
+                "device": graph.stage.device,
+                "nodes": placement.nodes,
+                "nodes_legal": placement.nodes_legal,
+                "nodes_outside": placement.nodes_outside,
+                "illegal": list(placement.problems),
                 "conditions": list(placement.conditions),
-                "table": support_of(graph.stage.execution_provider)["source"], "compiled": False,
+                "table": support_of(graph.stage.execution_provider)["source"],
+                "compiled": False,
             }
-        )  # fmt: skip
+        )
     return rows
 
 
@@ -94,20 +100,20 @@ def ceiling_section(layout: Layout, soc: Soc) -> list[dict[str, Any]]:
 def ceiling_row(weight_bytes_per_token: int, soc: Soc) -> dict[str, Any]:
     """The bound of one SoC."""
     return {
-        "device": soc.device, "memory_bytes_per_s": soc.memory_bytes_per_s, "source": soc.memory_source,
+        "device": soc.device,
+        "memory_bytes_per_s": soc.memory_bytes_per_s,
+        "source": soc.memory_source,
         "weight_bytes_per_token": weight_bytes_per_token,
         "decode_tokens_per_s": soc.memory_bytes_per_s / weight_bytes_per_token,
         "basis": "an upper bound by memory bandwidth over the bytes of weights a token reads, not a measurement",
-    }  # fmt: skip
+    }
 
 
 def _format(unit: Unit) -> dict[str, Any]:
     if unit.spec is None:
         return {"algorithm": "none", "bits": 32}
     spec = unit.spec
-    return {
-        "algorithm": spec.algorithm, "bits": spec.bits, "block_size": spec.block_size, "symmetric": spec.symmetric
-    }  # fmt: skip
+    return {"algorithm": spec.algorithm, "bits": spec.bits, "block_size": spec.block_size, "symmetric": spec.symmetric}
 
 
 def _decibel(signal: float, noise: float) -> dict[str, Any]:

@@ -40,9 +40,7 @@ _NOTHING: Final = re.compile(
 _BARE_ARGUMENTS: Final = re.compile(r"\\frac(?:\{([^{}]*)\}|([^{}\\]))(?:\{([^{}]*)\}|([^{}\\]))")
 _ONE_SLASH: Final = re.compile(r"(-?)([A-Za-z0-9\\]+)/([0-9]+)")
 
-_STATED: Final = re.compile(
-    r"(?i:answer)[*_]*\s*(?i:is\b|:)[\W_]*(?:(?i:option|choice)[\W_]+)?([A-D])(?![A-Za-z0-9'])"
-)
+_STATED: Final = re.compile(r"(?i:answer)[*_]*\s*(?i:is\b|:)[\W_]*(?:(?i:option|choice)[\W_]+)?([A-D])(?![A-Za-z0-9'])")
 _LEADING: Final = re.compile(r"[\W_]*([A-D])[.):*]")
 # A capital that stands alone; `A` before a word is an article unless the word goes on about the choice.
 _ALONE: Final = re.compile(

@@ -153,9 +153,7 @@ class Pipeline:
             for step in self._through(kinds[names.ITERATOR], [ids[position]], position, length, cache):
                 yield step, 1
 
-    def _through(
-        self, stages: list[str], ids: list[int], last: int, length: int, cache: _Values
-    ) -> Iterator[Step]:
+    def _through(self, stages: list[str], ids: list[int], last: int, length: int, cache: _Values) -> Iterator[Step]:
         """One part of the transformer after another, which change `cache`; `last` is the position of the last id."""
         values = {
             **_run(self._sessions[names.EMBEDDINGS], {names.INPUT_IDS: np.array([ids], np.int64)}),

@@ -40,9 +40,12 @@ class _Run:
 
 
 def simulate(
-    bundle: Path, ids: list[int], prompt: int, reference: NDArray[np.float32],
+    bundle: Path,
+    ids: list[int],
+    prompt: int,
+    reference: NDArray[np.float32],
     progress: Callable[[str], None] = lambda _: None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """report.json's `simulator`: the first `prompt` of `ids` in windows, each later one by itself.
 
     Beside the same graphs on the CPU, `hidden_rms_error` is the rms difference of the normalized hidden states over
@@ -75,10 +78,15 @@ def simulate(
     comparison = Comparison()
     comparison.add(reference, logits, ids)
     return {
-        "ep": PROVIDER, "software": f"{PACKAGE} {version}", "stage": "transformer", "parts": len(parts),
-        "hidden_rms_error": float(error), "top1_agreement": float(agree.mean()), "tokens": len(ids),
+        "ep": PROVIDER,
+        "software": f"{PACKAGE} {version}",
+        "stage": "transformer",
+        "parts": len(parts),
+        "hidden_rms_error": float(error),
+        "top1_agreement": float(agree.mean()),
+        "tokens": len(ids),
         **_divergence(comparison),
-    }  # fmt: skip
+    }
 
 
 def simulated_divergence(
@@ -96,9 +104,11 @@ def simulated_divergence(
 def _divergence(comparison: Comparison) -> dict[str, Any]:
     figures = comparison.figures()
     return {
-        "compared_tokens": figures["tokens"], "mean_kld": figures["mean_kld"], "p999_kld": figures["p999_kld"],
+        "compared_tokens": figures["tokens"],
+        "mean_kld": figures["mean_kld"],
+        "p999_kld": figures["p999_kld"],
         "reference_top1_agreement": figures["top1_agreement"],
-    }  # fmt: skip
+    }
 
 
 def simulated_hidden(bundle: Path, pipeline: Pipeline, sequences: Sequence[list[int]]) -> list[NDArray[Any]]:
@@ -142,9 +152,13 @@ def _run_apart(
         given, taken = Path(folder) / "given.npz", Path(folder) / "made.npz"
         np.savez(given, *hidden)
         job = {
-            "bundle": str(bundle), "stages": stages, "given": str(given), "made": str(taken), "folder": folder,
+            "bundle": str(bundle),
+            "stages": stages,
+            "given": str(given),
+            "made": str(taken),
+            "folder": folder,
             "runs": [[run.kind, run.last, run.total] for run in runs],
-        }  # fmt: skip
+        }
         done = subprocess.run(
             _CHILD, input=json.dumps(job), capture_output=True, text=True, encoding="utf-8", errors="replace"
         )
