@@ -4,7 +4,7 @@ PYTHON ?= python3.11
 BIN = .venv/bin
 EXPORT_OPTIONS = $(if $(CHECKPOINT),--checkpoint $(CHECKPOINT)) $(if $(OUT),--out $(OUT))
 
-.PHONY: help export test test-slow check validate bench bench-quality
+.PHONY: help export test test-slow check validate bench bench-quality same-bytes
 
 help:  ## What can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -26,6 +26,9 @@ else
 		--calibration models/tiny-r1/calibration.jsonl --questions 1000 --peers
 	$(BIN)/python -m benchmarks.quality tests/data/stories260k --budgets 4.9,7.4,8.1 --peers
 endif
+
+same-bytes: .venv/tested  ## Whether data files and graphs are those of commit BASE
+	$(BIN)/python -m benchmarks.same_bytes --base $(BASE)
 
 test: .venv/tested  ## Every test that needs no special hardware
 	$(BIN)/python -m pytest -q

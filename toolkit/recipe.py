@@ -146,6 +146,14 @@ def load_recipe(name_or_path: str, changes: Sequence[str] = (), checkpoint: str 
         raw, where = _read(_find(name_or_path))
     for change in changes:
         _apply(raw, change)
+    return parse_recipe(raw, where)
+
+
+def parse_recipe(raw: dict[str, Any], where: str) -> Recipe:
+    """The recipe that a YAML or JSON object spells, its target's own values where it has none; `where` begins messages.
+
+    Raises RecipeError for unknown keys and for values that cannot be.
+    """
     _check_keys(raw, Recipe, where)
     if isinstance(raw["target"], str) and raw["target"] in TARGETS:
         raw.setdefault("window", TARGETS[raw["target"]].window)
