@@ -76,49 +76,43 @@ def _two_layers(model: str, work: Path) -> Path:
     config = json.loads((ROOT / "models" / model / "config.json").read_text(encoding="utf-8"))
     config |= {"num_hidden_layers": 2, "vocab_size": 4096, "bos_token_id": 0, "eos_token_id": 1}
     config.pop("pad_token_id", None)
-    folder = work / "shapes" / model
+    folder = work / "shapes" / f"two-layers-of-{model}"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return folder
 
 
-def digests_of(tree: Path, python: str, chosen: str) -> dict[str, Digests]:
-    """By case, the digests of its files as the toolkit in `tree` makes them."""
-    made = {}
-    for case in cases(WORK):
-        if chosen not in case.name:
-            continue
-        out = WORK / "bundle"
-        shutil.rmtree(out, ignore_errors=True)
-        shutil.rmtree(out.with_name("bundle.partial"), ignore_errors=True)
-        words = [python, "-m", "toolkit", "export", *case.words, "--out", str(out), "--no-validate", "--no-compile"]
-        environment = {**os.environ, "PYTHONPATH": str(tree), "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run(words, cwd=tree, env=environment, capture_output=True, text=True, encoding="utf-8")
-        if done.returncode:
-            raise SystemExit(f"{case.name}: {done.stderr.strip().splitlines()[-1:]} from {' '.join(words)}")
-        manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
-        made[case.name] = {
-            entry["name"]: entry["sha256"] for entry in manifest["files"] if entry["name"].endswith(_COMPARED)
-        }
-        print(f"{case.name}: {len(made[case.name])} files", file=sys.stderr, flush=True)
+def digests_of(tree: Path, python: str, case: Case) -> Digests:
+    """The digests of a case's files as the toolkit in `tree` makes them."""
+    out = WORK / "bundle"
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.rmtree(out.with_name("bundle.partial"), ignore_errors=True)
+    words = [python, "-m", "toolkit", "export", *case.words, "--out", str(out), "--no-validate", "--no-compile"]
+    environment = {**os.environ, "PYTHONPATH": str(tree), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(words, cwd=tree, env=environment, capture_output=True, text=True, encoding="utf-8")
+    if done.returncode:
+        raise SystemExit(f"{case.name}: {done.stderr.strip().splitlines()[-1:]} from {' '.join(words)}")
+    manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+    made = {entry["name"]: entry["sha256"] for entry in manifest["files"] if entry["name"].endswith(_COMPARED)}
+    print(f"{case.name}: {len(made)} files", file=sys.stderr, flush=True)
     return made
 
 
 def base_digests(commit: str, python: str, chosen: str) -> dict[str, Digests]:
-    """Those of a commit, from build/same-bytes where they were kept."""
+    """Those of a commit; cases that were made before come from build/same-bytes."""
     whole = _git("rev-parse", commit)
     kept = WORK / f"{whole}.json"
-    if kept.is_file():
-        found: dict[str, Digests] = json.loads(kept.read_text(encoding="utf-8"))
-        return {name: digests for name, digests in found.items() if chosen in name}
-    tree = WORK / whole[:12]
-    if not tree.is_dir():
-        _git("worktree", "add", "--detach", str(tree), whole)
-    made = digests_of(tree, python, chosen)
-    if not chosen:
-        kept.write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
+    found: dict[str, Digests] = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
+    missing = [case for case in cases(WORK) if chosen in case.name and case.name not in found]
+    if missing:
+        tree = WORK / whole[:12]
+        if not tree.is_dir():
+            _git("worktree", "add", "--detach", str(tree), whole)
+        for case in missing:
+            found[case.name] = digests_of(tree, python, case)
+            kept.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
         _git("worktree", "remove", "--force", str(tree))
-    return made
+    return {name: digests for name, digests in found.items() if chosen in name}
 
 
 def differences(base: Mapping[str, Digests], now: Mapping[str, Digests]) -> list[str]:
@@ -148,7 +142,8 @@ def main() -> None:
     given = parse.parse_args()
     WORK.mkdir(parents=True, exist_ok=True)
     base = base_digests(given.base, sys.executable, given.only)
-    now = digests_of(ROOT, sys.executable, given.only)
+    chosen = [case for case in cases(WORK) if given.only in case.name]
+    now = {case.name: digests_of(ROOT, sys.executable, case) for case in chosen}
     found = differences(base, now)
     print("\n".join(found) or f"{sum(map(len, now.values()))} files of {len(now)} bundles have the same bytes")
     raise SystemExit(bool(found))
