@@ -1,79 +1,301 @@
-"""Imports go down only, and heavy dependencies stay in their rooms."""
+"""What holds of the package's source as a whole: imports go down only and in no circle, third-party packages stay in
+their rooms, and files, functions, dictionaries, docstrings and class names keep their bounds."""
 
 from __future__ import annotations
 
 import ast
-from pathlib import Path
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Final
 
-PACKAGE = Path(__file__).parent.parent / "toolkit"
-FLOORS = {
-    "errors": 0,
-    "names": 0,
-    "machine": 0,
-    "progress": 0,
-    "target": 0,
-    "quality": 0,
-    "soc": 0,
-    "recipe": 1,
-    "checkpoint": 2,
-    "quant": 3,
-    "graph": 4,
-    "reference": 4,
-    "calibrate": 5,
-    "partition": 6,
-    "bundle": 7,
-    "epcontext": 7,
-    "validate": 8,
-    "report": 9,
-    "pipeline": 10,
-    "cli": 11,
-    "__main__": 12,
-}
-ROOMS = {
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+# From the ground up, one floor a line: a module imports from lower floors and from its own room. A room is a module or
+# a folder of the package; rooms on one floor do not import each other. To add a room, name it on a line (or on a new
+# line between two) above everything it imports.
+FLOORS: Final = (
+    ("errors", "machine", "names", "progress", "quality", "soc"),
+    ("target",),
+    ("recipe",),
+    ("checkpoint",),
+    ("quant",),
+    ("graph", "reference"),
+    ("calibrate",),
+    ("partition",),
+    ("bundle", "epcontext"),
+    ("validate",),
+    ("report",),
+    ("pipeline",),
+    ("__init__",),
+    ("cli",),
+    ("__main__",),
+)
+# Each package that is not of the standard library, and the rooms that may import it.
+DEPENDENCIES: Final[dict[str, set[str]]] = {
     "click": {"cli"},
-    "numba": {"quant"},
-    "rich": {"progress"},
-    "jinja2": {"report"},
-    "psutil": {"machine"},
     "huggingface_hub": {"checkpoint"},
-    "yaml": {"recipe"},
-    "onnx_ir": {"graph"},
-    "onnx": {"validate", "epcontext"},
-    "onnxruntime": {"validate", "epcontext"},
-    "onnxruntime_genai": {"validate"},
-    "openvino": {"validate"},
-    "onnxruntime_qnn": {"epcontext"},
-    "tokenizers": {"validate", "pipeline"},
+    "jinja2": {"report"},
     "lm_eval": {"validate"},
-    "torch": set(),
-    "transformers": set(),
+    "numba": {"quant"},
+    "onnx": {"epcontext", "validate"},
+    "onnx_ir": {"graph"},
+    "onnxruntime": {"epcontext", "validate"},
+    "onnxruntime_genai": {"validate"},
+    "onnxruntime_qnn": {"epcontext"},
+    "openvino": {"validate"},
+    "psutil": {"machine"},
+    "rich": {"progress"},
+    "tokenizers": {"pipeline", "validate"},
+    "yaml": {"recipe"},
 }
+EVERYWHERE: Final = {"numpy"}
+
+MAX_FILE_LINES: Final = 400
+MAX_FUNCTION_LINES: Final = 60
+MIN_DOCSTRING_WORDS: Final = 6
+MAX_FMT_SKIPS: Final = 3
+# Ceilings that only fall: to 1.5, 0, and none.
+MAX_ANY_PER_1000_LINES: Final = 11.5
+MAX_POOR_DOCSTRINGS: Final = 50
+KNOWN_DUPLICATE_CLASSES: Final = {"Part", "Task", "Unit"}
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+Sources = dict[str, str]
 
 
-def breaches(sources: dict[str, str]) -> list[str]:
-    """`room: import` for each import that goes up, sideways, or outside its room; keys are paths in the package."""
+@pytest.fixture(scope="module")
+def sources() -> Sources:
+    """Each module's text by its path in the package, with forward slashes."""
+    package = ROOT / "toolkit"
+    return {p.relative_to(package).as_posix(): p.read_text(encoding="utf-8") for p in sorted(package.rglob("*.py"))}
+
+
+def module_name(path: str) -> str:
+    """`toolkit.graph.rope` of `graph/rope.py`, `toolkit.graph` of `graph/__init__.py`."""
+    parts = PurePosixPath(path).with_suffix("").parts
+    return ".".join(("toolkit", *(parts[:-1] if parts[-1] == "__init__" else parts)))
+
+
+def room_of(path: str) -> str:
+    """The module or folder of the package that a file belongs to."""
+    return PurePosixPath(path).parts[0].removesuffix(".py")
+
+
+def imported(path: str, text: str) -> Iterator[str]:
+    """The dotted name of everything a module imports, wherever it does so: at its top, in functions, for types alone,
+    relatively, or by `import_module` of a constant."""
+    package = ("toolkit", *PurePosixPath(path).parts[:-1])
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else ()
+            origin = ".".join((*above, *([node.module] if node.module else [])))
+            yield from (f"{origin}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module") and node.args:
+            name = node.args[0]
+            if isinstance(name, ast.Constant) and isinstance(name.value, str):
+                yield name.value
+
+
+def imported_room(name: str) -> str | None:
+    """The room of a dotted name of the package, None of another package's: what the package itself offers is of
+    `__init__`."""
+    parts = name.split(".")
+    if parts[0] != "toolkit":
+        return None
+    rooms = {room for floor in FLOORS for room in floor}
+    return parts[1] if len(parts) > 1 and parts[1] in rooms else "__init__"
+
+
+def breaches(sources: Sources) -> list[str]:
+    """`path: import` for each import that goes up, sideways, or brings a package into a room that may not have it."""
+    floor_of = {room: number for number, floor in enumerate(FLOORS) for room in floor}
     found = []
     for path, text in sources.items():
-        room = Path(path).parts[0].removesuffix(".py")
-        for node in ast.walk(ast.parse(text)):
-            modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-            if isinstance(node, ast.ImportFrom) and node.module:
-                modules = [f"toolkit.{a.name}" for a in node.names] if node.module == "toolkit" else [node.module]
-            for module in modules:
-                parts = module.split(".")
-                inside = parts[0] == "toolkit" and len(parts) > 1 and parts[1] in FLOORS
-                if inside and parts[1] != room and FLOORS[parts[1]] >= FLOORS[room] and FLOORS[room]:
-                    found.append(f"{room}: {module}")
-                if parts[0] in ROOMS and room not in ROOMS[parts[0]]:
-                    found.append(f"{room}: {module}")
+        room = room_of(path)
+        for name in imported(path, text):
+            inside, package = imported_room(name), name.split(".")[0]
+            if inside is not None:
+                wrong = inside != room and floor_of[inside] >= floor_of.get(room, -1)
+            elif package in sys.stdlib_module_names or package in EVERYWHERE:
+                wrong = False
+            else:
+                wrong = room not in DEPENDENCIES.get(package, set())
+            if wrong:
+                found.append(f"{path}: {name}")
     return found
 
 
-def test_imports_go_down_only() -> None:
-    files = {str(p.relative_to(PACKAGE)): p.read_text(encoding="utf-8") for p in PACKAGE.rglob("*.py")}
-    assert breaches({k: v for k, v in files.items() if k != "__init__.py"}) == []
+def circles(sources: Sources) -> list[str]:
+    """The modules that import each other in the end, each circle once, sorted."""
+    modules = {module_name(path) for path in sources}
+    edges = {module_name(path): set(_modules_of(imported(path, text), modules)) for path, text in sources.items()}
+    reached: dict[str, set[str]] = {}
+    for module in modules:
+        seen, todo = set[str](), [*edges[module]]
+        while todo:
+            if (following := todo.pop()) not in seen:
+                seen.add(following)
+                todo += edges[following]
+        reached[module] = seen
+    together = {frozenset(m for m in reached[module] if module in reached[m]) for module in modules}
+    return sorted(" ".join(sorted(circle)) for circle in together if circle)
 
 
-def test_a_breach_is_seen() -> None:
-    text = "from toolkit.reference import decoder\nimport torch\n"
-    assert breaches({"graph/x.py": text}) == ["graph: toolkit.reference", "graph: torch"]
+def _modules_of(names: Iterator[str], modules: set[str]) -> Iterator[str]:
+    """The module each imported name is or comes from."""
+    for name in names:
+        origin = name.rpartition(".")[0]
+        if name in modules or origin in modules:
+            yield name if name in modules else origin
+
+
+def functions(sources: Sources) -> Iterator[tuple[str, Function]]:
+    """`path:line name` and the node of every function and method."""
+    for path, text in sources.items():
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, Function):
+                yield f"{path}:{node.lineno} {node.name}", node
+
+
+def poor_docstrings(sources: Sources) -> list[str]:
+    """`path:line name` of each module, public class, function and method without a docstring or with a fragment of
+    fewer words than a sentence has. An empty `__init__.py` needs none."""
+    found = []
+    for path, text in sources.items():
+        tree = ast.parse(text)
+        for node in [tree, *_public(tree)] if text.strip() else []:
+            first = (ast.get_docstring(node) or "").split("\n\n")[0]
+            if len(first.split()) < MIN_DOCSTRING_WORDS:
+                where = path if isinstance(node, ast.Module) else f"{path}:{node.lineno} {node.name}"
+                found.append(f"{where}: {first!r}")
+    return found
+
+
+def _public(node: ast.Module | ast.ClassDef) -> Iterator[ast.ClassDef | Function]:
+    for child in node.body:
+        if isinstance(child, ast.ClassDef | Function) and not child.name.startswith("_"):
+            yield child
+            if isinstance(child, ast.ClassDef):
+                yield from _public(child)
+
+
+def any_per_1000_lines(sources: Sources) -> float:
+    """How many `dict[str, Any]` or `dict[str, object]` a thousand lines have."""
+    text = "".join(sources.values())
+    return 1000 * len(re.findall(r"[Dd]ict\[str, (?:Any|object)\]", text)) / max(text.count("\n"), 1)
+
+
+def duplicate_classes(sources: Sources) -> set[str]:
+    """The names that more than one public class has."""
+    nodes = (node for text in sources.values() for node in ast.walk(ast.parse(text)))
+    names = Counter(node.name for node in nodes if isinstance(node, ast.ClassDef) and not node.name.startswith("_"))
+    return {name for name, times in names.items() if times > 1}
+
+
+def test_every_module_is_on_one_floor(sources: Sources) -> None:
+    listed = [room for floor in FLOORS for room in floor]
+    assert sorted(listed) == sorted({room_of(path) for path in sources})
+
+
+def test_imports_go_down_only(sources: Sources) -> None:
+    assert breaches(sources) == []
+
+
+def test_no_modules_import_each_other(sources: Sources) -> None:
+    assert circles(sources) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "text"),
+    [
+        ("graph/x.py", "from toolkit.reference import decoder"),
+        ("graph/x.py", "from toolkit import reference"),
+        ("graph/x.py", "import toolkit.pipeline.plan"),
+        ("graph/x.py", "from ..reference import decoder"),
+        ("graph/x.py", "from ..reference.decoder import Decoder"),
+        ("graph/x.py", "from .. import reference"),
+        ("graph/deeper/x.py", "from ...reference import decoder"),
+        ("graph/x.py", "from toolkit import export"),
+        ("graph/x.py", "import toolkit"),
+        ("graph/x.py", "import torch"),
+        ("graph/x.py", "import click.testing"),
+        ("graph/x.py", "def f():\n    from toolkit.cli import commands"),
+        ("graph/x.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from toolkit.cli import commands"),
+        ("graph/x.py", "import importlib\nimportlib.import_module('toolkit.validate.session')"),
+        ("errors.py", "from toolkit.pipeline import export"),
+        ("errors.py", "from .pipeline import export"),
+        ("errors.py", "from . import pipeline"),
+        ("errors.py", "from toolkit import names"),
+        ("soc.py", "from toolkit.target import TARGETS"),
+        ("unheard_of.py", "from toolkit import errors"),
+        ("reference/__init__.py", "from ..graph import rope"),
+    ],
+)
+def test_an_import_that_goes_up_or_sideways_is_seen(path: str, text: str) -> None:
+    assert len(breaches({path: text})) == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "text"),
+    [
+        ("graph/x.py", "from . import rope\nfrom .rope import tables\nfrom ..checkpoint import config"),
+        ("graph/x.py", "import json\nimport numpy as np\nimport onnx_ir as ir\nfrom toolkit import names"),
+        ("graph/__init__.py", "from .rope import tables"),
+        ("target.py", "from toolkit.soc import SOCS\nfrom . import names"),
+        ("cli/x.py", "import toolkit\nfrom toolkit import export\nfrom toolkit.pipeline import plan"),
+    ],
+)
+def test_an_import_that_goes_down_is_not_a_breach(path: str, text: str) -> None:
+    assert breaches({path: text}) == []
+
+
+def test_a_circle_is_seen_even_through_a_function() -> None:
+    sources = {
+        "a/x.py": "from toolkit.a.y import f",
+        "a/y.py": "from . import z",
+        "a/z.py": "def f():\n    from .x import g",
+        "a/w.py": "from .x import g",
+    }
+    assert circles(sources) == ["toolkit.a.x toolkit.a.y toolkit.a.z"]
+
+
+def test_files_and_functions_are_short(sources: Sources) -> None:
+    files = {path: text.count("\n") for path, text in sources.items()}
+    assert {path: lines for path, lines in files.items() if lines > MAX_FILE_LINES} == {}
+    lengths = {where: node.end_lineno - node.lineno + 1 for where, node in functions(sources) if node.end_lineno}
+    assert len(lengths) > 500
+    assert {where: lines for where, lines in lengths.items() if lines > MAX_FUNCTION_LINES} == {}
+
+
+def test_dictionaries_of_anything_are_few(sources: Sources) -> None:
+    assert any_per_1000_lines({"x.py": "a: dict[str, Any]\nb: dict[str, object]\nc: dict[str, int]\n\n"}) == 500
+    assert any_per_1000_lines(sources) <= MAX_ANY_PER_1000_LINES
+
+
+def test_public_names_have_docstrings_that_are_sentences(sources: Sources) -> None:
+    text = '"""A module that says what it is for."""\nclass A:\n    """Too few words."""\n    def f(self): ...\n'
+    private = "    def _g(self): ...\nclass _B: ...\ndef _h(): ...\n"
+    assert poor_docstrings({"x.py": text + private, "__init__.py": ""}) == [
+        "x.py:2 A: 'Too few words.'",
+        "x.py:4 f: ''",
+    ]
+    found = poor_docstrings(sources)
+    assert len(found) <= MAX_POOR_DOCSTRINGS, "\n".join(found)
+
+
+def test_a_class_name_means_one_class(sources: Sources) -> None:
+    assert duplicate_classes({"x.py": "class A: ...\nclass B: ...\n", "y.py": "class A: ...\nclass _B: ...\n"}) == {"A"}
+    assert duplicate_classes(sources) <= KNOWN_DUPLICATE_CLASSES
+
+
+def test_the_formatter_is_hardly_ever_switched_off() -> None:
+    files = [p for name in ("toolkit", "tests", "benchmarks") for p in sorted((ROOT / name).rglob("*.py"))]
+    switch = "# fmt: " + "skip"
+    assert len(files) > 100
+    assert sum(path.read_text(encoding="utf-8").count(switch) for path in files) <= MAX_FMT_SKIPS
