@@ -26,11 +26,11 @@ from benchmarks.peers.sampled import sampled_sequences
 from benchmarks.scatter import write_scatter
 from toolkit.checkpoint.opened import Checkpoint, open_checkpoint
 from toolkit.errors import ToolkitError
+from toolkit.evaluate.answers import bundle_answers, reference_answers
+from toolkit.evaluate.positions import open_positions
+from toolkit.evaluate.tasks import read_task
 from toolkit.pipeline.text import LONGEST, token_sequences
 from toolkit.progress import progress_line
-from toolkit.validate.answers import bundle_answers, reference_answers
-from toolkit.validate.positions import open_positions
-from toolkit.validate.tasks import read_task
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 

@@ -13,11 +13,11 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from toolkit.checkpoint.opened import open_checkpoint
+from toolkit.evaluate.parity import Comparison
+from toolkit.evaluate.rounded import RoundedTensors
 from toolkit.quant.blockwise import DATA_FREE, QuantSpec
 from toolkit.reference.decoder import reference_logits
 from toolkit.reference.greedy import Resident
-from toolkit.validate.parity import Comparison
-from toolkit.validate.rounded import RoundedTensors
 
 TEXT_TOKENS = 4000
 HEAD = QuantSpec(bits=8, block_size=32)

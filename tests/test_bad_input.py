@@ -17,11 +17,11 @@ from tests.graphs import EIGHT_BITS, SET_EIGHT_BITS, export_bundle
 from toolkit.bundle.manifest import read_manifest
 from toolkit.checkpoint.opened import open_checkpoint
 from toolkit.errors import BundleError, MachineError, RecipeError
+from toolkit.evaluate.session import open_model
 from toolkit.pipeline import plan
 from toolkit.pipeline.check import check_bundle
 from toolkit.pipeline.export import Order, export_bundles
 from toolkit.recipe import load_recipe
-from toolkit.validate.session import open_model
 
 
 def _export(checkpoint: Path, out: Path, recipe: str = "cpu") -> subprocess.CompletedProcess[str]:

@@ -18,9 +18,9 @@ from tokenizers import Tokenizer
 from tests.graphs import EIGHT_BITS, SET_EIGHT_BITS, export_bundle
 from toolkit.bundle.manifest import verify_manifest
 from toolkit.checkpoint.opened import open_checkpoint
+from toolkit.evaluate.session import continuations
 from toolkit.recipe import load_recipe
 from toolkit.reference.decoder import reference_logits
-from toolkit.validate.session import continuations
 
 ROOT = Path(__file__).parent.parent
 

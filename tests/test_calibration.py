@@ -24,6 +24,8 @@ from toolkit.calibrate.survey import Survey, Wish, survey
 from toolkit.checkpoint.folded import FoldedTensors
 from toolkit.checkpoint.linear_inputs import linear_inputs
 from toolkit.checkpoint.opened import Checkpoint, open_checkpoint
+from toolkit.evaluate.parity import Comparison
+from toolkit.evaluate.positions import open_positions
 from toolkit.names import weight
 from toolkit.pipeline.export import Order, export_bundles
 from toolkit.pipeline.text import token_sequences
@@ -34,8 +36,6 @@ from toolkit.quant.ranges import ActivationRange
 from toolkit.recipe import Recipe, load_recipe
 from toolkit.reference.decoder import Layer, embed, reference_logits
 from toolkit.target import TARGETS
-from toolkit.validate.parity import Comparison
-from toolkit.validate.positions import open_positions
 
 Floats = NDArray[np.float32]
 ROOT = Path(__file__).resolve().parent.parent

@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import pytest
 
-from toolkit.validate.checkers import (
+from toolkit.evaluate.checkers import (
     CHECKERS,
     after_thought,
     default_checker,

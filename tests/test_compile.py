@@ -25,6 +25,11 @@ from toolkit.checkpoint.opened import open_checkpoint
 from toolkit.epcontext import htp
 from toolkit.epcontext import parts as compiling
 from toolkit.errors import BundleError, MachineError, UnsupportedError
+from toolkit.evaluate import simulator
+from toolkit.evaluate.parity import Comparison
+from toolkit.evaluate.positions import open_positions, some_ids
+from toolkit.evaluate.session import continuations
+from toolkit.evaluate.simulator import simulate, simulated_divergence
 from toolkit.graph.interface import external_bytes
 from toolkit.pipeline.check import check_bundle
 from toolkit.pipeline.compile import compile_bundle, compile_exported
@@ -34,11 +39,6 @@ from toolkit.recipe import load_recipe
 from toolkit.reference.decoder import reference_logits
 from toolkit.report.summary import figures_of
 from toolkit.soc import SOCS
-from toolkit.validate import simulator
-from toolkit.validate.parity import Comparison
-from toolkit.validate.positions import open_positions, some_ids
-from toolkit.validate.session import continuations
-from toolkit.validate.simulator import simulate, simulated_divergence
 
 STAGES = ("context_0", "context_1", "iterator_0", "iterator_1")
 BINARIES = ("context_0_ctx_qnn.bin", "context_1_ctx_qnn.bin")

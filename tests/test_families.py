@@ -15,9 +15,9 @@ from tests.graphs import WINDOW, write_graphs
 from toolkit.checkpoint.config import read_config
 from toolkit.checkpoint.weights import open_weights
 from toolkit.errors import UnsupportedError
+from toolkit.evaluate.positions import open_positions
 from toolkit.reference.decoder import reference_logits
 from toolkit.target import TARGETS
-from toolkit.validate.positions import open_positions
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 LLAMA3 = {

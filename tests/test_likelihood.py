@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from toolkit.errors import RecipeError
-from toolkit.validate.likelihood import Likelihood
+from toolkit.evaluate.likelihood import Likelihood
 
 # Longest first: a space belongs to the word after it, and `cd` is one token wherever it stands.
 TOKENS = {" b": 1, "cd": 2, "a": 3, "b": 4, "c": 5, "d": 6, " ": 7}

@@ -9,7 +9,7 @@ import pytest
 
 from tests.graphs import write_graphs
 from tests.test_families import CASES, make_checkpoint
-from toolkit.validate.positions import open_positions
+from toolkit.evaluate.positions import open_positions
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the tracer's own, by the dozen
 onnx_export = pytest.importorskip("optimum.exporters.onnx", reason="optimum-onnx is not installed")

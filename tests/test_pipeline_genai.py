@@ -17,16 +17,16 @@ from tests.test_bundle import run
 from toolkit.bundle.genai_config import max_length, read_genai_config
 from toolkit.checkpoint.opened import open_checkpoint
 from toolkit.errors import MachineError
+from toolkit.evaluate import session
+from toolkit.evaluate.conversation import Conversation
+from toolkit.evaluate.positions import open_positions
+from toolkit.evaluate.session import OpenModel, continuations, open_model
+from toolkit.evaluate.speed import measure_speed
 from toolkit.pipeline import plan
 from toolkit.pipeline.export import Order, export_bundles
 from toolkit.recipe import load_recipe
 from toolkit.reference.decoder import reference_logits
 from toolkit.reference.greedy import greedy_continuations
-from toolkit.validate import session
-from toolkit.validate.conversation import Conversation
-from toolkit.validate.positions import open_positions
-from toolkit.validate.session import OpenModel, continuations, open_model
-from toolkit.validate.speed import measure_speed
 
 NEW_TOKENS = 32
 WINDOWS = (8, 64)

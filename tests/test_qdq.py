@@ -25,6 +25,7 @@ from toolkit.checkpoint.opened import Checkpoint, open_checkpoint
 from toolkit.checkpoint.padded_heads import pad_heads
 from toolkit.checkpoint.rotated import rotate
 from toolkit.errors import RecipeError
+from toolkit.evaluate.positions import Pipeline
 from toolkit.graph.htp_faults import htp_faults
 from toolkit.graph.interface import load_graph
 from toolkit.partition import pack, rows
@@ -36,7 +37,6 @@ from toolkit.pipeline.plan import plan_export
 from toolkit.pipeline.text import token_sequences
 from toolkit.recipe import load_recipe
 from toolkit.reference.decoder import Layer, rms_norm
-from toolkit.validate.positions import Pipeline
 
 Floats = NDArray[np.float32]
 FAST = ("quality=fast", "bits_per_weight=0", "rotate=false")

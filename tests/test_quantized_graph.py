@@ -12,12 +12,12 @@ from tests.graphs import WINDOW, recipe_for, write_graphs
 from tests.test_families import CASES, make_checkpoint
 from toolkit.checkpoint.config import read_config
 from toolkit.checkpoint.weights import Tensors, open_weights
+from toolkit.evaluate.positions import open_positions
+from toolkit.evaluate.rounded import RoundedTensors
 from toolkit.quant.blockwise import QuantSpec
 from toolkit.recipe import QuantRule, Recipe
 from toolkit.reference.decoder import reference_logits
 from toolkit.target import TARGETS
-from toolkit.validate.positions import open_positions
-from toolkit.validate.rounded import RoundedTensors
 
 
 def _rounded(source: Tensors, recipe: Recipe) -> RoundedTensors:

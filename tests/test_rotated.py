@@ -14,12 +14,12 @@ from toolkit.checkpoint.hadamard import Hadamard
 from toolkit.checkpoint.opened import open_checkpoint
 from toolkit.checkpoint.rotated import rotate, salient_inputs
 from toolkit.errors import UnsupportedError
+from toolkit.evaluate.parity import Comparison
+from toolkit.evaluate.positions import open_positions
 from toolkit.pipeline.export import Order, export_bundles
 from toolkit.pipeline.text import token_sequences
 from toolkit.recipe import load_recipe
 from toolkit.reference.decoder import reference_logits
-from toolkit.validate.parity import Comparison
-from toolkit.validate.positions import open_positions
 
 
 @pytest.mark.parametrize("n", [8, 12, 16, 20, 24, 28, 40, 64, 96, 112, 128, 256, 1536, 3584])

@@ -11,13 +11,13 @@ import pytest
 from tests.graphs import EIGHT_BITS, export_bundle
 from tests.test_compile import needs_compiler
 from toolkit.checkpoint.opened import open_checkpoint
+from toolkit.evaluate import simulated_loop
+from toolkit.evaluate.answers import ask, bundle_answers, first_of, simulated_answers
+from toolkit.evaluate.positions import Pipeline
+from toolkit.evaluate.simulated_answers import drafted_answers, simulator_judge
+from toolkit.evaluate.simulator import simulated_hidden
+from toolkit.evaluate.tasks import read_task
 from toolkit.recipe import load_recipe
-from toolkit.validate import simulated_loop
-from toolkit.validate.answers import ask, bundle_answers, first_of, simulated_answers
-from toolkit.validate.positions import Pipeline
-from toolkit.validate.simulated_answers import drafted_answers, simulator_judge
-from toolkit.validate.simulator import simulated_hidden
-from toolkit.validate.tasks import read_task
 
 VOCAB, STOP = 50, 7
 
@@ -79,7 +79,7 @@ def small(tiny_r1: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_sequences_in_one_cache_do_not_see_each_other(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With ORT's CPU kernels in the simulator's place every sequence has the hidden states it has alone."""
-    from toolkit.validate import simulator
+    from toolkit.evaluate import simulator
 
     pipeline = Pipeline(small, exact=True)
     rng = np.random.default_rng(0)

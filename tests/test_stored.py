@@ -10,11 +10,11 @@ import pytest
 from tests.graphs import recipe_for, write_graphs
 from toolkit.checkpoint.opened import open_checkpoint
 from toolkit.checkpoint.padded_heads import pad_heads
+from toolkit.evaluate.positions import open_positions
 from toolkit.graph.attention import HEAD_DIM_MULTIPLE
 from toolkit.partition.stored import StoredTensors
 from toolkit.recipe import QuantRule
 from toolkit.reference.decoder import reference_logits
-from toolkit.validate.positions import open_positions
 
 RULES = {
     "asymmetric": (QuantRule("*", "rtn", 4, 64),),

@@ -17,12 +17,12 @@ from tests.test_bundle import run
 from tests.test_checkers import GSM8K
 from toolkit.checkpoint.opened import open_checkpoint
 from toolkit.errors import BundleError, RecipeError
+from toolkit.evaluate import answers as answers_module
+from toolkit.evaluate.answers import Answers, ask, bundle_answers, compared, reference_answers
+from toolkit.evaluate.session import continuations
+from toolkit.evaluate.tasks import read_task
 from toolkit.recipe import load_recipe
 from toolkit.reference.greedy import greedy_continuations
-from toolkit.validate import answers as answers_module
-from toolkit.validate.answers import Answers, ask, bundle_answers, compared, reference_answers
-from toolkit.validate.session import continuations
-from toolkit.validate.tasks import read_task
 
 LIMIT = 40
 STOP_ID = 764

@@ -15,8 +15,8 @@ from tests.graphs import WINDOW, recipe_for, write_graphs
 from tests.test_families import CASES, make_checkpoint
 from toolkit.bundle.operators import place_bundle
 from toolkit.errors import BundleError, MachineError
+from toolkit.evaluate.vendors import MAX_ERROR, run_vendor_apart
 from toolkit.recipe import QuantRule
-from toolkit.validate.vendors import MAX_ERROR, run_vendor_apart
 
 NEEDS = {"openvino": "openvino", "qnn": "onnxruntime_qnn"}
 PROVIDERS = {"openvino": "OpenVINOExecutionProvider", "qnn": "QNNExecutionProvider"}

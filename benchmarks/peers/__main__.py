@@ -14,11 +14,11 @@ from benchmarks.peers.rows import PEERS, Material, Row, peer_rows
 from benchmarks.peers.sampled import sampled_sequences
 from toolkit.checkpoint.opened import Checkpoint, open_checkpoint
 from toolkit.errors import ToolkitError
+from toolkit.evaluate.answers import reference_answers
+from toolkit.evaluate.tasks import Task, read_task
 from toolkit.machine import machine_facts
 from toolkit.pipeline.text import token_sequences
 from toolkit.progress import progress_line
-from toolkit.validate.answers import reference_answers
-from toolkit.validate.tasks import Task, read_task
 
 ROOT: Final = Path(__file__).resolve().parent.parent.parent
 _COLUMNS: Final = ("mean_kld", "median_kld", "p99_kld", "p999_kld", "top1_agreement")

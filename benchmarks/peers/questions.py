@@ -11,8 +11,8 @@ from tokenizers import Tokenizer
 from benchmarks.peers.tool import PeerError
 from toolkit import names
 from toolkit.checkpoint.opened import Checkpoint
-from toolkit.validate.answers import Asked
-from toolkit.validate.tasks import Question, Task
+from toolkit.evaluate.answers import Asked
+from toolkit.evaluate.tasks import Question, Task
 
 _NEW_TOKENS = 300
 

@@ -19,10 +19,10 @@ from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.opened import Checkpoint
 from toolkit.checkpoint.weights import Tensors, expected_tensors
 from toolkit.errors import ToolkitError
+from toolkit.evaluate.answers import bundle_answers, reference_answers
+from toolkit.evaluate.parity import Comparison
+from toolkit.evaluate.tasks import Task
 from toolkit.reference.decoder import head_logits, reference_hidden
-from toolkit.validate.answers import bundle_answers, reference_answers
-from toolkit.validate.parity import Comparison
-from toolkit.validate.tasks import Task
 
 PEERS: Final = (*(f"llama.cpp {kind}" for kind in LLAMA_TYPES), *genai_builder.ALGORITHMS)
 Progress = Callable[[str], None]

@@ -14,8 +14,8 @@ from tests.graphs import export_bundle
 from tests.test_pipeline_genai import NEW_TOKENS, _greedy, prompt_lengths, prompt_of
 from toolkit.bundle.genai_config import max_length, read_genai_config
 from toolkit.checkpoint.opened import open_checkpoint
+from toolkit.evaluate.session import continuations
 from toolkit.recipe import load_recipe
-from toolkit.validate.session import continuations
 
 ROOT = Path(__file__).parent.parent.parent
 # The floor, the last before the pipeline's cache was rewritten, and the one that sizes it too small.

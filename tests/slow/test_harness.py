@@ -59,8 +59,8 @@ ORACLE = """
 import json, random, sys
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows
-from toolkit.validate.harness import BundleLM
-from toolkit.validate.likelihood import Likelihood
+from toolkit.evaluate.harness import BundleLM
+from toolkit.evaluate.likelihood import Likelihood
 lm = BundleLM(sys.argv[1])
 class Theirs:
     backend = "causal"
@@ -80,12 +80,12 @@ for length in range(60):
     windows += 1
 print(json.dumps([pairs, windows]))
 """
-# The lines of toolkit/validate/harness.py, with tasks of a folder.
+# The lines of toolkit/evaluate/harness.py, with tasks of a folder.
 FROM_PYTHON = """
 import sys
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
-from toolkit.validate.harness import BundleLM
+from toolkit.evaluate.harness import BundleLM
 bundle, folder = sys.argv[1:]
 print(simple_evaluate(BundleLM(bundle), tasks=["asked"], apply_chat_template=True,
     task_manager=TaskManager(include_path=folder, include_defaults=False))["results"]["asked"]["exact_match,none"])

@@ -205,7 +205,7 @@ def verify(bundle: Path, as_json: bool) -> None:
 @AS_JSON
 def generate(bundle: Path, prompt: str, max_new_tokens: int, on_cpu: bool, as_json: bool) -> None:
     """Text from BUNDLE through onnxruntime-genai, streamed."""
-    from toolkit.validate.conversation import Conversation
+    from toolkit.evaluate.conversation import Conversation
 
     conversation = Conversation(bundle, max_new_tokens, on_cpu)
     if as_json:
@@ -223,7 +223,7 @@ def generate(bundle: Path, prompt: str, max_new_tokens: int, on_cpu: bool, as_js
 @ON_CPU
 def chat(bundle: Path, max_new_tokens: int, on_cpu: bool) -> None:
     """A conversation with BUNDLE; an empty line or end of input ends it."""
-    from toolkit.validate.conversation import Conversation
+    from toolkit.evaluate.conversation import Conversation
 
     conversation = Conversation(bundle, max_new_tokens, on_cpu)
     while True:
@@ -247,7 +247,7 @@ def chat(bundle: Path, max_new_tokens: int, on_cpu: bool) -> None:
 @AS_JSON
 def bench(bundle: Path, prompt_tokens: int, new_tokens: int, repeat: int, on_cpu: bool, as_json: bool) -> None:
     """Speed of BUNDLE through onnxruntime-genai, medians over the runs."""
-    from toolkit.validate.speed import measure_speed
+    from toolkit.evaluate.speed import measure_speed
 
     speed = measure_speed(bundle, prompt_tokens, new_tokens, repeat, on_cpu)
     if as_json:
@@ -267,7 +267,7 @@ def bench(bundle: Path, prompt_tokens: int, new_tokens: int, repeat: int, on_cpu
 @click.argument("options", nargs=-1, type=click.UNPROCESSED, metavar="[LM_EVAL_OPTION]...")
 def harness(bundle: Path, on_cpu: bool, options: tuple[str, ...]) -> None:
     """lm-evaluation-harness with BUNDLE for its model: toolkit harness BUNDLE --tasks gsm8k --apply_chat_template."""
-    from toolkit.validate.harness import run_harness
+    from toolkit.evaluate.harness import run_harness
 
     run_harness(bundle, on_cpu, options)
 

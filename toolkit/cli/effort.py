@@ -58,8 +58,8 @@ def effort_options(command: Callable[..., None]) -> Callable[..., None]:
 
 def effort_of(options: dict[str, Any]) -> Effort:
     """What the options ask for. A user's own tasks are read here: before hours of work, rather than after."""
+    from toolkit.evaluate.tasks import read_task
     from toolkit.pipeline.judge import Effort
-    from toolkit.validate.tasks import read_task
 
     own_tasks = tuple(read_task(path, options["examples"]) for path in options["own_tasks"])
     return Effort(

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.checkpoint.opened import synthetic_checkpoint
+from toolkit.evaluate.session import provider_is_here
 from toolkit.machine import free_memory_bytes
 from toolkit.pipeline.plan import ExportPlan, plan_export
 from toolkit.recipe import load_recipe, recipe_names
-from toolkit.validate.session import provider_is_here
 
 
 def recipe_rows() -> list[dict[str, Any]]:

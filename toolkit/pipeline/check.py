@@ -12,9 +12,9 @@ from toolkit.bundle.manifest import read_manifest
 from toolkit.bundle.operators import place_bundle
 from toolkit.epcontext.htp import PROVIDER
 from toolkit.errors import MachineError
+from toolkit.evaluate.vendors import MAX_ERROR, VendorRun, run_vendor_apart
 from toolkit.graph.htp_faults import htp_faults
 from toolkit.target import CPU_EP, TARGETS
-from toolkit.validate.vendors import MAX_ERROR, VendorRun, run_vendor_apart
 
 
 def check_bundle(bundle: Path, run: bool) -> dict[str, Any]:

@@ -17,13 +17,7 @@ from toolkit.checkpoint.opened import Checkpoint
 from toolkit.checkpoint.weights import parameter_count
 from toolkit.epcontext.htp import PROVIDER, htp_version
 from toolkit.errors import BundleError, MachineError, RecipeError
-from toolkit.machine import free_memory_bytes
-from toolkit.pipeline.text import token_sequences
-from toolkit.recipe import data_folder, model_facts
-from toolkit.reference.decoder import head_logits, reference_hidden
-from toolkit.report.summary import judge, read_report, section_of, write_report
-from toolkit.target import CPU_EP
-from toolkit.validate.answers import (
+from toolkit.evaluate.answers import (
     Answers,
     Asked,
     ask,
@@ -33,14 +27,20 @@ from toolkit.validate.answers import (
     reference_answers,
     simulated_answers,
 )
-from toolkit.validate.parity import Comparison, matching_prefix
-from toolkit.validate.positions import open_positions, rounds_activations
-from toolkit.validate.rounded import PLAIN_BITS_PER_WEIGHT, PLAIN_NAME, plain_rounding
-from toolkit.validate.session import continuations, is_here
-from toolkit.validate.simulated_loop import simulated_continuations
-from toolkit.validate.simulator import simulate, simulated_divergence
-from toolkit.validate.speed import measure_speed_apart
-from toolkit.validate.tasks import Task, read_task
+from toolkit.evaluate.parity import Comparison, matching_prefix
+from toolkit.evaluate.positions import open_positions, rounds_activations
+from toolkit.evaluate.rounded import PLAIN_BITS_PER_WEIGHT, PLAIN_NAME, plain_rounding
+from toolkit.evaluate.session import continuations, is_here
+from toolkit.evaluate.simulated_loop import simulated_continuations
+from toolkit.evaluate.simulator import simulate, simulated_divergence
+from toolkit.evaluate.speed import measure_speed_apart
+from toolkit.evaluate.tasks import Task, read_task
+from toolkit.machine import free_memory_bytes
+from toolkit.pipeline.text import token_sequences
+from toolkit.recipe import data_folder, model_facts
+from toolkit.reference.decoder import head_logits, reference_hidden
+from toolkit.report.summary import judge, read_report, section_of, write_report
+from toolkit.target import CPU_EP
 
 _TEXT_FILE: Final = "reasoning.jsonl"
 _REFERENCE: Final = "numpy float32 forward of the checkpoint"

@@ -22,7 +22,7 @@ from toolkit import names
 from toolkit.bundle.genai_config import read_settings, soc_options
 from toolkit.epcontext.htp import open_htp
 from toolkit.errors import BundleError, MachineError
-from toolkit.validate.positions import Pipeline, placement, some_ids
+from toolkit.evaluate.positions import Pipeline, placement, some_ids
 
 # The package behind an execution provider that can be tried without its device.
 PACKAGES: Final = {"OpenVINOExecutionProvider": "openvino", "QNNExecutionProvider": "onnxruntime-qnn"}
@@ -55,7 +55,7 @@ def run_vendor_apart(bundle: Path, execution_provider: str) -> list[VendorRun]:
         importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         raise MachineError(f"{package} is not installed: pip install {package}") from None
-    command = [sys.executable, "-m", "toolkit.validate.vendors", str(bundle), execution_provider]
+    command = [sys.executable, "-m", "toolkit.evaluate.vendors", str(bundle), execution_provider]
     done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="replace")
     line = (done.stdout.strip().splitlines() or [""])[-1]
     if done.returncode or not line.startswith("["):

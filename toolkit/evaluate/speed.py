@@ -13,8 +13,8 @@ from typing import Any
 
 from toolkit.bundle.genai_config import max_length, stage_sections
 from toolkit.errors import BundleError
+from toolkit.evaluate.session import open_model
 from toolkit.machine import peak_rss_bytes, physical_cores
-from toolkit.validate.session import open_model
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from toolkit.errors import RecipeError
+from toolkit.evaluate.checkers import CHECKERS, default_checker
 from toolkit.recipe import nearest
-from toolkit.validate.checkers import CHECKERS, default_checker
 
 # The words of published files: GSM8K's question and answer, MATH's problem and solution.
 _QUESTIONS: Final = ("question", "problem")

@@ -10,7 +10,7 @@ from typing import Any
 from toolkit import names
 from toolkit.bundle.genai_config import max_length
 from toolkit.errors import BundleError
-from toolkit.validate.session import OpenModel, open_model
+from toolkit.evaluate.session import OpenModel, open_model
 
 
 class ChatTemplate:

@@ -1,7 +1,7 @@
 """lm-evaluation-harness over a bundle: `toolkit harness BUNDLE --tasks …`, or from Python
 
     from lm_eval import simple_evaluate
-    from toolkit.validate.harness import BundleLM
+    from toolkit.evaluate.harness import BundleLM
     print(simple_evaluate(BundleLM("build/14b-cpu"), tasks=["gsm8k"], apply_chat_template=True, limit=50)["results"])
 
 The only module that imports lm_eval, of the extra `harness`.
@@ -19,12 +19,12 @@ from tokenizers import Tokenizer
 from toolkit import names
 from toolkit.bundle.genai_config import read_settings
 from toolkit.errors import BundleError, MachineError, RecipeError
-from toolkit.validate.answers import room_after
-from toolkit.validate.checkers import END_OF_THOUGHT, after_thought
-from toolkit.validate.conversation import ChatTemplate
-from toolkit.validate.likelihood import Likelihood
-from toolkit.validate.positions import open_positions
-from toolkit.validate.session import OpenModel, open_model
+from toolkit.evaluate.answers import room_after
+from toolkit.evaluate.checkers import END_OF_THOUGHT, after_thought
+from toolkit.evaluate.conversation import ChatTemplate
+from toolkit.evaluate.likelihood import Likelihood
+from toolkit.evaluate.positions import open_positions
+from toolkit.evaluate.session import OpenModel, open_model
 
 try:
     from lm_eval.api.model import LM

@@ -17,9 +17,9 @@ from toolkit.bundle.compiled import uncompiled_settings
 from toolkit.bundle.genai_config import read_settings, stage_sections
 from toolkit.epcontext.htp import PACKAGE, PROVIDER, plugin_library, simulator_options
 from toolkit.errors import BundleError
-from toolkit.validate.session import OpenModel, linked_copy
+from toolkit.evaluate.session import OpenModel, linked_copy
 
-_CHILD: Final = [sys.executable, "-m", "toolkit.validate.simulated_loop"]
+_CHILD: Final = [sys.executable, "-m", "toolkit.evaluate.simulated_loop"]
 
 
 def simulated_continuations(bundle: Path, prompts: Sequence[list[int]], new_tokens: int) -> list[list[int]]:

@@ -15,8 +15,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from toolkit.validate.positions import Pipeline
-from toolkit.validate.simulator import simulated_hidden
+from toolkit.evaluate.positions import Pipeline
+from toolkit.evaluate.simulator import simulated_hidden
 
 Draft = Callable[[Sequence[list[int]], int], list[list[int]]]
 

@@ -22,10 +22,10 @@ from toolkit import names
 from toolkit.bundle.genai_config import read_settings, soc_options
 from toolkit.epcontext.htp import PACKAGE, PROVIDER, htp_version, open_htp
 from toolkit.errors import BundleError
-from toolkit.validate.parity import Comparison
-from toolkit.validate.positions import Pipeline
+from toolkit.evaluate.parity import Comparison
+from toolkit.evaluate.positions import Pipeline
 
-_CHILD: Final = [sys.executable, "-m", "toolkit.validate.simulator"]
+_CHILD: Final = [sys.executable, "-m", "toolkit.evaluate.simulator"]
 _NUMPY: Final[dict[str, type[np.floating[Any]]]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
