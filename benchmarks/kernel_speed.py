@@ -6,8 +6,10 @@ import statistics
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
+from numpy.typing import NDArray
 
 from toolkit.quant.blockwise import DATA_FREE, QuantSpec, quantize_blocks
 
@@ -15,6 +17,7 @@ REPEAT = 9
 
 
 def seconds(work: Callable[[], object]) -> float:
+    """The median of REPEAT runs after one that compiles."""
     work()
     times = []
     for _ in range(REPEAT):
@@ -24,21 +27,23 @@ def seconds(work: Callable[[], object]) -> float:
     return statistics.median(times)
 
 
+def side_by_side(weight: NDArray[np.float32], spec: QuantSpec) -> None:
+    """Quantizes the weight in two threads at once."""
+    threads = [threading.Thread(target=quantize_blocks, args=(weight, spec)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
 def main() -> None:
+    """Prints a line for each algorithm and format."""
     weight = np.random.default_rng(0).standard_normal((409, 5120), np.float32)
     for algorithm in DATA_FREE:
         for bits, block_size, symmetric in ((4, 32, False), (4, 32, True), (4, 128, False), (8, 128, False)):
             spec = QuantSpec(bits, block_size, symmetric, algorithm)
-
-            def two(spec: QuantSpec = spec) -> None:
-                threads = [threading.Thread(target=quantize_blocks, args=(weight, spec)) for _ in range(2)]
-                for thread in threads:
-                    thread.start()
-                for thread in threads:
-                    thread.join()
-
-            alone = seconds(lambda spec=spec: quantize_blocks(weight, spec)) / weight.size
-            both = seconds(two) / weight.size / 2
+            alone = seconds(partial(quantize_blocks, weight, spec)) / weight.size
+            both = seconds(partial(side_by_side, weight, spec)) / weight.size / 2
             sqnr = 10 * np.log10(float(np.vdot(weight, weight)) / quantize_blocks(weight, spec).noise)
             print(f"{spec}: {alone * 1e9:.2f} ns a weight, {both * 1e9:.2f} with two threads, {sqnr:.2f} dB")
 

@@ -14,13 +14,14 @@ from pathlib import Path
 import numpy as np
 
 from toolkit.checkpoint.opened import synthetic_checkpoint
-from toolkit.checkpoint.weights import expected_tensors
+from toolkit.checkpoint.weights import WeightSource, expected_tensors
 
 MODELS = Path(__file__).resolve().parent.parent / "models"
 SHARD_BYTES = 8 << 30
 
 
 def main(model: str, folder: Path) -> None:
+    """Writes the model's config, a tokenizer, shards of at most SHARD_BYTES and their index."""
     folder.mkdir(parents=True)
     for path in (MODELS / model).glob("*.json"):
         shutil.copy(path, folder)
@@ -36,7 +37,7 @@ def main(model: str, folder: Path) -> None:
             filled = 0
         shards[-1][name] = shape
         filled += nbytes
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for k, tensors in enumerate(shards):
         file = f"model-{k + 1:05}-of-{len(shards):06}.safetensors"
         weight_map |= dict.fromkeys(tensors, file)
@@ -44,8 +45,10 @@ def main(model: str, folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
 
 
-def write_shard(path, tensors, source) -> None:
-    header, end = {}, 0
+def write_shard(path: Path, tensors: dict[str, tuple[int, ...]], source: WeightSource) -> None:
+    """One safetensors file of these tensors in bfloat16, a few rows in memory at a time."""
+    header: dict[str, object] = {}
+    end = 0
     for name, shape in tensors.items():
         nbytes = 2 * int(np.prod(shape))
         header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + nbytes]}

@@ -12,7 +12,9 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
+from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.opened import open_checkpoint
+from toolkit.checkpoint.weights import Tensors
 from toolkit.evaluate.parity import Comparison
 from toolkit.evaluate.rounded import RoundedTensors
 from toolkit.quant.blockwise import DATA_FREE, QuantSpec
@@ -23,8 +25,10 @@ TEXT_TOKENS = 4000
 HEAD = QuantSpec(bits=8, block_size=32)
 
 
-def sampled(config, source) -> list[list[int]]:
-    generator, sequences = np.random.default_rng(0), []
+def sampled(config: ModelConfig, source: Tensors) -> list[list[int]]:
+    """Token ids that the checkpoint makes of its own probabilities, 16 sequences of 161."""
+    generator = np.random.default_rng(0)
+    sequences: list[list[int]] = []
     for _ in range(16):
         ids = [config.bos_token_id or 0]
         for _ in range(160):
@@ -36,14 +40,17 @@ def sampled(config, source) -> list[list[int]]:
 
 
 def of_text(folder: Path, path: Path) -> list[list[int]]:
-    tokenizer, sequences = Tokenizer.from_file(str(folder / "tokenizer.json")), []
+    """Token ids of a JSONL's texts, until there are TEXT_TOKENS."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    sequences: list[list[int]] = []
     for line in path.read_text(encoding="utf-8").splitlines():
-        if sum(map(len, sequences)) < TEXT_TOKENS:
+        if sum(len(ids) for ids in sequences) < TEXT_TOKENS:
             sequences.append(tokenizer.encode(json.loads(line)["text"], add_special_tokens=False).ids)
     return sequences
 
 
 def main(folder: Path, text: Path | None) -> None:
+    """Prints a line for each format: the mean KLD of all matrices rounded so, and with an LM head of 8 bits."""
     checkpoint = open_checkpoint(folder)
     config, source = checkpoint.config, Resident(checkpoint.source)
     head = "embed_tokens" if config.tie_word_embeddings else "lm_head"

@@ -9,24 +9,27 @@ import json
 import statistics
 import subprocess
 import sys
+from typing import Any
 
 FIGURES = ("decode_tokens_per_s", "prefill_tokens_per_s", "ttft_s")
 
 
-def bench(bundle: str) -> dict[str, object]:
+def bench(bundle: str) -> dict[str, Any]:
+    """What `toolkit bench` says of a bundle, in a process of its own."""
     command = [sys.executable, "-m", "toolkit", "bench", bundle, "--repeat", "3", "--json"]
-    measured: dict[str, object] = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+    measured: dict[str, Any] = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
     return measured
 
 
 def main(rounds: int, bundles: list[str]) -> None:
+    """Benches the bundles in turn, `rounds` times, and prints medians, spreads and ratios to the first."""
     runs: dict[str, list[dict[str, float]]] = {bundle: [] for bundle in bundles}
     peaks: dict[str, float] = {}
     for _ in range(rounds):
         for bundle in bundles:
             measured = bench(bundle)
-            runs[bundle] += measured["runs"]  # type: ignore[operator]
-            peaks[bundle] = float(str(measured["peak_rss_bytes"])) / 2**20
+            runs[bundle] += measured["runs"]
+            peaks[bundle] = measured["peak_rss_bytes"] / 2**20
     first = {key: statistics.median(run[key] for run in runs[bundles[0]]) for key in FIGURES}
     for bundle in bundles:
         print(f"{bundle}: peak RSS {peaks[bundle]:.0f} MiB")

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
+from tests.command_line import run
 from tests.graphs import EIGHT_BITS, SET_EIGHT_BITS, export_bundle
 from toolkit.bundle.manifest import verify_manifest
 from toolkit.checkpoint.opened import open_checkpoint
@@ -23,11 +24,6 @@ from toolkit.recipe import load_recipe
 from toolkit.reference.decoder import reference_logits
 
 ROOT = Path(__file__).parent.parent
-
-
-def run(*words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "toolkit", *words]
-    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", cwd=ROOT)
 
 
 @pytest.fixture(scope="session")

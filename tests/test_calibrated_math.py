@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto as T
 from onnx import helper, numpy_helper
 
-from tests.test_families import CASES, make_checkpoint
+from tests.random_models import CASES, make_checkpoint
 from toolkit.calibrate.ladder import Unit, formats, spend_budget
 from toolkit.calibrate.statistics import InputStatistics, Products
 from toolkit.checkpoint.folded import FoldedTensors

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from tests.graphs import export_bundle
-from tests.test_families import CASES, make_checkpoint
+from tests.random_models import CASES, make_checkpoint
+from tests.sources import Changed
 from toolkit.calibrate import solve as solving
 from toolkit.calibrate.solve import Fallback, Task, solve
 from toolkit.calibrate.survey import Survey, Wish, survey
@@ -41,20 +42,6 @@ Floats = NDArray[np.float32]
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = ROOT / "models" / "tiny-r1" / "arithmetic.jsonl"
 BLOCK = 32
-
-
-class _Changed:
-    """A checkpoint with some tensors replaced."""
-
-    def __init__(self, source: Any, changes: dict[str, Floats]) -> None:
-        self._source, self._changes = source, changes
-        self.names = source.names
-
-    def read(self, name: str) -> Floats:
-        return np.asarray(self._changes.get(name, self._source.read(name)), np.float32)
-
-    def read_rows(self, name: str, start: int, stop: int) -> Floats:
-        return self.read(name)[start:stop]
 
 
 class _Kept:
@@ -116,7 +103,7 @@ def test_divergences_are_those_of_rounding_the_readers_alone(case: str, tmp_path
             assert np.abs(free - plain).max() > 0
             assert found.divergences[given.name] > 0
             continue
-        expected = _mean_kld(checkpoint, _Changed(folded, changes), sequences)
+        expected = _mean_kld(checkpoint, Changed(folded, changes), sequences)
         assert found.divergences[given.name] == pytest.approx(expected, rel=0.02)
 
 
@@ -229,7 +216,7 @@ def test_each_matrix_is_solved_against_what_the_rounded_layers_before_it_give(
     table = source.read("model.embed_tokens.weight")
     plain = QuantSpec(4, BLOCK, algorithm="imatrix")
     changes["model.embed_tokens.weight"] = dequantize_blocks(quantize_blocks(table, plain), plain, 64)
-    arriving = _Changed(source, changes)
+    arriving = Changed(source, changes)
 
     def down_input(tensors: Any) -> Floats:
         layers: list[Layer] = [Layer(config, tensors, k) for k in range(2)]

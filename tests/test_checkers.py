@@ -6,6 +6,7 @@ from fractions import Fraction
 
 import pytest
 
+from tests.gsm8k import GSM8K
 from toolkit.evaluate.checkers import (
     CHECKERS,
     after_thought,
@@ -17,11 +18,6 @@ from toolkit.evaluate.checkers import (
 )
 
 OPEN = "<｜User｜>Add 4 and 5.<｜Assistant｜><think>\n"
-# As published: https://github.com/openai/grade-school-math, test.jsonl, first line.
-GSM8K = (
-    "Janet sells 16 - 3 - 4 = <<16-3-4=9>>9 duck eggs a day.\n"
-    "She makes 9 * 2 = $<<9*2=18>>18 every day at the farmer’s market.\n#### 18"
-)
 
 
 @pytest.mark.parametrize(

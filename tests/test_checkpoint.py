@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 
-from tests.test_families import LLAMA3, YARN, make_checkpoint
+from tests.random_models import LLAMA3, YARN, make_checkpoint
 from toolkit.checkpoint import scan
 from toolkit.checkpoint.config import ModelConfig, RopeConfig, parse_config, read_config
 from toolkit.checkpoint.safetensors import read_header

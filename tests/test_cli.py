@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.command_line import run
 from tests.graphs import SET_EIGHT_BITS
-from tests.test_bundle import run
 from toolkit.target import TARGETS
 
 

@@ -15,8 +15,9 @@ import numpy as np
 import onnx
 import pytest
 
+from tests.command_line import run
+from tests.compiler import needs_compiler
 from tests.graphs import EIGHT_BITS, SET_EIGHT_BITS, export_bundle
-from tests.test_bundle import run
 from toolkit.bundle.compiled import lint_compiled
 from toolkit.bundle.genai_config import read_genai_config
 from toolkit.bundle.lint import lint_bundle
@@ -59,17 +60,6 @@ for stage in job["stages"]:
     onnx.save(onnx.helper.make_model(graph), job["out"] + f"/{stage}_ctx.onnx")
 open(job["out"] + "/done.json", "w").write('{"peak_rss_bytes": 1}')
 """
-
-
-def _why_not() -> str:
-    try:
-        htp.htp_version()
-    except MachineError as problem:
-        return str(problem)
-    return ""
-
-
-needs_compiler = pytest.mark.skipif(bool(_why_not()), reason=_why_not() or "the compiler is here")
 
 
 @pytest.fixture(scope="session")

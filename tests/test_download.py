@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.test_families import make_checkpoint
+from tests.random_models import make_checkpoint
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPO = "someone/some-model"

@@ -9,53 +9,23 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from toolkit.quant.blockwise import QuantizedBlocks, QuantSpec, dequantize_blocks, quantize_blocks
+from tests.gptq_oracle import (
+    TOKENS,
+    correlated_input,
+    damped_moment,
+    heavy_tailed_weight,
+    output_error,
+    restored_weight,
+    second_moment,
+)
+from toolkit.quant.blockwise import QuantSpec, quantize_blocks
 from toolkit.quant.gptq import Factor, NotPositiveDefiniteError, corrected_target, factorize, gptq_blocks
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
-ROWS, TOKENS = 24, 4096
 # Whole blocks, a last block of 4, and more columns than one stride of the blocked update.
 WIDTHS = (256, 260, 416)
 SPECS = [QuantSpec(bits, block, sym, "gptq") for bits, block, sym in product((4, 8), (32, 128), (False, True))]
-
-
-def _weight(width: int, seed: int = 0) -> Floats:
-    return np.random.default_rng(seed).standard_t(5, (ROWS, width)).astype(np.float32)
-
-
-def _input(width: int, seed: int = 1) -> Floats:
-    """Correlated channels of different size, as activations are."""
-    rng = np.random.default_rng(seed)
-    mixing = rng.standard_normal((width // 4, width)) * np.exp(rng.standard_normal(width))
-    return (rng.standard_normal((TOKENS, width // 4)) @ mixing + 0.3 * rng.standard_normal((TOKENS, width))).astype(
-        np.float32
-    )
-
-
-def _moment(x: Floats) -> Floats:
-    return np.asarray(x.T @ x / np.float32(len(x)), np.float32)
-
-
-def _damped(moment: Floats, factor: Factor) -> Doubles:
-    """H [Kp, Kp] as the factor took it: padding and silent channels stand alone."""
-    K = moment.shape[0]
-    mean = np.diagonal(moment).mean(dtype=np.float64)
-    wide = np.zeros((factor.order.size, factor.order.size))
-    wide[:K, :K] = moment
-    alone = np.diagonal(wide) <= 0
-    wide[np.arange(len(wide)), np.arange(len(wide))] += np.where(alone, mean, factor.damping * mean)
-    return wide
-
-
-def _restored(blocks: QuantizedBlocks, spec: QuantSpec, width: int) -> Doubles:
-    return dequantize_blocks(blocks, spec, width).astype(np.float64)
-
-
-def _output_error(weight: Floats, restored: Doubles, moment: Floats) -> float:
-    """tr((W - Q) H (W - Q)')."""
-    miss = weight - restored
-    return float(np.sum((miss @ moment.astype(np.float64)) * miss))
 
 
 def _textbook(weight: Floats, moment: Floats, factor: Factor, spec: QuantSpec) -> Doubles:
@@ -66,7 +36,7 @@ def _textbook(weight: Floats, moment: Floats, factor: Factor, spec: QuantSpec) -
     left = np.zeros((len(weight), padded))
     left[:, : weight.shape[1]] = weight
     restored = np.zeros_like(left)
-    inverse = np.linalg.inv(_damped(moment, factor))
+    inverse = np.linalg.inv(damped_moment(moment, factor))
     for position, column in enumerate(factor.order):
         if position % spec.block_size == 0:
             members = factor.order[position : position + spec.block_size]
@@ -86,44 +56,44 @@ def _textbook(weight: Floats, moment: Floats, factor: Factor, spec: QuantSpec) -
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 @pytest.mark.parametrize("width", WIDTHS)
 def test_gptq_is_the_textbooks_recursion(width: int, spec: QuantSpec) -> None:
-    weight, moment = _weight(width), _moment(_input(width))
+    weight, moment = heavy_tailed_weight(width), second_moment(correlated_input(width))
     factor = factorize(moment, spec.block_size)
-    found = _restored(gptq_blocks(weight, factor, spec), spec, width)
+    found = restored_weight(gptq_blocks(weight, factor, spec), spec, width)
     expected = _textbook(weight, moment, factor, spec)
     # A tie that falls the other way in float32 moves what follows it in its row, and 8 bits have sixteen times as many:
     # .2 to .4 of the rows, by how BLAS orders its sums.
     same = (np.abs(found - expected) <= 1e-4 * np.abs(expected).max()).all(axis=1)
     assert same.mean() >= (0.9 if spec.bits == 4 else 0.1)
-    ours, theirs = (_output_error(weight, q, moment) for q in (found, expected))
+    ours, theirs = (output_error(weight, q, moment) for q in (found, expected))
     assert ours == pytest.approx(theirs, rel=0.005 if spec.bits == 4 else 0.15)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 @pytest.mark.parametrize("width", WIDTHS)
 def test_gptq_errs_less_than_any_rounding(width: int, spec: QuantSpec) -> None:
-    weight, moment = _weight(width), _moment(_input(width))
+    weight, moment = heavy_tailed_weight(width), second_moment(correlated_input(width))
     solved = gptq_blocks(weight, factorize(moment, spec.block_size), spec)
-    ours = _output_error(weight, _restored(solved, spec, width), moment)
+    ours = output_error(weight, restored_weight(solved, spec, width), moment)
     for algorithm in ("rtn", "kquant", "imatrix"):
         rounding = replace(spec, algorithm=algorithm)
         blocks = quantize_blocks(weight, rounding, np.ascontiguousarray(np.diagonal(moment)))
         # Inputs of rank K/4 leave much to make up for; a wrong slice or sign loses to rounding at once.
-        assert ours < 0.6 * _output_error(weight, _restored(blocks, rounding, width), moment)
+        assert ours < 0.6 * output_error(weight, restored_weight(blocks, rounding, width), moment)
 
 
 def test_noise_is_the_plain_error(width: int = 260) -> None:
-    spec, weight = QuantSpec(4, 32, algorithm="gptq"), _weight(width)
-    blocks = gptq_blocks(weight, factorize(_moment(_input(width)), 32), spec)
-    assert blocks.noise == pytest.approx(float(((weight - _restored(blocks, spec, width)) ** 2).sum()), rel=1e-4)
+    spec, weight = QuantSpec(4, 32, algorithm="gptq"), heavy_tailed_weight(width)
+    blocks = gptq_blocks(weight, factorize(second_moment(correlated_input(width)), 32), spec)
+    assert blocks.noise == pytest.approx(float(((weight - restored_weight(blocks, spec, width)) ** 2).sum()), rel=1e-4)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_independent_inputs_are_rounded_as_the_search_rounds(spec: QuantSpec) -> None:
     """Nothing to make up for: H is diagonal, and every error stays where it is."""
-    weight, scales = _weight(256), np.exp(np.random.default_rng(3).standard_normal(256)).astype(np.float32)
+    weight, scales = heavy_tailed_weight(256), np.exp(np.random.default_rng(3).standard_normal(256)).astype(np.float32)
     blocks = gptq_blocks(weight, factorize(np.diag(scales), spec.block_size), spec)
     searched = quantize_blocks(weight, replace(spec, algorithm="imatrix"), scales)
-    found, expected = _restored(blocks, spec, 256), _restored(searched, spec, 256)
+    found, expected = restored_weight(blocks, spec, 256), restored_weight(searched, spec, 256)
     if spec.bits == 4:
         np.testing.assert_allclose(found, expected, atol=1e-4)
     # Candidates of 8 bits come so close that the order of a sum decides between them.
@@ -132,7 +102,7 @@ def test_independent_inputs_are_rounded_as_the_search_rounds(spec: QuantSpec) ->
 
 
 def test_columns_are_visited_by_their_moment_and_blocks_stay_together() -> None:
-    moment = _moment(_input(260))
+    moment = second_moment(correlated_input(260))
     factor = factorize(moment, 32)
     diagonal = np.diagonal(moment)
     visits = factor.order.reshape(-1, 32)
@@ -147,47 +117,47 @@ def test_columns_are_visited_by_their_moment_and_blocks_stay_together() -> None:
 
 @pytest.mark.parametrize("width", [260, 416])
 def test_factor_is_of_the_inverse_in_the_order_of_visits(width: int) -> None:
-    moment = _moment(_input(width))
+    moment = second_moment(correlated_input(width))
     factor = factorize(moment, 32)
     upper = factor.upper.astype(np.float64)
     assert np.array_equal(upper, np.triu(upper))
-    inverse = np.linalg.inv(_damped(moment, factor)[np.ix_(factor.order, factor.order)])
+    inverse = np.linalg.inv(damped_moment(moment, factor)[np.ix_(factor.order, factor.order)])
     np.testing.assert_allclose(upper.T @ upper, inverse, atol=2e-3 * np.abs(inverse).max())
 
 
 def test_a_silent_channel_keeps_its_weights() -> None:
-    x = _input(256)
+    x = correlated_input(256)
     x[:, [3, 40, 41]] = 0
-    moment, weight, spec = _moment(x), _weight(256), QuantSpec(8, 32, algorithm="gptq")
-    found = _restored(gptq_blocks(weight, factorize(moment, 32), spec), spec, 256)
+    moment, weight, spec = second_moment(x), heavy_tailed_weight(256), QuantSpec(8, 32, algorithm="gptq")
+    found = restored_weight(gptq_blocks(weight, factorize(moment, 32), spec), spec, 256)
     step = np.abs(weight).max() / 64
     assert np.abs(found - weight)[:, [3, 40, 41]].max() < step
 
 
 def test_a_constant_channel_and_twins_are_solved() -> None:
-    x = _input(256)
+    x = correlated_input(256)
     x[:, 7] = 5.0
     x[:, 9] = x[:, 8]
-    moment, weight, spec = _moment(x), _weight(256), QuantSpec(4, 32, algorithm="gptq")
+    moment, weight, spec = second_moment(x), heavy_tailed_weight(256), QuantSpec(4, 32, algorithm="gptq")
     factor = factorize(moment, 32)
-    found = _restored(gptq_blocks(weight, factor, spec), spec, 256)
+    found = restored_weight(gptq_blocks(weight, factor, spec), spec, 256)
     assert np.isfinite(found).all()
     searched = quantize_blocks(weight, replace(spec, algorithm="imatrix"), factor.diagonal)
-    assert _output_error(weight, found, moment) < _output_error(weight, _restored(searched, spec, 256), moment)
+    assert output_error(weight, found, moment) < output_error(weight, restored_weight(searched, spec, 256), moment)
 
 
 @pytest.mark.parametrize("value", [0.0, 0.37, -2.5])
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_weights_of_a_single_value_stay(value: float, symmetric: bool) -> None:
     spec, weight = QuantSpec(4, 32, symmetric, "gptq"), np.full((4, 260), value, np.float32)
-    blocks = gptq_blocks(weight, factorize(_moment(_input(260)), 32), spec)
+    blocks = gptq_blocks(weight, factorize(second_moment(correlated_input(260)), 32), spec)
     assert np.isfinite(blocks.scales).all()
-    np.testing.assert_allclose(_restored(blocks, spec, 260), weight, atol=1e-5)
+    np.testing.assert_allclose(restored_weight(blocks, spec, 260), weight, atol=1e-5)
 
 
 def test_an_indefinite_moment_is_damped_until_it_will_do() -> None:
     """float32 sums can leave a moment with eigenvalues below zero."""
-    moment = _moment(_input(64))
+    moment = second_moment(correlated_input(64))
     mean = float(np.diagonal(moment).mean())
     values, vectors = np.linalg.eigh(moment.astype(np.float64))
     values[0] = -0.05 * mean
@@ -199,7 +169,7 @@ def test_an_indefinite_moment_is_damped_until_it_will_do() -> None:
 
 @pytest.mark.parametrize("case", ["nothing", "nan", "far from it"])
 def test_what_no_damping_helps_is_refused(case: str) -> None:
-    moment = _moment(_input(64))
+    moment = second_moment(correlated_input(64))
     if case == "nothing":
         moment = np.zeros_like(moment)
     elif case == "nan":
@@ -211,16 +181,16 @@ def test_what_no_damping_helps_is_refused(case: str) -> None:
 
 
 def test_the_target_is_the_weight_where_the_input_arrives_as_it_is() -> None:
-    moment, weight = _moment(_input(260)), _weight(260)
+    moment, weight = second_moment(correlated_input(260)), heavy_tailed_weight(260)
     target = corrected_target(weight, weight @ moment, factorize(moment, 32))
     np.testing.assert_allclose(target, weight, atol=2e-3)
 
 
 def test_the_target_is_the_best_for_an_input_that_arrives_changed() -> None:
-    exact, weight = _input(256), _weight(256)
+    exact, weight = correlated_input(256), heavy_tailed_weight(256)
     rng = np.random.default_rng(7)
     arriving = np.asarray(exact * 0.9 + 0.2 * exact.std() * rng.standard_normal(exact.shape), np.float32)
-    moment, cross = _moment(arriving), np.asarray(exact.T @ arriving / np.float32(TOKENS), np.float32)
+    moment, cross = second_moment(arriving), np.asarray(exact.T @ arriving / np.float32(TOKENS), np.float32)
     factor = factorize(moment, 32)
     target = corrected_target(weight, weight @ cross, factor)
     damping = factor.damping * np.diagonal(moment).mean(dtype=np.float64) * np.eye(256)
@@ -232,7 +202,11 @@ def test_the_target_is_the_best_for_an_input_that_arrives_changed() -> None:
 
 
 def test_the_same_bytes_again() -> None:
-    spec, weight, factor = QuantSpec(4, 32, algorithm="gptq"), _weight(416), factorize(_moment(_input(416)), 32)
+    spec, weight, factor = (
+        QuantSpec(4, 32, algorithm="gptq"),
+        heavy_tailed_weight(416),
+        factorize(second_moment(correlated_input(416)), 32),
+    )
     once, again = (gptq_blocks(weight, factor, spec) for _ in range(2))
     assert once.packed.tobytes() == again.packed.tobytes()
     assert once.scales.tobytes() == again.scales.tobytes()

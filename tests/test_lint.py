@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from tests.command_line import run
 from tests.graphs import EIGHT_BITS, export_bundle
-from tests.test_bundle import run
 from toolkit.bundle.lint import lint_bundle
 from toolkit.checkpoint.opened import open_checkpoint
 from toolkit.errors import BundleError

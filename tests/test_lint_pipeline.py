@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,15 +13,14 @@ import pytest
 from onnx import TensorProto
 
 from tests.graphs import recipe_for, write_graphs
+from tests.pipeline_config import ITERATOR, copy_without_weights, setting_at
 from toolkit.bundle.lint import lint_bundle
 from toolkit.target import TARGETS
 
 Edit = Callable[[dict[str, Any]], object]
 GraphEdit = Callable[[onnx.GraphProto], object]
 DECODER, SLIDING, SEARCH = "model.decoder", "model.decoder.sliding_window", "search"
-EMBEDDINGS, CONTEXT, ITERATOR, HEAD = (
-    f"model.decoder.pipeline.0.{stage}" for stage in ("embeddings", "context", "iterator", "lm_head")
-)
+EMBEDDINGS, CONTEXT, HEAD = (f"model.decoder.pipeline.0.{stage}" for stage in ("embeddings", "context", "lm_head"))
 
 
 @pytest.fixture(scope="session")
@@ -33,38 +31,22 @@ def split_bundle(tiny_r1: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return folder
 
 
-def _at(config: dict[str, Any], path: str) -> Any:
-    place: Any = config
-    for part in path.split("."):
-        place = place[int(part)] if isinstance(place, list) else place[part]
-    return place
-
-
 def _set(path: str, **values: object) -> Edit:
-    return lambda config: _at(config, path).update(values)
+    return lambda config: setting_at(config, path).update(values)
 
 
 def _drop(path: str, *keys: str) -> Edit:
-    return lambda config: [_at(config, path).pop(key) for key in keys]
+    return lambda config: [setting_at(config, path).pop(key) for key in keys]
 
 
 def _reorder(*stages: str) -> Edit:
-    return lambda config: _at(config, DECODER).update(
-        pipeline=[{stage: _at(config, f"{DECODER}.pipeline.0.{stage}") for stage in stages}]
+    return lambda config: setting_at(config, DECODER).update(
+        pipeline=[{stage: setting_at(config, f"{DECODER}.pipeline.0.{stage}") for stage in stages}]
     )
 
 
-def _copy(bundle: Path, folder: Path) -> Path:
-    """The bundle without its weights, which the linter never reads."""
-    folder.mkdir()
-    for name in (*(path.name for path in bundle.glob("*.onnx")), "tokenizer.json"):
-        os.link(bundle / name, folder / name)
-    shutil.copy(bundle / "genai_config.json", folder)
-    return folder
-
-
 def _edited(bundle: Path, folder: Path, change: Edit) -> list[str]:
-    path = _copy(bundle, folder) / "genai_config.json"
+    path = copy_without_weights(bundle, folder) / "genai_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     change(config)
     path.write_text(json.dumps(config), encoding="utf-8")
@@ -193,19 +175,19 @@ CASES: dict[str, tuple[Edit, list[str]]] = {
         ],
     ),
     "an input too many": (
-        lambda c: _at(c, f"{CONTEXT}.inputs").append("position_ids"),
+        lambda c: setting_at(c, f"{CONTEXT}.inputs").append("position_ids"),
         ["stage context lists input 'position_ids', which its graph does not have"],
     ),
     "an output too many": (
-        lambda c: _at(c, f"{EMBEDDINGS}.outputs").append("mask"),
+        lambda c: setting_at(c, f"{EMBEDDINGS}.outputs").append("mask"),
         ["stage embeddings lists output 'mask', which its graph does not have"],
     ),
     "an input unlisted": (
-        lambda c: _at(c, f"{ITERATOR}.inputs").remove("past_seq_len"),
+        lambda c: setting_at(c, f"{ITERATOR}.inputs").remove("past_seq_len"),
         ["stage iterator does not list its graph's input 'past_seq_len'"],
     ),
     "an output unlisted": (
-        lambda c: _at(c, f"{CONTEXT}.outputs").remove("present.2.value"),
+        lambda c: setting_at(c, f"{CONTEXT}.outputs").remove("present.2.value"),
         ["stage context does not list its graph's output 'present.2.value'"],
     ),
     "no list of inputs": (
@@ -252,7 +234,7 @@ CASES: dict[str, tuple[Edit, list[str]]] = {
         ["outputs.logits names 'scores', which the graph does not have"],
     ),
     "the pipeline as an object": (
-        lambda c: _set(DECODER, pipeline=_at(c, f"{DECODER}.pipeline.0"))(c),
+        lambda c: _set(DECODER, pipeline=setting_at(c, f"{DECODER}.pipeline.0"))(c),
         ["model.decoder.pipeline is an object"],
     ),
     "a missing file": (
@@ -314,7 +296,7 @@ CASES: dict[str, tuple[Edit, list[str]]] = {
 CLEAN: dict[str, Edit] = {
     "as it is": lambda c: c,
     "stages in two groups": lambda c: _set(
-        DECODER, pipeline=[{name: stage} for name, stage in _at(c, f"{DECODER}.pipeline.0").items()]
+        DECODER, pipeline=[{name: stage} for name, stage in setting_at(c, f"{DECODER}.pipeline.0").items()]
     )(c),
     "flags written out": _set(CONTEXT, run_on_prompt=True, is_lm_head=False, reset_session_idx=2),
     "the iterator before the context": _reorder("embeddings", "iterator", "context", "lm_head"),
@@ -431,14 +413,14 @@ def _edit_graph(path: Path, change: GraphEdit) -> None:
 @pytest.mark.parametrize("case", GRAPH_CASES)
 def test_each_problem_planted_in_a_graph_is_named(case: str, split_bundle: Path, tmp_path: Path) -> None:
     stage, change, expected = GRAPH_CASES[case]
-    folder = _copy(split_bundle, tmp_path / "b")
+    folder = copy_without_weights(split_bundle, tmp_path / "b")
     _edit_graph(folder / f"{stage}.onnx", change)
     problems = lint_bundle(folder)
     assert _is_each(problems, expected), problems
 
 
 def test_a_forwarded_output_feeds_an_input_of_its_new_name(split_bundle: Path, tmp_path: Path) -> None:
-    folder = _copy(split_bundle, tmp_path / "b")
+    folder = copy_without_weights(split_bundle, tmp_path / "b")
     _edit_graph(folder / "lm_head.onnx", _renamed("last_hidden_states", "rows"))
     path = folder / "genai_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))

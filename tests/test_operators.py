@@ -11,7 +11,7 @@ import onnx_ir as ir
 import pytest
 
 from tests.graphs import WINDOW, recipe_for, write_graphs
-from tests.test_families import CASES, make_checkpoint
+from tests.random_models import CASES, make_checkpoint
 from toolkit import names
 from toolkit.bundle import operators
 from toolkit.bundle.operators import Placement, place, place_bundle, support_of

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.graphs import write_graphs
-from tests.test_families import CASES, make_checkpoint
+from tests.random_models import CASES, make_checkpoint
 from toolkit.evaluate.positions import open_positions
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the tracer's own, by the dozen

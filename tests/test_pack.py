@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from tests.packing import byte_ranges, journaled
+from tests.sources import Watched
 from toolkit.checkpoint.config import read_config
 from toolkit.checkpoint.opened import open_checkpoint
-from toolkit.checkpoint.scan import Rows
 from toolkit.checkpoint.synthetic import SyntheticWeights
 from toolkit.checkpoint.weights import WeightSource
 from toolkit.errors import NonFiniteError
@@ -36,38 +36,6 @@ RULES = (
 RECIPES: dict[str, Recipe | None] = {"fp32": None, "quantized": Recipe("pack-cpu", "pack", "cpu", 128, RULES, {})}
 
 
-class Watched:
-    """A source that notes what is decoded, and finds `broken`, if any, not to be finite."""
-
-    def __init__(self, source: WeightSource, broken: str = "") -> None:
-        self._source, self._broken = source, broken
-        self.decoded: set[str] = set()
-
-    def names(self) -> list[str]:
-        return self._source.names()
-
-    def read(self, name: str) -> NDArray[np.float32]:
-        return self._source.read(name)
-
-    def read_rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
-        return self._source.read_rows(name, start, stop)
-
-    def scan(self, chunk_bytes: int) -> Iterator[Rows]:
-        return self._source.scan(chunk_bytes)
-
-    def decode(self, rows: Rows, start: int, stop: int) -> NDArray[np.float32]:
-        self.decoded.add(rows.name)
-        if rows.name == self._broken:
-            raise NonFiniteError(f"{rows.name} is broken")
-        return self._source.decode(rows, start, stop)
-
-    def identity(self) -> list[dict[str, object]]:
-        return self._source.identity()
-
-    def digests(self) -> list[dict[str, object]]:
-        return self._source.digests()
-
-
 @pytest.fixture(params=["stored", "synthetic"])
 def source(request: pytest.FixtureRequest, stories260k: Path) -> WeightSource:
     """An fp32 checkpoint, whose rows are views of memory that scans use again, and one that is made as it is read."""
@@ -87,20 +55,6 @@ def _pack(source: WeightSource, layout: Layout, folder: Path) -> PackResult:
 
 def _bytes(folder: Path) -> bytes:
     return (folder / "model.onnx.data").read_bytes()
-
-
-def _journaled(folder: Path) -> list[str]:
-    return [json.loads(line)["tensor"] for line in (folder / "journal.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-def _ranges(layout: Layout, tensor: str) -> Iterator[tuple[int, int]]:
-    """Where a tensor's bytes begin and end: in each slot of its unit, at its rows."""
-    unit = next(unit for unit in layout.units.values() if tensor in unit.sources)
-    place = unit.sources.index(tensor)
-    first, rows = sum(unit.rows[:place]), unit.rows[place]
-    for slot in unit.slots:
-        row_bytes = slot.nbytes // slot.shape[0]
-        yield slot.offset + first * row_bytes, slot.offset + (first + rows) * row_bytes
 
 
 def _expected(source: WeightSource, layout: Layout) -> bytes:
@@ -137,7 +91,7 @@ def test_bytes_and_hash_do_not_depend_on_chunks(
     assert data == _expected(source, layout)
     assert result.sha256["model.onnx.data"] == hashlib.sha256(data).hexdigest()
     tensors = sorted(name for unit in layout.units.values() for name in unit.sources)
-    assert sorted(finished) == sorted(_journaled(tmp_path)) == sorted(e.tensor for e in result.errors) == tensors
+    assert sorted(finished) == sorted(journaled(tmp_path)) == sorted(e.tensor for e in result.errors) == tensors
     for error in result.errors:
         values = source.read(error.tensor).astype(np.float64)
         assert error.signal == pytest.approx(float((values**2).sum()), rel=1e-4)
@@ -156,7 +110,7 @@ def test_resuming_decodes_only_what_the_journal_does_not_name(
     done = {json.loads(line)["tensor"] for line in kept}
     left = {name for unit in layout.units.values() for name in unit.sources} - done
     with (tmp_path / "model.onnx.data").open("r+b") as file:
-        for begin, end in (place for name in left for place in _ranges(layout, name)):
+        for begin, end in (place for name in left for place in byte_ranges(layout, name)):
             file.seek(begin)
             file.write(b"\xa5" * (end - begin))
     watched = Watched(source)
@@ -195,11 +149,11 @@ def test_an_error_leaves_a_journal_of_whole_tensors(
     broken = source.names()[-1] if broken == "last" else broken
     with pytest.raises(NonFiniteError, match=broken):
         _pack(Watched(source, broken), layout, tmp_path)
-    data, named = _bytes(tmp_path), _journaled(tmp_path)
+    data, named = _bytes(tmp_path), journaled(tmp_path)
     assert len(data) == layout.nbytes and broken not in named and len(named) == len(set(named))
     assert named or source.names().index(broken) < 10
     for name in named:
-        for begin, end in _ranges(layout, name):
+        for begin, end in byte_ranges(layout, name):
             assert data[begin:end] == expected[begin:end]
     watched = Watched(source)
     assert _pack(watched, layout, tmp_path).sha256 == {"model.onnx.data": hashlib.sha256(expected).hexdigest()}

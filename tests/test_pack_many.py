@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from tests.command_line import run
 from tests.graphs import CONTEXT_LENGTH, EIGHT_BITS, WINDOW, export_bundle
-from tests.test_bundle import run
-from tests.test_pack import Watched, _journaled, _ranges
+from tests.packing import byte_ranges, journaled
+from tests.sources import Watched
 from toolkit.bundle.manifest import verify_manifest
 from toolkit.checkpoint.opened import Checkpoint, open_checkpoint
 from toolkit.checkpoint.padded_heads import pad_heads
@@ -76,7 +77,7 @@ def _scribble(destination: Destination, tensors: set[str]) -> None:
     for tensor in tensors:
         unit = next(unit for unit in destination.layout.units.values() if tensor in unit.sources)
         with (destination.folder / unit.slots[0].file).open("r+b") as file:
-            for begin, end in _ranges(destination.layout, tensor):
+            for begin, end in byte_ranges(destination.layout, tensor):
                 file.seek(begin)
                 file.write(b"\xa5" * (end - begin))
 
@@ -228,7 +229,7 @@ def test_what_any_journal_lacks_is_done_again_everywhere(
     assert [_contents(destination) for destination in destinations] == before
     assert [result.sha256 for result in again] == [result.sha256 for result in first]
     for destination, one, other in zip(destinations, first, again, strict=True):
-        assert sorted(_journaled(destination.folder)) == sorted(checkpoint.source.names())
+        assert sorted(journaled(destination.folder)) == sorted(checkpoint.source.names())
         noise = {e.tensor: e.noise for e in one.errors}
         assert {e.tensor: e.noise for e in other.errors} == pytest.approx(noise, rel=1e-9)
 
@@ -298,7 +299,7 @@ def test_a_file_shared_with_a_finished_bundle_is_left_alone(
         pack_weights(Watched(checkpoint.source, broken), destinations)
     assert _contents(finished) == before
     # As far as the failed pass came, it wrote: otherwise there was nothing to leave alone.
-    assert all(0 < len(_journaled(d.folder)) < len(checkpoint.source.names()) for d in destinations)
+    assert all(0 < len(journaled(d.folder)) < len(checkpoint.source.names()) for d in destinations)
     pack_weights(checkpoint.source, destinations)
     assert _contents(finished) == before
     for destination in destinations:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.graphs import EIGHT_BITS, export_bundle
-from tests.test_lint_pipeline import ITERATOR, _at, _copy
+from tests.pipeline_config import ITERATOR, copy_without_weights, setting_at
 from toolkit.bundle.lint import lint_bundle
 from toolkit.checkpoint.opened import open_checkpoint, synthetic_checkpoint
 from toolkit.errors import RecipeError, UnsupportedError
@@ -98,8 +98,8 @@ def test_a_part_that_does_not_run_in_decoding_is_named(tiny_r1: Path, tmp_path: 
     recipe = load_recipe("tiny-r1-qnn", ["parts=2", *EIGHT_BITS])
     bundle = export_bundle(recipe, open_checkpoint(tiny_r1), tmp_path / "b")
     assert lint_bundle(bundle) == []
-    path = _copy(bundle, tmp_path / "edited") / "genai_config.json"
+    path = copy_without_weights(bundle, tmp_path / "edited") / "genai_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    _at(config, ITERATOR.replace("iterator", "iterator_1")).update(run_on_token_gen=False)
+    setting_at(config, ITERATOR.replace("iterator", "iterator_1")).update(run_on_token_gen=False)
     path.write_text(json.dumps(config), encoding="utf-8")
     assert any("past_key_values.2.key goes through no stages in decoding" in line for line in lint_bundle(path.parent))

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
+from tests.command_line import run
 from tests.graphs import EIGHT_BITS, export_bundle
-from tests.test_bundle import run
+from tests.prompts import NEW_TOKENS, prompt_lengths, prompt_of, reference_tokens
 from toolkit.bundle.genai_config import max_length, read_genai_config
 from toolkit.checkpoint.opened import open_checkpoint
 from toolkit.errors import MachineError
@@ -26,9 +27,7 @@ from toolkit.pipeline import plan
 from toolkit.pipeline.export import Order, export_bundles
 from toolkit.recipe import load_recipe
 from toolkit.reference.decoder import reference_logits
-from toolkit.reference.greedy import greedy_continuations
 
-NEW_TOKENS = 32
 WINDOWS = (8, 64)
 # fp32 bundles by (target, window); what is one graph is given the prompts around 64.
 BUNDLES = [(t, w) for t in ("cpu-split", "qnn", "openvino", "vitisai") for w in WINDOWS] + [("dml", 64), ("cpu", 64)]
@@ -44,21 +43,11 @@ PROVIDERS = {
 QUESTIONS = tuple(f"Add {4 + 6 * k} and {5 + 2 * k}." for k in range(6))
 
 
-def prompt_lengths(window: int) -> tuple[int, ...]:
-    """Below, at and above whole windows."""
-    return (1, window - 1, window, window + 1, 2 * window, 2 * window + 3)
-
-
-def prompt_of(length: int) -> list[int]:
-    """Random ids, neither eos nor pad; the seed is one whose continuations are long."""
-    return [int(i) for i in np.random.default_rng([10, length]).integers(0, 700, length)]
-
-
 @pytest.fixture(scope="session")
 def reference(tiny_r1: Path) -> dict[int, list[int]]:
     """The reference's greedy tokens after each prompt, by its length."""
     lengths = sorted({length for window in WINDOWS for length in prompt_lengths(window)})
-    return dict(zip(lengths, _greedy(tiny_r1, [prompt_of(n) for n in lengths], NEW_TOKENS), strict=True))
+    return dict(zip(lengths, reference_tokens(tiny_r1, [prompt_of(n) for n in lengths], NEW_TOKENS), strict=True))
 
 
 @pytest.fixture(scope="session")
@@ -87,11 +76,6 @@ def quantized(tiny_r1: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     orders = [Order(load_recipe(f"tiny-r1-{t}", EIGHT_BITS), folder / t) for t in ("cpu-split", *PROVIDERS)]
     bundles = export_bundles(orders, open_checkpoint(tiny_r1))
     return {bundle.name: bundle for bundle in bundles}
-
-
-def _greedy(checkpoint: Path, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
-    opened = open_checkpoint(checkpoint)
-    return greedy_continuations(opened.config, opened.source, prompts, new_tokens, set(opened.config.eos_token_ids))
 
 
 def _made(generator: Any, new_tokens: int) -> list[int]:
@@ -150,7 +134,7 @@ def test_prompt_and_answer_may_fill_the_context(fp32: dict[tuple[str, int], Path
     """A prompt of whole windows, and as many new tokens as the cache has left."""
     prompt = prompt_of(1024 - window)
     (made,) = continuations(fp32["cpu-split", window], [prompt], window)
-    assert made == _greedy(tiny_r1, [prompt], window)[0]
+    assert made == reference_tokens(tiny_r1, [prompt], window)[0]
 
 
 @pytest.mark.parametrize("position", [0, 20, 68])
@@ -161,9 +145,9 @@ def test_a_pad_inside_the_prompt_gives_wrong_tokens(
     """All but the first, on every release measured: so the pad must be an id that no text holds."""
     bundle, prompt = fp32["cpu-split", window], prompt_of(70)
     (right,) = continuations(bundle, [prompt], NEW_TOKENS)
-    assert right == _greedy(tiny_r1, [prompt], NEW_TOKENS)[0]
+    assert right == reference_tokens(tiny_r1, [prompt], NEW_TOKENS)[0]
     prompt[position] = read_genai_config(bundle)["model"]["pad_token_id"]
-    (made,), (expected,) = continuations(bundle, [prompt], NEW_TOKENS), _greedy(tiny_r1, [prompt], NEW_TOKENS)
+    (made,), (expected,) = continuations(bundle, [prompt], NEW_TOKENS), reference_tokens(tiny_r1, [prompt], NEW_TOKENS)
     assert made[0] == expected[0]
     assert made != expected and len(expected) > 10
 
@@ -178,14 +162,14 @@ def test_a_second_turn_on_one_generator_is_wrong(
     prompt, question = prompt_of(length), prompt_of(30)
     generator = opened.generator(prompt, 400, do_sample=False)
     answer = _made(generator, 5)
-    assert answer == _greedy(tiny_r1, [prompt], 5)[0]
+    assert answer == reference_tokens(tiny_r1, [prompt], 5)[0]
     generator.append_tokens(question)
     whole = prompt + answer + question
     fresh = opened.generator(whole, NEW_TOKENS, do_sample=False)
     (logits,) = reference_logits(checkpoint.config, checkpoint.source, [whole])
     assert np.abs(fresh.get_logits().reshape(-1) - logits[-1]).max() <= 1e-3
     assert np.abs(generator.get_logits().reshape(-1) - logits[-1]).max() > 0.1
-    (expected,) = _greedy(tiny_r1, [whole], NEW_TOKENS)
+    (expected,) = reference_tokens(tiny_r1, [whole], NEW_TOKENS)
     assert _made(fresh, NEW_TOKENS) == expected
     assert _made(generator, NEW_TOKENS) != expected
 
@@ -194,7 +178,7 @@ def test_one_graph_takes_a_prompt_in_two_parts(fp32: dict[tuple[str, int], Path]
     """So that it is the token made between them that a second turn lacks."""
     generator = open_model(fp32["cpu", 64]).generator(prompt_of(20), 200, do_sample=False)
     generator.append_tokens(prompt_of(30))
-    assert _made(generator, NEW_TOKENS) == _greedy(tiny_r1, [prompt_of(20) + prompt_of(30)], NEW_TOKENS)[0]
+    assert _made(generator, NEW_TOKENS) == reference_tokens(tiny_r1, [prompt_of(20) + prompt_of(30)], NEW_TOKENS)[0]
 
 
 def test_each_turn_is_what_a_fresh_conversation_answers(
@@ -214,7 +198,7 @@ def test_each_turn_is_what_a_fresh_conversation_answers(
     assert len(set(answers)) == len(QUESTIONS)
     # Each turn's prompt holds all of the one before, and what was answered to it.
     tokenizer = Tokenizer.from_file(str(bundle / "tokenizer.json"))
-    for turn, (prompt, answer) in enumerate(zip(prompts, _greedy(tiny_r1, prompts, 200), strict=True)):
+    for turn, (prompt, answer) in enumerate(zip(prompts, reference_tokens(tiny_r1, prompts, 200), strict=True)):
         assert tokenizer.decode(answer).strip() == answers[turn].strip()
         text = tokenizer.decode(prompt)
         assert all(question in text for question in QUESTIONS[: turn + 1])

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from tests.graphs import export_bundle
-from tests.test_calibration import _Changed
-from tests.test_families import CASES, make_checkpoint
+from tests.random_models import CASES, make_checkpoint
+from tests.sources import Changed
 from toolkit import names
 from toolkit.checkpoint.opened import Checkpoint, open_checkpoint
 from toolkit.checkpoint.padded_heads import pad_heads
@@ -76,7 +76,7 @@ def _weights(graph: Path) -> dict[str, Floats]:
 
 def _expected(checkpoint: Checkpoint, weights: dict[str, Floats], embedded: Floats) -> Floats:
     """The reference forward of the rounded weights on the same embedded tokens, activations as they are."""
-    config, source = checkpoint.config, _Changed(checkpoint.source, weights)
+    config, source = checkpoint.config, Changed(checkpoint.source, weights)
     x = embedded.astype(np.float32)
     for k in range(config.num_hidden_layers):
         x = Layer(config, source, k)(x)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.graphs import WINDOW, recipe_for, write_graphs
-from tests.test_families import CASES, make_checkpoint
+from tests.random_models import CASES, make_checkpoint
 from toolkit.checkpoint.config import read_config
 from toolkit.checkpoint.weights import Tensors, open_weights
 from toolkit.evaluate.positions import open_positions

@@ -11,7 +11,7 @@ import torch
 import transformers
 from numpy.typing import NDArray
 
-from tests.test_calibration import _Changed
+from tests.sources import Changed
 from toolkit import names
 from toolkit.calibrate import ranges as ranging
 from toolkit.calibrate.ranges import activation_ranges
@@ -95,7 +95,7 @@ def test_nan_is_named_where_it_comes_up(tiny_r1: Path, tmp_path: Path) -> None:
     name = "model.layers.2.mlp.up_proj.weight"
     weight = checkpoint.source.read(name).copy()
     weight[5] = np.nan
-    source = _Changed(checkpoint.source, {name: weight})
+    source = Changed(checkpoint.source, {name: weight})
     with pytest.raises(NonFiniteError, match=r"model\.layers\.2\.mlp\.up_proj\.output is NaN or infinite"):
         activation_ranges(checkpoint.config, source, SEQUENCES, 100, tmp_path)
 
@@ -111,6 +111,6 @@ def test_what_float16_cannot_hold_is_refused(
     tensor: str, factor: float, words: str, tiny_r1: Path, tmp_path: Path
 ) -> None:
     checkpoint = open_checkpoint(tiny_r1)
-    source = _Changed(checkpoint.source, {tensor: checkpoint.source.read(tensor) * np.float32(factor)})
+    source = Changed(checkpoint.source, {tensor: checkpoint.source.read(tensor) * np.float32(factor)})
     with pytest.raises(UnsupportedError, match=words + r".*float16 holds 65504: export for a target .* such as cpu"):
         activation_ranges(checkpoint.config, source, SEQUENCES, 100, tmp_path)

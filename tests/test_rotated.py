@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.graphs import EIGHT_BITS, export_bundle
-from tests.test_families import CASES, make_checkpoint
+from tests.random_models import CASES, make_checkpoint
 from toolkit.checkpoint.hadamard import Hadamard
 from toolkit.checkpoint.opened import open_checkpoint
 from toolkit.checkpoint.rotated import rotate, salient_inputs

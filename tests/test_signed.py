@@ -11,7 +11,14 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from tests.test_gptq import _damped, _input, _moment, _output_error, _restored, _weight
+from tests.gptq_oracle import (
+    correlated_input,
+    damped_moment,
+    heavy_tailed_weight,
+    output_error,
+    restored_weight,
+    second_moment,
+)
 from toolkit.quant.blockwise import QuantSpec, dequantize_blocks, quantize_blocks, signed_integers
 from toolkit.quant.gptq import factorize, gptq_blocks
 from toolkit.quant.ranges import HEADROOM, ActivationRange, uint16_parameters
@@ -32,7 +39,7 @@ def _unit(scales: Floats) -> Floats:
 @pytest.mark.parametrize("spec", LPBQ, ids=str)
 def test_scales_of_blocks_are_sixteenths_of_the_rows_largest(spec: QuantSpec, algorithm: str) -> None:
     spec = replace(spec, algorithm=algorithm)
-    scales = quantize_blocks(_weight(WIDTH), spec, np.ones(WIDTH, np.float32)).scales
+    scales = quantize_blocks(heavy_tailed_weight(WIDTH), spec, np.ones(WIDTH, np.float32)).scales
     sixteenths = scales / _unit(scales)
     assert np.allclose(sixteenths, np.rint(sixteenths), atol=1e-4)
     assert sixteenths.min() >= 1 and np.allclose(sixteenths.max(axis=1), 16)
@@ -41,7 +48,7 @@ def test_scales_of_blocks_are_sixteenths_of_the_rows_largest(spec: QuantSpec, al
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_without_a_search_nothing_is_clipped_and_every_value_is_the_nearest(spec: QuantSpec) -> None:
     """In float64, from the definition: s from the range, sixteenths rounded up, levels to the nearest."""
-    spec, weight = replace(spec, algorithm="rtn"), _weight(WIDTH)
+    spec, weight = replace(spec, algorithm="rtn"), heavy_tailed_weight(WIDTH)
     half = 1 << (spec.bits - 1)
     blocks = weight.astype(np.float64).reshape(len(weight), -1, spec.block_size)
     free = np.maximum(blocks.max(axis=2) / (half - 1), -blocks.min(axis=2) / half)
@@ -59,7 +66,10 @@ def test_without_a_search_nothing_is_clipped_and_every_value_is_the_nearest(spec
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_the_search_beats_the_range_on_its_own_objective(spec: QuantSpec) -> None:
-    weight, importance = _weight(WIDTH), np.exp(np.random.default_rng(3).standard_normal(WIDTH)).astype(np.float32)
+    weight, importance = (
+        heavy_tailed_weight(WIDTH),
+        np.exp(np.random.default_rng(3).standard_normal(WIDTH)).astype(np.float32),
+    )
 
     def error(algorithm: str) -> float:
         made = replace(spec, algorithm=algorithm)
@@ -83,7 +93,7 @@ def test_blocks_beat_rows_and_small_blocks_large_ones() -> None:
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_dead_constant_and_huge_rows(spec: QuantSpec) -> None:
-    weight = _weight(WIDTH)
+    weight = heavy_tailed_weight(WIDTH)
     weight[0], weight[1], weight[2] = 0, 0.25, 1e30
     weight[3, : WIDTH // 2] = 0
     found = quantize_blocks(weight, replace(spec, algorithm="imatrix"), np.zeros(WIDTH, np.float32))
@@ -96,7 +106,7 @@ def test_dead_constant_and_huge_rows(spec: QuantSpec) -> None:
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_onnx_runtime_restores_what_we_meant(spec: QuantSpec) -> None:
     """DequantizeLinear over the bytes as the data file has them."""
-    weight = _weight(WIDTH)
+    weight = heavy_tailed_weight(WIDTH)
     found = quantize_blocks(weight, spec)
     integers = signed_integers(found.packed.reshape(len(weight), -1), spec.bits)
     scales = np.ascontiguousarray(found.scales.T)
@@ -122,27 +132,31 @@ def test_onnx_runtime_restores_what_we_meant(spec: QuantSpec) -> None:
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_gptq_with_standing_scales_is_the_textbooks_recursion(spec: QuantSpec) -> None:
     """Optimal brain quantization in float64, one elimination a column (arXiv 2208.11580, algorithm 3)."""
-    spec, weight, moment = replace(spec, algorithm="gptq"), _weight(WIDTH), _moment(_input(WIDTH))
+    spec, weight, moment = (
+        replace(spec, algorithm="gptq"),
+        heavy_tailed_weight(WIDTH),
+        second_moment(correlated_input(WIDTH)),
+    )
     factor = factorize(moment, WIDTH)
     solved = gptq_blocks(weight, factor, spec)
     half = 1 << (spec.bits - 1)
     scales = np.repeat(solved.scales.astype(np.float64), spec.block_size, axis=1)
     left, expected = weight.astype(np.float64), np.zeros(weight.shape)
-    inverse = np.linalg.inv(_damped(moment, factor))
+    inverse = np.linalg.inv(damped_moment(moment, factor))
     for column in factor.order:
         x = left[:, column]
         expected[:, column] = np.clip(np.rint(x / scales[:, column]), -half, half - 1) * scales[:, column]
         left -= np.outer((x - expected[:, column]) / inverse[column, column], inverse[column])
         inverse -= np.outer(inverse[:, column], inverse[column]) / inverse[column, column]
-    found = _restored(solved, spec, WIDTH)
+    found = restored_weight(solved, spec, WIDTH)
     same = (np.abs(found - expected) <= 1e-4 * np.abs(expected).max()).all(axis=1)
     assert same.mean() >= (0.9 if spec.bits == 4 else 0.25)
-    ours, theirs = (_output_error(weight, q, moment) for q in (found, expected))
+    ours, theirs = (output_error(weight, q, moment) for q in (found, expected))
     assert ours == pytest.approx(theirs, rel=0.005 if spec.bits == 4 else 0.15)
     rounding = replace(spec, algorithm="imatrix")
     blocks = quantize_blocks(weight, rounding, np.ascontiguousarray(np.diagonal(moment)))
     assert np.array_equal(blocks.scales, solved.scales)
-    assert ours < 0.6 * _output_error(weight, _restored(blocks, rounding, WIDTH), moment)
+    assert ours < 0.6 * output_error(weight, restored_weight(blocks, rounding, WIDTH), moment)
 
 
 @pytest.mark.parametrize("low, high", [(-3.0, 5.0), (0.0, 1 / HEADROOM), (-0.01, 0.002), (-4000.0, 12.0), (0.0, 0.0)])

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.compiler import needs_compiler
 from tests.graphs import EIGHT_BITS, export_bundle
-from tests.test_compile import needs_compiler
 from toolkit.checkpoint.opened import open_checkpoint
 from toolkit.evaluate import simulated_loop
 from toolkit.evaluate.answers import ask, bundle_answers, first_of, simulated_answers

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
+from tests.command_line import run
 from tests.graphs import EIGHT_BITS, export_bundle
-from tests.test_bundle import run
-from tests.test_checkers import GSM8K
+from tests.gsm8k import GSM8K
 from toolkit.checkpoint.opened import open_checkpoint
 from toolkit.errors import BundleError, RecipeError
 from toolkit.evaluate import answers as answers_module

@@ -12,7 +12,7 @@ import onnx
 import pytest
 
 from tests.graphs import WINDOW, recipe_for, write_graphs
-from tests.test_families import CASES, make_checkpoint
+from tests.random_models import CASES, make_checkpoint
 from toolkit.bundle.operators import place_bundle
 from toolkit.errors import BundleError, MachineError
 from toolkit.evaluate.vendors import MAX_ERROR, run_vendor_apart

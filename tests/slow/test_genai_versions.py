@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.graphs import export_bundle
-from tests.test_pipeline_genai import NEW_TOKENS, _greedy, prompt_lengths, prompt_of
+from tests.prompts import NEW_TOKENS, prompt_lengths, prompt_of, reference_tokens
 from toolkit.bundle.genai_config import max_length, read_genai_config
 from toolkit.checkpoint.opened import open_checkpoint
 from toolkit.evaluate.session import continuations
@@ -60,7 +60,7 @@ def genai(request: pytest.FixtureRequest) -> tuple[str, Path]:
 @pytest.fixture(scope="session")
 def reference(tiny_r1: Path) -> dict[int, list[int]]:
     lengths = sorted({length for window in (8, 64) for length in prompt_lengths(window)})
-    return dict(zip(lengths, _greedy(tiny_r1, [prompt_of(n) for n in lengths], NEW_TOKENS), strict=True))
+    return dict(zip(lengths, reference_tokens(tiny_r1, [prompt_of(n) for n in lengths], NEW_TOKENS), strict=True))
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,64 @@
+"""Small random checkpoints of each family and RoPE, made by transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+
+
+# Model classes and what their configs add, by the name a test shows.
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2": ("Qwen2", {}),
+    "qwen2-yarn": ("Qwen2", {"rope_scaling": YARN}),
+    "qwen2-sliding": ("Qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
+    "qwen2-tied": ("Qwen2", {"tie_word_embeddings": True}),
+    "llama": ("Llama", {}),
+    "llama-llama3": ("Llama", {"rope_scaling": LLAMA3}),
+    "llama-linear": ("Llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}),
+    "llama-narrow-heads": ("Llama", {"head_dim": 8, "attention_bias": True, "rope_scaling": LLAMA3}),
+    "llama-bias": ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    "mistral-sliding": ("Mistral", {"sliding_window": 6}),
+    "qwen3": ("Qwen3", {"head_dim": 32}),
+    "qwen3-yarn": ("Qwen3", {"head_dim": 32, "rope_scaling": YARN}),
+}
+
+
+def make_checkpoint(family: str, extra: dict[str, Any], folder: Path) -> torch.nn.Module:
+    """Two layers with seeded weights, written to the folder; returns transformers' model of them."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(
+        **{
+            "vocab_size": 96,
+            "hidden_size": 64,
+            "intermediate_size": 112,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 64,
+            "initializer_range": 0.2,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            **extra,
+        }
+    )
+    model = getattr(transformers, f"{family}ForCausalLM")(config).float().eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias") or "norm" in name:
+            parameter.data.add_(torch.randn_like(parameter) * 0.3)
+    model.save_pretrained(folder)
+    made: torch.nn.Module = model
+    return made
