@@ -7,15 +7,8 @@ from fractions import Fraction
 import pytest
 
 from tests.gsm8k import GSM8K
-from toolkit.evaluate.checkers import (
-    CHECKERS,
-    after_thought,
-    default_checker,
-    last_boxed,
-    last_number,
-    normal_form,
-    stated_choice,
-)
+from toolkit.evaluate.checkers import CHECKERS, default_checker, last_boxed, last_number, normal_form, stated_choice
+from toolkit.evaluate.thought import after_thought
 
 OPEN = "<｜User｜>Add 4 and 5.<｜Assistant｜><think>\n"
 

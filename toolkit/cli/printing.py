@@ -21,7 +21,7 @@ def print_problems(problems: list[str], all_well: str, as_json: bool) -> None:
 
 
 def print_plans(plans: list[dict[str, Any]], as_json: bool) -> None:
-    """What --dry-run shows."""
+    """Prints plans as `--dry-run` shows them, as lines or as one JSON document."""
     if as_json:
         click.echo(one_document(plans))
         return

@@ -17,11 +17,11 @@ from toolkit.bundle.genai_config import max_length, read_settings
 from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.weights import Tensors
 from toolkit.errors import BundleError, RecipeError
-from toolkit.evaluate.checkers import after_thought
 from toolkit.evaluate.conversation import ChatTemplate
 from toolkit.evaluate.session import continuations, open_model
 from toolkit.evaluate.simulated_answers import drafted_answers, simulator_judge
 from toolkit.evaluate.tasks import Task
+from toolkit.evaluate.thought import after_thought
 from toolkit.reference.greedy import greedy_continuations
 
 # What the reference may take for the cache of the questions it answers side by side.

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Final
 
-BEGIN_OF_THOUGHT: Final = "<think>"
-END_OF_THOUGHT: Final = "</think>"
 # GSM8K's published answers: the way there, then this and the number.
 _GSM8K: Final = re.compile(r"####\s*(\S+)\s*$")
 
@@ -60,19 +58,6 @@ class Checker:
         """Whether a text gives the answer; a text that gives none is wrong."""
         value = self.found(text)
         return value is not None and value == self.expected(answer)
-
-
-def after_thought(prompt: str, made: str) -> str | None:
-    """What follows the thought; None where a thought that prompt or text begins never ends.
-
-    Text without any thought is an answer as a whole.
-    """
-    thought, end, text = made.partition(END_OF_THOUGHT)
-    if end:
-        return text
-    _, begun, rest = prompt.rpartition(BEGIN_OF_THOUGHT)
-    unfinished = BEGIN_OF_THOUGHT in thought or (begun and END_OF_THOUGHT not in rest)
-    return None if unfinished else made
 
 
 def default_checker(answer: str) -> str:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from toolkit import names
 from toolkit.bundle.genai_config import max_length
 from toolkit.errors import BundleError
 from toolkit.evaluate.session import OpenModel, open_model
+from toolkit.evaluate.thought import Piece, ThoughtSplitter
 
 
 class ChatTemplate:
@@ -36,8 +38,27 @@ class ChatTemplate:
             raise BundleError(f"onnxruntime-genai cannot apply the chat template of {self._bundle}: {reason}") from None
 
 
+@dataclass(frozen=True)
+class Answer:
+    """One turn: the thought and the answer apart, and how it ended.
+
+    `finish_reason` is `stop` where the model ended it, `length` where `max_new_tokens` or the context did. `new_tokens`
+    counts thought, markers and the stop token. `ttft_s` is the time to the first token, `decode_tokens_per_s` the speed
+    of those after it, None where there is no second.
+    """
+
+    thought: str
+    text: str
+    finish_reason: str
+    prompt_tokens: int
+    new_tokens: int
+    ttft_s: float
+    decode_tokens_per_s: float | None
+
+
 class Conversation:
-    """Every turn begins with a fresh generator over the whole conversation: right on every kind of bundle.
+    """Questions and answers in turn. Every turn begins with a fresh generator over the whole conversation, which is
+    right on every kind of bundle, and earlier thoughts are left out, as reasoning models are trained.
 
     Raises BundleError for a bundle without a tokenizer.
     """
@@ -50,27 +71,59 @@ class Conversation:
         self._tokenizer = self._template.tokenizer
         self._max_new_tokens = max_new_tokens
         self._messages: list[dict[str, str]] = []
+        self._answer: Answer | None = None
 
-    def ask(self, question: str) -> Iterator[str]:
-        """Pieces of the answer as they come. Raises BundleError if the conversation has outgrown the context."""
-        self._messages.append({"role": "user", "content": question})
-        prompt = self._tokenizer.encode(self._template.render(self._messages))
+    @property
+    def answer(self) -> Answer:
+        """The last answer, once its last piece was taken from `ask`."""
+        if self._answer is None:
+            raise RuntimeError("no answer is finished: take every piece that `ask` yields first")
+        return self._answer
+
+    def ask(self, question: str) -> Iterator[Piece]:
+        """Pieces of the answer as they come; afterwards `answer` holds it whole.
+
+        An answer that the limit cut is no answer: neither it nor its question stays in the conversation. Raises
+        BundleError if the conversation has outgrown the context.
+        """
+        self._answer = None
+        messages = [*self._messages, {"role": "user", "content": question}]
+        prompt = self._template.render(messages)
+        ids = self._tokenizer.encode(prompt)
         config = self._opened.config
-        if max_length(config, len(prompt), 1) == max_length(config, len(prompt), 0):
-            self._messages.pop()
+        if max_length(config, len(ids), 1) == max_length(config, len(ids), 0):
             raise BundleError(
-                f"the conversation has {len(prompt)} tokens, the bundle's context "
+                f"the conversation has {len(ids)} tokens, the bundle's context "
                 f"{config['model']['context_length']}: start anew"
             )
-        answer = ""
-        for piece in self._stream(prompt):
-            answer += piece
+        begun = time.perf_counter()
+        splitter, stream = ThoughtSplitter(prompt), self._tokenizer.create_stream()
+        texts = {"thought": "", "answer": ""}
+        first = last = begun
+        made: list[int] = []
+        for token in self._opened.stream(ids, self._max_new_tokens):
+            made.append(token)
+            last = time.perf_counter()
+            first = last if len(made) == 1 else first
+            for piece in splitter.add("" if token in self._stop_ids() else stream.decode(token)):
+                texts[piece.kind] = texts.get(piece.kind, "") + piece.text
+                yield piece
+        for piece in splitter.end():
+            texts[piece.kind] += piece.text
             yield piece
-        self._messages.append({"role": "assistant", "content": answer})
+        stopped = bool(made) and made[-1] in self._stop_ids()
+        self._answer = Answer(
+            thought=texts["thought"].strip(),
+            text=texts["answer"].strip(),
+            finish_reason="stop" if stopped else "length",
+            prompt_tokens=len(ids),
+            new_tokens=len(made),
+            ttft_s=first - begun,
+            decode_tokens_per_s=(len(made) - 1) / (last - first) if last > first else None,
+        )
+        if stopped:
+            self._messages = [*messages, {"role": "assistant", "content": self._answer.text}]
 
-    def _stream(self, prompt: Any) -> Iterator[str]:
-        generator = self._opened.generator(prompt, self._max_new_tokens)
-        stream = self._tokenizer.create_stream()
-        while not generator.is_done():
-            generator.generate_next_token()
-            yield stream.decode(generator.get_next_tokens()[0])
+    def _stop_ids(self) -> frozenset[int]:
+        given = self._opened.config["model"]["eos_token_id"]
+        return frozenset(given if isinstance(given, list) else [given])

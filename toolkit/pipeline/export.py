@@ -77,13 +77,23 @@ class _Begun:
     calibration: dict[str, Any] = field(default_factory=dict)
 
 
+def plan_exports(orders: Sequence[Order], checkpoint: Checkpoint, precision: str = "int4") -> list[ExportPlan]:
+    """The plan of each bundle, all of one checkpoint. Raises ToolkitError if checkpoint or recipe will not do."""
+    return [plan_export(order.recipe, checkpoint, order.out, precision) for order in orders]
+
+
 def export_bundles(
     orders: Sequence[Order],
     checkpoint: Checkpoint,
     precision: str = "int4",
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[Path]:
-    """Each recipe to its bundle, resumed from `<out>.partial` if an earlier run left one.
+    """Plans each recipe and makes its bundle, as `export_planned` does."""
+    return export_planned(plan_exports(orders, checkpoint, precision), progress)
+
+
+def export_planned(plans: Sequence[ExportPlan], progress: Callable[[str], None] = lambda _: None) -> list[Path]:
+    """Each plan's bundle, resumed from `<out>.partial` if an earlier run left one.
 
     The checkpoint is read and quantized once for all, and data files that are equal are one on the disk. A bundle ends
     with a report of the conversion; `judge` adds the proof. Raises ToolkitError before anything is written if the
@@ -91,9 +101,9 @@ def export_bundles(
     """
     clock = _Clock()
     with clock.stage("plan"):
+        plans = [replace(plan, out=_checked_place(plan.out)) for plan in plans]
+        checkpoint = plans[0].checkpoint
         tokenizer_files = _tokenizer_files(checkpoint)
-        orders = [Order(order.recipe, _checked_place(order.out)) for order in orders]
-        plans = [plan_export(order.recipe, checkpoint, order.out, precision) for order in orders]
         pad = pad_token_id(checkpoint.config, checkpoint.folder)
         for plan in plans:
             _graphs(plan, pad)
@@ -101,7 +111,7 @@ def export_bundles(
                 calibration_sequences(plan)
         check_machine(plans, _written_bytes([_partial(plan.out) for plan in plans]))
         with _disk_errors():
-            begun = [_begin(plan, precision) for plan in plans]
+            begun = [_begin(plan) for plan in plans]
     with _disk_errors():
         ready = [_calibrated(bundle, clock, progress) for bundle in begun]
         with clock.stage("pack"):
@@ -162,9 +172,9 @@ def _pack(ready: Sequence[_Begun], progress: Callable[[str], None]) -> list[Pack
     return [results[bundle.out] for bundle in ready]
 
 
-def _begin(plan: ExportPlan, precision: str) -> _Begun:
+def _begin(plan: ExportPlan) -> _Begun:
     source, synthetic = plan.checkpoint.source, plan.checkpoint.synthetic
-    request: dict[str, Any] = {"recipe": asdict(plan.recipe), "precision": precision, "synthetic": synthetic}
+    request: dict[str, Any] = {"recipe": asdict(plan.recipe), "precision": plan.precision, "synthetic": synthetic}
     if plan.calibration:
         request["calibration"] = text_digest(plan.recipe, plan.checkpoint)
     begun_with = {"versions": package_versions(), "checkpoint": source.identity()}

@@ -51,13 +51,18 @@ _SHAPE_FIELDS: Final = (
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """One export, sized. `checkpoint` is as the graph needs it, rotated, heads padded, and `salient_inputs` has what
-    rounding without data spoils in it; `peak_memory_bytes` is a forecast, the
-    report has the measured figure, and `compile_memory_bytes` one of compiling a part, 0 where that is no step."""
+    """One export, sized.
+
+    `opened` is the checkpoint as it was given, `checkpoint` as the graph needs it, rotated and with padded heads, and
+    `salient_inputs` has what rounding without data spoils in it. `peak_memory_bytes` is a forecast, of which the report
+    has the measured figure, and `compile_memory_bytes` one of compiling a part, 0 where that is no step.
+    """
 
     recipe: Recipe
     target: Target
+    precision: str
     out: Path
+    opened: Checkpoint
     checkpoint: Checkpoint
     layout: Layout
     files: dict[str, int]
@@ -83,7 +88,7 @@ def plan_export(recipe: Recipe, checkpoint: Checkpoint, out: Path, precision: st
     if recipe.rotate is None:
         wanted = bool(salient) or (precision == "int4" and target.rotates(recipe.profile))
         recipe = replace(recipe, rotate=wanted and can_rotate(checkpoint.config))
-    checkpoint = pad_heads(rotate(checkpoint) if recipe.rotate else checkpoint, HEAD_DIM_MULTIPLE)
+    opened, checkpoint = checkpoint, pad_heads(rotate(checkpoint) if recipe.rotate else checkpoint, HEAD_DIM_MULTIPLE)
     config = checkpoint.config
     layout = plan_layout(config, target, recipe if precision == "int4" else None)
     layers = layer_bytes(layout, config.num_hidden_layers)
@@ -110,7 +115,9 @@ def plan_export(recipe: Recipe, checkpoint: Checkpoint, out: Path, precision: st
     return ExportPlan(
         recipe=recipe,
         target=target,
+        precision=precision,
         out=out,
+        opened=opened,
         checkpoint=checkpoint,
         layout=layout,
         files={**graphs, **layout.files},
@@ -206,7 +213,7 @@ def _described(cost: CalibrationCost, recipe: Recipe) -> dict[str, object]:
     return {"tokens": cost.tokens, **budget, "operations": cost.operations, "forecast_s": cost.seconds()}
 
 
-def describe(plan: ExportPlan, config: ModelConfig) -> dict[str, object]:
+def describe(plan: ExportPlan) -> dict[str, object]:
     """The plan as `--dry-run` shows it."""
     stages = [
         {"stage": stage.name, "file": stage.file, "ep": stage.execution_provider, "device": stage.device}
@@ -217,7 +224,7 @@ def describe(plan: ExportPlan, config: ModelConfig) -> dict[str, object]:
         "model": plan.recipe.model,
         "target": plan.recipe.target,
         "context_length": plan.recipe.context_length,
-        "layers": config.num_hidden_layers,
+        "layers": plan.checkpoint.config.num_hidden_layers,
         "weights": plan.layout.weights(),
         "stages": stages,
         "files": [{"name": name, "bytes": nbytes} for name, nbytes in plan.files.items()],

@@ -1,0 +1,143 @@
+"""Commands that make bundles, and those that say what there is to be made: export, compile, recipes, inspect."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from toolkit.cli.effort import effort_of, effort_options
+from toolkit.cli.judge import validate_bundles
+from toolkit.cli.options import AS_JSON, BUNDLE, CHECKPOINT_HELP
+from toolkit.cli.printing import print_costs, print_exported, print_plans
+from toolkit.soc import SOCS
+
+
+@click.command()
+@click.argument("recipes", nargs=-1, required=True, metavar="RECIPE...")
+@click.option("--checkpoint", help=CHECKPOINT_HELP)
+@click.option("--out", type=click.Path(path_type=Path), help="Where the bundle goes, or several [build/RECIPE].")
+@click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="Change the recipe: quantize.0.bits=8.")
+@click.option("--precision", type=click.Choice(["int4", "fp32"]), default="int4", help="fp32 keeps every weight.")
+@click.option("--quality", type=click.Choice(["fast", "balanced", "best"]), help="What to do for the weights [recipe].")
+@click.option("--calibration", type=click.Path(path_type=Path), help="Text to calibrate on [the recipe's].")
+@click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
+@click.option("--synthetic", is_flag=True, help="Random weights of the recipe's true shapes; nothing is downloaded.")
+@click.option("--no-validate", is_flag=True, help="Skip the comparison with the checkpoint.")
+@click.option("--no-compile", is_flag=True, help="Leave qnn's compiling out; `toolkit compile` does it.")
+@AS_JSON
+@effort_options
+def export(
+    recipes: tuple[str, ...],
+    checkpoint: str | None,
+    out: Path | None,
+    changes: tuple[str, ...],
+    precision: str,
+    quality: str | None,
+    calibration: Path | None,
+    dry_run: bool,
+    synthetic: bool,
+    no_validate: bool,
+    no_compile: bool,
+    as_json: bool,
+    **effort: Any,
+) -> None:
+    """Convert one RECIPE to one bundle: a name, a path, or a bare target such as cpu with --checkpoint.
+
+    Several recipes of one model are made in one pass over its checkpoint, and share what is equal on the disk.
+    """
+    from toolkit import library
+    from toolkit.pipeline.plan import describe
+    from toolkit.progress import progress_line
+
+    plans = library.plan(
+        *recipes,
+        checkpoint=checkpoint,
+        out=out,
+        changes=changes,
+        quality=quality,
+        calibration=calibration,
+        precision=precision,
+        synthetic=synthetic,
+        shapes_alone=dry_run and not checkpoint,
+    )
+    described = [describe(plan) for plan in plans]
+    if dry_run:
+        print_plans(described, as_json)
+        return
+    print_costs(described)
+    wanted = None if no_validate or synthetic else effort_of(effort)
+    with progress_line(None) as progress:
+        bundles = library.export(plans, compile=not no_compile, progress=progress, note=_note)
+    if wanted is None:
+        print_exported(bundles, as_json)
+        return
+    for bundle in bundles:
+        click.echo(f"bundle: {bundle}", err=as_json)
+    validate_bundles(bundles, plans[0].opened, wanted, as_json)
+
+
+@click.command(name="compile")
+@BUNDLE
+@click.option("--soc", type=click.Choice(list(SOCS)), help="For another SoC than the bundle's recipe names.")
+@AS_JSON
+def compile_(bundle: Path, soc: str | None, as_json: bool) -> None:
+    """The transformer of BUNDLE to EPContext files for its SoC, part by part; goes on where it was stopped."""
+    from toolkit import library
+    from toolkit.progress import progress_line
+
+    with progress_line(None) as progress:
+        rows = library.compile(bundle, soc, progress=progress)
+    if as_json:
+        click.echo(json.dumps(rows, indent=2, ensure_ascii=False))
+        return
+    for row in rows:
+        if row["compiled"]:
+            size = f"{row['bin']}, {row['bin_bytes'] / 2**20:.1f} MiB"
+            click.echo(f"{row['file']}: {row['nodes']} nodes in EPContext, {size}")
+
+
+@click.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@AS_JSON
+def inspect(path: Path, as_json: bool) -> None:
+    """What a checkpoint or a bundle is, from headers alone."""
+    from toolkit import library
+
+    facts = library.inspect(path)
+    if as_json:
+        click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
+        return
+    for key, value in facts.items():
+        if isinstance(value, list):
+            click.echo(f"{key}:")
+            for row in value:
+                click.echo("  " + "  ".join(str(v) for v in row.values()))
+        else:
+            click.echo(f"{key}: {value}")
+
+
+@click.command()
+@AS_JSON
+def recipes(as_json: bool) -> None:
+    """The recipes that come with the toolkit, and what this machine can do with them."""
+    from toolkit import library
+
+    rows = library.recipes()
+    if as_json:
+        click.echo(json.dumps(rows, indent=2, ensure_ascii=False))
+        return
+    click.echo(f"{'recipe':20} {'target':9} {'bundle':>9} {'bits':>5} {'context':>8}  {'here':35} model")
+    for row in rows:
+        mebibytes = row["bundle_bytes"] / 2**20
+        size = f"{mebibytes / 1024:.2f} GiB" if mebibytes >= 1024 else f"{mebibytes:.1f} MiB"
+        click.echo(
+            f"{row['recipe']:20} {row['target']:9} {size:>9} {row['bits_per_weight']:5.2f} "
+            f"{row['context_length']:8}  {row['here']:35} {row['model']}"
+        )
+
+
+def _note(line: str) -> None:
+    click.echo(f"note: {line}", err=True)

@@ -1,0 +1,118 @@
+"""Commands that look at a finished bundle and may find fault: validate, check, verify, bench, harness."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from toolkit.cli.effort import effort_of, effort_options
+from toolkit.cli.options import AS_JSON, BUNDLE, ON_CPU
+from toolkit.cli.printing import one_document, print_problems, print_verdict
+
+if TYPE_CHECKING:
+    from toolkit.checkpoint.opened import Checkpoint
+    from toolkit.pipeline.judge import Effort
+
+
+@click.command()
+@BUNDLE
+@click.option("--checkpoint", help="What the bundle was made from, a folder or a hub id [its recipe's model].")
+@AS_JSON
+@effort_options
+def validate(bundle: Path, checkpoint: str | None, as_json: bool, **effort: Any) -> None:
+    """Compare BUNDLE with its checkpoint, token by token and answer by answer; rewrite its report."""
+    from toolkit import library
+
+    wanted = effort_of(effort)
+    validate_bundles([bundle], library.made_from(bundle, checkpoint), wanted, as_json)
+
+
+def validate_bundles(bundles: list[Path], checkpoint: Checkpoint, wanted: Effort, as_json: bool) -> None:
+    """Judges each bundle beside its checkpoint and prints the verdicts; leaves with 1 unless all of them pass."""
+    from toolkit import library
+    from toolkit.progress import progress_line
+
+    reports = []
+    for bundle in bundles:
+        with progress_line(None) as progress:
+            reports.append(library.validate(bundle, checkpoint, wanted, progress=progress))
+        if not as_json:
+            print_verdict(bundle, reports[-1])
+    if as_json:
+        click.echo(one_document(reports))
+    if not all(report["verdict"]["passed"] for report in reports):
+        sys.exit(1)
+
+
+@click.command()
+@BUNDLE
+@click.option("--run", is_flag=True, help="Also run the stages in their vendor's software: openvino, onnxruntime-qnn.")
+@AS_JSON
+def check(bundle: Path, run: bool, as_json: bool) -> None:
+    """BUNDLE's genai_config.json, and each node of its graphs against what its execution provider takes."""
+    from toolkit import library
+
+    found = library.check(bundle, run=run)
+    if as_json:
+        click.echo(json.dumps(found, indent=2, ensure_ascii=False))
+    else:
+        for stage in found["stages"]:
+            outside = f", {stage['nodes_outside']} are the CPU's on purpose" if stage["nodes_outside"] else ""
+            ep = stage["execution_provider"]
+            click.echo(f"{stage['file']}: {stage['nodes_legal']} of {stage['nodes']} nodes fit {ep}{outside}")
+            for condition in stage["conditions"]:
+                click.echo(f"note: {condition}")
+        for entry in found["runs"]:
+            taken = "".join(f", {count} nodes on {ep}" for ep, count in entry["nodes"].items())
+            click.echo(f"{entry['file']}: {entry['software']} differs from the CPU by {entry['error']:.2g}{taken}")
+        click.echo("\n".join(found["problems"]) or "genai_config.json fits the graphs, and genai 0.12.2 and later")
+    if not found["passed"]:
+        sys.exit(1)
+
+
+@click.command()
+@BUNDLE
+@AS_JSON
+def verify(bundle: Path, as_json: bool) -> None:
+    """Every file of BUNDLE against its size and SHA-256."""
+    from toolkit import library
+
+    print_problems(library.verify(bundle), "every file is as the manifest says", as_json)
+
+
+@click.command()
+@BUNDLE
+@click.option("--prompt-tokens", type=int, default=128, show_default=True)
+@click.option("--new-tokens", type=int, default=64, show_default=True)
+@click.option("--repeat", type=int, default=5, show_default=True)
+@ON_CPU
+@AS_JSON
+def bench(bundle: Path, prompt_tokens: int, new_tokens: int, repeat: int, on_cpu: bool, as_json: bool) -> None:
+    """Speed of BUNDLE through onnxruntime-genai, medians over the runs."""
+    from toolkit import library
+
+    speed = library.bench(bundle, prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeat=repeat, on_cpu=on_cpu)
+    if as_json:
+        click.echo(json.dumps(speed, indent=2))
+        return
+    prefill, decode = speed["prefill_tokens_per_s"], speed["decode_tokens_per_s"]
+    click.echo(f"prefill {prefill:.1f} tokens/s, decode {decode:.1f} tokens/s, {speed['threads']} threads")
+    click.echo(
+        f"first token {speed['ttft_s']:.3f} s, load {speed['load_s']:.2f} s, "
+        f"peak RSS {speed['peak_rss_bytes'] / 2**20:.0f} MiB, {repeat} runs"
+    )
+
+
+@click.command(context_settings={"ignore_unknown_options": True, "help_option_names": ["--help"]})
+@BUNDLE
+@ON_CPU
+@click.argument("options", nargs=-1, type=click.UNPROCESSED, metavar="[LM_EVAL_OPTION]...")
+def harness(bundle: Path, on_cpu: bool, options: tuple[str, ...]) -> None:
+    """lm-evaluation-harness with BUNDLE for its model: toolkit harness BUNDLE --tasks gsm8k --apply_chat_template."""
+    from toolkit.evaluate.harness import run_harness
+
+    run_harness(bundle, on_cpu, options)

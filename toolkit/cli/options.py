@@ -1,0 +1,17 @@
+"""Arguments and options that several commands have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+import click
+
+ON_CPU: Final = click.option(
+    "--on-cpu", is_flag=True, help="Run every stage on the CPU, whatever the bundle is made for."
+)
+BUNDLE: Final = click.argument("bundle", type=click.Path(path_type=Path))
+AS_JSON: Final = click.option(
+    "--json", "as_json", is_flag=True, help="One JSON document on stdout, the rest on stderr."
+)
+CHECKPOINT_HELP: Final = "A folder in Hugging Face layout, or a hub id [the recipe's model]."

@@ -1,0 +1,212 @@
+"""The verbs of `import toolkit`: each is one call that the command line parses for and prints the result of."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from toolkit.bundle.manifest import read_manifest, verify_manifest
+from toolkit.checkpoint.download import resolve_checkpoint
+from toolkit.checkpoint.opened import Checkpoint, synthetic_checkpoint
+from toolkit.checkpoint.opened import open_checkpoint as open_folder
+from toolkit.errors import RecipeError
+from toolkit.evaluate.conversation import Answer, Conversation
+from toolkit.evaluate.speed import measure_speed
+from toolkit.pipeline.catalogue import recipe_rows
+from toolkit.pipeline.check import check_bundle
+from toolkit.pipeline.compile import compile_bundle, compile_exported
+from toolkit.pipeline.export import Order, export_planned, plan_exports
+from toolkit.pipeline.inspect import inspect_path
+from toolkit.pipeline.judge import Effort, judge_bundle
+from toolkit.pipeline.plan import ExportPlan, shorten_context
+from toolkit.recipe import Recipe, load_recipe, model_facts
+from toolkit.target import TARGETS
+
+Progress = Callable[[str], None]
+
+
+def _silent(_: str) -> None:
+    """Says nothing of how far the work is."""
+
+
+def open_checkpoint(place: str | Path, *, synthetic: bool = False) -> Checkpoint:
+    """Opens the checkpoint in a folder, of an embedded model, or of a hub id, which is downloaded first.
+
+    Every header is checked against the config. `synthetic` makes seeded random weights of the shapes in its config
+    instead. Raises CheckpointError for what is incomplete, damaged or no checkpoint.
+    """
+    folder = resolve_checkpoint(str(place))
+    return synthetic_checkpoint(folder) if synthetic else open_folder(folder)
+
+
+def plan(
+    *names: str,
+    checkpoint: str | Path | None = None,
+    out: str | Path | None = None,
+    changes: Sequence[str] = (),
+    quality: str | None = None,
+    calibration: str | Path | None = None,
+    precision: str = "int4",
+    synthetic: bool = False,
+    shapes_alone: bool = False,
+) -> list[ExportPlan]:
+    """Decides everything about exports of one checkpoint and writes nothing: a plan for each recipe, in order.
+
+    A recipe is a path, a name such as `14b-cpu`, or a bare target such as `cpu` with `checkpoint`, which is a folder or
+    a hub id and otherwise the recipe's own model. `out` is where the bundle goes, or several of them, `build/` if it is
+    not given; `changes` are `key=value` as for `--set`; `quality` is `fast`, `balanced` or `best`, `calibration` the
+    path of a text, `precision` `int4` or `fp32`. `synthetic` stands random weights in for the checkpoint's, which get
+    the quality `fast` unless another is named: they have no salient channels. With `shapes_alone` nothing is
+    downloaded, the shapes are the model's published ones, and the plan is not one to export.
+
+    Raises RecipeError or CheckpointError for what does not exist or does not belong together, UnsupportedError for what
+    the target cannot do.
+    """
+    asked = {
+        "quality": quality or ("fast" if synthetic else None),
+        "calibration": str(Path(calibration).resolve()) if calibration else None,
+    }
+    changes = [*changes, *(f"{key}={json.dumps(value)}" for key, value in asked.items() if value)]
+    place = None if checkpoint is None else str(checkpoint)
+    loaded = [load_recipe(name, changes, place) for name in names]
+    _check_one_checkpoint(loaded, place)
+    shapes_alone = synthetic or shapes_alone
+    opened = _opened(place or (None if shapes_alone else loaded[0].model), loaded[0].facts(), shapes_alone)
+    if not any(change.startswith("context_length=") for change in changes):
+        loaded = [
+            shorten_context(recipe, opened.config) if name in TARGETS else recipe
+            for name, recipe in zip(names, loaded, strict=True)
+        ]
+    where = None if out is None else Path(out)
+    orders = [Order(recipe, _place(where, recipe.name, len(loaded))) for recipe in loaded]
+    return plan_exports(orders, opened, precision)
+
+
+def export(
+    plans: str | Sequence[ExportPlan], *, compile: bool = True, progress: Progress = _silent, note: Progress = _silent
+) -> list[Path]:
+    """Makes the bundle of each plan, or of one recipe by its name, in one pass over the checkpoint; returns folders.
+
+    An interrupted export goes on where it was. A transformer that has an ahead-of-time compiler is compiled unless
+    `compile` is false; `note` is told in one line why one was not. `progress` is called with the name of each finished
+    step. Raises ToolkitError before anything is written if checkpoint or machine will not do.
+    """
+    if isinstance(plans, str):
+        plans = plan(plans)
+    bundles = export_planned(plans, progress)
+    for bundle in bundles:
+        if said := compile_exported(bundle, compile, progress):
+            note(said)
+    return bundles
+
+
+def validate(
+    bundle: str | Path,
+    checkpoint: str | Path | Checkpoint | None = None,
+    effort: Effort | None = None,
+    *,
+    progress: Progress = _silent,
+) -> dict[str, Any]:
+    """Compares a bundle with the checkpoint it was made from, rewrites its report and returns it; `verdict` is in it.
+
+    The checkpoint is the one the manifest names unless another place of the same files is given; `effort` says how much
+    is measured. Raises BundleError or CheckpointError if either cannot be read or they do not belong together.
+    """
+    bundle = Path(bundle)
+    if not isinstance(checkpoint, Checkpoint):
+        checkpoint = made_from(bundle, checkpoint)
+    return judge_bundle(bundle, checkpoint, effort or Effort(), progress)
+
+
+def check(bundle: str | Path, *, run: bool = False) -> dict[str, Any]:
+    """Holds a bundle's settings against its graphs, and each node against what its execution provider takes.
+
+    `passed` and `problems` say what was found; `run` also runs the stages in their vendor's software, if it is here.
+    """
+    return check_bundle(Path(bundle), run)
+
+
+def compile(bundle: str | Path, soc: str | None = None, *, progress: Progress = _silent) -> list[dict[str, Any]]:
+    """Compiles the transformer of a bundle ahead of time for its SoC, or for another; returns the report's `partition`.
+
+    Raises UnsupportedError for a target without such a compiler, MachineError if the compiler is not installed.
+    """
+    return compile_bundle(Path(bundle), progress, soc)
+
+
+def generate(bundle: str | Path, prompt: str, max_new_tokens: int = 400, *, on_cpu: bool = False) -> Answer:
+    """One question's answer, the thought apart from it, through onnxruntime-genai and the bundle's chat template.
+
+    `on_cpu` runs every stage on the CPU whatever the bundle is made for. For several turns, or text as it arrives, use
+    `Conversation`. Raises BundleError or MachineError if the bundle cannot be run here.
+    """
+    conversation = Conversation(Path(bundle), max_new_tokens, on_cpu)
+    for _ in conversation.ask(prompt):
+        pass
+    return conversation.answer
+
+
+def verify(bundle: str | Path) -> list[str]:
+    """Holds every file of a bundle against its size and SHA-256 in the manifest; one line for each that differs.
+
+    Raises BundleError if there is no readable manifest.
+    """
+    return verify_manifest(Path(bundle))
+
+
+def bench(
+    bundle: str | Path, *, prompt_tokens: int = 128, new_tokens: int = 64, repeat: int = 5, on_cpu: bool = False
+) -> dict[str, Any]:
+    """Measures a bundle's speed through onnxruntime-genai: the report's `speed`, medians over `repeat` runs.
+
+    Raises BundleError or MachineError if the bundle cannot be run here.
+    """
+    return measure_speed(Path(bundle), prompt_tokens, new_tokens, repeat, on_cpu)
+
+
+def inspect(path: str | Path) -> dict[str, Any]:
+    """What a checkpoint or a bundle is, read from headers alone. Raises CheckpointError if it is neither."""
+    return inspect_path(Path(path))
+
+
+def recipes() -> list[dict[str, Any]]:
+    """The recipes that come with the toolkit: a row each with model, target, size and what this machine can do."""
+    return recipe_rows()
+
+
+def made_from(bundle: str | Path, place: str | Path | None = None) -> Checkpoint:
+    """Opens the checkpoint that a bundle's manifest names, or the same one at another place."""
+    manifest = read_manifest(Path(bundle))
+    recipe, synthetic = manifest["recipe"], manifest["synthetic"]
+    named = str(place) if place else None if synthetic else recipe["model"]
+    return _opened(named, model_facts(recipe["name"], recipe["target"]), synthetic)
+
+
+def _check_one_checkpoint(recipes: Sequence[Recipe], place: str | None) -> None:
+    """Raises RecipeError for recipes that are for several checkpoints, or named twice."""
+    if not recipes:
+        raise RecipeError("no recipe is named: expected a name, a path or a bare target")
+    if not place and len({recipe.model for recipe in recipes}) > 1:
+        models = ", ".join(f"{recipe.name} of {recipe.model}" for recipe in recipes)
+        raise RecipeError(f"one export reads one checkpoint, and these are {models}: name them one by one")
+    named = [recipe.name for recipe in recipes]
+    if len(set(named)) < len(named):
+        raise RecipeError(f"a recipe is named twice: {', '.join(named)}")
+
+
+def _opened(place: str | None, facts: Path | None, shapes_alone: bool) -> Checkpoint:
+    """The checkpoint at `place`; for random weights the shapes of `place`, or else of the model's facts."""
+    if place:
+        return open_checkpoint(place, synthetic=shapes_alone)
+    if facts is None:
+        raise RecipeError("--synthetic needs the shapes: name a folder with a config.json with --checkpoint")
+    return synthetic_checkpoint(facts)
+
+
+def _place(out: Path | None, name: str, count: int) -> Path:
+    """Where a bundle goes: `out` itself for one, a folder of its own there for several."""
+    if out is None:
+        return Path("build") / name
+    return out if count == 1 else out / name
