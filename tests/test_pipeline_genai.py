@@ -183,7 +183,7 @@ def test_one_graph_takes_a_prompt_in_two_parts(fp32: dict[tuple[str, int], Path]
 
 def _written(conversation: Conversation, question: str) -> str:
     """The answer as the model writes it, thought and markers included."""
-    return "".join(piece.text for piece in conversation.ask(question))
+    return "".join(conversation.ask(question))
 
 
 def test_each_turn_is_what_a_fresh_conversation_answers(

@@ -29,7 +29,7 @@ def generate(bundle: Path, prompt: str, max_new_tokens: int, on_cpu: bool, as_js
     if not as_json:
         _say(conversation, prompt)
         return
-    text = "".join(piece.text for piece in conversation.ask(prompt))
+    text = "".join(conversation.ask(prompt))
     answer = conversation.answer
     figures = {key: value for key, value in asdict(answer).items() if key not in ("thought", "text")}
     document = {"prompt": prompt, "text": text, "thinking": answer.thought, "answer": answer.text, **figures}
@@ -61,7 +61,7 @@ def chat(bundle: Path, max_new_tokens: int, on_cpu: bool) -> None:
 def _say(conversation: Conversation, question: str) -> Answer:
     """Prints an answer as it arrives, and a note if it was cut."""
     for piece in conversation.ask(question):
-        click.echo(piece.text, nl=False)
+        click.echo(piece, nl=False)
     click.echo()
     answer = conversation.answer
     if answer.finish_reason == "length":

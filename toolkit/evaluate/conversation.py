@@ -106,7 +106,7 @@ class Conversation:
             last = time.perf_counter()
             first = last if len(made) == 1 else first
             for piece in splitter.add("" if token in self._stop_ids() else stream.decode(token)):
-                texts[piece.kind] = texts.get(piece.kind, "") + piece.text
+                texts[piece.kind] = texts.get(piece.kind, "") + piece
                 yield piece
         for piece in splitter.end():
             texts[piece.kind] += piece.text

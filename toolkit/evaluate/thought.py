@@ -7,22 +7,25 @@ with `<think>`, so that the text begins inside a thought that it never opens.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Final
 
 BEGIN_OF_THOUGHT: Final = "<think>"
 END_OF_THOUGHT: Final = "</think>"
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(str):
     """Some text of an answer as it arrives: part of the thought, part of what follows it, or a marker between them.
 
-    The pieces of one answer, joined, are the text as the model wrote it. `kind` is `thought`, `answer` or `marker`.
+    It is the text itself, so that the pieces of one answer, joined, are what the model wrote; `kind` is `thought`,
+    `answer` or `marker`.
     """
 
     kind: str
-    text: str
+
+    def __new__(cls, kind: str, text: str) -> Piece:
+        piece = super().__new__(cls, text)
+        piece.kind = kind
+        return piece
 
 
 def opens_thought(prompt: str) -> bool:
