@@ -109,7 +109,7 @@ class Conversation:
                 texts[piece.kind] = texts.get(piece.kind, "") + piece
                 yield piece
         for piece in splitter.end():
-            texts[piece.kind] += piece.text
+            texts[piece.kind] += piece
             yield piece
         stopped = bool(made) and made[-1] in self._stop_ids()
         self._answer = Answer(
