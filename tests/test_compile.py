@@ -18,6 +18,7 @@ import pytest
 from tests.command_line import run
 from tests.compiler import needs_compiler
 from tests.graphs import EIGHT_BITS, SET_EIGHT_BITS, export_bundle
+from toolkit import apart
 from toolkit.bundle.compiled import lint_compiled
 from toolkit.bundle.genai_config import read_genai_config
 from toolkit.bundle.lint import lint_bundle
@@ -43,22 +44,22 @@ from toolkit.soc import SOCS
 
 STAGES = ("context_0", "context_1", "iterator_0", "iterator_1")
 BINARIES = ("context_0_ctx_qnn.bin", "context_1_ctx_qnn.bin")
-# A child that does something at the part that begins with argv[2], and compiles all others.
+# A child that does something at the part that begins with a stage, and compiles all others.
 CHILD = """
 import json, os, resource, runpy, signal, sys
-if json.load(open(sys.argv[-1]))["stages"][0] == {stage!r}:
+if json.load(open(sys.argv[-2]))["stages"][0] == {stage!r}:
     {what}
-sys.argv = sys.argv[-2:]
+sys.argv = sys.argv[-3:]
 runpy.run_module("toolkit.epcontext.child", run_name="__main__")
 """
 # A child that leaves a node outside, and reports success.
 LIAR = """
 import json, onnx, sys
-job = json.load(open(sys.argv[-1]))
+job = json.load(open(sys.argv[-2]))
 graph = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["a"], ["b"], name="/l/Relu")], "g", [], [])
 for stage in job["stages"]:
     onnx.save(onnx.helper.make_model(graph), job["out"] + f"/{stage}_ctx.onnx")
-open(job["out"] + "/done.json", "w").write('{"peak_rss_bytes": 1}')
+open(sys.argv[-1], "w").write('{"peak_rss_bytes": 1}')
 """
 
 
@@ -92,8 +93,13 @@ def _report(bundle: Path) -> dict[str, Any]:
     return report
 
 
+def _put_in_place(monkeypatch: pytest.MonkeyPatch, command: list[str]) -> None:
+    """Runs `command` where a module would be run apart."""
+    monkeypatch.setattr(apart, "python_module", lambda module: command)
+
+
 def _plant(monkeypatch: pytest.MonkeyPatch, what: str, stage: str = "context_1") -> None:
-    monkeypatch.setattr(compiling, "_CHILD", [sys.executable, "-c", CHILD.format(stage=stage, what=what)])
+    _put_in_place(monkeypatch, [sys.executable, "-c", CHILD.format(stage=stage, what=what)])
 
 
 @needs_compiler
@@ -138,7 +144,7 @@ def test_manifest_and_report_know_the_binaries(compiled: Path, uncompiled: Path)
 
 @needs_compiler
 def test_compiling_again_does_nothing(compiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiling, "_CHILD", ["no such program"])
+    _put_in_place(monkeypatch, ["no such program"])
     assert [row["compiled"] for row in compile_bundle(compiled)] == [False, True, True, True, True, False]
 
 
@@ -296,7 +302,7 @@ def test_a_graph_the_compiler_does_not_take_whole_is_refused(bundle: Path) -> No
 @needs_compiler
 def test_nodes_left_outside_are_counted_in_the_compiled_file(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the compiler says: a child that makes such a file and reports success."""
-    monkeypatch.setattr(compiling, "_CHILD", [sys.executable, "-c", LIAR])
+    _put_in_place(monkeypatch, [sys.executable, "-c", LIAR])
     with pytest.raises(BundleError, match=r"context_0_ctx\.onnx has 1 nodes outside EPContext, such as /l/Relu \("):
         compile_bundle(bundle)
 
@@ -323,7 +329,7 @@ def test_a_kill_between_manifest_and_settings_is_seen_and_mended(bundle: Path, m
 
 def test_too_little_memory_is_said_before_the_compiler_starts(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("toolkit.pipeline.compile.htp_version", lambda: "2.7.0")
-    monkeypatch.setattr(compiling, "_CHILD", ["no such program"])
+    _put_in_place(monkeypatch, ["no such program"])
     monkeypatch.setattr(compiling, "free_memory_bytes", lambda: 100 << 20)
     words = r"part 1 of 2 .* takes about 0\.3 GiB of memory and 0\.1 are free: close .*parts=4"
     with pytest.raises(MachineError, match=words):
@@ -462,8 +468,7 @@ def test_the_simulators_error_is_the_hidden_states_own(uncompiled: Path, monkeyp
 
 @needs_compiler
 def test_a_simulator_that_crashes_is_told(uncompiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    child = [sys.executable, "-c", f"import os; os.kill(os.getpid(), {int(signal.SIGSEGV)})"]
-    monkeypatch.setattr(simulator, "_CHILD", child)
+    _put_in_place(monkeypatch, [sys.executable, "-c", f"import os; os.kill(os.getpid(), {int(signal.SIGSEGV)})"])
     with pytest.raises(BundleError, match=r"did not simulate context_0 and iterator_0 of .*exit code -11"):
         simulate(uncompiled, [1, 2, 3], 2, np.zeros((3, 1024), np.float32))
 

@@ -19,6 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # line between two) above everything it imports.
 FLOORS: Final = (
     ("errors", "machine", "names", "progress", "quality", "soc"),
+    ("files",),
+    ("apart",),
     ("target",),
     ("recipe",),
     ("checkpoint",),

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from toolkit import names
-from toolkit.checkpoint.config import ModelConfig
+from toolkit.checkpoint.config import ModelConfig, read_checkpoint_json
 from toolkit.errors import BundleError
+from toolkit.files import read_json
 from toolkit.graph.builder import StageGraph
 from toolkit.target import Stage
 
 # Reserved tokens that never stand in text. The distills ship pad = eos, and eos stands between turns.
 _PAD_TOKENS: Final = ("<|fim_pad|>", "<|finetune_right_pad_id|>")
+_MAX_CONFIG_BYTES: Final = 16 << 20
+_MAX_TOKENIZER_BYTES: Final = 256 << 20
 PIPELINE_TYPE: Final = "decoder-pipeline"
 _PAST: Final = {"past_key_names": names.past_key("%d"), "past_value_names": names.past_value("%d")}
 _PRESENT: Final = {"present_key_names": names.present_key("%d"), "present_value_names": names.present_value("%d")}
@@ -119,13 +121,7 @@ def max_length(config: Mapping[str, Any], prompt_tokens: int, new_tokens: int) -
 def read_genai_config(bundle: Path) -> dict[str, Any]:
     """The file of a bundle; raises BundleError if it is missing or is not a JSON object."""
     path = bundle / names.GENAI_CONFIG_FILE
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as problem:
-        raise BundleError(f"{path} cannot be read: {problem}") from None
-    if not isinstance(config, dict):
-        raise BundleError(f"{path} holds a {type(config).__name__}, expected an object")
-    return config
+    return read_json(path, _MAX_CONFIG_BYTES, BundleError, "a bundle has one")
 
 
 def read_settings(bundle: Path) -> dict[str, Any]:
@@ -183,7 +179,5 @@ def pad_token_id(config: ModelConfig, checkpoint: Path) -> int:
 
 
 def _object(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    value = json.loads(path.read_text(encoding="utf-8"))
-    return value if isinstance(value, dict) else {}
+    """A checkpoint's JSON file; empty if it has none. Raises CheckpointError for one that cannot be read."""
+    return read_checkpoint_json(path, _MAX_TOKENIZER_BYTES) if path.is_file() else {}

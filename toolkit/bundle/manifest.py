@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from toolkit import names
 from toolkit.errors import BundleError
+from toolkit.files import file_sha256, write_json
 from toolkit.machine import package_versions
 from toolkit.target import TARGETS
 
@@ -27,8 +27,7 @@ def write_manifest(
         **request,
         "files": [file_entry(folder / name, (known or {}).get(name)) for name in sorted(files)],
     }
-    text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
-    (folder / names.MANIFEST_FILE).write_text(text, encoding="utf-8", newline="\n")
+    write_json(folder / names.MANIFEST_FILE, manifest)
     return manifest
 
 
@@ -47,12 +46,6 @@ def verify_manifest(folder: Path) -> list[str]:
         elif file_sha256(file) != entry["sha256"]:
             problems.append(f"{entry['name']} differs from its SHA-256")
     return problems
-
-
-def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

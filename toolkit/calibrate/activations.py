@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+
+from toolkit.files import replacing
 
 Floats = NDArray[np.float32]
 
@@ -24,11 +25,9 @@ class ActivationFile:
 
     def write(self, sequences: Iterable[Floats]) -> ActivationFile:
         """Takes every sequence in order; returns itself."""
-        fresh = self.path.with_name(self.path.name + ".new")
-        with fresh.open("wb") as file:
+        with replacing(self.path) as fresh, fresh.open("wb") as file:
             for x in sequences:
                 np.ascontiguousarray(x, np.float32).tofile(file)
-        os.replace(fresh, self.path)
         return self
 
     def __iter__(self) -> Iterator[Floats]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from toolkit.files import replacing
 from toolkit.quant.awq import FoldChoice
 from toolkit.quant.blockwise import QuantSpec
 from toolkit.quant.ranges import ActivationRange
@@ -71,10 +71,8 @@ def save_state(folder: Path, k: int, state: State) -> None:
         for k_piece, piece in enumerate(probe):
             arrays[f"probe {k_piece} {name}"] = piece
     arrays["facts"] = np.frombuffer(json.dumps(facts).encode(), np.uint8)
-    fresh = folder / "before.new.npz"
-    with fresh.open("wb") as file:
+    with replacing(state_file(folder, k)) as fresh, fresh.open("wb") as file:
         np.savez(file, **arrays)
-    os.replace(fresh, state_file(folder, k))
 
 
 def load_state(folder: Path, k: int) -> State:

@@ -10,7 +10,6 @@ T tokens, H heads, K kv heads, Dh head_dim.
 from __future__ import annotations
 
 import json
-import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -26,6 +25,7 @@ from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.linear_inputs import layer_inputs
 from toolkit.checkpoint.weights import Tensors
 from toolkit.errors import NonFiniteError, UnsupportedError
+from toolkit.files import write_json
 from toolkit.quant.ranges import ActivationRange
 from toolkit.reference.decoder import Layer, embed
 
@@ -146,7 +146,4 @@ def _read(folder: Path) -> tuple[int, dict[str, ActivationRange]]:
 
 
 def _write(folder: Path, layers: int, found: dict[str, ActivationRange]) -> None:
-    fresh = folder / (_FILE + ".new")
-    state = {"layers": layers, "ranges": {point: asdict(values) for point, values in found.items()}}
-    fresh.write_text(json.dumps(state), encoding="utf-8")
-    os.replace(fresh, folder / _FILE)
+    write_json(folder / _FILE, {"layers": layers, "ranges": {point: asdict(values) for point, values in found.items()}})

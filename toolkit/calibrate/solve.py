@@ -8,7 +8,6 @@ pass goes on after it.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from toolkit.calibrate.statistics import Products
 from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.linear_inputs import LinearInput, head_input, layer_inputs
 from toolkit.checkpoint.weights import Tensors
+from toolkit.files import write_json
 from toolkit.quant.activations import Rounding, rounded_input
 from toolkit.quant.blockwise import QuantizedBlocks, QuantSpec, dequantize_blocks, quantize_blocks
 from toolkit.quant.gptq import Factor, NotPositiveDefiniteError, corrected_target, factorize, gptq_blocks
@@ -302,7 +302,4 @@ def _read_progress(folder: Path) -> tuple[int, list[Fallback]]:
 
 
 def _write_progress(folder: Path, layers: int, fallbacks: Sequence[Fallback]) -> None:
-    fresh = folder / (_PROGRESS_FILE + ".new")
-    state = {"layers": layers, "fallbacks": [asdict(fallback) for fallback in fallbacks]}
-    fresh.write_text(json.dumps(state), encoding="utf-8")
-    os.replace(fresh, folder / _PROGRESS_FILE)
+    write_json(folder / _PROGRESS_FILE, {"layers": layers, "fallbacks": [asdict(entry) for entry in fallbacks]})

@@ -7,7 +7,6 @@ which layers slide) is settled here, once.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from toolkit.errors import CheckpointError, UnsupportedError
+from toolkit.files import read_json
 from toolkit.names import CONFIG_FILE
 
 FAMILIES: Final = ("llama", "mistral", "qwen2", "qwen3")
@@ -92,25 +92,12 @@ def read_config(folder: Path) -> ModelConfig:
     family or RoPE type outside `FAMILIES` and `ROPE_TYPES`.
     """
     path = folder / CONFIG_FILE
-    return parse_config(read_json(path, _MAX_CONFIG_BYTES), path)
+    return parse_config(read_checkpoint_json(path, _MAX_CONFIG_BYTES), path)
 
 
-def read_json(path: Path, max_bytes: int) -> dict[str, Any]:
-    """A JSON object from a file of bounded size; raises CheckpointError with the file's name otherwise."""
-    try:
-        size = path.stat().st_size
-        if size > max_bytes:
-            raise CheckpointError(f"{path} has {size} bytes, expected at most {max_bytes}: not a file of this kind")
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing: a checkpoint folder in Hugging Face layout has one") from None
-    except OSError as problem:
-        raise CheckpointError(f"{path} cannot be read: {problem.strerror}") from None
-    except (UnicodeDecodeError, ValueError, RecursionError) as problem:
-        raise CheckpointError(f"{path} is not valid JSON: {str(problem)[:120]}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, expected an object")
-    return value
+def read_checkpoint_json(path: Path, max_bytes: int) -> dict[str, Any]:
+    """A JSON object from a checkpoint's file of bounded size; raises CheckpointError with the file's name otherwise."""
+    return read_json(path, max_bytes, CheckpointError, "a checkpoint folder in Hugging Face layout has one")
 
 
 def parse_config(raw: Mapping[str, Any], path: Path) -> ModelConfig:

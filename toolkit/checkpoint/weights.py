@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toolkit import names
-from toolkit.checkpoint.config import ModelConfig, read_json
+from toolkit.checkpoint.config import ModelConfig, read_checkpoint_json
 from toolkit.checkpoint.safetensors import ITEM_BYTES, TensorRef, read_header
 from toolkit.checkpoint.scan import Rows, read_exactly, scan_file
 from toolkit.errors import CheckpointError, NonFiniteError
@@ -219,7 +219,7 @@ def _read_index(folder: Path) -> dict[str, str]:
         if not (folder / names.SAFETENSORS_FILE).exists() and list(folder.glob("*.bin")):
             raise CheckpointError(f"{folder} holds .bin pickles, which are never loaded: convert to safetensors first")
         return {}
-    weight_map = read_json(path, _MAX_INDEX_BYTES).get("weight_map")
+    weight_map = read_checkpoint_json(path, _MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path} has no weight_map")
     for file in weight_map.values():

@@ -1,19 +1,17 @@
-"""One part of a transformer to EPContext files, in a process of its own: `python -m toolkit.epcontext.child JOB.json`.
+"""One part of a transformer to EPContext files, in a process of its own (toolkit/apart.py).
 
 Context and iterator are compiled one after the other and share their weights in one binary.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import onnx
 
 from toolkit import names
+from toolkit.apart import answer
 from toolkit.epcontext.htp import open_htp
 from toolkit.machine import peak_rss_bytes
 
@@ -47,19 +45,11 @@ def _lower_versions(path: Path) -> None:
     onnx.save(model, path)
 
 
-def main(job: dict[str, Any]) -> None:
-    """Compiles, and leaves beside the files what it took in memory."""
-    out = Path(job["out"])
-    compile_stages(Path(job["bundle"]), job["stages"], job["options"], out)
-    (out / "done.json").write_text(json.dumps({"peak_rss_bytes": peak_rss_bytes()}), encoding="utf-8")
+def _compile(job: dict[str, Any]) -> dict[str, int]:
+    """Compiles; returns what it took in memory."""
+    compile_stages(Path(job["bundle"]), job["stages"], job["options"], Path(job["out"]))
+    return {"peak_rss_bytes": peak_rss_bytes()}
 
 
 if __name__ == "__main__":
-    try:
-        main(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
-    except Exception as problem:  # whatever the compiler throws; the log's last line is what the parent shows
-        print(f"error: {' '.join(str(problem).split()) or type(problem).__name__}", file=sys.stderr, flush=True)
-        os._exit(1)
-    sys.stdout.flush()
-    # Without the finalizers of native code, which may crash when all is done.
-    os._exit(0)
+    answer(_compile)

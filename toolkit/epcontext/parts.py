@@ -11,8 +11,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -20,14 +18,17 @@ from pathlib import Path
 from typing import Any, Final
 
 from toolkit import names
+from toolkit.apart import ChildFailed, run_apart
 from toolkit.epcontext.htp import PACKAGE, PROVIDER
 from toolkit.errors import BundleError, MachineError
+from toolkit.files import file_sha256, write_text
 from toolkit.graph.interface import external_bytes, read_interface
 from toolkit.machine import free_memory_bytes
 from toolkit.partition.parts import compile_memory_bytes
 
 JOURNAL_FILE: Final = "parts.jsonl"
-_CHILD: Final = [sys.executable, "-m", "toolkit.epcontext.child"]
+# As Linux numbers it; Windows has none.
+_SIGKILL: Final = 9
 _NO_MEMORY: Final = ("MEM_ALLOC", "bad_alloc", "MemoryError", "Cannot allocate memory", "bad allocation")
 
 
@@ -99,17 +100,15 @@ def _compile(bundle: Path, part: Part, work: Path) -> CompiledPart:
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir()
     job = {"bundle": str(bundle), "stages": part.stages, "options": part.options, "out": str(fresh)}
-    (fresh / "job.json").write_text(json.dumps(job), encoding="utf-8")
-    with (work / part.log).open("w", encoding="utf-8") as log:
-        code = subprocess.run([*_CHILD, str(fresh / "job.json")], stdout=log, stderr=log).returncode
-    if code or not (fresh / "done.json").is_file():
-        raise _failure(bundle, part, work, code)
+    try:
+        peak = run_apart("toolkit.epcontext.child", job, work / part.log)["peak_rss_bytes"]
+    except ChildFailed as failed:
+        raise _failure(bundle, part, work, failed) from None
     _check_nodes(part, fresh)
     files = [path for path in sorted(fresh.iterdir()) if path.suffix in (".onnx", ".bin")]
-    entries = [{"name": path.name, "bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files]
+    entries = [{"name": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in files]
     for path in files:
         os.replace(path, work / path.name)
-    peak = json.loads((fresh / "done.json").read_text(encoding="utf-8"))["peak_rss_bytes"]
     shutil.rmtree(fresh)
     return CompiledPart(part.index, part.key, tuple(entries), time.perf_counter() - start, peak)
 
@@ -128,15 +127,12 @@ def _check_nodes(part: Part, folder: Path) -> None:
             )
 
 
-def _failure(bundle: Path, part: Part, work: Path, code: int) -> MachineError | BundleError:
+def _failure(bundle: Path, part: Part, work: Path, failed: ChildFailed) -> MachineError | BundleError:
     """What a child's end means, and what to change."""
-    log = work / part.log
-    text = log.read_text(encoding="utf-8", errors="replace")
-    lines = [line for line in text.splitlines() if line.strip()]
-    last = next((line for line in reversed(lines) if line.startswith("error: ")), (lines or ["nothing"])[-1])
-    kept = f"; finished parts are kept, the whole output is in {log}"
-    if code == -signal.SIGKILL or any(word in text for word in _NO_MEMORY):
-        how = "was killed" if code < 0 else f"said {last.removeprefix('error: ')[:160]!r}"
+    code, last = failed.code, failed.reason
+    kept = f"; finished parts are kept, the whole output is in {work / part.log}"
+    if code == -_SIGKILL or any(word in failed.output for word in _NO_MEMORY):
+        how = "was killed" if code < 0 else f"said {last[:160]!r}"
         return MachineError(
             f"compiling {_name(part)} ran out of memory ({PACKAGE} {how}): {_what_to_do(bundle, part)}{kept}"
         )
@@ -145,7 +141,7 @@ def _failure(bundle: Path, part: Part, work: Path, code: int) -> MachineError | 
             f"{PACKAGE} crashed compiling {_name(part)} ({signal.Signals(-code).name}), its last words {last[:160]!r}: "
             f"{_what_to_do(bundle, part)}{kept}"
         )
-    return BundleError(f"{PACKAGE} did not compile {_name(part)}: {last.removeprefix('error: ')[:300]}{kept}")
+    return BundleError(f"{PACKAGE} did not compile {_name(part)}: {last}{kept}")
 
 
 def _name(part: Part) -> str:
@@ -163,14 +159,9 @@ def _is_whole(done: CompiledPart, folders: Sequence[Path]) -> bool:
     """Whether each file is in one of the folders with its size and hash."""
     for entry in done.files:
         there = [path for path in (folder / entry["name"] for folder in folders) if path.is_file()]
-        if not any(path.stat().st_size == entry["bytes"] and _sha256(path) == entry["sha256"] for path in there):
+        if not any(path.stat().st_size == entry["bytes"] and file_sha256(path) == entry["sha256"] for path in there):
             return False
     return True
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_journal(work: Path) -> list[CompiledPart]:
@@ -183,6 +174,4 @@ def _read_journal(work: Path) -> list[CompiledPart]:
 
 
 def _write_journal(work: Path, entries: list[CompiledPart]) -> None:
-    fresh = work / f"{JOURNAL_FILE}.new"
-    fresh.write_text("".join(json.dumps(asdict(entry)) + "\n" for entry in entries), encoding="utf-8")
-    os.replace(fresh, work / JOURNAL_FILE)
+    write_text(work / JOURNAL_FILE, "".join(json.dumps(asdict(entry)) + "\n" for entry in entries))

@@ -6,20 +6,17 @@ The graphs are compiled as they are opened, in a process of its own: native code
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from toolkit import names
+from toolkit.apart import ChildFailed, answer, run_apart
 from toolkit.bundle.compiled import uncompiled_settings
 from toolkit.bundle.genai_config import read_settings, stage_sections
 from toolkit.epcontext.htp import PACKAGE, PROVIDER, plugin_library, simulator_options
 from toolkit.errors import BundleError
 from toolkit.evaluate.session import OpenModel, linked_copy
-
-_CHILD: Final = [sys.executable, "-m", "toolkit.evaluate.simulated_loop"]
 
 
 def simulated_continuations(bundle: Path, prompts: Sequence[list[int]], new_tokens: int) -> list[list[int]]:
@@ -29,14 +26,10 @@ def simulated_continuations(bundle: Path, prompts: Sequence[list[int]], new_toke
     Raises BundleError if the simulator did not run the bundle.
     """
     job = {"bundle": str(bundle), "prompts": list(prompts), "new_tokens": new_tokens}
-    done = subprocess.run(
-        _CHILD, input=json.dumps(job), capture_output=True, text=True, encoding="utf-8", errors="replace"
-    )
-    line = (done.stdout.strip().splitlines() or [""])[-1]
-    if done.returncode or not line.startswith("["):
-        said = [text for text in done.stderr.strip().splitlines() if text.strip()] or [f"exit code {done.returncode}"]
-        raise BundleError(f"{PACKAGE} did not run {bundle} in its simulator: {said[-1][:300]}")
-    made: list[list[int]] = json.loads(line)
+    try:
+        made: list[list[int]] = run_apart("toolkit.evaluate.simulated_loop", job)
+    except ChildFailed as failed:
+        raise BundleError(f"{PACKAGE} did not run {bundle} in its simulator: {failed.reason}") from None
     return made
 
 
@@ -60,4 +53,4 @@ def _continue(job: dict[str, Any]) -> list[list[int]]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(_continue(json.loads(sys.stdin.read()))))
+    answer(_continue)

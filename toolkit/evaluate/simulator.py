@@ -6,9 +6,6 @@ be loaded from disk in the simulator, and native code of vendors may crash. T to
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -19,13 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toolkit import names
+from toolkit.apart import ChildFailed, answer, run_apart
 from toolkit.bundle.genai_config import read_settings, soc_options
 from toolkit.epcontext.htp import PACKAGE, PROVIDER, htp_version, open_htp
 from toolkit.errors import BundleError
 from toolkit.evaluate.parity import Comparison
 from toolkit.evaluate.positions import Pipeline
 
-_CHILD: Final = [sys.executable, "-m", "toolkit.evaluate.simulator"]
 _NUMPY: Final[dict[str, type[np.floating[Any]]]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
@@ -159,13 +156,11 @@ def _run_apart(
             "folder": folder,
             "runs": [[run.kind, run.last, run.total] for run in runs],
         }
-        done = subprocess.run(
-            _CHILD, input=json.dumps(job), capture_output=True, text=True, encoding="utf-8", errors="replace"
-        )
-        if done.returncode or not taken.is_file():
-            said = [line for line in done.stderr.strip().splitlines() if line.strip()]
-            last = (said or [f"exit code {done.returncode}"])[-1]
-            raise BundleError(f"{PACKAGE} did not simulate {' and '.join(stages.values())} of {bundle}: {last[:300]}")
+        try:
+            run_apart("toolkit.evaluate.simulator", job)
+        except ChildFailed as failed:
+            what = " and ".join(stages.values())
+            raise BundleError(f"{PACKAGE} did not simulate {what} of {bundle}: {failed.reason}") from None
         with np.load(taken) as arrays:
             return [arrays[name] for name in arrays.files]
 
@@ -197,4 +192,4 @@ def _run_part(job: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    _run_part(json.loads(sys.stdin.read()))
+    answer(_run_part)

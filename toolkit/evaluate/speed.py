@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import statistics
-import subprocess
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from toolkit.apart import ChildFailed, answer, run_apart
 from toolkit.bundle.genai_config import max_length, stage_sections
 from toolkit.errors import BundleError
 from toolkit.evaluate.session import open_model
@@ -72,17 +70,24 @@ def measure_speed(
 
 def measure_speed_apart(bundle: Path, prompt_tokens: int, new_tokens: int, repeat: int) -> dict[str, Any]:
     """`measure_speed` in a process of its own, so that `peak_rss_bytes` is the runtime's alone."""
-    command = [sys.executable, "-m", "toolkit", "bench", str(bundle), "--json"]
-    sizes = ["--prompt-tokens", str(prompt_tokens), "--new-tokens", str(new_tokens), "--repeat", str(repeat)]
-    done = subprocess.run([*command, *sizes], capture_output=True, text=True, encoding="utf-8")
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise BundleError(f"bench failed: {lines[-1].removeprefix('error: ')}")
-    measured: dict[str, Any] = json.loads(done.stdout)
+    job = {"bundle": str(bundle), "sizes": [prompt_tokens, new_tokens, repeat]}
+    try:
+        measured: dict[str, Any] = run_apart("toolkit.evaluate.speed", job)
+    except ChildFailed as failed:
+        raise BundleError(f"the speed of {bundle} could not be measured: {failed.reason}") from None
     return measured
+
+
+def _measure(job: dict[str, Any]) -> dict[str, Any]:
+    """In the child."""
+    return measure_speed(Path(job["bundle"]), *job["sizes"])
 
 
 def _threads(config: dict[str, Any]) -> int:
     """The most threads ORT uses for a stage; 0 in the file means one for each physical core."""
     threads = [int(s["session_options"].get("intra_op_num_threads", 0)) for s in stage_sections(config)]
     return max(count or physical_cores() for count in threads)
+
+
+if __name__ == "__main__":
+    answer(_measure)

@@ -7,9 +7,6 @@ disabled and runs them in its simulator. Native code of vendors may crash, so it
 from __future__ import annotations
 
 import importlib.metadata
-import json
-import subprocess
-import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toolkit import names
+from toolkit.apart import ChildFailed, answer, run_apart
 from toolkit.bundle.genai_config import read_settings, soc_options
 from toolkit.epcontext.htp import open_htp
 from toolkit.errors import BundleError, MachineError
@@ -55,17 +53,17 @@ def run_vendor_apart(bundle: Path, execution_provider: str) -> list[VendorRun]:
         importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         raise MachineError(f"{package} is not installed: pip install {package}") from None
-    command = [sys.executable, "-m", "toolkit.evaluate.vendors", str(bundle), execution_provider]
-    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="replace")
-    line = (done.stdout.strip().splitlines() or [""])[-1]
-    if done.returncode or not line.startswith("["):
-        said = [text for text in done.stderr.strip().splitlines() if text.strip()] or [f"exit code {done.returncode}"]
-        raise BundleError(f"{package} did not run the stages of {bundle}: {said[-1][:300]}")
-    return [VendorRun(**entry) for entry in json.loads(line)]
+    job = {"bundle": str(bundle), "execution_provider": execution_provider}
+    try:
+        made = run_apart("toolkit.evaluate.vendors", job)
+    except ChildFailed as failed:
+        raise BundleError(f"{package} did not run the stages of {bundle}: {failed.reason}") from None
+    return [VendorRun(**entry) for entry in made]
 
 
-def _run(bundle: Path, execution_provider: str) -> list[VendorRun]:
-    """Both stages on one window of ids and the token after it, in turn with ORT."""
+def _run(job: dict[str, Any]) -> list[dict[str, Any]]:
+    """In the child: both stages on one window of ids and the token after it, in turn with ORT."""
+    bundle, execution_provider = Path(job["bundle"]), job["execution_provider"]
     vendor = _openvino if execution_provider == "OpenVINOExecutionProvider" else _qnn
     package = PACKAGES[execution_provider]
     software = f"{package} {importlib.metadata.version(package)}"
@@ -76,7 +74,7 @@ def _run(bundle: Path, execution_provider: str) -> list[VendorRun]:
         reference = step.hidden.astype(np.float64)
         rms = float(np.sqrt(((made.astype(np.float64) - reference) ** 2).mean()))
         runs.append(VendorRun(file, software, rms / float(reference.std()), nodes))
-    return runs
+    return [asdict(run) for run in runs]
 
 
 def _openvino(path: Path, feeds: _Values, output: str) -> tuple[NDArray[Any], dict[str, int]]:
@@ -100,4 +98,4 @@ def _qnn(path: Path, feeds: _Values, output: str) -> tuple[NDArray[Any], dict[st
 
 
 if __name__ == "__main__":
-    print(json.dumps([asdict(entry) for entry in _run(Path(sys.argv[1]), sys.argv[2])]))
+    answer(_run)

@@ -12,6 +12,7 @@ from threading import Lock
 from typing import BinaryIO, Final
 
 from toolkit.errors import MachineError
+from toolkit.files import replacing
 from toolkit.graph.layout import Layout, Unit
 
 JOURNAL_FILE: Final = "journal.jsonl"
@@ -96,9 +97,8 @@ def _prepare(path: Path, nbytes: int, resume: bool, own: Sequence[Path]) -> None
         path.unlink(missing_ok=True)  # never truncated: a finished bundle may share it
         path.touch()
     elif path.stat().st_nlink > sum(other.exists() and os.path.samefile(path, other) for other in own):
-        fresh = path.with_name(path.name + ".own")
-        shutil.copyfile(path, fresh)
-        os.replace(fresh, path)
+        with replacing(path) as fresh:
+            shutil.copyfile(path, fresh)
     os.truncate(path, nbytes)
 
 
@@ -106,12 +106,9 @@ def _link(existing: Path, path: Path) -> bool:
     """Makes `path` another name of `existing`; False where the file system has no hard links."""
     if path.exists() and os.path.samefile(existing, path):
         return True
-    fresh = path.with_name(path.name + ".link")
     try:
-        fresh.unlink(missing_ok=True)
-        os.link(existing, fresh)
-        os.replace(fresh, path)
+        with replacing(path) as fresh:
+            os.link(existing, fresh)
     except OSError:
-        fresh.unlink(missing_ok=True)
         return False
     return True

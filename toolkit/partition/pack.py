@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from toolkit.checkpoint.scan import Rows
 from toolkit.checkpoint.weights import WeightSource
+from toolkit.files import write_text
 from toolkit.machine import fits_the_page_cache
 from toolkit.partition.data_files import DataFile, Destination, disk_error, open_data_files
 from toolkit.partition.prefix_hash import PrefixHash
@@ -117,9 +118,7 @@ def _read_journals(destinations: Sequence[Destination]) -> list[dict[str, Tensor
     kept = [{name: entry for name, entry in journal.items() if name in common} for journal in read]
     for destination, journal in zip(destinations, kept, strict=True):
         whole = "".join(json.dumps(asdict(entry)) + "\n" for entry in journal.values())
-        fresh = destination.journal.with_name(destination.journal.name + ".new")
-        fresh.write_text(whole, encoding="utf-8")
-        os.replace(fresh, destination.journal)
+        write_text(destination.journal, whole)
     return kept
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -23,6 +22,7 @@ from toolkit.checkpoint.linear_inputs import linear_inputs
 from toolkit.checkpoint.opened import Checkpoint
 from toolkit.checkpoint.weights import expected_tensors
 from toolkit.errors import RecipeError
+from toolkit.files import file_sha256
 from toolkit.graph.layout import plan_layout, planned_specs
 from toolkit.partition.data_files import Destination
 from toolkit.partition.solved import open_solved
@@ -146,7 +146,7 @@ def text_digest(recipe: Recipe, checkpoint: Checkpoint) -> dict[str, str]:
         return {"name": "random ids"}
     path = find_text(recipe.calibration, recipe.name, recipe.target, checkpoint)
     try:
-        return {"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        return {"name": path.name, "sha256": file_sha256(path)}
     except OSError as problem:
         raise RecipeError(f"calibration text {path} cannot be read: {problem.strerror}") from None
 

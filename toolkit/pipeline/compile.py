@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +15,7 @@ from toolkit.bundle.manifest import file_entry, read_manifest
 from toolkit.epcontext.htp import PACKAGE, htp_version
 from toolkit.epcontext.parts import CompiledPart, Part, compile_parts, part_key
 from toolkit.errors import BundleError, MachineError, UnsupportedError
+from toolkit.files import replacing, write_json, write_text
 from toolkit.report.summary import amend_report
 from toolkit.report.weights import ceiling_row
 from toolkit.soc import SOCS, Soc
@@ -111,17 +111,15 @@ def _install(
         if (work / entry["name"]).is_file():
             os.replace(work / entry["name"], bundle / entry["name"])
     logs = [f"== {' '.join(part.stages)}\n{_text(work / part.log)}" for part in parts]
-    (bundle / names.COMPILE_LOG_FILE).write_text("\n".join(logs), encoding="utf-8", newline="\n")
-    settings = bundle / f"{names.GENAI_CONFIG_FILE}.new"
-    _write(settings, compiled_settings(config, stages))
-    named = {**file_entry(settings), "name": names.GENAI_CONFIG_FILE}
-    replaced = {entry["name"] for entry in (*entries, named)}
-    kept = [entry for entry in manifest["files"] if entry["name"] not in replaced]
-    manifest["files"] = sorted([*kept, *entries, named], key=lambda entry: str(entry["name"]))
-    manifest["compiled"] = _keys(parts)
-    _write(bundle / f"{names.MANIFEST_FILE}.new", manifest)
-    os.replace(bundle / f"{names.MANIFEST_FILE}.new", bundle / names.MANIFEST_FILE)
-    os.replace(settings, bundle / names.GENAI_CONFIG_FILE)
+    write_text(bundle / names.COMPILE_LOG_FILE, "\n".join(logs))
+    with replacing(bundle / names.GENAI_CONFIG_FILE) as settings:
+        write_json(settings, compiled_settings(config, stages))
+        named = {**file_entry(settings), "name": names.GENAI_CONFIG_FILE}
+        replaced = {entry["name"] for entry in (*entries, named)}
+        kept = [entry for entry in manifest["files"] if entry["name"] not in replaced]
+        manifest["files"] = sorted([*kept, *entries, named], key=lambda entry: str(entry["name"]))
+        manifest["compiled"] = _keys(parts)
+        write_json(bundle / names.MANIFEST_FILE, manifest)
     amend_report(bundle, lambda report: _describe(report, bundle, parts, made, soc), {})
     shutil.rmtree(work)
 
@@ -145,10 +143,6 @@ def _describe(
         {"stages": list(part.stages), "wall_s": done.wall_s, "peak_rss_bytes": done.peak_rss_bytes}
         for part, done in zip(parts, made, strict=True)
     ]
-
-
-def _write(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
 
 
 def _text(path: Path) -> str:

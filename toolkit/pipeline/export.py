@@ -20,6 +20,7 @@ from toolkit.bundle.genai_config import genai_config, pad_token_id
 from toolkit.bundle.manifest import write_manifest
 from toolkit.checkpoint.opened import Checkpoint
 from toolkit.errors import CheckpointError, RecipeError
+from toolkit.files import write_json, write_text
 from toolkit.graph.builder import StageGraph
 from toolkit.machine import package_versions, peak_rss_bytes
 from toolkit.partition.data_files import JOURNAL_FILE, Destination, disk_error
@@ -198,8 +199,7 @@ def _finish(
         for name in tokenizer_files:
             shutil.copyfile(folder / name, partial / name)
         settings = genai_config(plan.checkpoint.config, folder, plan.recipe.context_length, graphs)
-        text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
-        (partial / names.GENAI_CONFIG_FILE).write_text(text, encoding="utf-8", newline="\n")
+        write_json(partial / names.GENAI_CONFIG_FILE, settings)
     with clock.stage("hash", stages):
         graph_files = [graph.stage.file for graph in graphs]
         made = [*graph_files, *packed.sha256, names.GENAI_CONFIG_FILE, *tokenizer_files]
@@ -262,7 +262,7 @@ def _open_partial(out: Path, request: Mapping[str, object]) -> Path:
     if not (marker.is_file() and marker.read_text(encoding="utf-8") == text):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        marker.write_text(text, encoding="utf-8")
+        write_text(marker, text)
     return partial
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from toolkit import names
 from toolkit.errors import BundleError
+from toolkit.files import write_json, write_text
 from toolkit.machine import machine_facts
 from toolkit.report.page import render_report
 
@@ -136,16 +136,9 @@ def write_report(bundle: Path, report: Mapping[str, Any], reasons: Mapping[str, 
     given = {**_OPTIONAL, **(reasons or {})}
     absent = [{"name": name, "reason": reason} for name, reason in given.items() if name not in report]
     whole = {**report, "not_measured": absent}
-    text = json.dumps(whole, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    _replace(bundle / names.REPORT_FILE, text)
-    _replace(bundle / names.REPORT_PAGE_FILE, render_report(whole))
+    write_json(bundle / names.REPORT_FILE, whole)
+    write_text(bundle / names.REPORT_PAGE_FILE, render_report(whole))
     return whole
-
-
-def _replace(path: Path, text: str) -> None:
-    fresh = path.with_name(path.name + ".new")
-    fresh.write_text(text, encoding="utf-8", newline="\n")
-    os.replace(fresh, path)
 
 
 def _now() -> str:

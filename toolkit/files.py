@@ -1,0 +1,73 @@
+"""Files that are whole or not there: written beside their name and renamed, read with a bound, hashed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from toolkit.errors import ToolkitError
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a name beside `path` to write under; the file becomes `path` when the block ends, and goes if it raises.
+
+    Whoever looks at `path` meanwhile, or after a kill, finds the old file or the new one, never half of either.
+    """
+    fresh = path.with_name(path.name + ".new")
+    # What a kill left may be another name of a file that must not be written to.
+    fresh.unlink(missing_ok=True)
+    try:
+        yield fresh
+        os.replace(fresh, path)
+    except BaseException:
+        fresh.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes `text` as UTF-8 with its line ends as they are, whole or not at all."""
+    with replacing(path) as fresh:
+        fresh.write_text(text, encoding="utf-8", newline="\n")
+
+
+def write_json(path: Path, value: object) -> None:
+    """Writes `value` as indented JSON, whole or not at all. Raises ValueError for NaN and infinity."""
+    write_text(path, json_text(value))
+
+
+def json_text(value: object) -> str:
+    """`value` as indented JSON that ends with a line end; raises ValueError for NaN and infinity."""
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def read_json(path: Path, max_bytes: int, error: type[ToolkitError], expected: str) -> dict[str, Any]:
+    """A JSON object from a file of bounded size.
+
+    Raises `error` with the file's name if it cannot be read; `expected` says what a missing one should have been.
+    """
+    try:
+        size = path.stat().st_size
+        if size > max_bytes:
+            raise error(f"{path} has {size} bytes, expected at most {max_bytes}: not a file of this kind")
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise error(f"{path} is missing: {expected}") from None
+    except OSError as problem:
+        raise error(f"{path} cannot be read: {problem.strerror}") from None
+    except (ValueError, RecursionError) as problem:
+        raise error(f"{path} is not valid JSON: {str(problem)[:120]}") from None
+    if not isinstance(value, dict):
+        raise error(f"{path} holds a JSON {type(value).__name__}, expected an object")
+    return value
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
