@@ -1,0 +1,98 @@
+"""The proof story: the bundle beside its checkpoint's reference, on tokens, answers and time; then the verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+from toolkit.bundle.genai_config import read_settings
+from toolkit.checkpoint.opened import Checkpoint
+from toolkit.epcontext.htp import PROVIDER
+from toolkit.evaluate.speed import measure_speed_apart
+from toolkit.pipeline.judge.answers import ReferenceAnswers, answers_not_measured, asked_tasks, baseline_rows, task_rows
+from toolkit.pipeline.judge.effort import Effort
+from toolkit.pipeline.judge.parity import Compared, compare
+from toolkit.pipeline.judge.simulator import run_simulator, simulated_task_rows
+from toolkit.pipeline.judge.subject import Subject, open_subject
+from toolkit.pipeline.judge.verdict import thresholds
+from toolkit.report.sections import NotMeasured
+from toolkit.report.summary import judge, read_report, write_report
+from toolkit.target import CPU_EP
+
+__all__ = ["Effort", "judge_bundle"]
+
+_BENCH: Final = (128, 64, 3)
+
+
+def judge_bundle(
+    bundle: Path, checkpoint: Checkpoint, effort: Effort, progress: Callable[[str], None] = lambda _: None
+) -> dict[str, Any]:
+    """Measures, rewrites report.json and report.html, returns the report.
+
+    Raises BundleError or CheckpointError if either cannot be read or they do not belong together.
+    """
+    subject = open_subject(bundle, checkpoint, effort, progress)
+    report = read_report(bundle, subject.manifest)
+    asked, reference = asked_tasks(subject), ReferenceAnswers(checkpoint)
+    compared = compare(subject)
+    report |= {"parity": compared.parity} | ({"baseline": compared.baseline} if compared.baseline else {})
+    reasons = []
+    if "partition" in report:
+        report["partition"] = _partition(report["partition"], compared)
+        reasons += _not_seen(report["partition"], subject)
+    simulated = run_simulator(subject)
+    if isinstance(simulated, NotMeasured):
+        reasons.append(simulated)
+    elif simulated:
+        rows = simulated_task_rows(subject, asked, reference)
+        reasons += [rows] if isinstance(rows, NotMeasured) else []
+        report["simulator"] = simulated if isinstance(rows, NotMeasured) else {**simulated, "tasks": rows}
+    if effort.baseline is False:
+        reasons.append(NotMeasured("baseline", "left out by --no-baseline"))
+    if asked:
+        report["tasks"] = task_rows(subject, asked, reference)
+        if compared.baseline and (plain := baseline_rows(subject, asked, reference)):
+            report["baseline"]["tasks"] = plain
+    reasons += answers_not_measured(subject, report.get("tasks", []))
+    speed = _speed(subject)
+    if isinstance(speed, NotMeasured):
+        reasons.append(speed)
+    else:
+        report["speed"] = speed
+    report["verdict"] = judge(report, thresholds(subject.manifest, report))
+    return write_report(bundle, report, {entry.name: entry.reason for entry in reasons})
+
+
+def _partition(rows: list[dict[str, Any]], compared: Compared) -> list[dict[str, Any]]:
+    """The stages with where ORT put the nodes of those that are the CPU's."""
+    counts = {row["stage"]: compared.placements[row["stage"]] for row in rows if row["ep"] == CPU_EP}
+    seen = {stage: {"nodes_run": sum(by.values()), "nodes_on_ep": by.get(CPU_EP, 0)} for stage, by in counts.items()}
+    return [{**row, **seen.get(row["stage"], {})} for row in rows]
+
+
+def _not_seen(rows: list[dict[str, Any]], subject: Subject) -> list[NotMeasured]:
+    """Why it is not known where the nodes of an accelerator's stages run, and why there is no compiled binary."""
+    others = sorted({row["ep"] for row in rows if row["ep"] != CPU_EP and not row["compiled"]})
+    if not others:
+        return []
+    ran = "ran" if subject.here else "is not on this machine: every stage ran on the CPU"
+    reason = f"{' and '.join(others)} {ran}; the nodes were checked against the operators it is known to take"
+    compiled = [NotMeasured("partition.bin_bytes", "not compiled ahead of time: `toolkit compile`")]
+    return [*(compiled if PROVIDER in others else []), NotMeasured("partition.nodes_on_ep", reason)]
+
+
+def _speed(subject: Subject) -> dict[str, Any] | NotMeasured:
+    """The medians of a few runs, measured in a process of its own; or why there are none."""
+    if not subject.effort.speed:
+        return NotMeasured("speed", "left out by --no-speed")
+    if not subject.here:
+        return NotMeasured(
+            "speed", "the execution provider of the bundle is not on this machine: `toolkit bench --on-cpu`"
+        )
+    subject.progress("speed")
+    prompt, new, repeat = _BENCH
+    room = read_settings(subject.bundle)["model"]["context_length"]
+    if prompt + new > room:
+        prompt, new = room // 2, room - room // 2
+    return measure_speed_apart(subject.bundle, prompt, new, repeat)

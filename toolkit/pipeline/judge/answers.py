@@ -1,0 +1,80 @@
+"""The tasks put to a bundle, to its checkpoint and to plain 4-bit rounding: the report's `tasks`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from toolkit.checkpoint.opened import Checkpoint
+from toolkit.checkpoint.weights import parameter_count
+from toolkit.errors import RecipeError
+from toolkit.evaluate.answers import Answers, Asked, ask, bundle_answers, compared, reference_answers
+from toolkit.evaluate.rounded import plain_rounding
+from toolkit.evaluate.tasks import read_task
+from toolkit.machine import free_memory_bytes
+from toolkit.pipeline.judge.subject import Subject
+from toolkit.report.sections import NotMeasured
+
+
+def asked_tasks(subject: Subject) -> list[Asked]:
+    """The tasks as the bundle is asked them: the recipe's and a user's own. Raises RecipeError for two of one name."""
+    effort = subject.effort
+    own = [read_task(path, effort.examples) for path in subject.task_files] if effort.tasks else []
+    tasks = [*own, *effort.own_tasks]
+    for k, task in enumerate(tasks):
+        if any(task.name == other.name for other in tasks[:k]):
+            raise RecipeError(f"two tasks are called {task.name!r}: rename the file of one, rows go by its name")
+    return [ask(subject.bundle, task, effort.max_new_tokens, not subject.here) for task in tasks]
+
+
+class ReferenceAnswers:
+    """The checkpoint's answers, each task asked once, and only where its weights fit into memory."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self._resident = 8 * parameter_count(checkpoint.config) < free_memory_bytes()
+        self._made: dict[str, Answers] = {}
+
+    def to(self, asked: Asked, subject: Subject) -> Answers | None:
+        """Its answers to a task; None where it does not fit."""
+        name = asked.task.name
+        if self._resident and name not in self._made:
+            subject.progress(f"task {name}: the reference")
+            self._made[name] = reference_answers(self.checkpoint.config, self.checkpoint.source, asked)
+        return self._made.get(name)
+
+
+def task_rows(subject: Subject, tasks: list[Asked], reference: ReferenceAnswers) -> list[dict[str, Any]]:
+    """Accuracy and length of the bundle's answers to each task, and the checkpoint's where it answers too."""
+    rows = []
+    for asked in tasks:
+        subject.progress(f"task {asked.task.name}: {len(asked.ids)} questions")
+        ours = bundle_answers(subject.bundle, asked, not subject.here)
+        rows.append(task_row(asked, ours, reference.to(asked, subject)))
+    return rows
+
+
+def task_row(asked: Asked, ours: Answers, theirs: Answers | None) -> dict[str, Any]:
+    """One task's row: the bundle's answers, and the checkpoint's to the same questions."""
+    identity = {"name": asked.task.name, "examples": len(asked.ids), "max_new_tokens": asked.new_tokens}
+    beside = {**theirs.figures("reference_"), **compared(ours, theirs)} if theirs else {}
+    return {**identity, **ours.figures(), **beside}
+
+
+def baseline_rows(subject: Subject, tasks: list[Asked], reference: ReferenceAnswers) -> list[dict[str, Any]]:
+    """What plain 4-bit rounding of the checkpoint answers, each task that the checkpoint itself can be asked."""
+    config, source = subject.checkpoint.config, subject.checkpoint.source
+    rows = []
+    for asked in tasks:
+        if reference.to(asked, subject):
+            subject.progress(f"task {asked.task.name}: plain 4-bit rounding")
+            plain = reference_answers(config, plain_rounding(source), asked)
+            rows.append({"name": asked.task.name, "examples": len(asked.ids), **plain.figures()})
+    return rows
+
+
+def answers_not_measured(subject: Subject, rows: list[dict[str, Any]]) -> list[NotMeasured]:
+    """Why there are no tasks, or no answers of the checkpoint to them."""
+    if any("reference_accuracy" not in row for row in rows):
+        reason = "the checkpoint as float32 does not fit into this machine's memory"
+        return [NotMeasured("tasks.reference_accuracy", reason)]
+    return [] if subject.effort.tasks else [NotMeasured("tasks", "left out by --no-tasks")]

@@ -1,0 +1,30 @@
+"""How much `validate` measures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from toolkit.evaluate.tasks import Task
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is measured. `examples` None asks every question of a task; `baseline` None leaves it to the recipe, and
+    `simulate` None to the transformer's size.
+
+    `tasks` asks the recipe's own, beside `own_tasks`; an answer may have `max_new_tokens`. `simulated_examples` of each
+    task are asked in the simulator too, and `simulated_tokens` compared there, 0 for two windows.
+    """
+
+    tokens: int = 2000
+    examples: int | None = None
+    tasks: bool = True
+    own_tasks: tuple[Task, ...] = ()
+    max_new_tokens: int = 300
+    speed: bool = True
+    baseline: bool | None = None
+    text: Path | None = None
+    simulate: bool | None = None
+    simulated_examples: int = 0
+    simulated_tokens: int = 0

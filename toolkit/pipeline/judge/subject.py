@@ -1,0 +1,78 @@
+"""What is judged: a bundle, its checkpoint, and the text both are compared on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from toolkit.bundle.genai_config import read_settings
+from toolkit.bundle.manifest import read_manifest
+from toolkit.checkpoint.opened import Checkpoint
+from toolkit.errors import BundleError
+from toolkit.evaluate.session import is_here
+from toolkit.pipeline.judge.effort import Effort
+from toolkit.pipeline.text import token_sequences
+from toolkit.recipe import data_folder, model_facts
+
+# The prompt and the length of the greedy continuations through onnxruntime-genai.
+GREEDY_PROMPT: Final = 24
+_TEXT_FILE: Final = "reasoning.jsonl"
+# The tokens that a passage of a thought needs to be one.
+_SHORTEST: Final = 160
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One validation's inputs, opened.
+
+    `sequences` are the token ids that bundle and checkpoint are compared on, `task_files` the recipe's questions,
+    `here` says whether this machine has every execution provider of the bundle (else all runs on the CPU), and
+    `progress` takes a line for each step.
+    """
+
+    bundle: Path
+    manifest: dict[str, Any]
+    checkpoint: Checkpoint
+    effort: Effort
+    sequences: list[list[int]]
+    task_files: tuple[Path, ...]
+    here: bool
+    progress: Callable[[str], None]
+
+    @property
+    def wants_baseline(self) -> bool:
+        """Whether plain 4-bit rounding is measured beside."""
+        return bool(self.manifest["recipe"]["baseline"] if self.effort.baseline is None else self.effort.baseline)
+
+
+def open_subject(bundle: Path, checkpoint: Checkpoint, effort: Effort, progress: Callable[[str], None]) -> Subject:
+    """A bundle beside its checkpoint. Raises BundleError if it cannot be read or was not made from the checkpoint,
+    CheckpointError for a text that holds none."""
+    manifest = read_manifest(bundle)
+    _check_same(manifest, checkpoint)
+    recipe = manifest["recipe"]
+    task_files = tuple(_task_file(name, recipe, checkpoint) for name in recipe["tasks"])
+    text = effort.text or (*task_files, data_folder("models") / _TEXT_FILE)[0]
+    sequences = token_sequences(checkpoint, text, effort.tokens, _SHORTEST)
+    here = is_here(read_settings(bundle))
+    return Subject(bundle, manifest, checkpoint, effort, sequences, task_files, here, progress)
+
+
+def _check_same(manifest: dict[str, Any], checkpoint: Checkpoint) -> None:
+    """Compares names and sizes: hashing 30 GB to be told what was just read would double the wait."""
+    made_from = {entry["name"]: entry.get("bytes") for entry in manifest["checkpoint"]}
+    found = {entry["name"]: entry.get("bytes") for entry in checkpoint.source.identity()}
+    if made_from != found:
+        raise BundleError(
+            f"the bundle was made from {', '.join(made_from)}, the checkpoint in {checkpoint.folder} has "
+            f"{', '.join(map(str, found))} or other sizes: name the right one with --checkpoint"
+        )
+
+
+def _task_file(task: str, recipe: dict[str, Any], checkpoint: Checkpoint) -> Path:
+    """The file of a task's questions: the checkpoint's own, or the one beside the model's facts."""
+    own = checkpoint.folder / f"{task}.jsonl"
+    facts = model_facts(recipe["name"], recipe["target"])
+    return facts / own.name if facts and not own.is_file() else own
