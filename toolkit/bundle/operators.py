@@ -39,7 +39,7 @@ def place_bundle(bundle: Path, target_name: str, window: int, parts: int = 1) ->
 
 
 def place(graph: GraphInterface, stage: Stage) -> Placement:
-    """One stage."""
+    """One stage's nodes beside the table of what its execution provider takes."""
     support, cpu = support_of(stage.execution_provider), support_of(CPU_EP)
     reasons: dict[str, list[str]] = defaultdict(list)
     outside = legal = 0

@@ -62,7 +62,7 @@ class Answers:
         return {f"{prefix}{name}": value for name, value in {"accuracy": accuracy, **error, **length}.items()}
 
     def first(self, count: int) -> Answers:
-        """To the first questions."""
+        """The answers to the first `count` questions alone."""
         return Answers(self.right[:count], self.tokens[:count], self.truncated[:count])
 
 

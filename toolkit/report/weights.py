@@ -98,7 +98,7 @@ def ceiling_section(layout: Layout, soc: Soc) -> list[dict[str, Any]]:
 
 
 def ceiling_row(weight_bytes_per_token: int, soc: Soc) -> dict[str, Any]:
-    """The bound of one SoC."""
+    """The bound that one SoC's memory bandwidth sets on decoding, as a row of `ceiling`."""
     return {
         "device": soc.device,
         "memory_bytes_per_s": soc.memory_bytes_per_s,

@@ -1,4 +1,4 @@
-"""How much `validate` measures."""
+"""How much of a bundle `validate` measures, as its options ask for."""
 
 from __future__ import annotations
 
