@@ -35,11 +35,12 @@ def write_graphs(checkpoint: Path, folder: Path, target: str = "cpu", recipe: Re
     padded = pad_heads(open_checkpoint(checkpoint), HEAD_DIM_MULTIPLE)
     layout = plan_layout(padded.config, row, recipe)
     pack_weights(padded.source, [Destination(layout, folder)])
-    pad = pad_token_id(padded.config, checkpoint)
+    pad = pad_token_id(padded.config, padded.side)
+    stop_ids = padded.side.generation.eos_token_ids or padded.config.eos_token_ids
     graphs = lower(padded.config, layout, row, recipe or recipe_for(target), pad)
     for graph in graphs:
         graph.save(folder)
-    settings = genai_config(padded.config, checkpoint, CONTEXT_LENGTH, graphs)
+    settings = genai_config(padded.config, padded.side, stop_ids, CONTEXT_LENGTH, graphs)
     (folder / "genai_config.json").write_text(json.dumps(settings), encoding="utf-8")
     return layout
 

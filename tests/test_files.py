@@ -58,7 +58,7 @@ def test_json_is_utf8_with_line_ends_of_one_byte(tmp_path: Path) -> None:
     ("content", "words"),
     [
         (None, "is missing: a bundle has one"),
-        (b"{" + b" " * 100 + b"}", "has 102 bytes, expected at most 100"),
+        (b"{" + b" " * 100 + b"}", "has more than 100 bytes"),
         (b"{", "is not valid JSON"),
         (b"\xff{}", "is not valid JSON"),
         (b"[" * 90, "is not valid JSON"),

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from toolkit.errors import ToolkitError
+
+# How the placeholder begins that git keeps for a large file (git-lfs' specification, version 1).
+LFS_POINTER: Final = b"version https://git-lfs.github.com/spec/"
 
 
 @contextmanager
@@ -52,10 +57,8 @@ def read_json(path: Path, max_bytes: int, error: type[ToolkitError], expected: s
     Raises `error` with the file's name if it cannot be read; `expected` says what a missing one should have been.
     """
     try:
-        size = path.stat().st_size
-        if size > max_bytes:
-            raise error(f"{path} has {size} bytes, expected at most {max_bytes}: not a file of this kind")
-        value = json.loads(path.read_text(encoding="utf-8"))
+        text = _read_bounded(path, max_bytes, error)
+        value = json.loads(text.decode("utf-8"))
     except FileNotFoundError:
         raise error(f"{path} is missing: {expected}") from None
     except OSError as problem:
@@ -65,6 +68,33 @@ def read_json(path: Path, max_bytes: int, error: type[ToolkitError], expected: s
     if not isinstance(value, dict):
         raise error(f"{path} holds a JSON {type(value).__name__}, expected an object")
     return value
+
+
+def read_text(path: Path, max_bytes: int, error: type[ToolkitError]) -> str:
+    """The text of a file in UTF-8 that is not empty and of bounded size. Raises `error` with the file's name."""
+    try:
+        return _read_bounded(path, max_bytes, error).decode("utf-8")
+    except OSError as problem:
+        raise error(f"{path} cannot be read: {problem.strerror}") from None
+    except UnicodeDecodeError:
+        raise error(f"{path} is not text in UTF-8") from None
+
+
+def _read_bounded(path: Path, max_bytes: int, error: type[ToolkitError]) -> bytes:
+    """The content of a regular file of text; a pipe, a device or a placeholder for a file is an error of its own."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise error(f"{path} is no regular file")
+    with path.open("rb") as file:
+        content = file.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise error(f"{path} has more than {max_bytes} bytes, expected at most so many: not a file of this kind")
+    if not content:
+        raise error(f"{path} is empty")
+    if content.startswith(LFS_POINTER):
+        raise error(f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` in its folder")
+    if content.startswith(codecs.BOM_UTF8):
+        raise error(f"{path} begins with a byte order mark, which programs stumble over: save it as UTF-8 without one")
+    return content
 
 
 def file_sha256(path: Path) -> str:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from toolkit import names
-from toolkit.checkpoint.config import ModelConfig, read_checkpoint_json
+from toolkit.checkpoint.config import ModelConfig
+from toolkit.checkpoint.side_files import Sampling, SideFiles
 from toolkit.errors import BundleError
 from toolkit.files import read_json
 from toolkit.graph.builder import StageGraph
@@ -30,17 +31,17 @@ _RUNS: Final[dict[str, dict[str, bool]]] = {
 
 
 def genai_config(
-    config: ModelConfig, checkpoint: Path, context_length: int, graphs: Sequence[StageGraph]
+    config: ModelConfig, side: SideFiles, stop_ids: Sequence[int], context_length: int, graphs: Sequence[StageGraph]
 ) -> dict[str, Any]:
-    """The whole file as an object; `checkpoint` is read for its tokenizer and generation config alone."""
-    generation = _object(checkpoint / "generation_config.json")
+    """Composes the whole file as an object; `stop_ids` end an answer, `side` has how text is to be sampled."""
+    bos = side.generation.bos_token_id
     model = {
         "type": config.model_type if len(graphs) == 1 else PIPELINE_TYPE,
         "vocab_size": config.vocab_size,
         "context_length": context_length,
-        "pad_token_id": pad_token_id(config, checkpoint),
-        "eos_token_id": generation.get("eos_token_id", list(config.eos_token_ids)),
-        "bos_token_id": generation.get("bos_token_id", config.bos_token_id),
+        "pad_token_id": pad_token_id(config, side),
+        "eos_token_id": list(stop_ids),
+        "bos_token_id": config.bos_token_id if bos is None else bos,
         "decoder": {
             "hidden_size": config.hidden_size,
             "head_size": config.head_dim,
@@ -55,14 +56,23 @@ def genai_config(
         # 0.16.0 sizes the cache of a pipeline at window + 16 unless a chunk is the whole context.
         **({"chunk_size": context_length} if len(graphs) > 1 else {}),
         "past_present_share_buffer": True,
-        "do_sample": bool(generation.get("do_sample", False)),
-        "temperature": float(generation.get("temperature", 1.0)),
-        "top_k": int(generation.get("top_k", 50)),
-        "top_p": float(generation.get("top_p", 1.0)),
+        **_sampling(side.generation.sampling),
     }
     if model["bos_token_id"] is None:
         del model["bos_token_id"]
     return {"model": model, "search": search}
+
+
+def _sampling(given: Sampling) -> dict[str, bool | int | float]:
+    """What onnxruntime-genai's `search` reads of it: all but min_p, for which 0.18 has no key."""
+    optional = ("repetition_penalty", "no_repeat_ngram_size", "min_length")
+    return {
+        "do_sample": bool(given.do_sample),
+        "temperature": 1.0 if given.temperature is None else given.temperature,
+        "top_k": 50 if given.top_k is None else given.top_k,
+        "top_p": 1.0 if given.top_p is None else given.top_p,
+        **{key: value for key in optional if (value := getattr(given, key)) is not None},
+    }
 
 
 def _one_graph(graph: StageGraph) -> dict[str, Any]:
@@ -161,23 +171,15 @@ def stage_sections(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     return stages or [decoder]
 
 
-def pad_token_id(config: ModelConfig, checkpoint: Path) -> int:
-    """An id that cannot occur in text: a reserved token, else a vocabulary row the tokenizer never emits."""
-    tokenizer = _object(checkpoint / names.TOKENIZER_FILE)
-    vocabulary = tokenizer.get("model", {}).get("vocab", {})
-    added = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
+def pad_token_id(config: ModelConfig, side: SideFiles) -> int:
+    """An id that cannot occur in text: a reserved token, else a row of the embedding that the tokenizer never emits."""
+    added = {} if side.vocabulary is None else side.vocabulary.added
     for token in _PAD_TOKENS:
         if token in added:
-            return int(added[token])
-    if isinstance(vocabulary, dict):
-        used = set(vocabulary.values()) | set(added.values())
-        if config.vocab_size - 1 not in used:
-            return config.vocab_size - 1
+            return added[token]
+    used = frozenset() if side.vocabulary is None else side.vocabulary.ids
+    if config.vocab_size - 1 not in used:
+        return config.vocab_size - 1
     if config.pad_token_id is not None:
         return config.pad_token_id
     return config.eos_token_ids[0] if config.eos_token_ids else 0
-
-
-def _object(path: Path) -> dict[str, Any]:
-    """A checkpoint's JSON file; empty if it has none. Raises CheckpointError for one that cannot be read."""
-    return read_checkpoint_json(path, _MAX_TOKENIZER_BYTES) if path.is_file() else {}

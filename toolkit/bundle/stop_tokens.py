@@ -38,10 +38,10 @@ class StopToken:
     sources: tuple[str, ...]
 
 
-def stop_tokens(side: SideFiles, config_ids: tuple[int, ...], template: str, vocab_size: int) -> list[StopToken]:
+def stop_tokens(side: SideFiles, config_ids: tuple[int, ...], vocab_size: int) -> list[StopToken]:
     """Every id that ends an answer, those of generation_config.json first.
 
-    `config_ids` are config.json's, `template` the chat template's text or nothing. Raises CheckpointError if no file
+    `config_ids` are config.json's. Raises CheckpointError if no file
     names any, or if one names an id without a row in the embedding.
     """
     found: dict[int, list[str]] = {}
@@ -62,11 +62,12 @@ def stop_tokens(side: SideFiles, config_ids: tuple[int, ...], template: str, voc
     vocabulary = side.vocabulary
     if vocabulary is not None:
         for file, text in side.eos_token.items():
-            if (token_id := vocabulary.id_of(text)) is not None:
-                name(token_id, f"{file} (eos_token)")
+            known = vocabulary.id_of(text)
+            if known is not None:
+                name(known, f"{file} (eos_token)")
         for text in _END_OF_TURN:
             message_end = _ENDS_MESSAGES.get(text) in vocabulary.added
-            if text in template and text in vocabulary.added and not message_end:
+            if any(text in template for template in side.templates) and text in vocabulary.added and not message_end:
                 name(vocabulary.added[text], "the chat template")
     if not found:
         raise CheckpointError(

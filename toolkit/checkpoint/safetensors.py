@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import json
 import math
+import stat
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from toolkit.errors import CheckpointError
+from toolkit.files import LFS_POINTER
 
 MAX_HEADER_BYTES: Final = 100_000_000
 ITEM_BYTES: Final = {"BF16": 2, "F16": 2, "F32": 4}
@@ -50,9 +52,16 @@ class TensorRef:
 def read_header(path: Path) -> dict[str, TensorRef]:
     """Every tensor of one file, by name. Raises CheckpointError if the file is not whole and well-formed."""
     try:
-        size = path.stat().st_size
+        status = path.stat()
+        size = status.st_size
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointError(f"{path} is no regular file")
         with path.open("rb") as file:
             prefix = file.read(8)
+            if prefix == LFS_POINTER[:8]:
+                raise CheckpointError(
+                    f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` in its folder"
+                )
             if len(prefix) < 8:
                 raise CheckpointError(f"{path} has {size} bytes, too few for a safetensors file: download it again")
             (length,) = struct.unpack("<Q", prefix)

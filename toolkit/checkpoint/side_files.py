@@ -1,5 +1,5 @@
 """What stands beside the weights in a checkpoint's folder, read and checked before a weight is: generation_config.json,
-tokenizer.json, tokenizer_config.json and special_tokens_map.json.
+tokenizer.json, tokenizer_config.json and special_tokens_map.json and the chat templates.
 
 A key that is absent, or null, is None here. Whatever else is not of its type, or not in its range, is one line with the
 file, the key, what was found and what was expected.
@@ -8,20 +8,24 @@ file, the key, what was found and what was expected.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from toolkit import names
 from toolkit.errors import CheckpointError
-from toolkit.files import read_json
+from toolkit.files import read_json, read_text
 
 GENERATION_FILE: Final = "generation_config.json"
 TOKENIZER_CONFIG_FILE: Final = "tokenizer_config.json"
 SPECIAL_TOKENS_FILE: Final = "special_tokens_map.json"
+TEMPLATE_FILE: Final = "chat_template.jinja"
+# Where a checkpoint with several has those that are not the default.
+TEMPLATES_FOLDER: Final = "additional_chat_templates"
 # Gemma's tokenizer.json, the largest published one, has 33 MB.
 _MAX_BYTES: Final = 256 << 20
+_MAX_TEMPLATE_BYTES: Final = 1 << 20
 _EXPECTED: Final = "a checkpoint folder in Hugging Face layout has one"
 
 
@@ -65,12 +69,12 @@ class Vocabulary:
 @dataclass(frozen=True)
 class SideFiles:
     """Everything the folder says beside the weights. `vocabulary` is None where there is no tokenizer.json; `eos_token`
-    has the text of the tokenizer's end-of-text token by the file that names it."""
+    has the text of the tokenizer's end-of-text token by the file that names it, `templates` every chat template."""
 
     generation: Generation = Generation()
     vocabulary: Vocabulary | None = None
     eos_token: Mapping[str, str] = field(default_factory=dict)
-    tokenizer_config: Mapping[str, Any] = field(default_factory=dict)
+    templates: tuple[str, ...] = ()
 
 
 def read_side_files(folder: Path, vocab_size: int) -> SideFiles:
@@ -91,7 +95,7 @@ def read_side_files(folder: Path, vocab_size: int) -> SideFiles:
         generation=_generation(_Values(folder / GENERATION_FILE), vocab_size),
         vocabulary=_vocabulary(tokenizer, folder / names.TOKENIZER_FILE) if tokenizer else None,
         eos_token=eos,
-        tokenizer_config=config,
+        templates=tuple(_templates(folder, config)),
     )
 
 
@@ -180,7 +184,7 @@ def _vocabulary(raw: Mapping[str, Any], path: Path) -> Vocabulary:
     else:
         tokens = listed if isinstance(listed, dict) else None
     if not tokens or not all(_is_id(value) for value in tokens.values()):
-        raise CheckpointError(f"{path} holds no vocabulary of tokens with ids: it is not a tokenizer's file, or damaged")
+        raise CheckpointError(f"{path} holds no vocabulary of tokens with ids: not a tokenizer's file, or damaged")
     added = raw.get("added_tokens")
     added = [] if added is None else added
     whole = isinstance(added, list) and all(
@@ -190,6 +194,21 @@ def _vocabulary(raw: Mapping[str, Any], path: Path) -> Vocabulary:
         raise CheckpointError(f"{path}: added_tokens holds an entry without content and id: it is damaged")
     by_text = {str(token["content"]): int(token["id"]) for token in added}
     return Vocabulary(by_text, tokens, frozenset(tokens.values()) | frozenset(by_text.values()))
+
+
+def _templates(folder: Path, config: Mapping[str, Any]) -> Iterator[str]:
+    """Every chat template's text: in tokenizer_config.json as one or as a list with names, or in files of their own."""
+    value = config.get("chat_template")
+    entries = value if isinstance(value, list) else [] if value is None else [{"template": value}]
+    for entry in entries:
+        text = entry.get("template") if isinstance(entry, dict) else None
+        if not isinstance(text, str):
+            where = folder / TOKENIZER_CONFIG_FILE
+            raise CheckpointError(f"{where}: chat_template is {_short(value)}, expected a text or a list of named ones")
+        yield text
+    for path in (folder / TEMPLATE_FILE, *sorted((folder / TEMPLATES_FOLDER).glob("*.jinja"))):
+        if path.exists():
+            yield read_text(path, _MAX_TEMPLATE_BYTES, CheckpointError)
 
 
 def _token_text(raw: Mapping[str, Any], key: str, path: Path) -> str | None:

@@ -105,7 +105,7 @@ def export_planned(plans: Sequence[ExportPlan], progress: Callable[[str], None] 
         plans = [replace(plan, out=_checked_place(plan.out)) for plan in plans]
         checkpoint = plans[0].checkpoint
         tokenizer_files = _tokenizer_files(checkpoint)
-        pad = pad_token_id(checkpoint.config, checkpoint.folder)
+        pad = pad_token_id(checkpoint.config, checkpoint.side)
         for plan in plans:
             _graphs(plan, pad)
             if plan.calibration:
@@ -198,12 +198,15 @@ def _finish(
             graph.save(partial)
         for name in tokenizer_files:
             shutil.copyfile(folder / name, partial / name)
-        settings = genai_config(plan.checkpoint.config, folder, plan.recipe.context_length, graphs)
+        stop_ids = [token.id for token in plan.stop_tokens]
+        config, length = plan.checkpoint.config, plan.recipe.context_length
+        settings = genai_config(config, plan.checkpoint.side, stop_ids, length, graphs)
         write_json(partial / names.GENAI_CONFIG_FILE, settings)
     with clock.stage("hash", stages):
         graph_files = [graph.stage.file for graph in graphs]
         made = [*graph_files, *packed.sha256, names.GENAI_CONFIG_FILE, *tokenizer_files]
-        asked = {**begun.request, "checkpoint": source.digests()}
+        stops = [asdict(token) for token in plan.stop_tokens]
+        asked = {**begun.request, "stop_tokens": stops, "checkpoint": source.digests()}
         manifest = write_manifest(partial, made, asked, packed.sha256)
     report = begin_report(manifest)
     report["quantization"] = quantization_section(plan.layout, packed.errors)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from toolkit import names
+from toolkit.bundle.stop_tokens import StopToken, stop_tokens
 from toolkit.checkpoint.config import ModelConfig, read_config
 from toolkit.checkpoint.opened import Checkpoint
 from toolkit.checkpoint.padded_heads import pad_heads
@@ -72,6 +73,7 @@ class ExportPlan:
     kv_cache_bytes: int
     calibration: CalibrationCost | None
     salient_inputs: list[str]
+    stop_tokens: tuple[StopToken, ...]
     disk_needed_bytes: int
     disk_free_bytes: int
 
@@ -127,6 +129,7 @@ def plan_export(recipe: Recipe, checkpoint: Checkpoint, out: Path, precision: st
         kv_cache_bytes=2 * item_bytes * recipe.context_length * config.num_hidden_layers * config.kv_size,
         calibration=cost,
         salient_inputs=salient,
+        stop_tokens=tuple(_stop_tokens(opened)),
         # What a budget buys is known once the text has been read.
         disk_needed_bytes=max(layout.nbytes, int(recipe.bits_per_weight * layout.weights() / 8))
         + graph_bytes
@@ -135,6 +138,14 @@ def plan_export(recipe: Recipe, checkpoint: Checkpoint, out: Path, precision: st
         + (cost.disk_bytes if cost else 0),
         disk_free_bytes=shutil.disk_usage(existing).free,
     )
+
+
+def _stop_tokens(checkpoint: Checkpoint) -> list[StopToken]:
+    """The ids that end an answer. Random weights answer nothing, and may have none."""
+    config = checkpoint.config
+    if checkpoint.synthetic and not (config.eos_token_ids or checkpoint.side.generation.eos_token_ids):
+        return []
+    return stop_tokens(checkpoint.side, config.eos_token_ids, config.vocab_size)
 
 
 def _target(recipe: Recipe, precision: str) -> Target:
