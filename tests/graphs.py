@@ -25,7 +25,8 @@ SET_EIGHT_BITS = tuple(word for change in EIGHT_BITS for word in ("--set", chang
 
 def recipe_for(target: str, rules: tuple[QuantRule, ...] = (QuantRule("*"),)) -> Recipe:
     """A recipe of the tests' context and window."""
-    return Recipe("r", "m", target, CONTEXT_LENGTH, rules, {}, window=WINDOW if TARGETS[target].partitioned else 0)
+    window = WINDOW if TARGETS[target].partitioned else 0
+    return Recipe("r", "m", target, CONTEXT_LENGTH, rules, {}, window=window, quality="fast")
 
 
 def write_graphs(checkpoint: Path, folder: Path, target: str = "cpu", recipe: Recipe | None = None) -> Layout:

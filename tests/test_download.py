@@ -105,7 +105,18 @@ def _export(hub: Hub, home: Path, out: Path, offline: str) -> subprocess.Complet
         "NO_PROXY": "127.0.0.1",
         "no_proxy": "127.0.0.1",
     }
-    command = [sys.executable, "-m", "toolkit", "export", "cpu", "--checkpoint", REPO, "--no-validate"]
+    command = [
+        sys.executable,
+        "-m",
+        "toolkit",
+        "export",
+        "cpu",
+        "--checkpoint",
+        REPO,
+        "--no-validate",
+        "--quality",
+        "fast",
+    ]
     return subprocess.run(
         [*command, "--out", str(out)], env=environment, capture_output=True, text=True, encoding="utf-8"
     )

@@ -33,7 +33,10 @@ RULES = (
     QuantRule("model.layers.0.self_attn.v_proj", "rtn", 8, 32),
     QuantRule("*", "kquant", 4, 32),
 )
-RECIPES: dict[str, Recipe | None] = {"fp32": None, "quantized": Recipe("pack-cpu", "pack", "cpu", 128, RULES, {})}
+RECIPES: dict[str, Recipe | None] = {
+    "fp32": None,
+    "quantized": Recipe("pack-cpu", "pack", "cpu", 128, RULES, {}, quality="fast"),
+}
 
 
 @pytest.fixture(params=["stored", "synthetic"])

@@ -53,7 +53,7 @@ def _layout(checkpoint: Checkpoint, target: str) -> Layout:
     """Four bits everywhere, without zero points in openvino's transformer."""
     rules = (OUTSIDE, QuantRule("*", "kquant", 4, 32, symmetric=target == "openvino"))
     window = WINDOW if TARGETS[target].partitioned else 0
-    recipe = Recipe(f"r-{target}", "m", target, CONTEXT_LENGTH, rules, {}, window=window)
+    recipe = Recipe(f"r-{target}", "m", target, CONTEXT_LENGTH, rules, {}, window=window, quality="fast")
     return plan_layout(checkpoint.config, TARGETS[target], recipe)
 
 

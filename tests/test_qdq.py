@@ -150,7 +150,7 @@ def _error_on(bundle: Path, checkpoint: Checkpoint, ids: list[int]) -> float:
     return float(np.sqrt(((made - expected) ** 2).mean()) / expected.std())
 
 
-SMALL = ("profile=lpbq", "context_length=64", "window=16")
+SMALL = ("quality=fast", "profile=lpbq", "context_length=64", "window=16")
 
 
 def test_heads_with_norms_of_their_own(tmp_path: Path) -> None:

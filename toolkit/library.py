@@ -21,7 +21,7 @@ from toolkit.pipeline.export import Order, export_planned, plan_exports
 from toolkit.pipeline.inspect import inspect_path
 from toolkit.pipeline.judge import Effort, judge_bundle
 from toolkit.pipeline.plan import ExportPlan, shorten_context
-from toolkit.recipe import Recipe, load_recipe, model_facts
+from toolkit.recipe import Recipe, load_recipe, meant_recipe, model_facts
 from toolkit.target import TARGETS
 
 Progress = Callable[[str], None]
@@ -51,15 +51,17 @@ def plan(
     precision: str = "int4",
     synthetic: bool = False,
     shapes_alone: bool = False,
+    note: Progress = _silent,
 ) -> list[ExportPlan]:
     """Decides everything about exports of one checkpoint and writes nothing: a plan for each recipe, in order.
 
-    A recipe is a path, a name such as `14b-cpu`, or a bare target such as `cpu` with `checkpoint`, which is a folder or
-    a hub id and otherwise the recipe's own model. `out` is where the bundle goes, or several of them, `build/` if it is
-    not given; `changes` are `key=value` as for `--set`; `quality` is `fast`, `balanced` or `best`, `calibration` the
-    path of a text, `precision` `int4` or `fp32`. `synthetic` stands random weights in for the checkpoint's, which get
-    the quality `fast` unless another is named: they have no salient channels. With `shapes_alone` nothing is
-    downloaded, the shapes are the model's published ones, and the plan is not one to export.
+    A recipe is a path, a name such as `14b-cpu`, a hub id that a recipe has for its model, or a bare target such as
+    `cpu` with `checkpoint`, which is a folder or a hub id and otherwise the recipe's own model. `out` is where the
+    bundle goes, or several of them, `build/` if it is not given; `changes` are `key=value` as for `--set`; `quality` is
+    `fast`, `balanced` or `best`, `calibration` the path of a text, `precision` `int4` or `fp32`. `synthetic` stands
+    random weights in for the checkpoint's, which get the quality `fast` unless another is named: they have no salient
+    channels. With `shapes_alone` nothing is downloaded, the shapes are the model's published ones, and the plan is not
+    one to export. `note` is told in one line which recipe a hub id means.
 
     Raises RecipeError or CheckpointError for what does not exist or does not belong together, UnsupportedError for what
     the target cannot do.
@@ -70,10 +72,16 @@ def plan(
     }
     changes = [*changes, *(f"{key}={json.dumps(value)}" for key, value in asked.items() if value)]
     place = None if checkpoint is None else str(checkpoint)
+    for name in names:
+        if (meant := meant_recipe(name, place)) != name:
+            note(f"{place if name in TARGETS else name} has a recipe of its own: {meant}")
     loaded = [load_recipe(name, changes, place) for name in names]
     _check_one_checkpoint(loaded, place)
-    shapes_alone = synthetic or shapes_alone
-    opened = _opened(place or (None if shapes_alone else loaded[0].model), loaded[0].facts(), shapes_alone)
+    # A model that is a folder is here: a plan reads its headers too.
+    here = Path(loaded[0].model).is_dir()
+    if here or not (synthetic or shapes_alone):
+        place = place or loaded[0].model
+    opened = _opened(place, loaded[0].facts(), synthetic or (shapes_alone and not here))
     if not any(change.startswith("context_length=") for change in changes):
         loaded = [
             shorten_context(recipe, opened.config) if name in TARGETS else recipe

@@ -101,7 +101,7 @@ class Target:
     `window` is the context stage's sequence length, 0 where the whole model is one graph. `soc` names what its stages
     are compiled for ahead of time, in parts of limited size, where there is such a step. `profiles` are the forms
     that a recipe chooses from where there are several, its default first; `form` is what needs no text. `quantize`,
-    `context_length` and `validate` are the defaults of a checkpoint without a recipe of its own.
+    `context_length` and `validate` are what a recipe has that does not say them.
     """
 
     name: str
@@ -113,6 +113,17 @@ class Target:
     validate: dict[str, float]
     soc: str = ""
     profiles: tuple[Profile, ...] = ()
+
+    def defaults(self) -> dict[str, Any]:
+        """What a recipe for this target has for each key that it does not say; a fresh object each time."""
+        return {
+            "context_length": self.context_length,
+            "quantize": [dict(rule) for rule in self.quantize],
+            "validate": dict(self.validate),
+            "window": self.window,
+            "soc": self.soc,
+            "profile": next((profile.name for profile in self.profiles), ""),
+        }
 
     @property
     def partitioned(self) -> bool:
@@ -180,6 +191,10 @@ _CPU_RULES: Final = (
 _OUTSIDE_RULE: Final = {"match": "lm_head|model.embed_tokens", "bits": 4, "block_size": 32}
 _SPLIT_RULES: Final = (_OUTSIDE_RULE, {"match": "*", "bits": 4, "block_size": 128})
 
+# Between the two figures known of a real model, Qwen2.5-Coder-0.5B on reasoning text: .0805 (cpu) and .0791 (qnn) with
+# these rules at `balanced`, .0975 for plain rounding in blocks of 32 (rtn, symmetric).
+_THRESHOLDS: Final = {"mean_kld": 0.09}
+
 # Why each is as it is: bundle/operators.json, with sources.
 _PARTS: Final = Form(packed_qkv=False, bias_in_matmul=False, local_window=False, opset=21, accuracy_level=0)
 _DML_FORM: Final = replace(_PARTS, activations="float16", rotary_in_attention=False, annotated=True)
@@ -209,7 +224,7 @@ TARGETS: Final[dict[str, Target]] = {
         window=0,
         context_length=4096,
         quantize=_CPU_RULES,
-        validate={"mean_kld": 0.1},
+        validate=_THRESHOLDS,
     ),
     "cpu-split": Target(
         name="cpu-split",
@@ -218,7 +233,7 @@ TARGETS: Final[dict[str, Target]] = {
         window=64,
         context_length=4096,
         quantize=_SPLIT_RULES,
-        validate={"mean_kld": 0.1},
+        validate=_THRESHOLDS,
     ),
     "dml": Target(
         name="dml",
@@ -239,7 +254,7 @@ TARGETS: Final[dict[str, Target]] = {
         window=0,
         context_length=4096,
         quantize=_SPLIT_RULES,
-        validate={"mean_kld": 0.1},
+        validate=_THRESHOLDS,
     ),
     "openvino": Target(
         name="openvino",
@@ -255,7 +270,7 @@ TARGETS: Final[dict[str, Target]] = {
         window=64,
         context_length=4096,
         quantize=(_OUTSIDE_RULE, {"match": "*", "bits": 4, "block_size": 128, "symmetric": True}),
-        validate={"mean_kld": 0.1},
+        validate=_THRESHOLDS,
     ),
     "qnn": Target(
         name="qnn",
@@ -278,7 +293,7 @@ TARGETS: Final[dict[str, Target]] = {
         window=64,
         context_length=4096,
         quantize=(_OUTSIDE_RULE, {"match": "*", "bits": 4, "block_size": 64}),
-        validate={"mean_kld": 0.1},
+        validate=_THRESHOLDS,
         soc="x-elite",
         profiles=_QNN_PROFILES,
     ),
@@ -295,6 +310,6 @@ TARGETS: Final[dict[str, Target]] = {
         window=64,
         context_length=4096,
         quantize=_SPLIT_RULES,
-        validate={"mean_kld": 0.1},
+        validate=_THRESHOLDS,
     ),
 }

@@ -44,7 +44,8 @@ def export(
     as_json: bool,
     **effort: Any,
 ) -> None:
-    """Convert one RECIPE to one bundle: a name, a path, or a bare target such as cpu with --checkpoint.
+    """Convert one RECIPE to one bundle: a name, a path, or a bare target such as cpu with --checkpoint; a known
+    model's hub id is its recipe for the CPU.
 
     Several recipes of one model are made in one pass over its checkpoint, and share what is equal on the disk.
     """
@@ -62,6 +63,7 @@ def export(
         precision=precision,
         synthetic=synthetic,
         shapes_alone=dry_run and not checkpoint,
+        note=_note,
     )
     described = [describe(plan) for plan in plans]
     if dry_run:

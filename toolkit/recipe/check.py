@@ -1,0 +1,158 @@
+"""Whether each value of a recipe can be; a message says what was found and what is expected."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Final
+
+from toolkit.errors import RecipeError
+from toolkit.quality import QUALITIES
+from toolkit.recipe.recipe import QuantRule, Recipe
+from toolkit.recipe.words import nearest
+from toolkit.soc import SOCS
+from toolkit.target import TARGETS
+
+ALGORITHMS: Final = ("auto", "rtn", "kquant", "imatrix", "gptq")
+BITS: Final = (4, 8)
+BLOCK_SIZES: Final = (16, 32, 64, 128, 256)
+# Figures of report.json that a recipe may set a threshold on.
+FIGURES: Final = (
+    "max_abs_logit_error",
+    "mean_kld",
+    "median_kld",
+    "p99_kld",
+    "p999_kld",
+    "top1_agreement",
+    "perplexity",
+    "greedy_match_tokens",
+    "accuracy",
+    "accuracy_drop",
+    "ttft_s",
+    "prefill_tokens_per_s",
+    "decode_tokens_per_s",
+    "peak_rss_bytes",
+    "hidden_rms_error",
+    "simulator_mean_kld",
+    "simulator_accuracy",
+    "simulator_accuracy_drop",
+)
+
+
+def check_rule(rule: QuantRule, where: str) -> None:
+    """Raises RecipeError for a rule no kernel could follow."""
+    if not isinstance(rule.match, str):
+        raise RecipeError(f"{where}: match is {rule.match!r}, expected globs over module names")
+    if rule.algorithm not in ALGORITHMS:
+        hint = nearest(str(rule.algorithm), ALGORITHMS)
+        raise RecipeError(f"{where}: algorithm {rule.algorithm!r} is unknown{hint}, expected {' or '.join(ALGORITHMS)}")
+    if rule.bits not in BITS or rule.block_size not in BLOCK_SIZES or isinstance(rule.bits, bool):
+        raise RecipeError(
+            f"{where}: {rule.bits!r} bits in blocks of {rule.block_size!r}, expected 4 or 8 bits in blocks of "
+            f"{', '.join(map(str, BLOCK_SIZES))}"
+        )
+    if not isinstance(rule.symmetric, bool):
+        raise RecipeError(f"{where}: symmetric is {rule.symmetric!r}, expected true or false")
+
+
+def check_tasks(raw: Any, where: str) -> None:
+    """Raises RecipeError unless `raw` is a list of task names."""
+    if not isinstance(raw, list | tuple) or not all(isinstance(name, str) and name.isidentifier() for name in raw):
+        raise RecipeError(f"{where}: tasks is {raw!r}, expected a list of task names")
+
+
+def check_target(target: Any, where: str) -> None:
+    """Raises RecipeError unless `target` is one of TARGETS."""
+    if not isinstance(target, str) or target not in TARGETS:
+        hint = nearest(str(target), list(TARGETS))
+        raise RecipeError(f"{where}: target {target!r} is unknown{hint}, expected {' or '.join(TARGETS)}")
+
+
+def check_recipe(recipe: Recipe, where: str) -> None:
+    """Raises RecipeError for the first value that cannot be."""
+    for key in ("name", "model"):
+        value = getattr(recipe, key)
+        if not isinstance(value, str) or not value:
+            raise RecipeError(f"{where}: {key} is {value!r}, expected a word")
+    if Path(recipe.name).name != recipe.name or recipe.name.startswith("."):
+        raise RecipeError(f"{where}: name {recipe.name!r} must be usable as a folder name")
+    length = recipe.context_length
+    if isinstance(length, bool) or not isinstance(length, int) or length < 1:
+        raise RecipeError(f"{where}: context_length is {length!r}, expected a token count")
+    _check_window(recipe, where)
+    _check_calibration(recipe, where)
+    _check_parts(recipe, where)
+    _check_profile(recipe, where)
+    if not isinstance(recipe.baseline, bool):
+        raise RecipeError(f"{where}: baseline is {recipe.baseline!r}, expected true or false")
+    _check_thresholds(recipe.validate, where)
+
+
+def _check_thresholds(thresholds: dict[str, float], where: str) -> None:
+    if not isinstance(thresholds, dict) or not all(
+        isinstance(v, int | float) and not isinstance(v, bool) for v in thresholds.values()
+    ):
+        raise RecipeError(f"{where}: validate is {thresholds!r}, expected figures with their thresholds")
+    for figure in thresholds:
+        if figure not in FIGURES:
+            hint = nearest(str(figure), FIGURES)
+            raise RecipeError(f"{where}: validate has no figure {figure!r}{hint}, expected {', '.join(FIGURES)}")
+
+
+def _check_calibration(recipe: Recipe, where: str) -> None:
+    if recipe.quality not in QUALITIES:
+        hint = nearest(str(recipe.quality), list(QUALITIES))
+        raise RecipeError(f"{where}: quality {recipe.quality!r} is unknown{hint}, expected {' or '.join(QUALITIES)}")
+    if not isinstance(recipe.calibration, str) or not recipe.calibration:
+        raise RecipeError(f"{where}: calibration is {recipe.calibration!r}, expected the name or path of a text")
+    tokens, bits = recipe.calibration_tokens, recipe.bits_per_weight
+    if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 0:
+        raise RecipeError(f"{where}: calibration_tokens is {tokens!r}, expected a token count")
+    if not isinstance(recipe.fold, bool):
+        raise RecipeError(f"{where}: fold is {recipe.fold!r}, expected true or false")
+    if not isinstance(recipe.rotate, bool | None):
+        raise RecipeError(f"{where}: rotate is {recipe.rotate!r}, expected true or false")
+    percentile = recipe.activation_percentile
+    if isinstance(percentile, bool) or not isinstance(percentile, int | float) or not 90 <= percentile <= 100:
+        raise RecipeError(f"{where}: activation_percentile is {percentile!r}, expected 90 to 100")
+    if isinstance(bits, bool) or not isinstance(bits, int | float) or not (bits == 0 or 4 < bits <= 10):
+        raise RecipeError(f"{where}: bits_per_weight is {bits!r}, expected a budget above 4, or 0 for none")
+
+
+def _check_window(recipe: Recipe, where: str) -> None:
+    """A prompt is cut into whole windows, and the last one must not reach past the cache."""
+    window, length = recipe.window, recipe.context_length
+    if isinstance(window, bool) or not isinstance(window, int) or window < 0:
+        raise RecipeError(f"{where}: window is {window!r}, expected a token count")
+    if bool(window) != TARGETS[recipe.target].partitioned:
+        have = "needs one of at least 2" if TARGETS[recipe.target].partitioned else "has no context stage to give it to"
+        raise RecipeError(f"{where}: window is {window}, and target {recipe.target} {have}")
+    if window == 1:
+        raise RecipeError(f"{where}: window is 1, which is the iterator's: expected at least 2")
+    if window and length % window:
+        below = length - length % window or window
+        raise RecipeError(
+            f"{where}: window {window} does not divide context_length {length}: the last window of a prompt would "
+            f"reach past the cache; set context_length={below} or another window"
+        )
+
+
+def _check_parts(recipe: Recipe, where: str) -> None:
+    """A SoC is for a target that compiles for one, parts for a transformer that is a stage of its own."""
+    target, soc, parts = TARGETS[recipe.target], recipe.soc, recipe.parts
+    if not isinstance(soc, str) or bool(soc) != bool(target.soc):
+        have = f"needs one of {', '.join(SOCS)}" if target.soc else "is not compiled for one"
+        raise RecipeError(f"{where}: soc is {soc!r}, and target {recipe.target} {have}")
+    if soc and soc not in SOCS:
+        raise RecipeError(f"{where}: soc {soc!r} is unknown{nearest(soc, list(SOCS))}, expected {' or '.join(SOCS)}")
+    if isinstance(parts, bool) or not isinstance(parts, int) or parts < 0:
+        raise RecipeError(f"{where}: parts is {parts!r}, expected a count, or 0 for as few as will compile")
+    if parts and not target.partitioned:
+        raise RecipeError(f"{where}: parts is {parts}, and target {recipe.target} has no transformer stage to split")
+
+
+def _check_profile(recipe: Recipe, where: str) -> None:
+    known = [profile.name for profile in TARGETS[recipe.target].profiles]
+    if recipe.profile not in (known or [""]):
+        have = f"has {' or '.join(known)}" if known else "has one form alone: leave profile out"
+        hint = nearest(str(recipe.profile), known)
+        raise RecipeError(f"{where}: profile is {recipe.profile!r}{hint}, and target {recipe.target} {have}")

@@ -1,0 +1,140 @@
+"""From a name, a path or a bare target to a `Recipe`: YAML, a target's defaults, `--set`, checks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+
+from toolkit.errors import RecipeError
+from toolkit.recipe.check import check_recipe, check_rule, check_target, check_tasks
+from toolkit.recipe.recipe import QuantRule, Recipe
+from toolkit.recipe.tree import find_recipe, meant_recipe
+from toolkit.recipe.words import is_path, nearest
+from toolkit.target import TARGETS
+
+# What has no default: a recipe is one model for one target.
+REQUIRED_KEYS: Final = ("name", "model", "target")
+
+
+def load_recipe(name_or_path: str, changes: Sequence[str] = (), checkpoint: str | None = None) -> Recipe:
+    """Returns a recipe by path, by name, by a known model's hub id, or a bare target's defaults for `checkpoint`, with
+    `changes` made to it.
+
+    A change is `key=value`, the key a path of dots (`quantize.0.bits=8`), the value YAML. Relative paths in a file are
+    relative to it, those in changes to the current folder. Raises RecipeError with what to write instead.
+    """
+    word = meant_recipe(name_or_path, checkpoint)
+    if word in TARGETS:
+        raw, where = _of_target(word, checkpoint), f"target {word}"
+    else:
+        path = find_recipe(word)
+        raw, where = _read(path), f"recipe {path}"
+        _anchor(raw, path.parent)
+    targets = [change for change in changes if change.startswith("target=")]
+    for change in targets:
+        _apply(raw, change)
+    raw = _filled(raw)
+    for change in changes:
+        if change not in targets:
+            _apply(raw, change)
+    return parse_recipe(raw, where)
+
+
+def parse_recipe(raw: dict[str, Any], where: str) -> Recipe:
+    """Returns the recipe that a YAML or JSON object spells, with its target's own values where it has none; `where`
+    begins messages.
+
+    Raises RecipeError for unknown keys and for values that cannot be.
+    """
+    _check_keys(raw, Recipe, REQUIRED_KEYS, where)
+    check_target(raw["target"], where)
+    raw = _filled(raw)
+    rules = raw["quantize"]
+    if not isinstance(rules, list | tuple) or not rules:
+        raise RecipeError(f"{where}: quantize must be a list of rules")
+    read = tuple(_rule(rule, f"{where}, quantize rule {k + 1}") for k, rule in enumerate(rules))
+    check_tasks(tasks := raw.get("tasks", []), where)
+    recipe = Recipe(**{**raw, "quantize": read, "tasks": tuple(tasks)})
+    check_recipe(recipe, where)
+    return recipe
+
+
+def _filled(raw: dict[str, Any]) -> dict[str, Any]:
+    """The one place where a recipe gets what it does not say from its target."""
+    target = raw.get("target")
+    return {**TARGETS[target].defaults(), **raw} if isinstance(target, str) and target in TARGETS else raw
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as problem:
+        raise RecipeError(f"recipe {path} cannot be read: {' '.join(str(problem).split())[:200]}") from None
+    if not isinstance(raw, dict):
+        raise RecipeError(f"recipe {path} holds a {type(raw).__name__}, expected keys and values")
+    return raw
+
+
+def _anchor(raw: dict[str, Any], folder: Path) -> None:
+    """Makes relative paths of a recipe's file relative to its folder: a calibration text, a model that is one."""
+    calibration, model = raw.get("calibration"), raw.get("model")
+    if isinstance(calibration, str) and is_path(calibration):
+        raw["calibration"] = str((folder / calibration).resolve())
+    if isinstance(model, str) and model:
+        place = (folder / model).resolve()
+        if place.is_dir():
+            raw["model"] = str(place)
+        elif model.startswith(("./", "../", ".\\", "..\\")):
+            raise RecipeError(f"the recipe's model {model} would be {place}, which is not a folder")
+
+
+def _of_target(target: str, checkpoint: str | None) -> dict[str, Any]:
+    if not checkpoint:
+        raise RecipeError(f"{target!r} is a bare target: name what to convert with --checkpoint FOLDER_OR_HUB_ID")
+    stem = Path(checkpoint).resolve().name if Path(checkpoint).is_dir() else checkpoint.rsplit("/", 1)[-1]
+    return {"name": f"{stem}-{target}", "model": checkpoint, "target": target}
+
+
+def _apply(raw: dict[str, Any], change: str) -> None:
+    """Sets one value in place; a number in the path indexes a list, and one past its end appends."""
+    key, equals, text = change.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"--set {change}: expected key=value, such as context_length=8192 or quantize.0.bits=8")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise RecipeError(f"--set {change}: the value is not YAML") from None
+    place: Any = raw
+    *path, last = key.split(".")
+    try:
+        for part in path:
+            place = place[int(part)] if isinstance(place, list) else place[part]
+        if isinstance(place, list):
+            place[int(last) : int(last) + 1] = [value]
+        else:
+            place[last] = value
+    except (KeyError, IndexError, ValueError, TypeError):
+        raise RecipeError(f"--set {change}: the recipe has no {key!r}") from None
+
+
+def _rule(raw: Any, where: str) -> QuantRule:
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{where} is a {type(raw).__name__}, expected keys and values")
+    _check_keys(raw, QuantRule, ("match",), where)
+    rule = QuantRule(**raw)
+    check_rule(rule, where)
+    return rule
+
+
+def _check_keys(raw: dict[str, Any], kind: type[Any], required: Sequence[str], where: str) -> None:
+    known = [field.name for field in fields(kind)]
+    for key in raw:
+        if key not in known:
+            raise RecipeError(f"{where}: unknown key {key!r}{nearest(str(key), known)}")
+    for key in required:
+        if key not in raw:
+            raise RecipeError(f"{where}: key {key!r} is missing")
