@@ -11,7 +11,8 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from toolkit.quant.blockwise import DATA_FREE, QuantSpec, quantize_blocks
+from toolkit.algorithms import DATA_FREE
+from toolkit.quant.blockwise import QuantSpec, quantize_blocks
 
 REPEAT = 9
 

@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
+from toolkit.algorithms import DATA_FREE
 from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.opened import open_checkpoint
 from toolkit.checkpoint.weights import Tensors
 from toolkit.evaluate.parity import Comparison
 from toolkit.evaluate.rounded import RoundedTensors
-from toolkit.quant.blockwise import DATA_FREE, QuantSpec
+from toolkit.quant.blockwise import QuantSpec
 from toolkit.reference.decoder import reference_logits
 from toolkit.reference.greedy import Resident
 

@@ -17,7 +17,7 @@ from onnx import TensorProto as T
 from onnx import helper, numpy_helper
 
 from tests.random_models import CASES, make_checkpoint
-from toolkit.calibrate.ladder import Unit, formats, spend_budget
+from toolkit.calibrate.ladder import SharedFormat, spend_budget
 from toolkit.calibrate.statistics import InputStatistics, Products
 from toolkit.checkpoint.folded import FoldedTensors
 from toolkit.checkpoint.linear_inputs import layer_inputs, linear_inputs
@@ -27,6 +27,7 @@ from toolkit.names import weight as weight_name
 from toolkit.quant.activations import InputSample, Rounding, rounded_activations
 from toolkit.quant.awq import Reader, choose_scales, output_loss
 from toolkit.quant.blockwise import QuantSpec, dequantize_blocks, quantize_blocks
+from toolkit.quant.formats import other_formats
 from toolkit.quant.mixed import Choice, spend
 from toolkit.reference import decoder
 from toolkit.reference.decoder import reference_hidden, reference_logits
@@ -292,12 +293,12 @@ def test_a_budget_that_one_price_of_a_byte_explains_is_spent_best(seed: int) -> 
 def test_bits_go_to_what_suffers_most() -> None:
     spec = QuantSpec(4, 64, algorithm="imatrix")
     shape = ((256, 256),)
-    losses = {way: (0.0001 if way.bits == 8 else 0.01 * way.block_size / 64) for way in formats(spec, 256)}
-    units = [Unit((name,), shape, spec, divergence, losses) for name, divergence in (("a", 0.1), ("b", 0.001))]
-    chosen = spend_budget(units, 6.6, lambda _: 4)
+    losses = {way: (0.0001 if way.bits == 8 else 0.01 * way.block_size / 64) for way in other_formats(spec, 256)}
+    units = [SharedFormat((name,), shape, spec, divergence, losses) for name, divergence in (("a", 0.1), ("b", 0.001))]
+    chosen = spend_budget(units, 6.6, lambda _: "float32")
     assert (chosen["a"].bits, chosen["b"].bits) == (8, 4)
-    assert all(way.bits == 8 for way in spend_budget(units, 9.0, lambda _: 4).values())
-    assert {way.block_size for way in spend_budget(units, 1.0, lambda _: 4).values()} == {128}
+    assert all(way.bits == 8 for way in spend_budget(units, 9.0, lambda _: "float32").values())
+    assert {way.block_size for way in spend_budget(units, 1.0, lambda _: "float32").values()} == {128}
 
 
 def test_statistics_are_those_of_the_whole_text() -> None:

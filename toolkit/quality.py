@@ -12,7 +12,8 @@ from typing import Final
 
 @dataclass(frozen=True)
 class Quality:
-    """`algorithm` decides matrices whose rule says `auto`; `tokens` is the calibration text's length, 0 for none."""
+    """`algorithm` names the row of ALGORITHMS (algorithms.py) for matrices whose rule says `auto`; `tokens` is the
+    calibration text's length, 0 for none."""
 
     algorithm: str
     tokens: int
@@ -23,5 +24,3 @@ QUALITIES: Final[dict[str, Quality]] = {
     "balanced": Quality("imatrix", 4096),
     "best": Quality("gptq", 8192),
 }
-# Algorithms that need calibration.
-CALIBRATED_ALGORITHMS: Final = ("imatrix", "gptq")

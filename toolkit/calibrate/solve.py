@@ -86,7 +86,7 @@ def solve(
     folder: Path,
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[Fallback]:
-    """Writes every matrix whose algorithm is `gptq`; returns those that were rounded otherwise.
+    """Writes every matrix whose algorithm solves; returns those that were rounded otherwise.
 
     `source` holds the weights as they are to be stored, folded if they are.
     """
@@ -228,7 +228,7 @@ class _InputSolver:
 
     def __init__(self, given: LinearInput, task: Task) -> None:
         tensors = [names.weight(reader) for reader in given.readers]
-        self.wanted = [tensor for tensor in tensors if task.specs[tensor].algorithm == "gptq"]
+        self.wanted = [tensor for tensor in tensors if task.specs[tensor].rounded_by.solves]
         self._given, self._task, self._block_size = given, task, task.specs[tensors[0]].block_size
         # Columns whose scales stand beforehand may be visited in any order.
         self._visited = given.width if task.specs[tensors[0]].signed else self._block_size
@@ -279,7 +279,7 @@ def _solve_head(
 ) -> list[Fallback]:
     given = head_input(config)
     tensor = names.weight(given.name)
-    if task.specs[tensor].algorithm != "gptq":
+    if not task.specs[tensor].rounded_by.solves:
         return []
     norm = source.read(names.weight(names.FINAL_NORM))
     solver = _InputSolver(given, task)

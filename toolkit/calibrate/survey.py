@@ -18,9 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toolkit import names
+from toolkit.algorithms import MatrixUse
 from toolkit.calibrate.activations import ActivationFile
 from toolkit.calibrate.facts import InputFacts, State, Survey, load_state, save_state, state_file
-from toolkit.calibrate.ladder import Unit, formats
+from toolkit.calibrate.ladder import SharedFormat
 from toolkit.calibrate.statistics import InputStatistics
 from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.linear_inputs import LinearInput, head_input, layer_inputs
@@ -28,6 +29,7 @@ from toolkit.checkpoint.weights import Tensors
 from toolkit.quant.activations import Rounding, rounded_input
 from toolkit.quant.awq import FoldChoice, Reader, choose_scales, output_loss, thinned_rows
 from toolkit.quant.blockwise import QuantSpec, dequantize_blocks, quantize_blocks
+from toolkit.quant.formats import other_formats, use_of
 from toolkit.quant.ranges import ActivationRange
 from toolkit.reference.decoder import Layer, embed, rms_norm
 from toolkit.reference.divergence import mean_divergences
@@ -88,9 +90,9 @@ def survey(
     return Survey(state.inputs, divergences, sum(lengths))
 
 
-def units_of(
+def shared_formats(
     config: ModelConfig, specs: Mapping[str, QuantSpec], shapes: Mapping[str, tuple[int, ...]], found: Survey
-) -> list[Unit]:
+) -> list[SharedFormat]:
     """Matrices that share a format, with what the survey measured of them."""
     inputs = [given for k in range(config.num_hidden_layers) for given in layer_inputs(config, k)]
     groups = [(given.name, tuple(names.weight(reader) for reader in given.readers)) for given in inputs]
@@ -99,7 +101,7 @@ def units_of(
     if not config.tie_word_embeddings:
         groups.append((names.EMBED_TOKENS, (names.weight(names.EMBED_TOKENS),)))
     return [
-        Unit(
+        SharedFormat(
             tensors,
             tuple((shapes[t][0], shapes[t][1]) for t in tensors),
             specs[tensors[0]],
@@ -176,7 +178,8 @@ class _Pass:
         scales = fold.scales if fold.scales is not None else np.ones(given.width, np.float32)
         sample = sample.divided(scales)
         losses: dict[QuantSpec, float] = {}
-        for spec in formats(specs[given.name], given.width) if wish.probes else []:
+        use = use_of(names.weight(given.name), self._config)
+        for spec in other_formats(specs[given.name], given.width, use) if wish.probes else []:
             asked = [Reader(readers[r] * scales, spec) for r in given.readers]
             losses[spec] = sum(output_loss(reader, sample, rounding) for reader in asked) / len(asked)
         return InputFacts(sample.moments, sample.values(), fold, losses)
@@ -263,7 +266,8 @@ def _first_probes(
 def _embedding_facts(rows: Floats, specs: Mapping[str, QuantSpec]) -> InputFacts:
     """Nothing arrives at an embedding: its error is that of its rows."""
     losses: dict[QuantSpec, float] = {}
-    for spec in formats(specs[names.weight(names.EMBED_TOKENS)], rows.shape[1]):
+    spec_by_rule = specs[names.weight(names.EMBED_TOKENS)]
+    for spec in other_formats(spec_by_rule, rows.shape[1], MatrixUse.EMBEDDING):
         miss = dequantize_blocks(quantize_blocks(rows, spec), spec, rows.shape[1]) - rows
         losses[spec] = float(np.vdot(miss, miss) / (np.vdot(rows, rows) or 1.0))
     return InputFacts(np.ones(rows.shape[1], np.float32), ActivationRange(0.0, 0.0), FoldChoice(), losses)

@@ -62,6 +62,8 @@ def _print_plan(plan: dict[str, Any]) -> None:
     for file in plan["files"]:
         click.echo(f"file {file['name']}: {file['bytes'] / 2**20:.1f} MiB")
     click.echo(f"bits per weight: {plan['bits_per_weight']:.2f}")
+    for rule in plan.get("idle_rules", []):
+        click.echo(f"note: {rule}")
     click.echo(f"quality {plan['quality']}: {_cost(plan)}")
     click.echo(f"KV cache at {plan['context_length']} tokens: {plan['kv_cache_bytes'] / 2**20:.0f} MiB when run")
     click.echo(f"peak memory of the export: about {plan['peak_memory_bytes'] / 2**20:.0f} MiB")

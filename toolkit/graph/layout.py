@@ -6,24 +6,18 @@ can go on where it stopped.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Final
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from toolkit import names
 from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.weights import expected_tensors
-from toolkit.errors import RecipeError
-from toolkit.quality import CALIBRATED_ALGORITHMS, QUALITIES
 from toolkit.quant.blockwise import QuantSpec
+from toolkit.quant.formats import StoredArray, floats_of, planned_specs, stored_arrays
 from toolkit.recipe import Recipe
-from toolkit.target import Form, Target
+from toolkit.target import Target
 
 _ALIGNMENT = 64
-_ITEM_BITS = {"float32": 32, "float16": 16, "uint8": 8, "int8": 8, "int4": 4}
-# Blocks that QNN takes, where the rule's does not divide a width.
-_SIGNED_BLOCKS: Final = (64, 32)
 
 
 @dataclass(frozen=True)
@@ -63,7 +57,7 @@ class Layout:
 
     @property
     def nbytes(self) -> int:
-        """Of all data files."""
+        """The size of all data files in bytes."""
         return sum(self.files.values())
 
     def in_file(self, file: str) -> tuple[Unit, ...]:
@@ -75,11 +69,11 @@ class Layout:
         return sum(sum(unit.rows) * unit.width for unit in self.matrices())
 
     def matrices(self) -> list[Unit]:
-        """The units that are matrices."""
+        """Every unit that is a matrix: a bias or a norm's gain is none."""
         return [unit for unit in self.units.values() if unit.spec is not None or len(unit.slots[0].shape) == 2]
 
     def bits_per_weight(self) -> float:
-        """Scales and zero points included."""
+        """Bits that a weight takes in all matrices together, scales and zero points included."""
         return 8 * sum(slot.nbytes for unit in self.matrices() for slot in unit.slots) / self.weights()
 
 
@@ -96,49 +90,10 @@ def plan_layout(
         rows = tuple(shapes[source][0] for source in sources)
         shape = (sum(rows), *shapes[sources[0]][1:])
         file = target.data_file(names.role_of(name))
-        dtype = "float32" if names.role_of(name) in names.OUTSIDE_ROLES else target.form.activations
-        parts = _parts(name, shape, spec, dtype)
-        slots, ends[file] = _place(parts, file, ends.get(file, 0))
+        arrays = stored_arrays(shape, spec, floats_of(name, target.form))
+        slots, ends[file] = _place(name, arrays, file, ends.get(file, 0))
         units[name] = Unit(name, sources, rows, shape[1] if len(shape) == 2 else 1, spec, slots)
     return Layout(units, ends)
-
-
-def planned_specs(config: ModelConfig, recipe: Recipe | None, form: Form) -> dict[str, QuantSpec]:
-    """The format of every matrix by its rule, and the recipe's quality where the rule leaves the algorithm to it."""
-    if recipe is None:
-        return {}
-    specs = {}
-    for name, shape in expected_tensors(config).items():
-        if len(shape) == 2:
-            spec = _spec(name, config, recipe)
-            signed = form.qdq and names.role_of(name) not in names.OUTSIDE_ROLES
-            specs[name] = _signed(spec, shape[1], form) if signed else spec
-    return specs
-
-
-def _signed(spec: QuantSpec, columns: int, form: Form) -> QuantSpec:
-    """The same for DequantizeLinear: blocks that divide the row, or the row as one."""
-    sizes = [size for size in (spec.block_size, *_SIGNED_BLOCKS) if columns % size == 0]
-    whole = form.row_scales or spec.bits == 8 or not sizes
-    return replace(spec, block_size=columns if whole else sizes[0], symmetric=True, signed=True)
-
-
-def _spec(tensor: str, config: ModelConfig, recipe: Recipe) -> QuantSpec:
-    """GPTQ is for 4-bit matrices that read an input: 8 bits leave it nothing to do, and rows of an embedding are
-    looked up. Raises RecipeError for an embedding whose last block is not whole: GatherBlockQuantized, which has no
-    attribute for the width, would look up rows that are too long."""
-    rule = recipe.rule_for(tensor.removesuffix(".weight"))
-    if names.role_of(tensor) == "embed_tokens" and config.hidden_size % rule.block_size:
-        raise RecipeError(
-            f"{tensor} in blocks of {rule.block_size}: hidden_size {config.hidden_size} is not a multiple of it; give "
-            "model.embed_tokens a rule with a smaller block_size"
-        )
-    algorithm = QUALITIES[recipe.quality].algorithm if rule.algorithm == "auto" else rule.algorithm
-    if names.role_of(tensor) == "embed_tokens" and algorithm in CALIBRATED_ALGORITHMS:
-        algorithm = "imatrix" if config.tie_word_embeddings else "kquant"
-    elif algorithm == "gptq" and rule.bits != 4:
-        algorithm = "imatrix"
-    return QuantSpec(rule.bits, rule.block_size, rule.symmetric, algorithm)
 
 
 def _groups(config: ModelConfig, target: Target, specs: Mapping[str, QuantSpec]) -> list[tuple[str, tuple[str, ...]]]:
@@ -161,35 +116,11 @@ def _packs_qkv(config: ModelConfig, specs: Mapping[str, QuantSpec], prefix: str)
     return not config.qk_norm and len(kinds) == 1
 
 
-def _parts(
-    name: str, shape: tuple[int, ...], spec: QuantSpec | None, dtype: str
-) -> list[tuple[str, str, tuple[int, ...]]]:
-    """(initializer, dtype, shape) of a unit's slots; `dtype` is that of its floats."""
-    if spec is None:
-        return [(name, dtype, shape)]
-    rows, J = shape[0], spec.num_blocks(shape[1])
-    if spec.signed:
-        scales = (rows,) if J == 1 else (J, rows)
-        integers = f"int{spec.bits}"
-        return [
-            (f"{name}.integers", integers, (shape[1], rows)),
-            (f"{name}.scales", dtype, scales),
-            (f"{name}.zero_points", integers, scales),
-        ]
-    parts: list[tuple[str, str, tuple[int, ...]]] = [
-        (f"{name}.packed", "uint8", (rows, J, spec.block_size * spec.bits // 8)),
-        (f"{name}.scales", dtype, (rows, J)),
-    ]
-    if not spec.symmetric:
-        parts.append((f"{name}.zero_points", "uint8", (rows, -(-J * spec.bits // 8))))
-    return parts
-
-
-def _place(parts: list[tuple[str, str, tuple[int, ...]]], file: str, end: int) -> tuple[tuple[Slot, ...], int]:
+def _place(name: str, arrays: Sequence[StoredArray], file: str, end: int) -> tuple[tuple[Slot, ...], int]:
+    """A unit's slots one after the other from `end` on, aligned, and where the last one ends."""
     slots = []
-    for part, dtype, shape in parts:
-        nbytes = -(-math.prod(shape) * _ITEM_BITS[dtype] // 8)
+    for array in arrays:
         offset = -(-end // _ALIGNMENT) * _ALIGNMENT
-        slots.append(Slot(part, dtype, shape, file, offset, nbytes))
-        end = offset + nbytes
+        slots.append(Slot(name + array.suffix, array.dtype, array.shape, file, offset, array.nbytes))
+        end = offset + array.nbytes
     return tuple(slots), end

@@ -13,17 +13,17 @@ from numpy.typing import NDArray
 
 from toolkit import names
 from toolkit.calibrate.facts import Survey
-from toolkit.calibrate.ladder import Unit, spend_budget
+from toolkit.calibrate.ladder import SharedFormat, spend_budget
 from toolkit.calibrate.ranges import activation_ranges
 from toolkit.calibrate.solve import Fallback, Task, solve
-from toolkit.calibrate.survey import Wish, survey, units_of
+from toolkit.calibrate.survey import Wish, shared_formats, survey
 from toolkit.checkpoint.folded import FoldedTensors
 from toolkit.checkpoint.linear_inputs import linear_inputs
 from toolkit.checkpoint.opened import Checkpoint
 from toolkit.checkpoint.weights import expected_tensors
 from toolkit.errors import RecipeError
 from toolkit.files import file_sha256
-from toolkit.graph.layout import plan_layout, planned_specs
+from toolkit.graph.layout import plan_layout
 from toolkit.partition.data_files import Destination
 from toolkit.partition.solved import open_solved
 from toolkit.partition.stored import StoredTensors
@@ -32,6 +32,7 @@ from toolkit.pipeline.plan import ExportPlan
 from toolkit.pipeline.text import LONGEST, find_text, token_sequences
 from toolkit.quant.activations import Rounding
 from toolkit.quant.blockwise import QuantSpec
+from toolkit.quant.formats import floats_of, planned_specs
 from toolkit.quant.ranges import ActivationRange
 from toolkit.recipe import Recipe
 from toolkit.target import CPU_FORM, Form
@@ -115,7 +116,7 @@ def _weights(
         for reader in given.readers
     }
     fallbacks: list[Fallback] = []
-    if any(spec.algorithm == "gptq" for spec in formats.values()):
+    if any(spec.rounded_by.solves for spec in formats.values()):
         with open_solved(Destination(layout, partial)) as writer:
             values = {name: facts.values for name, facts in found.inputs.items()}
             task = Task(formats, importance, rounding, head_rounding, values)
@@ -152,28 +153,20 @@ def text_digest(recipe: Recipe, checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def _formats(plan: ExportPlan, specs: Mapping[str, QuantSpec], found: Survey) -> dict[str, QuantSpec]:
-    """The rules' formats, or what the budget buys. GPTQ has nothing to do where it bought 8 bits."""
-    recipe, config = plan.recipe, plan.checkpoint.config
+    """The rules' formats, or what the budget buys."""
+    recipe, config, form = plan.recipe, plan.checkpoint.config, plan.target.form
     if not recipe.bits_per_weight:
         return dict(specs)
 
-    def scale_bytes(tensor: str) -> int:
-        outside = names.role_of(tensor) in names.OUTSIDE_ROLES
-        return 4 if outside or plan.target.form.activations == "float32" else 2
+    def taken(shared: SharedFormat, spec: QuantSpec) -> bool:
+        outside = names.role_of(shared.tensors[0]) in names.OUTSIDE_ROLES
+        return spec.bits == 4 or spec == shared.spec or outside or form.wide_bits
 
-    def taken(unit: Unit, spec: QuantSpec) -> bool:
-        outside = names.role_of(unit.tensors[0]) in names.OUTSIDE_ROLES
-        return spec.bits == 4 or spec == unit.spec or outside or plan.target.form.wide_bits
-
-    units = [
-        replace(unit, losses={spec: loss for spec, loss in unit.losses.items() if taken(unit, spec)})
-        for unit in units_of(config, specs, expected_tensors(config), found)
+    choices = [
+        replace(shared, losses={spec: loss for spec, loss in shared.losses.items() if taken(shared, spec)})
+        for shared in shared_formats(config, specs, expected_tensors(config), found)
     ]
-    bought = spend_budget(units, recipe.bits_per_weight, scale_bytes)
-    return {
-        tensor: replace(spec, algorithm="imatrix") if spec.algorithm == "gptq" and spec.bits != 4 else spec
-        for tensor, spec in bought.items()
-    }
+    return spend_budget(choices, recipe.bits_per_weight, lambda tensor: floats_of(tensor, form))
 
 
 def _rounding(form: Form) -> Rounding:

@@ -12,10 +12,10 @@ from toolkit.calibrate.solve import TOKENS_PER_CHANNEL
 from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.linear_inputs import LinearInput, head_input, linear_inputs
 from toolkit.checkpoint.weights import expected_tensors
-from toolkit.graph.layout import planned_specs
 from toolkit.names import weight
 from toolkit.pipeline.text import LONGEST
 from toolkit.quality import QUALITIES
+from toolkit.quant.formats import planned_specs
 from toolkit.recipe import Recipe
 from toolkit.target import Form
 
@@ -107,11 +107,9 @@ def operations_per_s() -> float:
 
 
 def _solved(recipe: Recipe, config: ModelConfig, form: Form) -> list[LinearInput]:
-    """Inputs that a matrix reads which GPTQ is to solve."""
+    """Inputs that a matrix reads which is to be solved."""
     specs = planned_specs(config, recipe, form)
-    return [
-        given for given in linear_inputs(config) if any(specs[weight(r)].algorithm == "gptq" for r in given.readers)
-    ]
+    return [given for given in linear_inputs(config) if any(specs[weight(r)].rounded_by.solves for r in given.readers)]
 
 
 def _solving(rows: int, width: int, tokens: int) -> float:

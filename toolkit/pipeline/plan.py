@@ -29,6 +29,7 @@ from toolkit.partition.parts import (
     plan_parts,
 )
 from toolkit.pipeline.calibration_cost import CalibrationCost, calibration_cost
+from toolkit.quant.formats import check_rules, idle_rules
 from toolkit.recipe import Recipe
 from toolkit.soc import SOCS
 from toolkit.target import TARGETS, Target
@@ -92,7 +93,7 @@ def plan_export(recipe: Recipe, checkpoint: Checkpoint, out: Path, precision: st
         recipe = replace(recipe, rotate=wanted and can_rotate(checkpoint.config))
     opened, checkpoint = checkpoint, pad_heads(rotate(checkpoint) if recipe.rotate else checkpoint, HEAD_DIM_MULTIPLE)
     config = checkpoint.config
-    layout = plan_layout(config, target, recipe if precision == "int4" else None)
+    layout = _layout(config, target, recipe if precision == "int4" else None)
     layers = layer_bytes(layout, config.num_hidden_layers)
     recipe = _with_parts(recipe, target, layers)
     compiled = bool(target.soc) and precision == "int4"
@@ -146,6 +147,13 @@ def _stop_tokens(checkpoint: Checkpoint) -> list[StopToken]:
     if checkpoint.synthetic and not (config.eos_token_ids or checkpoint.side.generation.eos_token_ids):
         return []
     return stop_tokens(checkpoint.side, config.eos_token_ids, config.vocab_size)
+
+
+def _layout(config: ModelConfig, target: Target, recipe: Recipe | None) -> Layout:
+    """The layout of a recipe whose rules all decide something; None quantizes nothing."""
+    if recipe is not None:
+        check_rules(config, recipe)
+    return plan_layout(config, target, recipe)
 
 
 def _target(recipe: Recipe, precision: str) -> Target:
@@ -241,6 +249,7 @@ def describe(plan: ExportPlan) -> dict[str, object]:
         "files": [{"name": name, "bytes": nbytes} for name, nbytes in plan.files.items()],
         "quality": plan.recipe.quality,
         "bits_per_weight": plan.bits_per_weight,
+        **({"idle_rules": idle} if (idle := idle_rules(plan.checkpoint.config, plan.recipe)) else {}),
         **({"calibration": _described(plan.calibration, plan.recipe)} if plan.calibration else {}),
         "peak_memory_bytes": plan.peak_memory_bytes,
         **({"compile_memory_bytes": plan.compile_memory_bytes} if plan.compile_memory_bytes else {}),

@@ -20,7 +20,7 @@ Floats = NDArray[np.float32]
 
 
 class Rounding(Enum):
-    """Of a linear's input."""
+    """What becomes of a linear's input before its product is taken."""
 
     NONE = "none"
     INT8 = "int8 by blocks"
@@ -43,7 +43,7 @@ class InputSample:
         return InputSample(self.tokens / scales, moments, self.low / scales, self.high / scales)
 
     def values(self) -> ActivationRange:
-        """The range of the tensor."""
+        """The smallest and the largest value among all channels."""
         return ActivationRange(float(self.low.min()), float(self.high.max()))
 
     def rounded(self, rounding: Rounding, block_size: int) -> Floats:

@@ -4,7 +4,7 @@ N output features, K input features, J = ceil(K / block_size) blocks a row. `pac
 low nibble first; `scales` float32 [N, J]; `zero_points` uint8 [N, ceil(J*bits/8)], or None for symmetric, where the
 operator's default of 2^(bits-1) holds (com.microsoft.MatMulNBits in ORT's ContribOperators.md).
 
-Algorithms, `rtn` and `kquant` without data:
+Algorithms are rows of toolkit/algorithms.py:
 - `rtn` takes the scale from the range of a block.
 - `kquant` tries seven ranges around it and keeps, block by block, what minimizes sum w (x - scale (q - zero))^2 with
   w = rms(block) + |x|. For given integers l = q - zero the best scale is S(wxl)/S(wll), which removes S(wxl)^2/S(wll)
@@ -27,13 +27,10 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from toolkit.algorithms import ALGORITHMS, Algorithm
 from toolkit.quant import kernel, signed_kernel
 
 Floats = NDArray[np.float32]
-# What GPTQ cannot solve is searched.
-_ALGORITHMS: Final = {"rtn": kernel.RTN, "kquant": kernel.KQUANT, "imatrix": kernel.KQUANT, "gptq": kernel.KQUANT}
-DATA_FREE: Final = ("rtn", "kquant")
-ALGORITHMS: Final = tuple(_ALGORITHMS)
 _LEAST_IMPORTANCE: Final = 1e-6
 
 
@@ -52,6 +49,11 @@ class QuantSpec:
         """J: the last block of a row is padded with zeros."""
         return -(-in_features // self.block_size)
 
+    @property
+    def rounded_by(self) -> Algorithm:
+        """The row of ALGORITHMS that its algorithm names."""
+        return ALGORITHMS[self.algorithm]
+
 
 @dataclass(frozen=True)
 class QuantizedBlocks:
@@ -67,37 +69,23 @@ def quantize_blocks(weight: Floats, spec: QuantSpec, importance: Floats | None =
     """`weight` [N, K] to blocks by the spec's algorithm, on one core and without the interpreter's lock.
 
     Zeros, padding included, stay exactly zero. `importance` [K], not negative, weighs the errors of the search where
-    the algorithm is one that looks at data.
+    the algorithm is one that reads text.
     """
-    if spec.algorithm in DATA_FREE:
-        importance = None
     out_features, in_features = weight.shape
     J = spec.num_blocks(in_features)
+    weight = np.ascontiguousarray(weight, np.float32)
+    worth = weights_of_errors(importance if spec.rounded_by.reads_text else None)
     packed = np.empty((out_features, J, spec.block_size * spec.bits // 8), np.uint8)
     scales = np.empty((out_features, J), np.float32)
     if spec.signed:
-        noise = signed_kernel.quantize_signed_rows(
-            np.ascontiguousarray(weight, np.float32),
-            weights_of_errors(importance),
-            spec.algorithm != "rtn",
-            spec.bits,
-            spec.block_size,
-            packed,
-            scales,
-        )
+        choose = getattr(signed_kernel, spec.rounded_by.signed_scales)
+        choose(weight, worth, spec.bits, spec.block_size, scales)
+        noise = signed_kernel.round_signed_rows(weight, spec.bits, spec.block_size, scales, packed)
         return QuantizedBlocks(packed, scales, None, noise)
     zeros = np.empty((out_features, J), np.uint8)
-    noise = kernel.quantize_rows(
-        np.ascontiguousarray(weight, np.float32),
-        weights_of_errors(importance),
-        _ALGORITHMS[spec.algorithm],
-        spec.bits,
-        spec.symmetric,
-        spec.block_size,
-        packed,
-        scales,
-        zeros,
-    )
+    choose = getattr(kernel, spec.rounded_by.scales)
+    choose(weight, worth, spec.bits, spec.symmetric, spec.block_size, scales, zeros)
+    noise = kernel.round_rows(weight, spec.bits, spec.block_size, scales, zeros, packed)
     return QuantizedBlocks(packed, scales, None if spec.symmetric else pack_last_axis(zeros, spec.bits), noise)
 
 

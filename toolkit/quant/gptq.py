@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -156,7 +156,7 @@ class _StandingScales:
     """A signed spec's scales, searched beforehand."""
 
     def __init__(self, weight: Floats, factor: Factor, spec: QuantSpec) -> None:
-        searched = quantize_blocks(weight, replace(spec, algorithm="imatrix"), factor.diagonal[: weight.shape[1]])
+        searched = quantize_blocks(weight, spec, factor.diagonal[: weight.shape[1]])
         self.scales, self._order, self._spec = searched.scales, factor.order, spec
         self.zeros = np.full(self.scales.shape, 1 << (spec.bits - 1), np.uint8)
 

@@ -1,4 +1,6 @@
-"""The inner loop of quantizing, compiled: one block after the other, without the interpreter and its lock.
+"""The inner loops of quantizing, compiled: one block after the other, without the interpreter and its lock.
+
+A row of toolkit/algorithms.py names the function here that chooses its scales; `round_rows` rounds by them.
 
 numpy needs some twenty passes for what is one here: 1.0 ns a weight against 2.3 for round to nearest (LOG.md).
 Sums are taken in the order written: letting the compiler reorder them makes the search twice as fast, and its last bit
@@ -11,9 +13,6 @@ from typing import Any, Final
 
 import numba
 import numpy as np
-
-RTN: Final = 0
-KQUANT: Final = 1
 
 _F = np.float32
 # Below the first, 1/scale nears what float32 can hold and a block counts as zeros; below the second, the search's
@@ -38,45 +37,67 @@ def compiled_for_reports(function: Any) -> Any:
 
 
 @compiled
-def quantize_rows(
-    weight: Any,
-    importance: Any,
-    algorithm: int,
-    bits: int,
-    symmetric: bool,
-    block_size: int,
-    packed: Any,
-    scales: Any,
-    zeros: Any,
-) -> float:
-    """Fills packed [N, J, block_size*bits/8] uint8, scales [N, J] float32 and zeros [N, J] uint8 from `weight` [N, K]
-    float32; returns the sum of squared errors. What a row lacks of its last block counts as zeros. `importance` [K]
-    float32 says how much an error of each column weighs; without entries the search weighs by size."""
+def range_scales(
+    weight: Any, importance: Any, bits: int, symmetric: bool, block_size: int, scales: Any, zeros: Any
+) -> None:
+    """Fills scales [N, J] float32 and zeros [N, J] uint8 from the range of each block of `weight` [N, K] float32.
+
+    What a row lacks of its last block counts as zeros. `importance` is not looked at.
+    """
     top = _F((1 << bits) - 1)
-    block = np.zeros(block_size, np.float32)
-    levels = np.empty(block_size, np.uint8)
-    crosses, squares = np.empty(block_size, np.float32), np.empty(block_size, np.float32)
-    worth = np.zeros(block_size, np.float32)
-    noise = 0.0
+    block = np.empty(block_size, np.float32)
     for row in range(weight.shape[0]):
         for j in range(scales.shape[1]):
-            piece = weight[row, j * block_size : (j + 1) * block_size]
-            for k in range(piece.size):
-                block[k] = piece[k]
-            for k in range(piece.size, block_size):
-                block[k] = _F(0)
-            scale, zero = _range_scale(block, top, symmetric)
-            if algorithm == KQUANT and abs(scale) > _SMALLEST_SEARCHED:
+            take_block(weight[row], j, block)
+            scales[row, j], zero = range_scale(block, top, symmetric)
+            zeros[row, j] = np.uint8(zero)
+
+
+@compiled
+def searched_scales(
+    weight: Any, importance: Any, bits: int, symmetric: bool, block_size: int, scales: Any, zeros: Any
+) -> None:
+    """Fills the same by the search of quant/blockwise.py. `importance` [K] float32 says how much an error of each
+    column weighs; without entries the search weighs by size."""
+    top = _F((1 << bits) - 1)
+    block, worth = np.empty(block_size, np.float32), np.zeros(block_size, np.float32)
+    crosses, squares = np.empty(block_size, np.float32), np.empty(block_size, np.float32)
+    for row in range(weight.shape[0]):
+        for j in range(scales.shape[1]):
+            take_block(weight[row], j, block)
+            scale, zero = range_scale(block, top, symmetric)
+            if abs(scale) > _SMALLEST_SEARCHED:
                 if importance.size:
                     _given_worth(importance[j * block_size : (j + 1) * block_size], worth)
                 else:
                     _worth_by_size(block, worth, squares)
                 scale, zero = _search_scale(block, worth, scale, zero, top, symmetric, crosses, squares)
-            noise += _round(block, scale, zero, top, levels)
+            scales[row, j], zeros[row, j] = scale, np.uint8(zero)
+
+
+@compiled
+def round_rows(weight: Any, bits: int, block_size: int, scales: Any, zeros: Any, packed: Any) -> float:
+    """Rounds `weight` [N, K] by scales and zeros [N, J] that stand: fills packed [N, J, block_size*bits/8] uint8 and
+    returns the sum of squared errors."""
+    top = _F((1 << bits) - 1)
+    block, levels = np.empty(block_size, np.float32), np.empty(block_size, np.uint8)
+    noise = 0.0
+    for row in range(weight.shape[0]):
+        for j in range(scales.shape[1]):
+            take_block(weight[row], j, block)
+            noise += _round(block, scales[row, j], _F(zeros[row, j]), top, levels)
             pack_levels(levels, bits, packed[row, j])
-            scales[row, j] = scale
-            zeros[row, j] = np.uint8(zero)
     return noise
+
+
+@compiled
+def take_block(row: Any, j: int, block: Any) -> None:
+    """Copies the `j`-th block of a row into `block`, with zeros for what the row lacks."""
+    piece = row[j * block.size : (j + 1) * block.size]
+    for k in range(piece.size):
+        block[k] = piece[k]
+    for k in range(piece.size, block.size):
+        block[k] = _F(0)
 
 
 @compiled
@@ -102,7 +123,7 @@ def gptq_columns(
             first = j * block_size
             for k in range(block_size):
                 block[k] = columns[row, first + k]
-            scale, zero = _range_scale(block, top, symmetric)
+            scale, zero = range_scale(block, top, symmetric)
             if abs(scale) > _SMALLEST_SEARCHED:
                 scale, zero = _search_scale(
                     block, worth[first : first + block_size], scale, zero, top, symmetric, crosses, squares
@@ -121,7 +142,7 @@ def gptq_columns(
 
 
 @compiled
-def _range_scale(block: Any, top: Any, symmetric: bool) -> Any:
+def range_scale(block: Any, top: Any, symmetric: bool) -> Any:
     """(scale, zero) from the range of a block, 0 forced into it, so that zeros and padding are exact.
 
     Symmetric uses the full range: the value of largest magnitude becomes -2^(bits-1) (llama.cpp's Q4_0, MLAS's

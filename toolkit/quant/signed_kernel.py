@@ -24,29 +24,25 @@ _PIECE: Final = 64
 
 
 @compiled
-def quantize_signed_rows(
-    weight: Any, importance: Any, searches: bool, bits: int, block_size: int, packed: Any, scales: Any
-) -> float:
-    """Fills packed [N, J, block_size*bits/8] uint8, levels 0 … 2^bits - 1 around 2^(bits-1), and scales [N, J] float32
-    from `weight` [N, K] float32, K = J blocks; returns the sum of squared errors. `importance` [K] float32 weighs the
-    errors of columns; without entries the search weighs by size."""
-    half = _F(1 << (bits - 1))
-    width = 16
-    while width < min(block_size, _PIECE):
-        width *= 2
-    terms = np.zeros((2, width), np.float32)
-    worth, levels = np.empty(block_size, np.float32), np.empty(block_size, np.uint8)
-    noise = 0.0
+def range_signed_scales(weight: Any, importance: Any, bits: int, block_size: int, scales: Any) -> None:
+    """Fills scales [N, J] float32 from the range of each block of `weight` [N, K] float32, K being J whole blocks.
+    `importance` is not looked at."""
+    _choose(weight, importance, False, bits, block_size, scales)
+
+
+@compiled
+def searched_signed_scales(weight: Any, importance: Any, bits: int, block_size: int, scales: Any) -> None:
+    """Fills scales [N, J] float32 by a search. `importance` [K] float32 weighs the errors of columns; without entries
+    the search weighs by size."""
+    _choose(weight, importance, True, bits, block_size, scales)
+
+
+@compiled
+def round_signed_rows(weight: Any, bits: int, block_size: int, scales: Any, packed: Any) -> float:
+    """Rounds `weight` [N, K] by scales [N, J] that stand: fills packed [N, J, block_size*bits/8] uint8 with levels
+    0 … 2^bits - 1 around 2^(bits-1), and returns the sum of squared errors."""
+    half, levels, noise = _F(1 << (bits - 1)), np.empty(block_size, np.uint8), 0.0
     for row in range(weight.shape[0]):
-        for j in range(scales.shape[1]):
-            block = weight[row, j * block_size : (j + 1) * block_size]
-            scale = _range(block, half)
-            if searches and _SMALLEST_SEARCHED < scale < _LARGEST_SEARCHED:
-                _weigh(block, importance, j * block_size, worth, terms)
-                scale = _search(block, worth, scale, half, terms)
-            scales[row, j] = scale
-        if scales.shape[1] > 1:
-            _snap(weight[row], importance, searches, block_size, half, worth, scales[row], terms)
         for j in range(scales.shape[1]):
             noise += _round(weight[row, j * block_size : (j + 1) * block_size], scales[row, j], half, levels)
             pack_levels(levels, bits, packed[row, j])
@@ -66,6 +62,26 @@ def round_signed_columns(columns: Any, upper: Any, scales: Any, bits: int, level
             for k in range(i + 1, columns.shape[1]):
                 columns[row, k] -= error * upper[i, k]
             levels[row, i], errors[row, i] = np.uint8(np.int32(level + half)), error
+
+
+@compiled
+def _choose(weight: Any, importance: Any, searches: bool, bits: int, block_size: int, scales: Any) -> None:
+    """A scale a block, and where a row has several each a multiple of a sixteenth of the row's largest."""
+    half = _F(1 << (bits - 1))
+    width = 16
+    while width < min(block_size, _PIECE):
+        width *= 2
+    terms, worth = np.zeros((2, width), np.float32), np.empty(block_size, np.float32)
+    for row in range(weight.shape[0]):
+        for j in range(scales.shape[1]):
+            block = weight[row, j * block_size : (j + 1) * block_size]
+            scale = _range(block, half)
+            if searches and _SMALLEST_SEARCHED < scale < _LARGEST_SEARCHED:
+                _weigh(block, importance, j * block_size, worth, terms)
+                scale = _search(block, worth, scale, half, terms)
+            scales[row, j] = scale
+        if scales.shape[1] > 1:
+            _snap(weight[row], importance, searches, block_size, half, worth, scales[row], terms)
 
 
 @compiled

@@ -1,17 +1,17 @@
 """A YAML recipe, read into a frozen `Recipe`: one model for one target, and how its weights are quantized."""
 
-from toolkit.recipe.check import ALGORITHMS, BITS, BLOCK_SIZES, FIGURES
+from toolkit.recipe.check import BITS, BLOCK_SIZES, FIGURES, RULE_ALGORITHMS
 from toolkit.recipe.read import REQUIRED_KEYS, load_recipe, parse_recipe
 from toolkit.recipe.recipe import QuantRule, Recipe
 from toolkit.recipe.tree import data_folder, meant_recipe, model_facts, recipe_names
 from toolkit.recipe.words import is_path, nearest
 
 __all__ = [
-    "ALGORITHMS",
     "BITS",
     "BLOCK_SIZES",
     "FIGURES",
     "REQUIRED_KEYS",
+    "RULE_ALGORITHMS",
     "QuantRule",
     "Recipe",
     "data_folder",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Final
 
+from toolkit.algorithms import ALGORITHMS, AUTO
 from toolkit.errors import RecipeError
 from toolkit.quality import QUALITIES
 from toolkit.recipe.recipe import QuantRule, Recipe
@@ -12,7 +13,7 @@ from toolkit.recipe.words import nearest
 from toolkit.soc import SOCS
 from toolkit.target import TARGETS
 
-ALGORITHMS: Final = ("auto", "rtn", "kquant", "imatrix", "gptq")
+RULE_ALGORITHMS: Final = (AUTO, *ALGORITHMS)
 BITS: Final = (4, 8)
 BLOCK_SIZES: Final = (16, 32, 64, 128, 256)
 # Figures of report.json that a recipe may set a threshold on.
@@ -42,9 +43,9 @@ def check_rule(rule: QuantRule, where: str) -> None:
     """Raises RecipeError for a rule no kernel could follow."""
     if not isinstance(rule.match, str):
         raise RecipeError(f"{where}: match is {rule.match!r}, expected globs over module names")
-    if rule.algorithm not in ALGORITHMS:
-        hint = nearest(str(rule.algorithm), ALGORITHMS)
-        raise RecipeError(f"{where}: algorithm {rule.algorithm!r} is unknown{hint}, expected {' or '.join(ALGORITHMS)}")
+    if rule.algorithm not in RULE_ALGORITHMS:
+        hint, known = nearest(str(rule.algorithm), RULE_ALGORITHMS), " or ".join(RULE_ALGORITHMS)
+        raise RecipeError(f"{where}: algorithm {rule.algorithm!r} is unknown{hint}, expected {known}")
     if rule.bits not in BITS or rule.block_size not in BLOCK_SIZES or isinstance(rule.bits, bool):
         raise RecipeError(
             f"{where}: {rule.bits!r} bits in blocks of {rule.block_size!r}, expected 4 or 8 bits in blocks of "

@@ -6,8 +6,9 @@ import fnmatch
 from dataclasses import dataclass
 from pathlib import Path
 
+from toolkit.algorithms import ALGORITHMS, AUTO, Algorithm
 from toolkit.errors import RecipeError
-from toolkit.quality import CALIBRATED_ALGORITHMS, QUALITIES
+from toolkit.quality import QUALITIES
 from toolkit.recipe.tree import model_facts
 
 
@@ -17,14 +18,18 @@ class QuantRule:
     quality's."""
 
     match: str
-    algorithm: str = "auto"
+    algorithm: str = AUTO
     bits: int = 4
     block_size: int = 32
     symmetric: bool = False
 
     def matches(self, module: str) -> bool:
         """Whether this rule decides `module`, such as `model.layers.0.mlp.down_proj`."""
-        return any(fnmatch.fnmatchcase(module, glob.strip()) for glob in self.match.split("|"))
+        return any(fnmatch.fnmatchcase(module, glob) for glob in self.globs())
+
+    def globs(self) -> list[str]:
+        """The globs of `match`, one or several, as a list."""
+        return [glob.strip() for glob in self.match.split("|")]
 
 
 @dataclass(frozen=True)
@@ -71,8 +76,12 @@ class Recipe:
     @property
     def calibrated(self) -> bool:
         """Whether text has to run through the model before its weights are quantized."""
-        asked = any(rule.algorithm in CALIBRATED_ALGORITHMS for rule in self.quantize)
+        asked = any(self.algorithm_of(rule).reads_text for rule in self.quantize)
         return asked or QUALITIES[self.quality].tokens > 0
+
+    def algorithm_of(self, rule: QuantRule) -> Algorithm:
+        """The algorithm a rule names; `auto` leaves it to the quality."""
+        return ALGORITHMS[QUALITIES[self.quality].algorithm if rule.algorithm == AUTO else rule.algorithm]
 
     def rule_for(self, module: str) -> QuantRule:
         """The rule that decides a module; raises RecipeError if none matches."""

@@ -1,0 +1,185 @@
+"""Which format each matrix gets, from the recipe's rules and quality and the target's form, and what a format weighs.
+
+A format is a `QuantSpec`; None keeps floats. Data files are laid out, budgets spent and texts measured by what stands
+here. N output features (rows), K input features (columns), J blocks a row.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+from toolkit import names
+from toolkit.algorithms import MatrixUse
+from toolkit.checkpoint.config import ModelConfig
+from toolkit.checkpoint.weights import expected_tensors
+from toolkit.errors import RecipeError
+from toolkit.quant.blockwise import QuantSpec
+from toolkit.recipe import QuantRule, Recipe, nearest
+from toolkit.target import Form
+
+_ITEM_BITS: Final = {"float32": 32, "float16": 16, "uint8": 8, "int8": 8, "int4": 4}
+# Blocks that QNN takes, where the rule's does not divide a width.
+_SIGNED_BLOCKS: Final = (64, 32)
+# Blocks that a budget chooses from.
+_BLOCK_SIZES: Final = (32, 64, 128)
+
+
+@dataclass(frozen=True)
+class StoredArray:
+    """One of the arrays that a matrix or vector is stored as; dtype is `float32`, `float16`, `uint8`, `int8` or
+    `int4`."""
+
+    suffix: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """The size in bytes; of int4 two values are one byte."""
+        return -(-math.prod(self.shape) * _ITEM_BITS[self.dtype] // 8)
+
+
+def stored_arrays(shape: tuple[int, ...], spec: QuantSpec | None, floats: str) -> list[StoredArray]:
+    """What a tensor of `shape` [N, K] or [N] is stored as, its floats of dtype `floats`: the weight alone, or packed
+    blocks, scales and zero points, or, where the format is signed, integers, scales and zero points with the input
+    features first."""
+    if spec is None:
+        return [StoredArray("", floats, shape)]
+    N, J = shape[0], spec.num_blocks(shape[1])
+    if spec.signed:
+        scales, integers = (N,) if J == 1 else (J, N), f"int{spec.bits}"
+        return [
+            StoredArray(".integers", integers, (shape[1], N)),
+            StoredArray(".scales", floats, scales),
+            StoredArray(".zero_points", integers, scales),
+        ]
+    arrays = [
+        StoredArray(".packed", "uint8", (N, J, spec.block_size * spec.bits // 8)),
+        StoredArray(".scales", floats, (N, J)),
+    ]
+    if not spec.symmetric:
+        arrays.append(StoredArray(".zero_points", "uint8", (N, -(-J * spec.bits // 8))))
+    return arrays
+
+
+def stored_bytes(shape: tuple[int, ...], spec: QuantSpec | None, floats: str) -> int:
+    """The bytes of all arrays of a tensor."""
+    return sum(array.nbytes for array in stored_arrays(shape, spec, floats))
+
+
+def floats_of(tensor: str, form: Form) -> str:
+    """The dtype of a tensor's floats: float32 outside the transformer, the form's within."""
+    return "float32" if names.role_of(tensor) in names.OUTSIDE_ROLES else form.activations
+
+
+def planned_specs(config: ModelConfig, recipe: Recipe | None, form: Form) -> dict[str, QuantSpec]:
+    """The format of every matrix by its tensor name; none without a recipe.
+
+    Raises RecipeError for a matrix that no rule decides, or whose rule its operator cannot serve.
+    """
+    if recipe is None:
+        return {}
+    return {name: _spec(name, shape, config, recipe, form) for name, shape in _matrices(config).items()}
+
+
+def other_formats(spec: QuantSpec, columns: int, use: MatrixUse = MatrixUse.LINEAR) -> list[QuantSpec]:
+    """What a budget may store a matrix as: its own format, and for 4 bits narrower and wider blocks and 8 bits.
+
+    Blocks are whole wherever the rule's are, since some execution providers take no other. A signed matrix may have 8
+    bits with a scale a row.
+    """
+    if spec.bits != 4:
+        return [spec]
+    wide = replace(spec, bits=8, algorithm=spec.rounded_by.suited(8, use).name)
+    if spec.signed:
+        sizes = [b for b in _BLOCK_SIZES if columns % b == 0] if spec.block_size < columns else []
+        narrower = [replace(spec, block_size=b) for b in sizes if b != spec.block_size]
+        return [spec, *narrower, replace(wide, block_size=columns)]
+    whole = columns % spec.block_size == 0
+    sizes = [b for b in _BLOCK_SIZES if b != spec.block_size and (columns % b == 0 or not whole)]
+    wide_sizes = [b for b in _BLOCK_SIZES if columns % b == 0 or not whole] or [spec.block_size]
+    narrower = [replace(spec, block_size=b) for b in sizes]
+    return [spec, *narrower, *(replace(wide, block_size=b) for b in {wide_sizes[0], wide_sizes[-1]})]
+
+
+def check_rules(config: ModelConfig, recipe: Recipe) -> None:
+    """Raises RecipeError for a rule that decides nothing: a name no matrix has, or one that earlier rules have taken.
+
+    A rule for `lm_head` stands where the head is tied to the embedding, and so does a `*` that finds nothing left:
+    both are what a list of rules for many checkpoints says.
+    """
+    modules = [tensor.removesuffix(".weight") for tensor in _matrices(config)]
+    left = set(modules)
+    for k, rule in enumerate(recipe.quantize):
+        for glob in rule.globs():
+            if not any(QuantRule(glob).matches(module) for module in (*modules, names.LM_HEAD)):
+                near = nearest(glob, _spellings(modules))
+                raise RecipeError(f"recipe {recipe.name}: rule {k + 1} matches no module: {glob!r}{near}")
+        taken = {module for module in modules if rule.matches(module)}
+        if taken and not taken & left and "*" not in rule.globs():
+            first = next(n for n, other in enumerate(recipe.quantize) if any(map(other.matches, taken)))
+            raise RecipeError(
+                f"recipe {recipe.name}: rule {k + 1} ({rule.match!r}) decides nothing, since rule {first + 1} "
+                f"({recipe.quantize[first].match!r}) comes before it: the first match wins, so put it earlier"
+            )
+        left -= taken
+
+
+def idle_rules(config: ModelConfig, recipe: Recipe) -> list[str]:
+    """A line for each rule about the head of a checkpoint whose head is the embedding's table."""
+    if not config.tie_word_embeddings:
+        return []
+    return [
+        f"rule {k + 1} ({rule.match!r}) decides nothing: the head is tied to {names.EMBED_TOKENS}, whose rule holds"
+        for k, rule in enumerate(recipe.quantize)
+        if rule.matches(names.LM_HEAD)
+        and not any(rule.matches(tensor.removesuffix(".weight")) for tensor in _matrices(config))
+    ]
+
+
+def _matrices(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    return {name: shape for name, shape in expected_tensors(config).items() if len(shape) == 2}
+
+
+def _spellings(modules: Sequence[str]) -> list[str]:
+    """What a rule may have meant: the modules, any layer's, and any module of that role."""
+    any_layer = {re.sub(r"\.\d+\.", ".*.", module) for module in modules}
+    roles = {names.role_of(module) for module in modules} - set(names.OUTSIDE_ROLES)
+    return [names.LM_HEAD, *sorted(any_layer), *(f"*.{role}" for role in sorted(roles)), *modules]
+
+
+def _spec(tensor: str, shape: tuple[int, ...], config: ModelConfig, recipe: Recipe, form: Form) -> QuantSpec:
+    """A matrix' format by its rule, and as its operator and execution provider take it.
+
+    Raises RecipeError for an embedding whose last block is not whole: GatherBlockQuantized, which has no attribute for
+    the width, would look up rows that are too long.
+    """
+    rule = recipe.rule_for(tensor.removesuffix(".weight"))
+    use = use_of(tensor, config)
+    if use is not MatrixUse.LINEAR and config.hidden_size % rule.block_size:
+        raise RecipeError(
+            f"{tensor} in blocks of {rule.block_size}: hidden_size {config.hidden_size} is not a multiple of it; give "
+            f"{names.EMBED_TOKENS} a rule with a smaller block_size"
+        )
+    algorithm = recipe.algorithm_of(rule).suited(rule.bits, use)
+    spec = QuantSpec(rule.bits, rule.block_size, rule.symmetric, algorithm.name)
+    outside = names.role_of(tensor) in names.OUTSIDE_ROLES
+    return _signed(spec, shape[1], form) if form.qdq and not outside else spec
+
+
+def use_of(tensor: str, config: ModelConfig) -> MatrixUse:
+    """Whether a matrix is multiplied, looked up, or both."""
+    if names.role_of(tensor) != names.role_of(names.EMBED_TOKENS):
+        return MatrixUse.LINEAR
+    return MatrixUse.TIED_EMBEDDING if config.tie_word_embeddings else MatrixUse.EMBEDDING
+
+
+def _signed(spec: QuantSpec, columns: int, form: Form) -> QuantSpec:
+    """The same for DequantizeLinear: blocks that divide the row, or the row as one."""
+    sizes = [size for size in (spec.block_size, *_SIGNED_BLOCKS) if columns % size == 0]
+    whole = form.row_scales or spec.bits == 8 or not sizes
+    return replace(spec, block_size=columns if whole else sizes[0], symmetric=True, signed=True)
