@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toolkit.checkpoint.scan import Rows
-from toolkit.checkpoint.weights import WeightSource
+from toolkit.checkpoint.weights import Origin, WeightSource
 from toolkit.errors import NonFiniteError
 
 Floats = NDArray[np.float32]
@@ -40,10 +40,10 @@ class Watched:
             raise NonFiniteError(f"{rows.name} is broken")
         return self._source.decode(rows, start, stop)
 
-    def identity(self) -> list[dict[str, object]]:
+    def identity(self) -> tuple[Origin, ...]:
         return self._source.identity()
 
-    def digests(self) -> list[dict[str, object]]:
+    def digests(self) -> tuple[Origin, ...]:
         return self._source.digests()
 
 

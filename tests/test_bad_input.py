@@ -209,8 +209,16 @@ def test_nothing_is_written_before_every_place_is_looked_at(tiny_r1: Path, tmp_p
     [
         (lambda m: m["recipe"].update(target="gone"), "which this toolkit does not know"),
         (lambda m: m.pop("recipe"), "says nothing of recipe"),
-        (lambda m: m.pop("synthetic"), "says nothing of recipe"),
-        (lambda m: m.update(files=[1]), "says nothing of recipe"),
+        (lambda m: m.pop("synthetic"), "says nothing of synthetic"),
+        (lambda m: m.update(files=[1]), r"files\[0\] is 1, expected an object: export it again"),
+        (lambda m: m["files"][1].pop("bytes"), r"files\[1\] has no 'bytes'"),
+        (lambda m: m["files"][1].update(sha256=None), r"files\[1\].sha256 is None, expected text"),
+        (lambda m: m["files"][1].update(bytes="many"), r"files\[1\].bytes is 'many', expected a whole number"),
+        (lambda m: m.update(synthetic="no"), "synthetic is 'no', expected true or false"),
+        (lambda m: m.update(checkpoint={}), "checkpoint is {}, expected an array"),
+        (lambda m: m.update(recipe=[]), "recipe names no target"),
+        (lambda m: m["recipe"].update(context_length="long"), "context_length is 'long'"),
+        (lambda m: m["recipe"].update(quantize=[{"match": 3}]), "match is 3"),
     ],
 )
 def test_a_manifest_of_another_toolkit_is_named(
@@ -220,7 +228,7 @@ def test_a_manifest_of_another_toolkit_is_named(
     manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
     manifest["recipe"].pop("window")  # as older ones are
     (bundle / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
-    assert check_bundle(bundle, run=False)["passed"] and read_manifest(bundle)["recipe"]["window"] == 64
+    assert check_bundle(bundle, run=False)["passed"] and read_manifest(bundle).recipe.window == 64
     edit(manifest)
     (bundle / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     with pytest.raises(BundleError, match=message):

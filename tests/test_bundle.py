@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ from tokenizers import Tokenizer
 
 from tests.command_line import run
 from tests.graphs import EIGHT_BITS, SET_EIGHT_BITS, export_bundle
-from toolkit.bundle.manifest import verify_manifest
+from toolkit.bundle.manifest import read_manifest, verify_manifest
 from toolkit.checkpoint.opened import open_checkpoint
 from toolkit.evaluate.session import continuations
 from toolkit.recipe import load_recipe
 from toolkit.reference.decoder import reference_logits
+from toolkit.typed_json import to_json
 
 ROOT = Path(__file__).parent.parent
 
@@ -153,10 +155,8 @@ def test_resume_packs_only_what_is_missing(bundles: dict[str, Path], tmp_path: P
     report = json.loads((out / "report.json").read_text(encoding="utf-8"))
     names = [t["name"] for t in report["quantization"]["tensors"]]
     os.replace(out, partial)
-    manifest = json.loads((partial / "manifest.json").read_text(encoding="utf-8"))
-    request = {key: manifest[key] for key in ("recipe", "precision", "synthetic")}
-    request |= {"versions": manifest["versions"], "checkpoint": checkpoint.source.identity()}
-    (partial / "request.json").write_text(json.dumps(request), encoding="utf-8")
+    begun = replace(read_manifest(partial), checkpoint=checkpoint.source.identity(), files=())
+    (partial / "request.json").write_text(json.dumps(to_json(begun)), encoding="utf-8")
     lines = [json.dumps({"tensor": name, "signal": 1.0, "noise": 1.0}) + "\n" for name in names]
     (partial / "journal.jsonl").write_text("".join(lines[:-1]) + lines[-1][:20], encoding="utf-8")
     before = (partial / "model.onnx.data").read_bytes()

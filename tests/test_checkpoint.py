@@ -28,7 +28,7 @@ from toolkit.checkpoint.config import ModelConfig, RopeConfig, parse_config, rea
 from toolkit.checkpoint.safetensors import read_header
 from toolkit.checkpoint.scan import Rows, scan_file
 from toolkit.checkpoint.synthetic import SyntheticWeights
-from toolkit.checkpoint.weights import WeightSource, expected_tensors, open_weights
+from toolkit.checkpoint.weights import Origin, WeightSource, expected_tensors, open_weights
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
@@ -226,8 +226,8 @@ def test_a_source_knows_its_digests_after_a_scan(folder: Path, direct: bool, mon
     for rows in source.scan(4097):
         rows.release()
     sizes = {path.name: path.stat().st_size for path in folder.glob("*.safetensors")}
-    expected = [{"name": name, "bytes": sizes[name], "sha256": sha} for name, sha in sorted(_sha256(folder).items())]
-    assert source.digests() == expected
+    expected = [Origin(name, sizes[name], sha) for name, sha in sorted(_sha256(folder).items())]
+    assert source.digests() == tuple(expected)
 
 
 @pytest.mark.parametrize("direct", [False, True], ids=["cached", "direct"])
@@ -332,4 +332,4 @@ def test_a_shard_of_nothing_but_computed_tensors_is_hashed_too(stories260k: Path
     for rows in source.scan(1 << 20):
         rows.release()
     expected = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in tmp_path.glob("*.safetensors")}
-    assert {str(entry["name"]): entry["sha256"] for entry in source.digests()} == expected
+    assert {entry.name: entry.sha256 for entry in source.digests()} == expected

@@ -122,7 +122,7 @@ def test_each_stage_is_one_node_that_runs_from_its_parts_binary(compiled: Path) 
 
 @needs_compiler
 def test_manifest_and_report_know_the_binaries(compiled: Path, uncompiled: Path) -> None:
-    names = {entry["name"] for entry in read_manifest(compiled)["files"]}
+    names = {entry.name for entry in read_manifest(compiled).files}
     assert names >= {*BINARIES, *(f"{stage}_ctx.onnx" for stage in STAGES), "context_0.onnx", "transformer.onnx.data"}
     assert verify_manifest(compiled) == []
     rows = {row["stage"]: row for row in _report(compiled)["partition"]}
@@ -163,7 +163,7 @@ def test_a_bundle_is_compiled_for_another_soc(compiled_copy: Path) -> None:
     for stage in STAGES:
         (options,) = pipeline[stage]["session_options"]["provider_options"]
         assert (options["qnn"]["soc_model"], options["qnn"]["htp_arch"]) == ("88", "81")
-    assert read_manifest(compiled_copy)["recipe"]["soc"] == "x2-elite" and verify_manifest(compiled_copy) == []
+    assert read_manifest(compiled_copy).recipe.soc == "x2-elite" and verify_manifest(compiled_copy) == []
     assert lint_compiled(compiled_copy, "x2-elite") == [] and check_bundle(compiled_copy, run=False)["passed"]
     (ceiling,) = _report(compiled_copy)["ceiling"]
     assert ceiling["device"] == SOCS["x2-elite"].device

@@ -9,6 +9,7 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,6 +17,15 @@ from toolkit.errors import ToolkitError
 
 # How the placeholder begins that git keeps for a large file (git-lfs' specification, version 1).
 LFS_POINTER: Final = b"version https://git-lfs.github.com/spec/"
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of a bundle: its name there, its size in bytes, and its SHA-256 in hexadecimal."""
+
+    name: str
+    bytes: int
+    sha256: str
 
 
 @contextmanager
@@ -101,3 +111,8 @@ def file_sha256(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_entry(path: Path, sha256: str | None = None) -> FileEntry:
+    """Name, size and SHA-256 of a file, the last computed unless it is given."""
+    return FileEntry(path.name, path.stat().st_size, sha256 or file_sha256(path))

@@ -21,7 +21,7 @@ from toolkit.pipeline.export import Order, export_planned, plan_exports
 from toolkit.pipeline.inspect import inspect_path
 from toolkit.pipeline.judge import Effort, judge_bundle
 from toolkit.pipeline.plan import ExportPlan, shorten_context
-from toolkit.recipe import Recipe, load_recipe, meant_recipe, model_facts
+from toolkit.recipe import Recipe, load_recipe, meant_recipe
 from toolkit.target import TARGETS
 
 Progress = Callable[[str], None]
@@ -187,9 +187,9 @@ def recipes() -> list[dict[str, Any]]:
 def made_from(bundle: str | Path, place: str | Path | None = None) -> Checkpoint:
     """Opens the checkpoint that a bundle's manifest names, or the same one at another place."""
     manifest = read_manifest(Path(bundle))
-    recipe, synthetic = manifest["recipe"], manifest["synthetic"]
-    named = str(place) if place else None if synthetic else recipe["model"]
-    return _opened(named, model_facts(recipe["name"], recipe["target"]), synthetic)
+    recipe, synthetic = manifest.recipe, manifest.synthetic
+    named = str(place) if place else None if synthetic else recipe.model
+    return _opened(named, recipe.facts(), synthetic)
 
 
 def _check_one_checkpoint(recipes: Sequence[Recipe], place: str | None) -> None:

@@ -2,33 +2,136 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Final
 
 from toolkit import names
-from toolkit.errors import BundleError
-from toolkit.files import file_sha256, write_json
+from toolkit.bundle.stop_tokens import StopToken
+from toolkit.checkpoint.opened import Checkpoint
+from toolkit.checkpoint.weights import Origin
+from toolkit.errors import BundleError, RecipeError
+from toolkit.files import FileEntry, file_entry, file_sha256, read_json, write_json
 from toolkit.machine import package_versions
+from toolkit.recipe import Recipe, parse_recipe
 from toolkit.target import TARGETS
+from toolkit.typed_json import from_json, to_json
+
+SCHEMA_VERSION: Final = 1
+_MAX_BYTES: Final = 64 << 20
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """The text that was read for weights or ranges; random weights read random ids, which have no hash."""
+
+    name: str
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a bundle was made from and consists of.
+
+    `recipe` is the recipe as it was resolved, `precision` int4 or fp32, `versions` those of the packages that decide
+    what comes out. `checkpoint` names the files that the weights were read from. `compiled` has, by the context stage
+    of each part that was compiled ahead of time, a digest of all that its binary was made from. `stop_tokens` end an
+    answer, each with where that is said.
+    """
+
+    schema_version: int
+    versions: dict[str, str]
+    recipe: Recipe
+    precision: str
+    synthetic: bool
+    checkpoint: tuple[Origin, ...]
+    files: tuple[FileEntry, ...]
+    calibration: CalibrationText | None = None
+    compiled: dict[str, str] | None = None
+    stop_tokens: tuple[StopToken, ...] = ()
+
+    def with_files(self, changed: Iterable[FileEntry]) -> Manifest:
+        """The manifest with these entries added, or put in place of those of the same name."""
+        entries = {entry.name: entry for entry in (*self.files, *changed)}
+        return replace(self, files=tuple(sorted(entries.values(), key=lambda entry: entry.name)))
+
+
+@dataclass(frozen=True)
+class _WrittenManifest:
+    """A manifest as it lies in the file, but for its recipe, which has a reader of its own."""
+
+    schema_version: int
+    synthetic: bool
+    files: tuple[FileEntry, ...]
+    checkpoint: tuple[Origin, ...] = ()
+    versions: dict[str, str] | None = None
+    precision: str = "int4"
+    calibration: CalibrationText | None = None
+    compiled: dict[str, str] | None = None
+    stop_tokens: tuple[StopToken, ...] = ()
+
+
+def begin_manifest(
+    recipe: Recipe,
+    precision: str,
+    checkpoint: Checkpoint,
+    stop_tokens: tuple[StopToken, ...],
+    calibration: CalibrationText | None,
+) -> Manifest:
+    """The manifest of a bundle that has no files yet, its checkpoint known by name, size and time of change alone."""
+    identity = checkpoint.source.identity()
+    versions, synthetic = package_versions(), checkpoint.synthetic
+    return Manifest(
+        SCHEMA_VERSION, versions, recipe, precision, synthetic, identity, (), calibration, stop_tokens=stop_tokens
+    )
 
 
 def write_manifest(
-    folder: Path, files: list[str], request: dict[str, Any], known: Mapping[str, str] | None = None
-) -> dict[str, Any]:
-    """Hashes `files` of `folder`, writes the manifest beside them and returns it.
+    folder: Path, begun: Manifest, checkpoint: Checkpoint, files: Iterable[str], known: Mapping[str, str]
+) -> Manifest:
+    """Hashes `files` of `folder` and the checkpoint's, writes the manifest beside them and returns it.
 
-    `request` says what was asked; `known` has the SHA-256 of files that were hashed before.
+    `known` has the SHA-256 of files that were hashed before.
     """
-    manifest = {
-        "schema_version": 1,
-        "versions": package_versions(),
-        **request,
-        "files": [file_entry(folder / name, (known or {}).get(name)) for name in sorted(files)],
-    }
-    write_json(folder / names.MANIFEST_FILE, manifest)
+    entries = [file_entry(folder / name, known.get(name)) for name in files]
+    manifest = replace(begun, checkpoint=checkpoint.source.digests()).with_files(entries)
+    save_manifest(folder / names.MANIFEST_FILE, manifest)
     return manifest
+
+
+def save_manifest(path: Path, manifest: Manifest) -> None:
+    """Writes a manifest, whole or not at all."""
+    write_json(path, to_json(manifest))
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a finished bundle, made by this toolkit or an older one.
+
+    Raises BundleError if there is none to read, or it says something that cannot be.
+    """
+    path = folder / names.MANIFEST_FILE
+    raw = read_json(path, _MAX_BYTES, BundleError, f"{folder} is not a finished bundle")
+    lacking = [key for key in ("recipe", "files", "synthetic") if key not in raw]
+    if lacking:
+        raise BundleError(f"{path} says nothing of {' and '.join(lacking)}: export it again")
+    try:
+        written = from_json(_WrittenManifest, {"schema_version": SCHEMA_VERSION, **raw}, str(path))
+        recipe = _recipe(raw["recipe"], str(path))
+    except (ValueError, RecipeError) as problem:
+        raise BundleError(f"{problem}: export it again") from None
+    return Manifest(
+        written.schema_version,
+        written.versions or {},
+        recipe,
+        written.precision,
+        written.synthetic,
+        written.checkpoint,
+        written.files,
+        written.calibration,
+        written.compiled,
+        written.stop_tokens,
+    )
 
 
 def verify_manifest(folder: Path) -> list[str]:
@@ -37,42 +140,27 @@ def verify_manifest(folder: Path) -> list[str]:
     Raises BundleError if there is no readable manifest.
     """
     problems = []
-    for entry in read_manifest(folder)["files"]:
-        file = folder / Path(entry["name"]).name
+    for entry in read_manifest(folder).files:
+        file = folder / Path(entry.name).name
         if not file.is_file():
-            problems.append(f"{entry['name']} is missing")
-        elif (size := file.stat().st_size) != entry["bytes"]:
-            problems.append(f"{entry['name']} has {size} bytes, the manifest says {entry['bytes']}")
-        elif file_sha256(file) != entry["sha256"]:
-            problems.append(f"{entry['name']} differs from its SHA-256")
+            problems.append(f"{entry.name} is missing")
+        elif (size := file.stat().st_size) != entry.bytes:
+            problems.append(f"{entry.name} has {size} bytes, the manifest says {entry.bytes}")
+        elif file_sha256(file) != entry.sha256:
+            problems.append(f"{entry.name} differs from its SHA-256")
     return problems
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a finished bundle; raises BundleError if there is none to read."""
-    try:
-        manifest = json.loads((folder / names.MANIFEST_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        manifest = None
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), list):
-        raise BundleError(f"{folder} has no readable {names.MANIFEST_FILE}: not a finished bundle")
-    recipe: dict[str, Any] = manifest["recipe"] if isinstance(manifest.get("recipe"), dict) else {}
-    files, known = manifest["files"], isinstance(recipe.get("name"), str) and isinstance(recipe.get("target"), str)
-    if not known or "synthetic" not in manifest or not all(isinstance(f, dict) and "name" in f for f in files):
-        raise BundleError(f"{folder / names.MANIFEST_FILE} says nothing of recipe, files or synthetic: export it again")
-    if recipe["target"] not in TARGETS:
+def _recipe(raw: object, where: str) -> Recipe:
+    """The recipe of a manifest; what bundles had before there was a choice stands where an older one says nothing."""
+    if not isinstance(raw, dict) or not isinstance(raw.get("target"), str):
+        raise BundleError(f"{where}.recipe names no target")
+    target = TARGETS.get(raw["target"])
+    if target is None:
         raise BundleError(
-            f"{folder} was made for target {recipe['target']!r}, which this toolkit does not know: known are "
+            f"{where}: made for target {raw['target']!r}, which this toolkit does not know: known are "
             f"{', '.join(TARGETS)}"
         )
-    recipe.setdefault("window", TARGETS[recipe["target"]].window)
-    recipe.setdefault("soc", TARGETS[recipe["target"]].soc)
-    # What bundles had before there was a choice.
-    recipe.setdefault("profile", "float16" if TARGETS[recipe["target"]].profiles else "")
-    recipe.setdefault("parts", 1)
-    return manifest
-
-
-def file_entry(path: Path, sha256: str | None = None) -> dict[str, Any]:
-    """Name, size and SHA-256 of a file, the last computed unless it is given."""
-    return {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256 or file_sha256(path)}
+    before = {"parts": 1, "quality": "fast", "profile": "float16" if target.profiles else ""}
+    given = {key: value for key, value in raw.items() if value is not None}
+    return parse_recipe({**before, **given}, f"{where}.recipe")

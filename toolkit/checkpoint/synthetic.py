@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.scan import Rows
-from toolkit.checkpoint.weights import expected_tensors
+from toolkit.checkpoint.weights import Origin, expected_tensors
 
 # A prime, so that rows of any width start at ever new places of the table.
 _TABLE_LENGTH: Final = 4_194_301
@@ -65,11 +65,11 @@ class SyntheticWeights:
         """Some of the rows."""
         return self.read_rows(rows.name, start, stop)
 
-    def identity(self) -> list[dict[str, object]]:
+    def identity(self) -> tuple[Origin, ...]:
         """The seed: shapes are in the recipe."""
-        return [{"name": "synthetic", "seed": self._seed}]
+        return (Origin("synthetic", seed=self._seed),)
 
-    def digests(self) -> list[dict[str, object]]:
+    def digests(self) -> tuple[Origin, ...]:
         """As `identity`: there are no files to hash."""
         return self.identity()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Final, Protocol
 
@@ -25,6 +26,17 @@ from toolkit.machine import fits_the_page_cache
 _MAX_INDEX_BYTES: Final = 64 << 20
 # Buffers old checkpoints carry that are computed, not learned.
 _COMPUTED_SUFFIXES: Final = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What tensors come from: a file by its name with its size, and its SHA-256 or time of change; or a seed."""
+
+    name: str
+    bytes: int | None = None
+    sha256: str | None = None
+    mtime_ns: int | None = None
+    seed: int | None = None
 
 
 class Tensors(Protocol):
@@ -54,11 +66,11 @@ class WeightSource(Tensors, Protocol):
         """Rows [start, stop) of those that `scan` yielded, on any thread."""
         ...
 
-    def identity(self) -> list[dict[str, object]]:
+    def identity(self) -> tuple[Origin, ...]:
         """What the tensors come from, cheaply: two sources of the same identity hold the same numbers."""
         ...
 
-    def digests(self) -> list[dict[str, object]]:
+    def digests(self) -> tuple[Origin, ...]:
         """What they come from, in full: name, bytes and SHA-256 of each file. Known once `scan` is through."""
         ...
 
@@ -96,17 +108,14 @@ class SafetensorsWeights:
         check_finite(values, rows.name)
         return values.reshape((stop - start, *ref.shape[1:]))
 
-    def identity(self) -> list[dict[str, object]]:
+    def identity(self) -> tuple[Origin, ...]:
         """Name, size and time of change of each file."""
         stats = [(path.name, path.stat()) for path in self.files()]
-        return [{"name": name, "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns} for name, stat in stats]
+        return tuple(Origin(name, stat.st_size, mtime_ns=stat.st_mtime_ns) for name, stat in stats)
 
-    def digests(self) -> list[dict[str, object]]:
+    def digests(self) -> tuple[Origin, ...]:
         """Name, size and SHA-256 of each file, once `scan` is through."""
-        return [
-            {"name": path.name, "bytes": path.stat().st_size, "sha256": self._digests[path.name]}
-            for path in self.files()
-        ]
+        return tuple(Origin(path.name, path.stat().st_size, self._digests[path.name]) for path in self.files())
 
     def dtype(self, name: str) -> str:
         """The stored dtype of a tensor: BF16, F16 or F32."""

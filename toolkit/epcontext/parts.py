@@ -13,18 +13,19 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from toolkit import names
 from toolkit.apart import ChildFailed, run_apart
 from toolkit.epcontext.htp import PACKAGE, PROVIDER
 from toolkit.errors import BundleError, MachineError
-from toolkit.files import file_sha256, write_text
+from toolkit.files import FileEntry, file_entry, file_sha256, write_text
 from toolkit.graph.interface import external_bytes, read_interface
 from toolkit.machine import free_memory_bytes
 from toolkit.partition.parts import compile_memory_bytes
+from toolkit.typed_json import from_json, to_json
 
 JOURNAL_FILE: Final = "parts.jsonl"
 # As Linux numbers it; Windows has none.
@@ -57,7 +58,7 @@ class CompiledPart:
 
     index: int
     key: str
-    files: tuple[dict[str, Any], ...]
+    files: tuple[FileEntry, ...]
     wall_s: float
     peak_rss_bytes: int
 
@@ -106,7 +107,7 @@ def _compile(bundle: Path, part: Part, work: Path) -> CompiledPart:
         raise _failure(bundle, part, work, failed) from None
     _check_nodes(part, fresh)
     files = [path for path in sorted(fresh.iterdir()) if path.suffix in (".onnx", ".bin")]
-    entries = [{"name": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in files]
+    entries = [file_entry(path) for path in files]
     for path in files:
         os.replace(path, work / path.name)
     shutil.rmtree(fresh)
@@ -158,8 +159,8 @@ def _what_to_do(bundle: Path, part: Part) -> str:
 def _is_whole(done: CompiledPart, folders: Sequence[Path]) -> bool:
     """Whether each file is in one of the folders with its size and hash."""
     for entry in done.files:
-        there = [path for path in (folder / entry["name"] for folder in folders) if path.is_file()]
-        if not any(path.stat().st_size == entry["bytes"] and file_sha256(path) == entry["sha256"] for path in there):
+        there = [path for path in (folder / entry.name for folder in folders) if path.is_file()]
+        if not any(path.stat().st_size == entry.bytes and file_sha256(path) == entry.sha256 for path in there):
             return False
     return True
 
@@ -168,10 +169,10 @@ def _read_journal(work: Path) -> list[CompiledPart]:
     journal = work / JOURNAL_FILE
     try:
         lines = journal.read_text(encoding="utf-8").splitlines()
-        return [CompiledPart(**{**json.loads(line), "files": tuple(json.loads(line)["files"])}) for line in lines]
-    except (OSError, ValueError, TypeError, KeyError):
+        return [from_json(CompiledPart, json.loads(line)) for line in lines]
+    except (OSError, ValueError):
         return []
 
 
 def _write_journal(work: Path, entries: list[CompiledPart]) -> None:
-    write_text(work / JOURNAL_FILE, "".join(json.dumps(asdict(entry)) + "\n" for entry in entries))
+    write_text(work / JOURNAL_FILE, "".join(json.dumps(to_json(entry)) + "\n" for entry in entries))

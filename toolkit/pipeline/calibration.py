@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toolkit import names
+from toolkit.bundle.manifest import CalibrationText
 from toolkit.calibrate.facts import Survey
 from toolkit.calibrate.ladder import SharedFormat, spend_budget
 from toolkit.calibrate.ranges import activation_ranges
@@ -141,13 +142,13 @@ def calibration_sequences(plan: ExportPlan) -> tuple[list[list[int]], str]:
     return sequences, "random ids" if checkpoint.synthetic else path.name
 
 
-def text_digest(recipe: Recipe, checkpoint: Checkpoint) -> dict[str, str]:
+def text_digest(recipe: Recipe, checkpoint: Checkpoint) -> CalibrationText:
     """Name and SHA-256 of a calibrated recipe's text; random weights have none."""
     if checkpoint.synthetic:
-        return {"name": "random ids"}
+        return CalibrationText("random ids")
     path = find_text(recipe.calibration, recipe.name, recipe.target, checkpoint)
     try:
-        return {"name": path.name, "sha256": file_sha256(path)}
+        return CalibrationText(path.name, file_sha256(path))
     except OSError as problem:
         raise RecipeError(f"calibration text {path} cannot be read: {problem.strerror}") from None
 

@@ -22,15 +22,15 @@ def check_bundle(bundle: Path, run: bool) -> dict[str, Any]:
 
     Raises BundleError for a folder that is no bundle, MachineError if the vendor's software is asked for and missing.
     """
-    recipe = read_manifest(bundle)["recipe"]
-    placements = place_bundle(bundle, recipe["target"], recipe["window"], recipe["parts"])
+    recipe = read_manifest(bundle).recipe
+    placements = place_bundle(bundle, recipe.target, recipe.window, recipe.parts)
     problems = lint_bundle(bundle)
-    if recipe["soc"] and not problems:
-        problems += lint_compiled(bundle, recipe["soc"])
+    if recipe.soc and not problems:
+        problems += lint_compiled(bundle, recipe.soc)
         problems += htp_faults(bundle, [row.stage for row in placements if row.execution_provider == PROVIDER])
     for placement in placements:
         problems += placement.problems
-    runs = _run(bundle, recipe["target"]) if run else []
+    runs = _run(bundle, recipe.target) if run else []
     problems += [line for entry in runs for line in _problems(entry)]
     return {
         "passed": not problems,

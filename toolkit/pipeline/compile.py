@@ -5,17 +5,19 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from toolkit import names
 from toolkit.bundle.compiled import compiled_settings, partition_rows
 from toolkit.bundle.genai_config import read_settings, soc_options, tell_soc
-from toolkit.bundle.manifest import file_entry, read_manifest
+from toolkit.bundle.manifest import Manifest, read_manifest, save_manifest
 from toolkit.epcontext.htp import PACKAGE, htp_version
 from toolkit.epcontext.parts import CompiledPart, Part, compile_parts, part_key
 from toolkit.errors import BundleError, MachineError, UnsupportedError
-from toolkit.files import replacing, write_json, write_text
+from toolkit.files import file_entry, replacing, write_json, write_text
+from toolkit.recipe import Recipe
 from toolkit.report.summary import amend_report
 from toolkit.report.weights import ceiling_row
 from toolkit.soc import SOCS, Soc
@@ -26,9 +28,9 @@ def compile_exported(bundle: Path, wanted: bool, progress: Callable[[str], None]
     """`compile_bundle` for a bundle fresh from its export; returns why it was not compiled, or nothing if it was or its
     target has no such step. The report says so too. Raises what `compile_bundle` raises once the compiler is here."""
     manifest = read_manifest(bundle)
-    if not manifest["recipe"]["soc"]:
+    if not manifest.recipe.soc:
         return ""
-    if manifest["precision"] == "fp32":
+    if manifest.precision == "fp32":
         wanted, left_out = False, "fp32 is for parity work"
     else:
         left_out = "left out by --no-compile"
@@ -55,17 +57,18 @@ def compile_bundle(
     memory will not do, BundleError for what it does not take.
     """
     manifest = read_manifest(bundle)
-    recipe = manifest["recipe"]
-    if not recipe["soc"]:
+    recipe = manifest.recipe
+    if not recipe.soc:
         known = ", ".join(target.name for target in TARGETS.values() if target.soc)
-        raise UnsupportedError(f"target {recipe['target']} has no ahead-of-time compiler; those that have one: {known}")
-    config, hashes = read_settings(bundle), {entry["name"]: entry["sha256"] for entry in manifest["files"]}
+        raise UnsupportedError(f"target {recipe.target} has no ahead-of-time compiler; those that have one: {known}")
+    config, hashes = read_settings(bundle), {entry.name: entry.sha256 for entry in manifest.files}
     if soc:
-        recipe["soc"] = soc
+        recipe = replace(recipe, soc=soc)
+        manifest = replace(manifest, recipe=recipe)
         tell_soc(config, SOCS[soc].provider_options)
     parts = _parts(recipe, soc_options(config), hashes, f"{PACKAGE} {htp_version()}")
     work = bundle.with_name(bundle.name + ".compile")
-    if work.exists() or manifest.get("compiled") != _keys(parts) or not _sizes_fit(bundle, manifest):
+    if work.exists() or manifest.compiled != _keys(parts) or not _sizes_fit(bundle, manifest):
         made = compile_parts(bundle, parts, work, progress)
         _install(bundle, manifest, config, parts, made, work)
     rows: list[dict[str, Any]] = amend_report(bundle, lambda report: None, {})["partition"]
@@ -76,20 +79,20 @@ def _keys(parts: Sequence[Part]) -> dict[str, str]:
     return {part.stages[0]: part.key for part in parts}
 
 
-def _sizes_fit(bundle: Path, manifest: Mapping[str, Any]) -> bool:
-    files = [(bundle / entry["name"], entry["bytes"]) for entry in manifest["files"]]
+def _sizes_fit(bundle: Path, manifest: Manifest) -> bool:
+    files = [(bundle / entry.name, entry.bytes) for entry in manifest.files]
     return all(path.is_file() and path.stat().st_size == nbytes for path, nbytes in files)
 
 
-def _parts(recipe: Mapping[str, Any], options: dict[str, str], hashes: Mapping[str, str], software: str) -> list[Part]:
+def _parts(recipe: Recipe, options: dict[str, str], hashes: Mapping[str, str], software: str) -> list[Part]:
     """The parts a recipe plans, keyed by the files they are made from; `options` are the compiler's."""
-    count = recipe["parts"]
+    count = recipe.parts
     parts = []
     for index in range(count):
         stages = tuple(names.part_stage(kind, index, count) for kind in (names.CONTEXT, names.ITERATOR))
         sources = [*map(names.stage_file, stages), names.TRANSFORMER_DATA_FILE]
         if missing := [name for name in sources if name not in hashes]:
-            raise BundleError(f"the manifest of {recipe['name']} names no {missing[0]} to compile: export it again")
+            raise BundleError(f"the manifest of {recipe.name} names no {missing[0]} to compile: export it again")
         key = part_key([hashes[name] for name in sources], options, software)
         parts.append(Part(index, count, stages, options, key))
     return parts
@@ -97,7 +100,7 @@ def _parts(recipe: Mapping[str, Any], options: dict[str, str], hashes: Mapping[s
 
 def _install(
     bundle: Path,
-    manifest: dict[str, Any],
+    manifest: Manifest,
     config: dict[str, Any],
     parts: Sequence[Part],
     made: Sequence[CompiledPart],
@@ -105,21 +108,18 @@ def _install(
 ) -> None:
     """Moves finished files in and renames the settings over the old ones last: a kill leaves a bundle that runs, and
     whose manifest says whether it is whole."""
-    stages, soc = [stage for part in parts for stage in part.stages], SOCS[manifest["recipe"]["soc"]]
+    stages, soc = [stage for part in parts for stage in part.stages], SOCS[manifest.recipe.soc]
     entries = [entry for part in made for entry in part.files]
     for entry in entries:
-        if (work / entry["name"]).is_file():
-            os.replace(work / entry["name"], bundle / entry["name"])
+        if (work / entry.name).is_file():
+            os.replace(work / entry.name, bundle / entry.name)
     logs = [f"== {' '.join(part.stages)}\n{_text(work / part.log)}" for part in parts]
     write_text(bundle / names.COMPILE_LOG_FILE, "\n".join(logs))
     with replacing(bundle / names.GENAI_CONFIG_FILE) as settings:
         write_json(settings, compiled_settings(config, stages))
-        named = {**file_entry(settings), "name": names.GENAI_CONFIG_FILE}
-        replaced = {entry["name"] for entry in (*entries, named)}
-        kept = [entry for entry in manifest["files"] if entry["name"] not in replaced]
-        manifest["files"] = sorted([*kept, *entries, named], key=lambda entry: str(entry["name"]))
-        manifest["compiled"] = _keys(parts)
-        write_json(bundle / names.MANIFEST_FILE, manifest)
+        named = replace(file_entry(settings), name=names.GENAI_CONFIG_FILE)
+        changed = replace(manifest.with_files((*entries, named)), compiled=_keys(parts))
+        save_manifest(bundle / names.MANIFEST_FILE, changed)
     amend_report(bundle, lambda report: _describe(report, bundle, parts, made, soc), {})
     shutil.rmtree(work)
 

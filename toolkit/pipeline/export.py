@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 
 from toolkit import names
 from toolkit.bundle.genai_config import genai_config, pad_token_id
-from toolkit.bundle.manifest import write_manifest
+from toolkit.bundle.manifest import Manifest, begin_manifest, write_manifest
 from toolkit.checkpoint.opened import Checkpoint
 from toolkit.errors import CheckpointError, RecipeError
 from toolkit.files import write_json, write_text
 from toolkit.graph.builder import StageGraph
-from toolkit.machine import package_versions, peak_rss_bytes
+from toolkit.machine import peak_rss_bytes
 from toolkit.partition.data_files import JOURNAL_FILE, Destination, disk_error
 from toolkit.partition.lower import lower
 from toolkit.partition.pack import PackResult, pack_weights
@@ -33,6 +33,7 @@ from toolkit.recipe import Recipe
 from toolkit.report.summary import begin_report, write_report
 from toolkit.report.weights import ceiling_section, partition_section, quantization_section
 from toolkit.soc import SOCS
+from toolkit.typed_json import to_json
 
 _TOKENIZER_FILES = (names.TOKENIZER_FILE, "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
 _REQUEST_FILE = "request.json"
@@ -64,7 +65,7 @@ class Order:
 
 @dataclass(frozen=True)
 class _Begun:
-    """A bundle in the making: its plan, its work folder and what its manifest says of the request.
+    """A bundle in the making: its plan, its work folder and what its manifest says before there are files.
 
     `importance` weighs the errors of columns, `ranges` are those of uint16 activations, `calibration` is what the
     report says of both."""
@@ -72,7 +73,7 @@ class _Begun:
     plan: ExportPlan
     out: Path
     partial: Path
-    request: dict[str, Any]
+    manifest: Manifest
     importance: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
     ranges: Mapping[str, ActivationRange] | None = None
     calibration: dict[str, Any] = field(default_factory=dict)
@@ -174,12 +175,9 @@ def _pack(ready: Sequence[_Begun], progress: Callable[[str], None]) -> list[Pack
 
 
 def _begin(plan: ExportPlan) -> _Begun:
-    source, synthetic = plan.checkpoint.source, plan.checkpoint.synthetic
-    request: dict[str, Any] = {"recipe": asdict(plan.recipe), "precision": plan.precision, "synthetic": synthetic}
-    if plan.calibration:
-        request["calibration"] = text_digest(plan.recipe, plan.checkpoint)
-    begun_with = {"versions": package_versions(), "checkpoint": source.identity()}
-    return _Begun(plan, plan.out, _open_partial(plan.out, {**request, **begun_with}), request)
+    text = text_digest(plan.recipe, plan.checkpoint) if plan.calibration else None
+    manifest = begin_manifest(plan.recipe, plan.precision, plan.checkpoint, plan.stop_tokens, text)
+    return _Begun(plan, plan.out, _open_partial(plan.out, manifest), manifest)
 
 
 def _finish(
@@ -192,7 +190,7 @@ def _finish(
 ) -> None:
     """Graphs, settings, manifest and report around the data files."""
     plan, partial, stages = begun.plan, begun.partial, list(clock.stages)
-    source, folder = plan.checkpoint.source, plan.checkpoint.folder
+    folder = plan.checkpoint.folder
     with clock.stage("author", stages):
         for graph in graphs:
             graph.save(partial)
@@ -205,9 +203,7 @@ def _finish(
     with clock.stage("hash", stages):
         graph_files = [graph.stage.file for graph in graphs]
         made = [*graph_files, *packed.sha256, names.GENAI_CONFIG_FILE, *tokenizer_files]
-        stops = [asdict(token) for token in plan.stop_tokens]
-        asked = {**begun.request, "stop_tokens": stops, "checkpoint": source.digests()}
-        manifest = write_manifest(partial, made, asked, packed.sha256)
+        manifest = write_manifest(partial, begun.manifest, plan.checkpoint, made, packed.sha256)
     report = begin_report(manifest)
     report["quantization"] = quantization_section(plan.layout, packed.errors)
     if begun.calibration:
@@ -223,8 +219,8 @@ def _finish(
     report["conversion"] = {
         "wall_s": time.perf_counter() - clock.start,
         "peak_rss_bytes": peak_rss_bytes(),
-        "bytes_read": sum(int(str(entry.get("bytes", 0))) for entry in source.digests()),
-        "bytes_written": sum(entry["bytes"] for entry in manifest["files"]),
+        "bytes_read": sum(entry.bytes or 0 for entry in manifest.checkpoint),
+        "bytes_written": sum(entry.bytes for entry in manifest.files),
         "stages": stages,
         **({"in_one_pass_with": beside} if beside else {}),
     }
@@ -256,11 +252,11 @@ def _checked_place(out: Path) -> Path:
     return out
 
 
-def _open_partial(out: Path, request: Mapping[str, object]) -> Path:
+def _open_partial(out: Path, manifest: Manifest) -> Path:
     """The work folder; emptied unless it was begun by the same request on the same checkpoint."""
     shutil.rmtree(_old(out), ignore_errors=True)
     partial = _partial(out)
-    text = json.dumps(request)
+    text = json.dumps(to_json(manifest))
     marker = partial / _REQUEST_FILE
     if not (marker.is_file() and marker.read_text(encoding="utf-8") == text):
         shutil.rmtree(partial, ignore_errors=True)

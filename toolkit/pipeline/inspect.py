@@ -17,6 +17,7 @@ from toolkit.checkpoint.config import read_config
 from toolkit.checkpoint.weights import open_weights, parameter_count
 from toolkit.errors import CheckpointError
 from toolkit.graph.interface import read_interface
+from toolkit.typed_json import to_json
 
 
 def inspect_path(path: Path) -> dict[str, Any]:
@@ -46,26 +47,26 @@ def _checkpoint(folder: Path) -> dict[str, Any]:
 
 def _bundle(folder: Path) -> dict[str, Any]:
     manifest = read_manifest(folder)
-    recipe = manifest["recipe"]
+    recipe = manifest.recipe
     facts: dict[str, Any] = {
         "kind": "bundle",
-        "recipe": recipe["name"],
-        "model": recipe["model"],
-        "target": recipe["target"],
-        "precision": manifest["precision"],
-        "synthetic": manifest["synthetic"],
-        "context_length": recipe["context_length"],
+        "recipe": recipe.name,
+        "model": recipe.model,
+        "target": recipe.target,
+        "precision": manifest.precision,
+        "synthetic": manifest.synthetic,
+        "context_length": recipe.context_length,
     }
     facts["stages"] = [
         {"stage": placement.stage, "file": placement.file, "ep": placement.execution_provider, "nodes": placement.nodes}
-        for placement in place_bundle(folder, recipe["target"], recipe["window"], recipe["parts"])
+        for placement in place_bundle(folder, recipe.target, recipe.window, recipe.parts)
     ]
     operators: Counter[str] = Counter()
     for stage in facts["stages"]:
         operators.update(read_interface(folder / stage["file"]).operators())
     facts["operators"] = dict(sorted(operators.items()))
-    facts["kv_cache_bytes"] = cache_bytes(folder, read_settings(folder), recipe["context_length"])
-    facts["checkpoint"] = manifest["checkpoint"]
-    facts["files"] = [{"name": entry["name"], "bytes": entry["bytes"]} for entry in manifest["files"]]
+    facts["kv_cache_bytes"] = cache_bytes(folder, read_settings(folder), recipe.context_length)
+    facts["checkpoint"] = to_json(manifest.checkpoint)
+    facts["files"] = [{"name": entry.name, "bytes": entry.bytes} for entry in manifest.files]
     facts["problems"] = [{"problem": problem} for problem in lint_bundle(folder)]
     return facts

@@ -147,7 +147,7 @@ def _check_parts(recipe: Recipe, where: str) -> None:
         raise RecipeError(f"{where}: soc {soc!r} is unknown{nearest(soc, list(SOCS))}, expected {' or '.join(SOCS)}")
     if isinstance(parts, bool) or not isinstance(parts, int) or parts < 0:
         raise RecipeError(f"{where}: parts is {parts!r}, expected a count, or 0 for as few as will compile")
-    if parts and not target.partitioned:
+    if parts > 1 and not target.partitioned:
         raise RecipeError(f"{where}: parts is {parts}, and target {recipe.target} has no transformer stage to split")
 
 

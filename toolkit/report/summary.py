@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from toolkit import names
+from toolkit.bundle.manifest import Manifest
 from toolkit.errors import BundleError
 from toolkit.files import write_json, write_text
 from toolkit.machine import machine_facts
@@ -31,20 +32,20 @@ _KEPT: Final = ("conversion", "quantization", "partition", "kv_cache", "ceiling"
 _AT_LEAST: Final = ("top1_agreement", "greedy_match_tokens", "accuracy", "simulator_accuracy")
 
 
-def begin_report(manifest: Mapping[str, Any]) -> dict[str, Any]:
+def begin_report(manifest: Manifest) -> dict[str, Any]:
     """Identity, date and machine, from the bundle's manifest."""
     return {
         "schema_version": 1,
-        "model": manifest["recipe"]["model"],
-        "target": manifest["recipe"]["target"],
-        "recipe": manifest["recipe"]["name"],
-        "synthetic": manifest["synthetic"],
+        "model": manifest.recipe.model,
+        "target": manifest.recipe.target,
+        "recipe": manifest.recipe.name,
+        "synthetic": manifest.synthetic,
         "created": _now(),
         "machine": machine_facts(),
     }
 
 
-def read_report(bundle: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+def read_report(bundle: Path, manifest: Manifest) -> dict[str, Any]:
     """The bundle's report, redated, to be measured anew; a fresh one if it has none that can be read."""
     try:
         report = json.loads((bundle / names.REPORT_FILE).read_text(encoding="utf-8"))

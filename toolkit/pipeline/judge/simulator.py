@@ -24,8 +24,8 @@ _SIMULATED_BYTES: Final = 64 << 20
 
 def run_simulator(subject: Subject) -> dict[str, Any] | NotMeasured | None:
     """The section, or why there is none; None for a target without a simulator."""
-    wanted, recipe = subject.effort.simulate, subject.manifest["recipe"]
-    if not recipe["soc"]:
+    wanted, recipe = subject.effort.simulate, subject.manifest.recipe
+    if not recipe.soc:
         return None
     large = _is_large(subject)
     if wanted is False:
@@ -38,7 +38,7 @@ def run_simulator(subject: Subject) -> dict[str, Any] | NotMeasured | None:
         return NotMeasured("simulator", str(problem))
     config, source = subject.checkpoint.config, subject.checkpoint.source
     windows, decoded = (1, 1) if large else (2, 8)
-    cut = [token for ids in subject.sequences for token in ids][: windows * recipe["window"] + decoded]
+    cut = [token for ids in subject.sequences for token in ids][: windows * recipe.window + decoded]
     logits = head_logits(config, source, reference_hidden(config, source, [cut])[0])
     section = simulate(subject.bundle, cut, max(len(cut) - decoded, 1), logits, subject.progress)
     if subject.effort.simulated_tokens:

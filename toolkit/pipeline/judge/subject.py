@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from toolkit.bundle.genai_config import read_settings
-from toolkit.bundle.manifest import read_manifest
+from toolkit.bundle.manifest import Manifest, read_manifest
 from toolkit.checkpoint.opened import Checkpoint
 from toolkit.errors import BundleError
 from toolkit.evaluate.session import is_here
 from toolkit.pipeline.judge.effort import Effort
 from toolkit.pipeline.text import token_sequences
-from toolkit.recipe import data_folder, model_facts
+from toolkit.recipe import Recipe, data_folder
 
 # The prompt and the length of the greedy continuations through onnxruntime-genai.
 GREEDY_PROMPT: Final = 24
@@ -33,7 +33,7 @@ class Subject:
     """
 
     bundle: Path
-    manifest: dict[str, Any]
+    manifest: Manifest
     checkpoint: Checkpoint
     effort: Effort
     sequences: list[list[int]]
@@ -44,7 +44,7 @@ class Subject:
     @property
     def wants_baseline(self) -> bool:
         """Whether plain 4-bit rounding is measured beside."""
-        return bool(self.manifest["recipe"]["baseline"] if self.effort.baseline is None else self.effort.baseline)
+        return bool(self.manifest.recipe.baseline if self.effort.baseline is None else self.effort.baseline)
 
 
 def open_subject(bundle: Path, checkpoint: Checkpoint, effort: Effort, progress: Callable[[str], None]) -> Subject:
@@ -52,27 +52,27 @@ def open_subject(bundle: Path, checkpoint: Checkpoint, effort: Effort, progress:
     CheckpointError for a text that holds none."""
     manifest = read_manifest(bundle)
     _check_same(manifest, checkpoint)
-    recipe = manifest["recipe"]
-    task_files = tuple(_task_file(name, recipe, checkpoint) for name in recipe["tasks"])
+    recipe = manifest.recipe
+    task_files = tuple(_task_file(name, recipe, checkpoint) for name in recipe.tasks)
     text = effort.text or (*task_files, data_folder("models") / _TEXT_FILE)[0]
     sequences = token_sequences(checkpoint, text, effort.tokens, _SHORTEST)
     here = is_here(read_settings(bundle))
     return Subject(bundle, manifest, checkpoint, effort, sequences, task_files, here, progress)
 
 
-def _check_same(manifest: dict[str, Any], checkpoint: Checkpoint) -> None:
+def _check_same(manifest: Manifest, checkpoint: Checkpoint) -> None:
     """Compares names and sizes: hashing 30 GB to be told what was just read would double the wait."""
-    made_from = {entry["name"]: entry.get("bytes") for entry in manifest["checkpoint"]}
-    found = {entry["name"]: entry.get("bytes") for entry in checkpoint.source.identity()}
+    made_from = {entry.name: entry.bytes for entry in manifest.checkpoint}
+    found = {entry.name: entry.bytes for entry in checkpoint.source.identity()}
     if made_from != found:
         raise BundleError(
             f"the bundle was made from {', '.join(made_from)}, the checkpoint in {checkpoint.folder} has "
-            f"{', '.join(map(str, found))} or other sizes: name the right one with --checkpoint"
+            f"{', '.join(found)} or other sizes: name the right one with --checkpoint"
         )
 
 
-def _task_file(task: str, recipe: dict[str, Any], checkpoint: Checkpoint) -> Path:
+def _task_file(task: str, recipe: Recipe, checkpoint: Checkpoint) -> Path:
     """The file of a task's questions: the checkpoint's own, or the one beside the model's facts."""
     own = checkpoint.folder / f"{task}.jsonl"
-    facts = model_facts(recipe["name"], recipe["target"])
+    facts = recipe.facts()
     return facts / own.name if facts and not own.is_file() else own
