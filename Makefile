@@ -43,7 +43,7 @@ check: .venv/tested  ## Lint, format and types
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q -c constraints.txt -e .
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[convert]'
 	touch $@
 
 .venv/tested: .venv/installed

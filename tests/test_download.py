@@ -31,11 +31,11 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), HubHandler)
         self.folder = folder
         self.requests: list[tuple[str, str, str | None]] = []
-        self.broken = False
+        self.broken = self.mended = False
 
 
 class HubHandler(BaseHTTPRequestHandler):
-    """The three answers a snapshot download needs: the list of files, a file's head, a file from some byte on."""
+    """What a snapshot download asks for: the list of files in either form, a file's head, a file from some byte on."""
 
     server: Hub
 
@@ -51,6 +51,11 @@ class HubHandler(BaseHTTPRequestHandler):
     def _answer(self, body: bool) -> None:
         wanted = self.headers.get("Range")
         self.server.requests.append((self.command, self.path, wanted))
+        if self.path.startswith(f"/api/models/{REPO}/tree/"):  # where huggingface_hub lists files from 1.0 on
+            files = sorted(self.server.folder.iterdir())
+            tree = [{"type": "file", "path": p.name, "size": p.stat().st_size, "oid": COMMIT} for p in files]
+            self._send(200, json.dumps(tree).encode(), {"Content-Type": "application/json"}, body)
+            return
         if self.path.startswith(f"/api/models/{REPO}"):
             siblings = [{"rfilename": path.name} for path in sorted(self.server.folder.iterdir())]
             text = json.dumps({"id": REPO, "sha": COMMIT, "siblings": siblings}).encode()
@@ -65,7 +70,11 @@ class HubHandler(BaseHTTPRequestHandler):
         headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
         if wanted:
             headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-        breaks = body and path.suffix == ".safetensors" and not self.server.broken
+        weights = body and path.suffix == ".safetensors"
+        if weights and self.server.broken and not self.server.mended:
+            self._send(403, b"", {}, body)  # huggingface_hub 2 resumes by itself, and would hide the break
+            return
+        breaks = weights and not self.server.broken
         self.server.broken |= breaks
         self._send(206 if wanted else 200, data[start:], headers, body, breaks)
 
@@ -125,6 +134,7 @@ def _export(hub: Hub, home: Path, out: Path, offline: str) -> subprocess.Complet
 def test_hub_id_is_downloaded_resumed_and_then_found_offline(hub: Hub, tmp_path: Path) -> None:
     broken = _export(hub, tmp_path / "home", tmp_path / "b", offline="0")
     assert broken.returncode == 2 and "run again to resume" in broken.stderr.splitlines()[-1]
+    hub.mended = True
     done = _export(hub, tmp_path / "home", tmp_path / "b", offline="0")
     assert done.returncode == 0, done.stderr
     weights = [(command, wanted) for command, path, wanted in hub.requests if path.endswith(".safetensors")]

@@ -9,7 +9,9 @@ from typing import Any, Final
 
 import psutil
 
-_VERSIONS: Final = ("toolkit", "onnxruntime", "onnxruntime-genai", "onnx-ir", "numpy", "tokenizers")
+# The name that pip knows this toolkit by.
+_OWN_DISTRIBUTION: Final = "onnx-distill-toolkit"
+_VERSIONS: Final = (_OWN_DISTRIBUTION, "onnxruntime", "onnxruntime-genai", "onnx-ir", "numpy", "tokenizers")
 
 
 def machine_facts() -> dict[str, Any]:
@@ -25,11 +27,12 @@ def machine_facts() -> dict[str, Any]:
 
 
 def package_versions() -> dict[str, str]:
-    """The installed version of everything that decides what comes out."""
+    """The installed versions of everything that decides what comes out, by package; this code's own is `toolkit`."""
     found = {}
     for package in _VERSIONS:
         try:
-            found[package.replace("-", "_")] = importlib.metadata.version(package)
+            key = "toolkit" if package == _OWN_DISTRIBUTION else package.replace("-", "_")
+            found[key] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
     return found

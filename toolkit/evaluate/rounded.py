@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from toolkit.checkpoint.weights import Tensors
 from toolkit.quant.blockwise import QuantSpec, dequantize_blocks, quantize_blocks
+from toolkit.quant.kernel import require_compiler
 
 PLAIN: Final = QuantSpec(bits=4, block_size=32, symmetric=True, algorithm="rtn")
 PLAIN_NAME: Final = "rtn, 4 bits, block 32, symmetric"
@@ -45,5 +46,9 @@ class RoundedTensors:
 
 
 def plain_rounding(source: Tensors) -> RoundedTensors:
-    """Every matrix to symmetric 4-bit blocks of 32: llama.cpp's Q4_0."""
+    """`source` with every matrix rounded to symmetric 4-bit blocks of 32, llama.cpp's Q4_0.
+
+    Raises MachineError where numba is missing, before anything has been read.
+    """
+    require_compiler()
     return RoundedTensors(source, lambda _: PLAIN)

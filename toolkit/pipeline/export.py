@@ -28,6 +28,7 @@ from toolkit.partition.lower import lower
 from toolkit.partition.pack import PackResult, pack_weights
 from toolkit.pipeline.calibration import calibrate, calibration_sequences, stored_ranges, text_digest
 from toolkit.pipeline.plan import ExportPlan, check_machine, plan_export
+from toolkit.quant.kernel import require_compiler
 from toolkit.quant.ranges import ActivationRange
 from toolkit.recipe import Recipe
 from toolkit.report.summary import begin_report, write_report
@@ -101,6 +102,8 @@ def export_planned(plans: Sequence[ExportPlan], progress: Callable[[str], None] 
     with a report of the conversion; `judge` adds the proof. Raises ToolkitError before anything is written if the
     checkpoint or the machine will not do.
     """
+    if any(plan.precision == "int4" for plan in plans):
+        require_compiler()
     clock = _Clock()
     with clock.stage("plan"):
         plans = [replace(plan, out=_checked_place(plan.out)) for plan in plans]
