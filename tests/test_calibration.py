@@ -22,8 +22,8 @@ from tests.sources import Changed
 from toolkit.calibrate import solve as solving
 from toolkit.calibrate.solve import Fallback, Task, solve
 from toolkit.calibrate.survey import Survey, Wish, survey
+from toolkit.checkpoint.anatomy import describe
 from toolkit.checkpoint.folded import FoldedTensors
-from toolkit.checkpoint.linear_inputs import linear_inputs
 from toolkit.checkpoint.opened import Checkpoint, open_checkpoint
 from toolkit.evaluate.parity import Comparison
 from toolkit.evaluate.positions import open_positions
@@ -35,7 +35,7 @@ from toolkit.quant.blockwise import QuantizedBlocks, QuantSpec, dequantize_block
 from toolkit.quant.gptq import corrected_target, factorize, gptq_blocks
 from toolkit.quant.ranges import ActivationRange
 from toolkit.recipe import Recipe, load_recipe
-from toolkit.reference.decoder import Layer, embed, reference_logits
+from toolkit.reference.decoder import embed, read_layer, reference_logits
 from toolkit.target import TARGETS
 
 Floats = NDArray[np.float32]
@@ -67,7 +67,7 @@ def _checkpoint(case: str, folder: Path) -> tuple[Checkpoint, list[list[int]]]:
 
 
 def _specs(checkpoint: Checkpoint, algorithm: str) -> dict[str, QuantSpec]:
-    linears = [weight(r) for given in linear_inputs(checkpoint.config) for r in given.readers]
+    linears = [weight(r) for given in describe(checkpoint.config).inputs for r in given.readers]
     return {t: QuantSpec(4, BLOCK, algorithm=algorithm) for t in {*linears, "model.embed_tokens.weight"}}
 
 
@@ -86,7 +86,7 @@ def test_divergences_are_those_of_rounding_the_readers_alone(case: str, tmp_path
     specs = _specs(checkpoint, "imatrix")
     wish = Wish(specs, Rounding.NONE, Rounding.NONE, folds=True, probes=True)
     found = survey(checkpoint.config, checkpoint.source, sequences, wish, tmp_path / "work")
-    inputs = linear_inputs(checkpoint.config)
+    inputs = describe(checkpoint.config).inputs
     folded = FoldedTensors(checkpoint.source, inputs, found.scales())
     for given in inputs:
         facts = found.inputs[given.name]
@@ -131,9 +131,9 @@ def test_importance_is_the_second_moment_of_what_arrives_after_folding(tmp_path:
     found = survey(checkpoint.config, checkpoint.source, sequences, wish, tmp_path / "work")
     assert found.tokens == 120 and found.divergences == {}
     assert found.scales()
-    folded = FoldedTensors(checkpoint.source, linear_inputs(checkpoint.config), found.scales())
-    layer = Layer(checkpoint.config, folded, 0)
-    seen = np.concatenate([layer.attention_input(embed(folded, ids)) for ids in sequences])
+    folded = FoldedTensors(checkpoint.source, describe(checkpoint.config).inputs, found.scales())
+    layer = read_layer(checkpoint.config, folded, 0)
+    seen = np.concatenate([layer.normed(layer.anatomy.attention, embed(folded, ids)) for ids in sequences])
     facts = found.inputs["model.layers.0.self_attn.q_proj"]
     np.testing.assert_allclose(facts.importance, (seen.astype(np.float64) ** 2).mean(axis=0), rtol=1e-3)
 
@@ -179,7 +179,7 @@ WIDE = ActivationRange(-900.0, 300.0)
 def _task(checkpoint: Checkpoint, rounding: Rounding) -> Task:
     specs = _specs(checkpoint, "gptq")
     specs["model.embed_tokens.weight"] = QuantSpec(4, BLOCK, algorithm="imatrix")
-    values = {given.name: WIDE for given in linear_inputs(checkpoint.config)}
+    values = {given.name: WIDE for given in describe(checkpoint.config).inputs}
     return Task(specs, {}, rounding, Rounding.NONE, values)
 
 
@@ -219,16 +219,17 @@ def test_each_matrix_is_solved_against_what_the_rounded_layers_before_it_give(
     arriving = Changed(source, changes)
 
     def down_input(tensors: Any) -> Floats:
-        layers: list[Layer] = [Layer(config, tensors, k) for k in range(2)]
+        layers = [read_layer(config, tensors, k) for k in range(2)]
         if tensors is arriving:
             for layer in layers:
-                exact = layer.linear
-                layer.linear = lambda module, x, exact=exact: exact(module, _rounded(x, rounding))  # type: ignore[method-assign]
+                exact = layer.product
+                layer.product = lambda linear, x, exact=exact: exact(linear, _rounded(x, rounding))  # type: ignore[method-assign]
         seen = []
         for ids in sequences:
             x = layers[0](embed(tensors, ids))
-            x = layers[1].after_attention(x, layers[1].mixed(layers[1].attention_input(x)))
-            hidden = layers[1].mlp_hidden(layers[1].mlp_input(x))
+            attention, mlp = layers[1].anatomy.sublayers
+            x = layers[1].added(attention, x, layers[1].inner(attention, layers[1].normed(attention, x)))
+            hidden = layers[1].inner(mlp, layers[1].normed(mlp, x))
             seen.append(_rounded(hidden, rounding) if tensors is arriving else hidden)
         return np.concatenate(seen)
 
@@ -387,7 +388,7 @@ def test_a_budget_is_kept_and_the_bundle_is_close_both_ways(quality: str, tiny_r
     assert 4.8 < report["quantization"]["bits_per_weight"] <= 4.9
     calibration = report["quantization"]["calibration"]
     assert calibration["quality"] == quality and calibration["fallbacks"] == []
-    measured = {given.name for given in linear_inputs(checkpoint.config)} | {"model.embed_tokens"}
+    measured = {given.name for given in describe(checkpoint.config).inputs} | {"model.embed_tokens"}
     assert set(calibration["divergences"]) == measured
     most = 0.0005 if quality == "balanced" else 0.0002
     for exact in (True, False):

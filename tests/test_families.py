@@ -32,7 +32,7 @@ def test_reference_and_graph_match_transformers(case: str, tmp_path: Path) -> No
     (reference,) = reference_logits(config, source, [ids])
     assert np.abs(reference - oracle).max() <= 1e-3
     for target, row in TARGETS.items():
-        if any(config.sliding_windows) and not row.form.local_window:
+        if any(config.structure.sliding_windows) and not row.form.local_window:
             with pytest.raises(UnsupportedError, match=r"knows no sliding window.*context_length=[56]"):
                 write_graphs(tmp_path, tmp_path / target, target)
             continue

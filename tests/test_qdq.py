@@ -36,7 +36,7 @@ from toolkit.pipeline.export import Order, export_bundles
 from toolkit.pipeline.plan import plan_export
 from toolkit.pipeline.text import token_sequences
 from toolkit.recipe import load_recipe
-from toolkit.reference.decoder import Layer, rms_norm
+from toolkit.reference.decoder import read_layer, rms_norm
 
 Floats = NDArray[np.float32]
 FAST = ("quality=fast", "bits_per_weight=0", "rotate=false")
@@ -79,7 +79,7 @@ def _expected(checkpoint: Checkpoint, weights: dict[str, Floats], embedded: Floa
     config, source = checkpoint.config, Changed(checkpoint.source, weights)
     x = embedded.astype(np.float32)
     for k in range(config.num_hidden_layers):
-        x = Layer(config, source, k)(x)
+        x = read_layer(config, source, k)(x)
     return rms_norm(x, source.read("model.norm.weight"), config.rms_norm_eps)
 
 

@@ -41,13 +41,13 @@ def test_quantized_graphs_compute_their_dequantized_weights(
     ids = list(range(5, 45))
     (expected,) = reference_logits(config, _rounded(source, recipe_for("cpu", rules)), [ids])
     for target, row in TARGETS.items():
-        if any(config.sliding_windows) and not row.form.local_window:
+        if any(config.structure.sliding_windows) and not row.form.local_window:
             continue
         # In float32, since half precision alone is an error of a hundredth.
         monkeypatch.setitem(TARGETS, target, replace(row, form=replace(row.form, activations="float32")))
         layout = write_graphs(tmp_path, tmp_path / target, target, recipe_for(target, rules))
         packed = "model.layers.0.self_attn.qkv_proj.weight" in layout.units
-        assert packed == (v_bits == 4 and not config.qk_norm and row.form.packed_qkv)
+        assert packed == (v_bits == 4 and not config.structure.qk_norm and row.form.packed_qkv)
         bundle = open_positions(tmp_path / target, exact=True)
         for prompt in (None, 1, 2 * WINDOW + 3):
             assert np.abs(bundle.logits(ids, prompt) - expected).max() <= 1e-3

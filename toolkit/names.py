@@ -12,7 +12,6 @@ EMBED_TOKENS: Final = "model.embed_tokens"
 FINAL_NORM: Final = "model.norm"
 LM_HEAD: Final = "lm_head"
 
-QKV_PROJECTIONS: Final = ("q_proj", "k_proj", "v_proj")
 # Roles the CPU execution provider serves on every target.
 OUTSIDE_ROLES: Final = ("embed_tokens", "lm_head")
 # Where their nodes are named, and the `layer_ann` ONNX Runtime knows them by inside one graph.

@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.peers.llama_names import gguf_name
-from toolkit import names
+from toolkit.checkpoint.anatomy import Linear
 from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.weights import Tensors
-from toolkit.reference.decoder import Array, Layer, embed
+from toolkit.reference.decoder import Array, Layer, embed, read_layer
 
 Moments = dict[str, NDArray[np.float32]]
 
@@ -24,13 +24,13 @@ Moments = dict[str, NDArray[np.float32]]
 class _Recording(Layer):
     """A layer that adds up the squares of what each of its linears reads."""
 
-    def __init__(self, config: ModelConfig, source: Tensors, layer_index: int) -> None:
-        super().__init__(config, source, layer_index)
+    def __init__(self, layer: Layer) -> None:
+        super().__init__(layer.config, layer.anatomy, layer.tensors)
         self.squares: defaultdict[str, NDArray[np.float64] | float] = defaultdict(float)
 
-    def linear(self, module: str, x: Array) -> Array:
-        self.squares[module] = self.squares[module] + np.square(x, dtype=np.float64).sum(axis=0)
-        return super().linear(module, x)
+    def product(self, linear: Linear, x: Array) -> Array:
+        self.squares[linear.weight] = self.squares[linear.weight] + np.square(x, dtype=np.float64).sum(axis=0)
+        return super().product(linear, x)
 
 
 def second_moments(config: ModelConfig, source: Tensors, sequences: list[list[int]]) -> Moments:
@@ -38,10 +38,9 @@ def second_moments(config: ModelConfig, source: Tensors, sequences: list[list[in
     tokens, moments = sum(map(len, sequences)), {}
     hidden = [embed(source, ids) for ids in sequences]
     for layer_index in range(config.num_hidden_layers):
-        layer = _Recording(config, source, layer_index)
+        layer = _Recording(read_layer(config, source, layer_index))
         hidden = [layer(x) for x in hidden]
-        for module, squares in layer.squares.items():
-            name = names.weight(names.layer_module(layer_index, module))
+        for name, squares in layer.squares.items():
             moments[name] = np.asarray(squares / tokens, np.float32)
     return moments
 

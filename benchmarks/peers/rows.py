@@ -182,7 +182,7 @@ def row_of(name: str, bench: Bench, weights: _Weights, cost: Cost, note: str) ->
 def _run_gguf(tools: LlamaCpp, path: Path, bench: Bench, row: Row) -> Row:
     """The row with the file's logits in llama.cpp, or why there are none. Its answers are not asked for."""
     config, sequences = bench.checkpoint.config, bench.material.sequences
-    if config.rope.rope_type != "default" or any(config.sliding_windows):
+    if config.rope.rope_type != "default" or any(config.structure.sliding_windows):
         return replace(row, note=f"{row.note}; not run: the file says nothing of scaled RoPE or sliding windows")
     try:
         with open_logits(tools, path, config.vocab_size, max(map(len, sequences))) as model:

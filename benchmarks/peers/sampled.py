@@ -7,7 +7,7 @@ import numpy as np
 from toolkit import names
 from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.weights import Tensors
-from toolkit.reference.decoder import Array, Layer, attend, embed, head_logits, rms_norm
+from toolkit.reference.decoder import Array, attend, embed, head_logits, read_layer, rms_norm
 from toolkit.reference.greedy import Resident
 
 LENGTH = 160
@@ -16,7 +16,7 @@ LENGTH = 160
 def sampled_sequences(config: ModelConfig, source: Tensors, tokens: int, seed: int) -> list[list[int]]:
     """Sequences of `LENGTH` tokens, bos first, of at least `tokens` in all. Every layer is in memory."""
     resident = Resident(source)
-    layers = [Layer(config, resident, i) for i in range(config.num_hidden_layers)]
+    layers = [read_layer(config, resident, i) for i in range(config.num_hidden_layers)]
     norm = resident.read(names.weight(names.FINAL_NORM))
     generator, sequences = np.random.default_rng(seed), []
     for _ in range(-(-tokens // LENGTH)):
@@ -24,8 +24,9 @@ def sampled_sequences(config: ModelConfig, source: Tensors, tokens: int, seed: i
         while len(ids) < LENGTH:
             x, at = embed(resident, ids[-1:]), np.array([len(ids) - 1])
             for layer, cache in zip(layers, past, strict=True):
-                q, k, v = layer.project(layer.attention_input(x), at)
-                mixed = attend(q, *cache.grown(k, v), at, layer.window, config.rotary_head_dim)
+                attention = layer.anatomy.attention
+                q, k, v = layer.project(layer.normed(attention, x), at)
+                mixed = attend(q, *cache.grown(k, v), at, attention.window, config.rotary_head_dim)
                 x = layer.finish(x, mixed)
             logits = head_logits(config, resident, rms_norm(x, norm, config.rms_norm_eps))[0].astype(np.float64)
             ids.append(int((logits + generator.gumbel(size=logits.size)).argmax()))

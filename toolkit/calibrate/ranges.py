@@ -21,13 +21,13 @@ from numpy.typing import NDArray
 
 from toolkit import names
 from toolkit.calibrate.activations import ActivationFile
+from toolkit.checkpoint.anatomy import Linear, Mlp
 from toolkit.checkpoint.config import ModelConfig
-from toolkit.checkpoint.linear_inputs import layer_inputs
 from toolkit.checkpoint.weights import Tensors
 from toolkit.errors import NonFiniteError, UnsupportedError
 from toolkit.files import write_json
 from toolkit.quant.ranges import ActivationRange
-from toolkit.reference.decoder import Layer, embed
+from toolkit.reference.decoder import Layer, embed, read_layer
 
 Floats = NDArray[np.float32]
 _FILE: Final = "ranges.json"
@@ -58,7 +58,7 @@ def activation_ranges(
         start, found = 0, {}
         streams[0].write(embed(source, list(ids)) for ids in sequences)
     for k in range(start, config.num_hidden_layers):
-        layer = _WatchedLayer(config, source, k)
+        layer = _WatchedLayer(read_layer(config, source, k))
         streams[k + 1].write(layer(x) for x in streams[k])
         found |= layer.ranges(percentile)
         _write(folder, k + 1, found)
@@ -70,10 +70,9 @@ def activation_ranges(
 class _WatchedLayer(Layer):
     """A layer that keeps each token's smallest and largest value at each point."""
 
-    def __init__(self, config: ModelConfig, source: Tensors, layer_index: int) -> None:
-        super().__init__(config, source, layer_index)
-        self._index = layer_index
-        self._inputs = {given.name for given in layer_inputs(config, layer_index)}
+    def __init__(self, exact: Layer) -> None:
+        super().__init__(exact.config, exact.anatomy, exact.tensors)
+        self._inputs = {given.name for given in exact.anatomy.inputs}
         self._seen: dict[str, list[tuple[Floats, Floats]]] = defaultdict(list)
 
     def __call__(self, x: Floats) -> Floats:
@@ -81,22 +80,19 @@ class _WatchedLayer(Layer):
         self._check_float16("hidden states", float(np.abs(y).max()))
         return y
 
-    def linear(self, module: str, x: Floats) -> Floats:
-        """As the exact layer's, its input seen where it is the first to read it, its output before the bias."""
-        name = names.layer_module(self._index, module)
-        if name in self._inputs:
-            self._see(names.input_of(name), x)
-        product: Floats = x @ self.tensors[names.weight(module)].T
-        self._see(names.output_of(name), product)
-        bias = names.bias(module)
-        return product + self.tensors[bias] if bias in self.tensors else product
+    def product(self, linear: Linear, x: Floats) -> Floats:
+        """As the exact layer's; its output is seen, and its input where it is the first to read it."""
+        if linear.module in self._inputs:
+            self._see(names.input_of(linear.module), x)
+        y = super().product(linear, x)
+        self._see(names.output_of(linear.module), y)
+        return y
 
-    def mlp_hidden(self, normed: Floats) -> Floats:
-        """As the exact layer's; gate times its sigmoid is a tensor of its own."""
-        gate = self.linear("mlp.gate_proj", normed)
-        silu: Floats = gate / (1 + np.exp(-gate))
-        self._see(names.output_of(names.layer_module(self._index, "mlp.act_fn")), silu)
-        return silu * self.linear("mlp.up_proj", normed)
+    def activated(self, mlp: Mlp, gate: Floats) -> Floats:
+        """As the exact layer's; gate times its sigmoid is a tensor of its own in the graph."""
+        silu = super().activated(mlp, gate)
+        self._see(names.output_of(mlp.act_fn), silu)
+        return silu
 
     def project(self, normed: Floats, positions: NDArray[np.int64]) -> tuple[Floats, Floats, Floats]:
         """As the exact layer's; no score may be more than float16 holds."""
@@ -131,7 +127,7 @@ class _WatchedLayer(Layer):
     def _check_float16(self, what: str, largest: float) -> None:
         if largest > _FLOAT16_MAX:
             raise UnsupportedError(
-                f"{what} of layer {self._index} reach {largest:.3g} on the calibration text, float16 holds "
+                f"{what} of layer {self.anatomy.index} reach {largest:.3g} on the calibration text, float16 holds "
                 f"{_FLOAT16_MAX:.0f}: export for a target that computes in float32, such as cpu"
             )
 

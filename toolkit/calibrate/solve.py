@@ -19,15 +19,15 @@ from numpy.typing import NDArray
 from toolkit import names
 from toolkit.calibrate.activations import ActivationFile
 from toolkit.calibrate.statistics import Products
+from toolkit.checkpoint.anatomy import Linear, LinearInput, Sublayer, describe
 from toolkit.checkpoint.config import ModelConfig
-from toolkit.checkpoint.linear_inputs import LinearInput, head_input, layer_inputs
 from toolkit.checkpoint.weights import Tensors
 from toolkit.files import write_json
 from toolkit.quant.activations import Rounding, rounded_input
 from toolkit.quant.blockwise import QuantizedBlocks, QuantSpec, dequantize_blocks, quantize_blocks
 from toolkit.quant.gptq import Factor, NotPositiveDefiniteError, corrected_target, factorize, gptq_blocks
 from toolkit.quant.ranges import ActivationRange
-from toolkit.reference.decoder import Layer, embed, rms_norm
+from toolkit.reference.decoder import Layer, embed, read_layer, rms_norm
 
 Floats = NDArray[np.float32]
 # Below about two tokens a channel GPTQ fits the text's accidents: worse than rounding (quantization.md of the field:
@@ -146,81 +146,77 @@ class _LayerPass:
     ) -> None:
         self._config, self._k, self._task, self._writer = config, k, task, writer
         self._folder, self._lengths = folder, lengths
-        self._exact = Layer(config, source, k)
+        self._exact = read_layer(config, source, k)
         self._rounded = _ArrivingLayer(self._exact, task)
         self.fallbacks: list[Fallback] = []
         self._spills: list[ActivationFile] = []
 
     def run(self, before: tuple[ActivationFile, ActivationFile], after: tuple[ActivationFile, ActivationFile]) -> None:
         """Solves the layer's matrices in the order they are used; fills both streams after it."""
-        exact, rounded = self._exact, self._rounded
-        qkv, attention, mlp, down = layer_inputs(self._config, self._k)
-        layers: tuple[Layer, Layer] = (exact, rounded)
-        self._solve(qkv, lambda n: (layers[n].attention_input(x) for x in before[n]))
-        mixed = [
-            self._spill(
-                f"mixed{n}", attention.width, (layers[n].mixed(layers[n].attention_input(x)) for x in before[n])
+        attention, mlp = self._exact.anatomy.sublayers
+        middle = (self._spill("middle0", self._config.hidden_size), self._spill("middle1", self._config.hidden_size))
+        self._run_half(attention, before, middle)
+        self._run_half(mlp, middle, after)
+
+    def _run_half(
+        self,
+        half: Sublayer,
+        before: tuple[ActivationFile, ActivationFile],
+        after: tuple[ActivationFile, ActivationFile],
+    ) -> None:
+        """The same for one sublayer: what its first linears read, what its last reads, then the stream after it."""
+        layers: tuple[Layer, Layer] = (self._exact, self._rounded)
+        self._solve(half.normed_input, lambda n: (layers[n].normed(half, x) for x in before[n]))
+        inner = [
+            self._spill(f"{half.inner_input.name}.{n}", half.inner_input.width).write(
+                layers[n].inner(half, layers[n].normed(half, x)) for x in before[n]
             )
             for n in (0, 1)
         ]
-        self._solve(attention, lambda n: iter(mixed[n]))
-        middle = [
-            self._spill(
-                f"middle{n}",
-                self._config.hidden_size,
-                (layers[n].after_attention(x, y) for x, y in zip(before[n], mixed[n], strict=True)),
-            )
-            for n in (0, 1)
-        ]
-        self._solve(mlp, lambda n: (layers[n].mlp_input(x) for x in middle[n]))
-        hidden = [
-            self._spill(f"hidden{n}", down.width, (layers[n].mlp_hidden(layers[n].mlp_input(x)) for x in middle[n]))
-            for n in (0, 1)
-        ]
-        self._solve(down, lambda n: iter(hidden[n]))
+        self._solve(half.inner_input, lambda n: iter(inner[n]))
         for n in (0, 1):
-            after[n].write(layers[n].after_mlp(x, y) for x, y in zip(middle[n], hidden[n], strict=True))
+            after[n].write(layers[n].added(half, x, y) for x, y in zip(before[n], inner[n], strict=True))
 
     def finish(self) -> None:
         """Frees the disk."""
         for spill in self._spills:
             spill.remove()
 
-    def _spill(self, name: str, width: int, sequences: Iterator[Floats]) -> ActivationFile:
-        made = ActivationFile(self._folder / f"{name}.f32", self._lengths, width).write(sequences)
-        self._spills.append(made)
-        return made
+    def _spill(self, name: str, width: int) -> ActivationFile:
+        """A file that lives as long as the layer is solved."""
+        self._spills.append(ActivationFile(self._folder / f"{name}.f32", self._lengths, width))
+        return self._spills[-1]
 
     def _solve(self, given: LinearInput, stream: Callable[[int], Iterator[Floats]]) -> None:
-        local = {reader: reader.removeprefix(names.layer_module(self._k, "")) for reader in given.readers}
         solver = _InputSolver(given, self._task)
         if solver.wants_products(sum(self._lengths)):
-            weights = {names.weight(r): self._exact.tensors[names.weight(module)] for r, module in local.items()}
-            rows = {tensor: weights[tensor] for tensor in solver.wanted}
+            rows = {tensor: self._exact.tensors[tensor] for tensor in solver.wanted}
             solver.gather(zip(stream(0), stream(1), strict=True), rows)
         self.fallbacks += solver.fallbacks
-        for reader, module in local.items():
-            tensor, here = names.weight(reader), names.weight(module)
-            weight, spec = self._exact.tensors[here], self._task.specs[tensor]
+        for linear in given.linears:
+            tensor = linear.weight
+            weight, spec = self._exact.tensors[tensor], self._task.specs[tensor]
             blocks = solver.blocks(tensor, weight)
             if tensor in solver.wanted:
                 self._writer.write(tensor, 0, weight, blocks)
-            self._rounded.tensors[here] = dequantize_blocks(blocks, spec, weight.shape[1])
-            self._rounded.solved[module] = given, reader
+            self._rounded.tensors[tensor] = dequantize_blocks(blocks, spec, weight.shape[1])
+            self._rounded.solved[linear.module] = given
 
 
 class _ArrivingLayer(Layer):
-    """A layer whose linears see their input as the bundle's will once they are solved: `solved` has that input, and the
-    reader's name, by local module name."""
+    """A layer whose linears see their input as the bundle's will once they are solved: `solved` has that input by
+    module."""
 
     def __init__(self, exact: Layer, task: Task) -> None:
-        self.config, self.window, self.tensors = exact.config, exact.window, dict(exact.tensors)
-        self.solved: dict[str, tuple[LinearInput, str]] = {}
+        super().__init__(exact.config, exact.anatomy, dict(exact.tensors))
+        self.solved: dict[str, LinearInput] = {}
         self._task = task
 
-    def linear(self, module: str, x: Floats) -> Floats:
+    def product(self, linear: Linear, x: Floats) -> Floats:
         """As the bundle computes it."""
-        return super().linear(module, self._task.arriving(*self.solved[module], x) if module in self.solved else x)
+        if linear.module in self.solved:
+            x = self._task.arriving(self.solved[linear.module], linear.module, x)
+        return super().product(linear, x)
 
 
 class _InputSolver:
@@ -277,11 +273,11 @@ class _InputSolver:
 def _solve_head(
     config: ModelConfig, source: Tensors, task: Task, writer: Writer, streams: tuple[ActivationFile, ActivationFile]
 ) -> list[Fallback]:
-    given = head_input(config)
-    tensor = names.weight(given.name)
+    decoder = describe(config)
+    given, tensor = decoder.head_input, decoder.head.weight
     if not task.specs[tensor].rounded_by.solves:
         return []
-    norm = source.read(names.weight(names.FINAL_NORM))
+    norm = source.read(decoder.norm.weight)
     solver = _InputSolver(given, task)
     ends = [(rms_norm(x, norm, config.rms_norm_eps) for x in stream) for stream in streams]
     if solver.wants_products(sum(x.shape[0] for x in streams[0])):

@@ -23,15 +23,15 @@ from toolkit.calibrate.activations import ActivationFile
 from toolkit.calibrate.facts import InputFacts, State, Survey, load_state, save_state, state_file
 from toolkit.calibrate.ladder import SharedFormat
 from toolkit.calibrate.statistics import InputStatistics
+from toolkit.checkpoint.anatomy import Linear, LinearInput, describe
 from toolkit.checkpoint.config import ModelConfig
-from toolkit.checkpoint.linear_inputs import LinearInput, head_input, layer_inputs
 from toolkit.checkpoint.weights import Tensors
 from toolkit.quant.activations import Rounding, rounded_input
 from toolkit.quant.awq import FoldChoice, Reader, choose_scales, output_loss, thinned_rows
 from toolkit.quant.blockwise import QuantSpec, dequantize_blocks, quantize_blocks
 from toolkit.quant.formats import other_formats, use_of
 from toolkit.quant.ranges import ActivationRange
-from toolkit.reference.decoder import Layer, embed, rms_norm
+from toolkit.reference.decoder import Layer, embed, read_layer, rms_norm
 from toolkit.reference.divergence import mean_divergences
 
 Floats = NDArray[np.float32]
@@ -94,12 +94,10 @@ def shared_formats(
     config: ModelConfig, specs: Mapping[str, QuantSpec], shapes: Mapping[str, tuple[int, ...]], found: Survey
 ) -> list[SharedFormat]:
     """Matrices that share a format, with what the survey measured of them."""
-    inputs = [given for k in range(config.num_hidden_layers) for given in layer_inputs(config, k)]
-    groups = [(given.name, tuple(names.weight(reader) for reader in given.readers)) for given in inputs]
-    head = head_input(config)
-    groups.append((head.name, (names.weight(head.name),)))
+    decoder = describe(config)
+    groups = [(given.name, tuple(linear.weight for linear in given.linears)) for given in decoder.inputs]
     if not config.tie_word_embeddings:
-        groups.append((names.EMBED_TOKENS, (names.weight(names.EMBED_TOKENS),)))
+        groups.append((decoder.embedding.module, (decoder.embedding.weight,)))
     return [
         SharedFormat(
             tensors,
@@ -120,31 +118,29 @@ class _Pass:
 
     def layer(self, k: int, before: ActivationFile, after: ActivationFile, state: State) -> None:
         """Statistics of the layer's inputs, its folds and losses, and every probe one layer further."""
-        layer = Layer(self._config, self._source, k)
-        inputs = layer_inputs(self._config, k)
-        seen = [InputStatistics(given.name, given.width, self._tokens) for given in inputs]
+        layer = read_layer(self._config, self._source, k)
+        inputs = layer.anatomy.inputs
+        seen = {given.name: InputStatistics(given.name, given.width, self._tokens) for given in inputs}
         after.write(_through(layer, x, seen) for x in before)
-        read = {given.name: {r: layer.tensors[names.weight(_local(r, k))] for r in given.readers} for given in inputs}
-        for given, statistics in zip(inputs, seen, strict=True):
-            state.inputs[given.name] = self._facts(given, statistics, read[given.name], self._wish.rounding)
+        for given in inputs:
+            read = {linear.module: layer.tensors[linear.weight] for linear in given.linears}
+            state.inputs[given.name] = self._facts(given, seen[given.name], read, self._wish.rounding)
         if not self._wish.probes:
             return
         exact = state.probes[""]
         fresh = {}
         for given in inputs:
             rounded = _RoundedLayer(layer)
-            for reader in given.readers:
-                spec = self._wish.specs[names.weight(reader)]
-                facts = state.inputs[given.name]
-                rounded.round(_local(reader, k), spec, facts, self._wish.rounding)
+            for linear in given.linears:
+                rounded.round(linear, self._wish.specs[linear.weight], state.inputs[given.name], self._wish.rounding)
             fresh[given.name] = [rounded(x) for x in exact]
         state.probes = {name: [layer(x) for x in probe] for name, probe in state.probes.items()} | fresh
 
     def head(self, before: ActivationFile, state: State) -> dict[str, float]:
         """The head's facts; the divergence of every probe."""
-        config, source = self._config, self._source
-        norm = source.read(names.weight(names.FINAL_NORM))
-        given = head_input(config)
+        config, source, decoder = self._config, self._source, describe(self._config)
+        norm = source.read(decoder.norm.weight)
+        given = decoder.head_input
         statistics = InputStatistics(given.name, given.width, self._tokens)
         for x in before:
             statistics.add(rms_norm(x, norm, config.rms_norm_eps))
@@ -185,39 +181,39 @@ class _Pass:
         return InputFacts(sample.moments, sample.values(), fold, losses)
 
 
-def _through(layer: Layer, x: Floats, seen: Sequence[InputStatistics]) -> Floats:
+def _through(layer: Layer, x: Floats, seen: Mapping[str, InputStatistics]) -> Floats:
     """One sequence through a layer, each input counted."""
-    qkv, attention, mlp, down = seen
-    x = layer.after_attention(x, attention.add(layer.mixed(qkv.add(layer.attention_input(x)))))
-    return layer.after_mlp(x, down.add(layer.mlp_hidden(mlp.add(layer.mlp_input(x)))))
+    for half in layer.anatomy.sublayers:
+        normed = seen[half.normed_input.name].add(layer.normed(half, x))
+        x = layer.added(half, x, seen[half.inner_input.name].add(layer.inner(half, normed)))
+    return x
 
 
 class _RoundedLayer(Layer):
     """A layer of which some linears compute as the bundle will: folded, rounded weights, perhaps rounded inputs."""
 
     def __init__(self, exact: Layer) -> None:
-        self.config, self.window, self.tensors = exact.config, exact.window, exact.tensors
+        super().__init__(exact.config, exact.anatomy, exact.tensors)
         self._rounded: dict[str, tuple[Floats, Callable[[Floats], Floats]]] = {}
 
-    def round(self, module: str, spec: QuantSpec, facts: InputFacts, rounding: Rounding) -> None:
+    def round(self, linear: Linear, spec: QuantSpec, facts: InputFacts, rounding: Rounding) -> None:
         """Rounds one linear's weight, and its input too if asked."""
-        weight = self.tensors[names.weight(module)]
+        weight = self.tensors[linear.weight]
         scales = facts.fold.scales if facts.fold.scales is not None else np.ones(weight.shape[1], np.float32)
         blocks = quantize_blocks(weight * scales, spec, facts.importance)
 
         def arriving(x: Floats) -> Floats:
             return rounded_input(x / scales, rounding, spec.block_size, facts.values)
 
-        self._rounded[module] = (dequantize_blocks(blocks, spec, weight.shape[1]), arriving)
+        self._rounded[linear.module] = (dequantize_blocks(blocks, spec, weight.shape[1]), arriving)
 
-    def linear(self, module: str, x: Floats) -> Floats:
+    def product(self, linear: Linear, x: Floats) -> Floats:
         """As the exact layer's, but for what was rounded."""
-        if module not in self._rounded:
-            return super().linear(module, x)
-        weight, arriving = self._rounded[module]
+        if linear.module not in self._rounded:
+            return super().product(linear, x)
+        weight, arriving = self._rounded[linear.module]
         y: Floats = arriving(x) @ weight.T
-        bias = names.bias(module)
-        return y + self.tensors[bias] if bias in self.tensors else y
+        return y
 
 
 class _RoundedHead:
@@ -284,8 +280,3 @@ def _shared(given: LinearInput) -> NDArray[np.int64]:
     channel = np.arange(given.width)
     head, within = channel // given.head_dim, channel % given.head_dim
     return np.asarray(head // given.shared * given.head_dim + within, np.int64)
-
-
-def _local(module: str, layer_index: int) -> str:
-    """A module's name inside its layer."""
-    return module.removeprefix(names.layer_module(layer_index, ""))

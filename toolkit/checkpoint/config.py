@@ -1,23 +1,24 @@
 """`config.json` as Hugging Face writes it, resolved into facts no later floor has to guess.
 
 Reads the form of transformers 4 (`rope_theta`, `rope_scaling`, `torch_dtype`) and of transformers 5
-(`rope_parameters`, `dtype`). Fields carry the names of the file; what the family implies (biases, q/k norm,
-which layers slide) is settled here, once.
+(`rope_parameters`, `dtype`). Fields carry the names of the file; `structure` is what the family (`families/`) makes of
+the rest, and `anatomy.py` describes the decoder that all of it means.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from toolkit.checkpoint.families import FAMILIES
+from toolkit.checkpoint.family import Structure
+from toolkit.checkpoint.fields import Fields, positive
 from toolkit.errors import CheckpointError, UnsupportedError
 from toolkit.files import read_json
 from toolkit.names import CONFIG_FILE
 
-FAMILIES: Final = ("llama", "mistral", "qwen2", "qwen3")
 ROPE_TYPES: Final = ("default", "linear", "llama3", "yarn")
 _MAX_CONFIG_BYTES: Final = 4 << 20
 
@@ -46,7 +47,7 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """One decoder's shape. `sliding_windows[i]` is layer i's window in tokens, itself included, or None.
+    """One decoder's shape, and its structure, which its family decides.
 
     `head_dim` is the width heads are stored with, `rotary_head_dim` the width that RoPE and the attention's scale are
     computed from; they differ only where heads were padded for an operator (padded_heads.py).
@@ -64,11 +65,7 @@ class ModelConfig:
     max_position_embeddings: int
     rms_norm_eps: float
     tie_word_embeddings: bool
-    qkv_bias: bool
-    o_bias: bool
-    mlp_bias: bool
-    qk_norm: bool
-    sliding_windows: tuple[int | None, ...]
+    structure: Structure
     rope: RopeConfig
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
@@ -102,20 +99,19 @@ def read_checkpoint_json(path: Path, max_bytes: int) -> dict[str, Any]:
 
 def parse_config(raw: Mapping[str, Any], path: Path) -> ModelConfig:
     """`raw` resolved; `path` appears in messages only. Raises as `read_config` does."""
-    model_type = raw.get("model_type")
-    if model_type not in FAMILIES:
+    family = FAMILIES.get(str(raw.get("model_type")))
+    if family is None:
         raise UnsupportedError(
-            f"{path}: model_type {model_type!r} is not supported, expected one of {', '.join(FAMILIES)}"
+            f"{path}: model_type {raw.get('model_type')!r} is not supported, expected one of {', '.join(FAMILIES)}"
         )
-    read = _Fields(raw, path)
+    read = Fields(raw, path, family.defaults)
     if raw.get("hidden_act", "silu") != "silu":
         raise UnsupportedError(f"{path}: hidden_act {raw['hidden_act']!r} is not supported, expected 'silu'")
     if raw.get("quantization_config") is not None:
         raise UnsupportedError(f"{path}: the checkpoint is already quantized, expected bf16, fp16 or fp32 weights")
     heads = read.count("num_attention_heads")
     hidden = read.count("hidden_size")
-    default_head_dim = 128 if model_type == "qwen3" else hidden // heads
-    head_dim = read.count("head_dim", default_head_dim)
+    head_dim = read.count("head_dim", hidden // heads)
     kv_heads = read.count("num_key_value_heads", heads)
     if heads % kv_heads:
         raise CheckpointError(f"{path}: {heads} attention heads cannot share {kv_heads} key/value heads evenly")
@@ -123,9 +119,8 @@ def parse_config(raw: Mapping[str, Any], path: Path) -> ModelConfig:
         raise CheckpointError(f"{path}: head_dim {head_dim} is odd, rotary embeddings need an even one")
     layers = read.count("num_hidden_layers")
     positions = read.count("max_position_embeddings")
-    attention_bias = read.flag("attention_bias", default=False)
     return ModelConfig(
-        model_type=model_type,
+        model_type=family.model_type,
         hidden_size=hidden,
         intermediate_size=read.count("intermediate_size"),
         num_hidden_layers=layers,
@@ -137,96 +132,38 @@ def parse_config(raw: Mapping[str, Any], path: Path) -> ModelConfig:
         max_position_embeddings=positions,
         rms_norm_eps=read.positive("rms_norm_eps", 1e-6),
         tie_word_embeddings=read.flag("tie_word_embeddings", default=False),
-        qkv_bias=model_type == "qwen2" or (attention_bias and model_type in ("llama", "qwen3")),
-        o_bias=attention_bias and model_type in ("llama", "qwen3"),
-        mlp_bias=model_type == "llama" and read.flag("mlp_bias", default=False),
-        qk_norm=model_type == "qwen3",
-        sliding_windows=_sliding_windows(read, model_type, layers),
-        rope=_parse_rope(raw, path, positions),
+        structure=family.structure(read, layers),
+        rope=_parse_rope(read, positions),
         bos_token_id=read.token_id("bos_token_id"),
         eos_token_ids=read.token_ids("eos_token_id"),
         pad_token_id=read.token_id("pad_token_id"),
     )
 
 
-class _Fields:
-    """Typed reads from the raw object; every refusal names file, key, value and expectation."""
-
-    def __init__(self, raw: Mapping[str, Any], path: Path) -> None:
-        self.raw = raw
-        self.path = path
-
-    def count(self, key: str, default: int | None = None) -> int:
-        value = self.raw.get(key)
-        value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= 1 << 31:
-            raise CheckpointError(f"{self.path}: {key} is {value!r}, expected a positive whole number")
-        return value
-
-    def positive(self, key: str, default: float) -> float:
-        return _positive(self.raw.get(key, default), key, self.path)
-
-    def flag(self, key: str, *, default: bool) -> bool:
-        value = self.raw.get(key)
-        value = default if value is None else value
-        if not isinstance(value, bool):
-            raise CheckpointError(f"{self.path}: {key} is {value!r}, expected true or false")
-        return value
-
-    def token_ids(self, key: str) -> tuple[int, ...]:
-        value = self.raw.get(key)
-        ids = [] if value is None else value if isinstance(value, list) else [value]
-        if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
-            raise CheckpointError(f"{self.path}: {key} is {value!r}, expected token ids")
-        return tuple(ids)
-
-    def token_id(self, key: str) -> int | None:
-        ids = self.token_ids(key)
-        return ids[0] if ids else None
-
-
-def _positive(value: object, key: str, path: Path) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
-        raise CheckpointError(f"{path}: {key} is {value!r}, expected a positive number")
-    return float(value)
-
-
-def _sliding_windows(read: _Fields, model_type: str, layers: int) -> tuple[int | None, ...]:
-    """Which layers slide, as modeling_{mistral,qwen2,qwen3}.py of transformers decide it."""
-    if read.raw.get("sliding_window") is None or model_type == "llama":
-        return (None,) * layers
-    window = read.count("sliding_window")
-    if model_type in ("qwen2", "qwen3"):
-        if not read.flag("use_sliding_window", default=False):
-            return (None,) * layers
-        kinds = read.raw.get("layer_types")
-        if kinds is None:
-            start = read.raw.get("max_window_layers", 28)
-            return tuple(window if i >= start else None for i in range(layers))
-        if not isinstance(kinds, list) or len(kinds) != layers:
-            raise CheckpointError(f"{read.path}: layer_types must name each of the {layers} layers")
-        return tuple(window if kind == "sliding_attention" else None for kind in kinds)
-    return (window,) * layers
-
-
-def _parse_rope(raw: Mapping[str, Any], path: Path, positions: int) -> RopeConfig:
+def _parse_rope(read: Fields, positions: int) -> RopeConfig:
     """RoPE from `rope_parameters` (transformers 5) or `rope_theta` + `rope_scaling` (transformers 4)."""
-    scaling = raw.get("rope_parameters", raw.get("rope_scaling")) or {}
+    path = read.path
+    scaling = read.get("rope_parameters") or read.get("rope_scaling") or {}
     if not isinstance(scaling, dict):
         raise CheckpointError(f"{path}: rope parameters are {scaling!r}, expected an object")
     rope_type = scaling.get("rope_type", scaling.get("type", "default"))
     if rope_type not in ROPE_TYPES:
         raise UnsupportedError(f"{path}: rope_type {rope_type!r} is not supported, expected {', '.join(ROPE_TYPES)}")
-    if raw.get("partial_rotary_factor", scaling.get("partial_rotary_factor", 1.0)) not in (None, 1, 1.0):
+    partial = scaling.get("partial_rotary_factor", read.get("partial_rotary_factor"))
+    if partial not in (None, 1, 1.0):
         raise UnsupportedError(f"{path}: partial_rotary_factor is not supported, expected 1.0")
 
     def number(key: str, default: float | None = None) -> float:
-        return _positive(scaling.get(key, default), f"rope {key}", path)
+        return positive(scaling.get(key, default), f"rope {key}", path)
 
     def optional(key: str) -> float | None:
         return None if scaling.get(key) is None else number(key)
 
-    theta = _positive(scaling.get("rope_theta", raw.get("rope_theta", 10000.0)), "rope_theta", path)
+    theta = (
+        positive(scaling["rope_theta"], "rope_theta", path)
+        if "rope_theta" in scaling
+        else read.positive("rope_theta", 10000.0)
+    )
     if rope_type == "default":
         return RopeConfig(rope_theta=theta)
     if rope_type == "linear":

@@ -5,12 +5,12 @@ Columns of a reader are multiplied by s, rows of a writer divided by it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from toolkit.checkpoint.linear_inputs import LinearInput
+from toolkit.checkpoint.anatomy import LinearInput
 from toolkit.checkpoint.scan import Rows
 from toolkit.checkpoint.weights import WeightSource
 from toolkit.names import weight
@@ -21,7 +21,7 @@ Floats = NDArray[np.float32]
 class FoldedTensors:
     """A `WeightSource` over another. `scales` has s [width] for each input that is folded, by the input's name."""
 
-    def __init__(self, source: WeightSource, inputs: list[LinearInput], scales: Mapping[str, Floats]) -> None:
+    def __init__(self, source: WeightSource, inputs: Sequence[LinearInput], scales: Mapping[str, Floats]) -> None:
         self._source = source
         self.identity, self.digests, self.names = source.identity, source.digests, source.names
         self._columns: dict[str, Floats] = {}

@@ -19,10 +19,11 @@ _WIDEST: Final = 128
 
 
 class Hadamard:
-    """Q = diag(s) H / sqrt(n) [n, n], with random signs s, so that no fixed vector lies along a row of H."""
+    """Q = diag(s) H / sqrt(n) [n, n] of `order` n, with random signs s, so that no fixed vector lies along one of H."""
 
     def __init__(self, n: int, seed: int) -> None:
         """Raises UnsupportedError for a width without a known construction."""
+        self.order = n
         self._factors = [factor / np.float32(math.sqrt(len(factor))) for factor in _factors(n)]
         self._signs = np.random.default_rng(seed).choice(np.array([-1, 1], np.float32), n)
 

@@ -14,11 +14,11 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from toolkit.checkpoint.anatomy import Decoder, describe
 from toolkit.checkpoint.opened import Checkpoint
 from toolkit.checkpoint.scan import Rows
 from toolkit.checkpoint.weights import WeightSource
 from toolkit.errors import UnsupportedError
-from toolkit.names import QKV_PROJECTIONS, role_of
 
 Floats = NDArray[np.float32]
 
@@ -28,24 +28,27 @@ def pad_heads(checkpoint: Checkpoint, multiple: int) -> Checkpoint:
 
     Raises UnsupportedError with q/k norm, whose mean would count the zeros.
     """
-    config = checkpoint.config
+    config, decoder = checkpoint.config, describe(checkpoint.config)
     if config.head_dim % multiple == 0:
         return checkpoint
-    if config.qk_norm:
+    if any(layer.attention.head_norms for layer in decoder.layers):
         raise UnsupportedError(f"head_dim {config.head_dim} is not a multiple of {multiple} and has a q/k norm")
     width = -(-config.head_dim // multiple) * multiple
     return replace(
         checkpoint,
         config=replace(config, head_dim=width),
-        source=PaddedHeads(checkpoint.source, config.head_dim, width),
+        source=PaddedHeads(checkpoint.source, decoder, config.head_dim, width),
     )
 
 
 class PaddedHeads:
     """A `WeightSource` over another; q, k, v and o projections come out padded, and whole."""
 
-    def __init__(self, source: WeightSource, head_dim: int, padded: int) -> None:
+    def __init__(self, source: WeightSource, decoder: Decoder, head_dim: int, padded: int) -> None:
         self._source, self._head_dim, self._padded = source, head_dim, padded
+        attentions = [layer.attention for layer in decoder.layers]
+        self._rows_are_heads = {tensor for a in attentions for linear in a.qkv for tensor in linear.tensors}
+        self._columns_are_heads = {attention.o_proj.weight for attention in attentions}
         self.identity, self.digests, self.names = source.identity, source.digests, source.names
 
     def read(self, name: str) -> Floats:
@@ -71,19 +74,13 @@ class PaddedHeads:
         return self.read_rows(rows.name, start, stop)
 
     def _whole(self, name: str, rows: int) -> Rows:
-        widened = role_of(name) in QKV_PROJECTIONS
+        widened = name in self._rows_are_heads
         return Rows(name, 0, rows // self._head_dim * self._padded if widened else rows, None)
 
-    def _is_padded(self, name: str) -> bool:
-        role = role_of(name)
-        return role in QKV_PROJECTIONS or (role == "o_proj" and name.endswith(".weight"))
-
     def _pad(self, name: str, values: Floats) -> Floats:
-        if not self._is_padded(name):
-            return values
-        if role_of(name) == "o_proj":
-            return np.ascontiguousarray(self._pad_rows(values.T).T)
-        return self._pad_rows(values)
+        if name in self._rows_are_heads:
+            return self._pad_rows(values)
+        return np.ascontiguousarray(self._pad_rows(values.T).T) if name in self._columns_are_heads else values
 
     def _pad_rows(self, values: Floats) -> Floats:
         """[H * Dh, …] to [H * Dp, …]."""

@@ -10,23 +10,21 @@ D hidden, Dh head_dim.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from toolkit import names
+from toolkit.checkpoint.anatomy import Decoder, Norm, describe
 from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.hadamard import Hadamard, is_known
-from toolkit.checkpoint.linear_inputs import linear_inputs
 from toolkit.checkpoint.opened import Checkpoint
 from toolkit.checkpoint.scan import Rows
 from toolkit.checkpoint.weights import WeightSource
 from toolkit.errors import UnsupportedError
 
 Floats = NDArray[np.float32]
-_WRITERS: Final = ("o_proj", "down_proj")
 _SALIENT: Final = 8.0
 
 
@@ -34,12 +32,11 @@ def salient_inputs(checkpoint: Checkpoint) -> list[str]:
     """Norms with gains many times their median, by the linear that reads them first: where such channels are read,
     rounding without data does harm."""
     found = []
-    for given in linear_inputs(checkpoint.config):
-        for writer in given.writers:
-            if "norm" in writer:
-                gains = np.abs(checkpoint.source.read(writer))
-                if float(gains.max()) >= _SALIENT * float(np.median(gains)):
-                    found.append(given.name)
+    for given in describe(checkpoint.config).inputs:
+        if isinstance(given.writer, Norm):
+            gains = np.abs(checkpoint.source.read(given.writer.weight))
+            if float(gains.max()) >= _SALIENT * float(np.median(gains)):
+                found.append(given.name)
     return found
 
 
@@ -58,12 +55,41 @@ def rotate(checkpoint: Checkpoint, seed: int = 0) -> Checkpoint:
     return replace(checkpoint, source=source)
 
 
+@dataclass(frozen=True)
+class _Turn:
+    """What is done to one tensor, in this order: `rows` mixes its rows, `gains` are a norm's that its columns take up,
+    and `columns` mixes its columns."""
+
+    rows: Hadamard | None = None
+    gains: str | None = None
+    columns: Hadamard | None = None
+
+
+def _turns(decoder: Decoder, stream: Hadamard, values: Hadamard) -> dict[str, _Turn]:
+    """Returns the turn of every tensor that has one: what writes into the residual stream or reads from it, and, for
+    the values of attention, v_proj and o_proj."""
+    turns = {decoder.embedding.weight: _Turn(columns=stream)}
+    turns |= {linear.weight: _Turn(None, decoder.norm.weight, stream) for linear in decoder.head_input.linears}
+    for layer in decoder.layers:
+        for half in layer.sublayers:
+            turns |= {linear.weight: _Turn(None, half.norm.weight, stream) for linear in half.normed_input.linears}
+            turns |= dict.fromkeys(half.last.tensors, _Turn(rows=stream))
+        v, o = layer.attention.v_proj, layer.attention.o_proj
+        turns |= {tensor: replace(turns.get(tensor, _Turn()), rows=values) for tensor in v.tensors}
+        turns[o.weight] = replace(turns[o.weight], columns=values)
+    return turns
+
+
 class RotatedTensors:
     """A `WeightSource` over another. Rows of o_proj, down_proj and v_proj mix, so these come whole."""
 
     def __init__(self, source: WeightSource, config: ModelConfig, seed: int) -> None:
-        self._source, self._head_dim = source, config.head_dim
-        self._hidden, self._head = Hadamard(config.hidden_size, seed), Hadamard(config.head_dim, seed + 1)
+        decoder = describe(config)
+        self._source = source
+        self._turns = _turns(decoder, Hadamard(config.hidden_size, seed), Hadamard(config.head_dim, seed + 1))
+        # Their gains stand in the linears behind them.
+        self._emptied = {half.norm.weight for layer in decoder.layers for half in layer.sublayers}
+        self._emptied.add(decoder.norm.weight)
         self.identity, self.digests, self.names = source.identity, source.digests, source.names
         # Matrices whose rows mix, while a streaming pass takes them piece by piece.
         self._whole: dict[str, Floats] = {}
@@ -74,7 +100,7 @@ class RotatedTensors:
 
     def read_rows(self, name: str, start: int, stop: int) -> Floats:
         """Rows of a rotated tensor."""
-        if _mixes_rows(name):
+        if self._mixes_rows(name):
             return self.read(name)[start:stop]
         return self._rotated(name, self._source.read_rows(name, start, stop))
 
@@ -85,7 +111,7 @@ class RotatedTensors:
             if name and rows.name != name:
                 yield Rows(name, 0, stop, None)
                 name = ""
-            if _mixes_rows(rows.name):
+            if self._mixes_rows(rows.name):
                 rows.release()
                 name, stop = rows.name, rows.stop
             else:
@@ -95,51 +121,35 @@ class RotatedTensors:
 
     def decode(self, rows: Rows, start: int, stop: int) -> Floats:
         """Some rows of a rotated tensor; of one that comes whole its last rows are asked for last."""
-        if not _mixes_rows(rows.name):
+        if not self._mixes_rows(rows.name):
             return self._rotated(rows.name, self._source.decode(rows, start, stop))
         if rows.name not in self._whole:
             self._whole[rows.name] = self.read(rows.name)
         whole = self._whole.pop(rows.name) if stop == rows.stop else self._whole[rows.name]
         return whole[start:stop]
 
+    def _mixes_rows(self, name: str) -> bool:
+        return name in self._turns and self._turns[name].rows is not None
+
     def _rotated(self, name: str, values: Floats) -> Floats:
-        role = names.role_of(name)
-        if role.endswith("layernorm") or name == names.weight(names.FINAL_NORM):
+        if name in self._emptied:
             return np.ones_like(values)
-        if role == "v_proj":
-            values = _along_rows(self._head, values, self._head_dim)
-        elif role in _WRITERS:
-            values = _along_rows(self._hidden, values, values.shape[0])
-        if not name.endswith(".weight") or values.ndim < 2:
-            return values
-        if role == "o_proj":
-            heads = values.reshape(values.shape[0], -1, self._head_dim)
-            return self._head.apply(heads).reshape(values.shape)
-        if role == "down_proj":
-            return values
-        gains = self._norm_before(name)
-        return self._hidden.apply(values if gains is None else values * gains)
-
-    def _norm_before(self, name: str) -> Floats | None:
-        """The gains of the norm that a linear reads; none before the embedding."""
-        role = names.role_of(name)
-        if role == "embed_tokens":
-            return None
-        if role == "lm_head":
-            return self._source.read(names.weight(names.FINAL_NORM))
-        norm = "input_layernorm" if role in names.QKV_PROJECTIONS else "post_attention_layernorm"
-        layer_index = names.layer_of(name)
-        assert layer_index is not None
-        return self._source.read(names.weight(names.layer_module(layer_index, norm)))
+        turn = self._turns.get(name, _Turn())
+        if turn.rows:
+            values = _along_rows(turn.rows, values)
+        if turn.gains:
+            values = values * self._source.read(turn.gains)
+        return _along_columns(turn.columns, values) if turn.columns else values
 
 
-def _mixes_rows(name: str) -> bool:
-    return names.role_of(name) in (*_WRITERS, "v_proj")
+def _along_columns(matrix: Hadamard, values: Floats) -> Floats:
+    """w Q of each stretch w of a row [rows, n * Q's order]."""
+    return matrix.apply(values.reshape(values.shape[0], -1, matrix.order)).reshape(values.shape)
 
 
-def _along_rows(matrix: Hadamard, values: Floats, width: int) -> Floats:
-    """Q' of each `width` rows [n * width, …]; a bias is a vector of them."""
+def _along_rows(matrix: Hadamard, values: Floats) -> Floats:
+    """Q' of each stretch of rows [n * Q's order, …]; a bias is a vector of them."""
     if values.ndim == 1:
-        return matrix.apply(values.reshape(-1, width)).reshape(values.shape)
-    turned = matrix.apply(np.ascontiguousarray(values.T).reshape(values.shape[1], -1, width))
+        return matrix.apply(values.reshape(-1, matrix.order)).reshape(values.shape)
+    turned = matrix.apply(np.ascontiguousarray(values.T).reshape(values.shape[1], -1, matrix.order))
     return np.ascontiguousarray(turned.reshape(values.shape[1], -1).T)

@@ -10,9 +10,10 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from toolkit.checkpoint.anatomy import describe
 from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.scan import Rows
-from toolkit.checkpoint.weights import Origin, expected_tensors
+from toolkit.checkpoint.weights import Origin
 
 # A prime, so that rows of any width start at ever new places of the table.
 _TABLE_LENGTH: Final = 4_194_301
@@ -27,7 +28,9 @@ class SyntheticWeights:
     """
 
     def __init__(self, config: ModelConfig, seed: int = 0) -> None:
-        self._shapes = expected_tensors(config)
+        decoder = describe(config)
+        self._shapes = decoder.tensors
+        self._gains = {norm.weight for norm in decoder.norms}
         self._seed = seed
 
     def names(self) -> list[str]:
@@ -41,7 +44,7 @@ class SyntheticWeights:
     def read_rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
         """Rows of a tensor; the same whatever rows are asked for with them."""
         shape = (stop - start, *self._shapes[name][1:])
-        if name.endswith("norm.weight"):
+        if name in self._gains:
             return np.ones(shape, np.float32)
         width = int(np.prod(shape[1:]))
         first = (zlib.crc32(name.encode()) + start * width) % _TABLE_LENGTH

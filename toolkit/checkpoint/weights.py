@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toolkit import names
+from toolkit.checkpoint.anatomy import describe
 from toolkit.checkpoint.config import ModelConfig, read_checkpoint_json
 from toolkit.checkpoint.safetensors import ITEM_BYTES, TensorRef, read_header
 from toolkit.checkpoint.scan import Rows, read_exactly, scan_file
@@ -159,31 +160,7 @@ def check_finite(values: NDArray[np.float32], name: str) -> None:
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor a checkpoint of this config must hold, with its shape."""
-    D, intermediate = config.hidden_size, config.intermediate_size
-    expected = {names.weight(names.EMBED_TOKENS): (config.vocab_size, D), names.weight(names.FINAL_NORM): (D,)}
-    if not config.tie_word_embeddings:
-        expected[names.weight(names.LM_HEAD)] = (config.vocab_size, D)
-    linears = {
-        "self_attn.q_proj": (config.q_size, D, config.qkv_bias),
-        "self_attn.k_proj": (config.kv_size, D, config.qkv_bias),
-        "self_attn.v_proj": (config.kv_size, D, config.qkv_bias),
-        "self_attn.o_proj": (D, config.q_size, config.o_bias),
-        "mlp.gate_proj": (intermediate, D, config.mlp_bias),
-        "mlp.up_proj": (intermediate, D, config.mlp_bias),
-        "mlp.down_proj": (D, intermediate, config.mlp_bias),
-    }
-    norms = {"input_layernorm": D, "post_attention_layernorm": D}
-    if config.qk_norm:
-        norms |= {"self_attn.q_norm": config.head_dim, "self_attn.k_norm": config.head_dim}
-    for layer_index in range(config.num_hidden_layers):
-        for module, (out_features, in_features, has_bias) in linears.items():
-            name = names.layer_module(layer_index, module)
-            expected[names.weight(name)] = (out_features, in_features)
-            if has_bias:
-                expected[names.bias(name)] = (out_features,)
-        for module, width in norms.items():
-            expected[names.weight(names.layer_module(layer_index, module))] = (width,)
-    return expected
+    return describe(config).tensors
 
 
 def parameter_count(config: ModelConfig) -> int:

@@ -11,6 +11,7 @@ from typing import Final
 import numpy as np
 import onnx_ir as ir
 
+from toolkit.checkpoint.anatomy import DecoderLayer, describe
 from toolkit.checkpoint.config import ModelConfig
 from toolkit.errors import UnsupportedError
 from toolkit.graph.builder import MS, GraphBuilder
@@ -52,7 +53,7 @@ def check_attention(build: GraphBuilder, config: ModelConfig, context_length: in
         raise UnsupportedError(
             f"head_dim {config.head_dim} is not a multiple of {HEAD_DIM_MULTIPLE}, which GroupQueryAttention needs"
         )
-    windows = [window for window in config.sliding_windows if window is not None]
+    windows = [layer.attention.window for layer in describe(config).layers if layer.attention.window is not None]
     if windows and not build.form.local_window and min(windows) < context_length:
         raise UnsupportedError(
             f"{config.model_type} looks back {min(windows)} tokens, and this target's attention knows no sliding "
@@ -63,23 +64,27 @@ def check_attention(build: GraphBuilder, config: ModelConfig, context_length: in
 def group_query_attention(
     build: GraphBuilder,
     config: ModelConfig,
-    i: int,
+    layer: DecoderLayer,
     query: list[ir.Value | None],
     past: list[ir.Value],
     lengths: Lengths,
     rotary: list[ir.Value],
 ) -> tuple[ir.Value, list[ir.Value]]:
-    """com.microsoft GroupQueryAttention on q, k, v, or on all three packed: ([B, S, H * Dh], present key and value)."""
-    path = f"/model/layers.{i}/attn"
-    inside = build.form.rotary_in_attention
-    if not inside:
+    """com.microsoft GroupQueryAttention on q, k, v, or on all three packed: ([B, S, H * Dh], present key and value).
+
+    RoPE is its own, or two nodes before it, or neither in a layer without RoPE.
+    """
+    path = f"/model/layers.{layer.index}/attn"
+    rope = layer.attention.rope
+    inside = rope and build.form.rotary_in_attention
+    if rope and not inside:
         q, k, v = query
         assert q and k and lengths.position_ids
         at = [lengths.position_ids, *rotary]
         (q,) = build.op(f"{path}/q_rotary/RotaryEmbedding", [q, *at], {"num_heads": config.num_attention_heads}, MS)
         (k,) = build.op(f"{path}/k_rotary/RotaryEmbedding", [k, *at], {"num_heads": config.num_key_value_heads}, MS)
         query = [q, k, v]
-    window = config.sliding_windows[i] if build.form.local_window else None
+    window = layer.attention.window if build.form.local_window else None
     attributes = {
         "num_heads": config.num_attention_heads,
         "kv_num_heads": config.num_key_value_heads,
@@ -123,30 +128,34 @@ def geometry(
 def plain_attention(
     build: GraphBuilder,
     config: ModelConfig,
-    i: int,
+    layer: DecoderLayer,
     query: list[ir.Value | None],
     past: list[ir.Value],
     where: Geometry,
 ) -> tuple[ir.Value, list[ir.Value]]:
     """What GroupQueryAttention computes, for B = 1 and a cache of fixed length: ([1, S, H * Dh], present pair)."""
-    path = f"/model/layers.{i}/attn"
+    path = f"/model/layers.{layer.index}/attn"
     H, K, Dh = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     q, k, v = (
         _heads(build, f"{path}/{name}", x, count, Dh)
         for name, x, count in zip(("q", "k", "v"), query, (H, K, K), strict=True)
     )
     present = []
-    for name, x, old in (("k", _rotated(build, f"{path}/k", k, where), past[0]), ("v", v, past[1])):
+    if layer.attention.rope:
+        k = _rotated(build, f"{path}/k", k, where)
+    for name, x, old in (("k", k, past[0]), ("v", v, past[1])):
         (spread,) = build.op(f"{path}/{name}/Gather", [x, where.source], {"axis": 2})
         present.append(build.op(f"{path}/{name}/Where", [where.is_new, spread, old])[0])
+    if layer.attention.rope:
+        q = _rotated(build, f"{path}/q", q, where)
     scale = build.scalar("/model/constants/scale", config.rotary_head_dim**-0.5)
-    (scaled,) = build.op(f"{path}/q/Mul.scale", [_rotated(build, f"{path}/q", q, where), scale])
+    (scaled,) = build.op(f"{path}/q/Mul.scale", [q, scale])
     grouped = build.constant("/model/constants/grouped", np.array([1, K, -1, Dh], np.int64))
     (q,) = build.op(f"{path}/q/Reshape.grouped", [scaled, grouped])
     (turned,) = build.op(f"{path}/k/Transpose.present", [present[0]], {"perm": [0, 1, 3, 2]})
     (scores,) = build.op(f"{path}/MatMul.scores", [q, turned])
     lowest = build.scalar("/model/constants/lowest", float(np.finfo(np.float16).min))
-    (masked,) = build.op(f"{path}/Where.scores", [_visible(build, config.sliding_windows[i], where), scores, lowest])
+    (masked,) = build.op(f"{path}/Where.scores", [_visible(build, layer.attention.window, where), scores, lowest])
     (weights,) = build.op(f"{path}/Softmax", [masked], {"axis": -1})
     (mixed,) = build.op(f"{path}/MatMul.values", [weights, present[1]])
     split = build.constant("/model/constants/heads", np.array([1, H, -1, Dh], np.int64))

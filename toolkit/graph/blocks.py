@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from toolkit import names
+from toolkit.checkpoint.anatomy import DecoderLayer, Linear, Norm, describe
 from toolkit.checkpoint.config import ModelConfig
 from toolkit.errors import UnsupportedError
 from toolkit.graph.attention import Lengths, check_attention, geometry, group_query_attention, plain_attention
@@ -66,7 +67,9 @@ def layers(
     the context where the target's attention knows none, and for biases in an MLP of uint16.
     """
     check_attention(build, config, context_length)
-    if build.form.qdq and config.mlp_bias:
+    decoder = describe(config)
+    stack = decoder.layers if cache.layers is None else decoder.layers[cache.layers.start : cache.layers.stop]
+    if build.form.qdq and any(linear.has_bias for layer in stack for linear in layer.mlp.linears):
         raise UnsupportedError(f"{config.model_type} with mlp_bias has no form in uint16: set profile=float16")
     dtype = np.float16 if build.dtype == ir.DataType.FLOAT16 else np.float32
     rotary = [
@@ -80,32 +83,30 @@ def layers(
         where = geometry(build, config, lengths, rotary, shape[1], cache.past)
     past: list[ir.Value] = []
     present: list[ir.Value] = []
-    residual, span = embedded, cache.layers or range(config.num_hidden_layers)
-    first = names.layer_module(span.start, "input_layernorm")
-    hidden = _rms_norm(build, f"/model/layers.{span.start}/input_layernorm", residual, first, config)
-    for i in span:
-        attn = names.layer_module(i, "self_attn")
-        hidden = build.rounded(f"/model/layers.{i}/attn/input", hidden, names.input_of(f"{attn}.q_proj"))
+    residual, first = embedded, stack[0]
+    hidden = _rms_norm(build, f"/model/layers.{first.index}/input_layernorm", residual, first.attention.norm, config)
+    for layer in stack:
+        i, attention = layer.index, layer.attention
+        hidden = build.rounded(f"/model/layers.{i}/attn/input", hidden, names.input_of(attention.normed_input.name))
         kept = (cache.batch, config.num_key_value_heads, cache.past, config.head_dim)
         grown = (cache.batch, config.num_key_value_heads, cache.total, config.head_dim)
         pair = [value(name(i), build.dtype, kept) for name in (names.past_key, names.past_value)]
-        query = _query_key_value(build, config, i, hidden)
+        query = _query_key_value(build, config, layer, hidden)
         if where:
-            mixed, made = plain_attention(build, config, i, query, pair, where)
+            mixed, made = plain_attention(build, config, layer, query, pair, where)
         else:
-            mixed, made = group_query_attention(build, config, i, query, pair, lengths, rotary)
+            mixed, made = group_query_attention(build, config, layer, query, pair, lengths, rotary)
         for output, name in zip(made, (names.present_key(i), names.present_value(i)), strict=True):
             present.append(declare(output, name, build.dtype, grown))
         past += pair
-        mixed = build.rounded(f"/model/layers.{i}/attn/mixed", mixed, names.input_of(f"{attn}.o_proj"))
-        attended = build.linear(f"/model/layers.{i}/attn/o_proj", mixed, f"{attn}.o_proj")
-        module = names.layer_module(i, "post_attention_layernorm")
-        hidden, residual = _skip_norm(build, attended, residual, module, config)
-        product = _mlp(build, i, hidden)
-        if i + 1 == span.stop < config.num_hidden_layers:
+        mixed = build.rounded(f"/model/layers.{i}/attn/mixed", mixed, names.input_of(attention.inner_input.name))
+        attended = _linear(build, mixed, attention.o_proj)
+        hidden, residual = _skip_norm(build, attended, residual, layer.mlp.norm, config)
+        product = _mlp(build, layer, hidden)
+        if layer is stack[-1] and layer is not decoder.layers[-1]:
             (hidden,) = build.op(f"/model/layers.{i}/Add", [product, residual])
             break
-        after = names.layer_module(i + 1, "input_layernorm") if i + 1 < config.num_hidden_layers else names.FINAL_NORM
+        after = decoder.norm if layer is decoder.layers[-1] else decoder.layers[i + 1].attention.norm
         hidden, residual = _skip_norm(build, product, residual, after, config)
     return hidden, past, present
 
@@ -117,27 +118,32 @@ def lm_head(build: GraphBuilder, config: ModelConfig, hidden: ir.Value, index: i
     (last,) = build.op("/model/last_position/Unsqueeze", [row, axis])
     if build.dtype != ir.DataType.FLOAT:
         last = build.cast("/lm_head/Cast", last, ir.DataType.FLOAT)
-    weight_of = names.EMBED_TOKENS if config.tie_word_embeddings else names.LM_HEAD
-    return build.linear("/lm_head", last, names.LM_HEAD, weight_of=weight_of, form=CPU_FORM)
+    return build.linear("/lm_head", last, describe(config).head.module, form=CPU_FORM)
 
 
-def _rms_norm(build: GraphBuilder, path: str, x: ir.Value, module: str, config: ModelConfig) -> ir.Value:
+def _linear(build: GraphBuilder, x: ir.Value, linear: Linear) -> ir.Value:
+    """A linear of a layer, its nodes under `/model/layers.3/mlp/up_proj`."""
+    path = "/" + linear.module.replace(".", "/", 1).replace(".self_attn.", "/attn/").replace(".mlp.", "/mlp/")
+    return build.linear(path, x, linear.module)
+
+
+def _rms_norm(build: GraphBuilder, path: str, x: ir.Value, norm: Norm, config: ModelConfig) -> ir.Value:
     attributes = {"axis": -1, "epsilon": config.rms_norm_eps}
     op_type = "RMSNormalization" if build.form.opset >= 23 else "SimplifiedLayerNormalization"
-    return build.op(f"{path}/{op_type}", [x, build.vector(names.weight(module))], attributes)[0]
+    return build.op(f"{path}/{op_type}", [x, build.vector(norm.weight)], attributes)[0]
 
 
 def _skip_norm(
-    build: GraphBuilder, x: ir.Value, skip: ir.Value, module: str, config: ModelConfig
+    build: GraphBuilder, x: ir.Value, skip: ir.Value, norm: Norm, config: ModelConfig
 ) -> tuple[ir.Value, ir.Value]:
     """(normalized, residual sum)."""
-    path = f"/{module.replace('.', '/', 1)}"
+    path = f"/{norm.module.replace('.', '/', 1)}"
     if not build.form.fused:
         (total,) = build.op(f"{path}/Add", [x, skip])
-        return _rms_norm(build, path, total, module, config), total
+        return _rms_norm(build, path, total, norm, config), total
     y = build.op(
         f"{path}/SkipSimplifiedLayerNormalization",
-        [x, skip, build.vector(names.weight(module))],
+        [x, skip, build.vector(norm.weight)],
         {"epsilon": config.rms_norm_eps},
         MS,
         outputs=4,
@@ -146,42 +152,46 @@ def _skip_norm(
     return y[0], y[3]
 
 
-def _query_key_value(build: GraphBuilder, config: ModelConfig, i: int, x: ir.Value) -> list[ir.Value | None]:
+def _query_key_value(
+    build: GraphBuilder, config: ModelConfig, layer: DecoderLayer, x: ir.Value
+) -> list[ir.Value | None]:
     """[q, k, v], each [B, S, heads * Dh], or [all packed, None, None]."""
-    path = f"/model/layers.{i}/attn"
-    prefix = names.layer_module(i, "self_attn")
-    if names.weight(f"{prefix}.qkv_proj") in build.layout.units:
-        return [build.linear(f"{path}/qkv_proj", x, f"{prefix}.qkv_proj"), None, None]
-    q, k, v = (build.linear(f"{path}/{p}", x, f"{prefix}.{p}") for p in names.QKV_PROJECTIONS)
-    if config.qk_norm:
-        q = _head_norm(build, f"{path}/q_norm", q, f"{prefix}.q_norm", config)
-        k = _head_norm(build, f"{path}/k_norm", k, f"{prefix}.k_norm", config)
+    attention, path = layer.attention, f"/model/layers.{layer.index}/attn"
+    if names.weight(attention.qkv_proj) in build.layout.units:
+        return [build.linear(f"{path}/qkv_proj", x, attention.qkv_proj), None, None]
+    q, k, v = (_linear(build, x, linear) for linear in attention.qkv)
+    if attention.q_norm:
+        q = _head_norm(build, f"{path}/q_norm", q, attention.q_norm, attention.q_proj, config)
+    if attention.k_norm:
+        k = _head_norm(build, f"{path}/k_norm", k, attention.k_norm, attention.k_proj, config)
     return [q, k, v]
 
 
-def _head_norm(build: GraphBuilder, path: str, x: ir.Value, module: str, config: ModelConfig) -> ir.Value:
-    """RMSNorm over each head's Dh channels (qwen3), before RoPE.
+def _head_norm(
+    build: GraphBuilder, path: str, x: ir.Value, norm: Norm, linear: Linear, config: ModelConfig
+) -> ir.Value:
+    """RMSNorm over each head's Dh channels of a linear's output (qwen3), before RoPE.
 
     As [B, S * H, Dh]: QNN computes norms of rank 4 wrongly and in silence.
     """
-    width = sum(build.layout.units[names.weight(module.replace("_norm", "_proj"))].rows)
-    heads = build.constant("/model/constants/per_head", np.array([0, -1, config.head_dim], np.int64))
+    width = linear.out_features
+    heads = build.constant("/model/constants/per_head", np.array([0, -1, norm.width], np.int64))
     flat = build.constant(f"/model/constants/flat_{width}", np.array([0, -1, width], np.int64))
     (split,) = build.op(f"{path}/Reshape.split", [x, heads])
-    return build.op(f"{path}/Reshape.join", [_rms_norm(build, path, split, module, config), flat])[0]
+    return build.op(f"{path}/Reshape.join", [_rms_norm(build, path, split, norm, config), flat])[0]
 
 
-def _mlp(build: GraphBuilder, i: int, x: ir.Value) -> ir.Value:
+def _mlp(build: GraphBuilder, layer: DecoderLayer, x: ir.Value) -> ir.Value:
     """[B, S, D] to [B, S, D]. In a form of uint16 every value on the way is: HTP's Swish of it is wrong in silence."""
-    path, prefix = f"/model/layers.{i}/mlp", names.layer_module(i, "mlp")
-    x = build.rounded(f"{path}/input", x, names.input_of(f"{prefix}.gate_proj"))
-    gate = build.linear(f"{path}/gate_proj", x, f"{prefix}.gate_proj")
-    up = build.linear(f"{path}/up_proj", x, f"{prefix}.up_proj")
+    path, mlp = f"/model/layers.{layer.index}/mlp", layer.mlp
+    x = build.rounded(f"{path}/input", x, names.input_of(mlp.normed_input.name))
+    gate = _linear(build, x, mlp.gate_proj)
+    up = _linear(build, x, mlp.up_proj)
     (sigmoid,) = build.op(f"{path}/Sigmoid", [gate])
     if build.form.qdq:
         sigmoid = build.between(f"{path}/sigmoid", sigmoid, _SIGMOID)
     (silu,) = build.op(f"{path}/Mul.silu", [gate, sigmoid])
-    silu = build.rounded(f"{path}/silu", silu, names.output_of(f"{prefix}.act_fn"))
+    silu = build.rounded(f"{path}/silu", silu, names.output_of(mlp.act_fn))
     (product,) = build.op(f"{path}/Mul", [silu, up])
-    product = build.rounded(f"{path}/product", product, names.input_of(f"{prefix}.down_proj"))
-    return build.linear(f"{path}/down_proj", product, f"{prefix}.down_proj")
+    product = build.rounded(f"{path}/product", product, names.input_of(mlp.inner_input.name))
+    return _linear(build, product, mlp.down_proj)

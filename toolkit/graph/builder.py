@@ -120,15 +120,13 @@ class GraphBuilder:
         (levels,) = self.op(f"{path}/QuantizeLinear", [x, *parameters])
         return self.op(f"{path}/DequantizeLinear", [levels, *parameters])[0]
 
-    def linear(
-        self, path: str, x: ir.Value, module: str, weight_of: str | None = None, form: Form | None = None
-    ) -> ir.Value:
+    def linear(self, path: str, x: ir.Value, module: str, form: Form | None = None) -> ir.Value:
         """`x` times a module's weight, plus its bias if it has one; `form` where it is not the graph's own.
 
         With signed weights the product is rounded to uint16, and the bias is added to it in the graph's dtype.
         """
         form = form or self.form
-        unit = self.layout.units[names.weight(weight_of or module)]
+        unit = self.layout.units[names.weight(module)]
         bias = names.bias(module)
         bias_value = self.vector(bias) if bias in self.layout.units else None
         inside = bias_value if unit.spec is not None and form.bias_in_matmul else None

@@ -1,4 +1,4 @@
-"""The decoder as one ONNX graph over initializers that lie in a data file: llama, mistral, qwen2, qwen3."""
+"""The decoder as one ONNX graph over initializers that lie in a data file."""
 
 from __future__ import annotations
 

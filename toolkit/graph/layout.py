@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from toolkit import names
+from toolkit.checkpoint.anatomy import describe
 from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.weights import expected_tensors
 from toolkit.quant.blockwise import QuantSpec
@@ -98,22 +99,15 @@ def plan_layout(
 
 def _groups(config: ModelConfig, target: Target, specs: Mapping[str, QuantSpec]) -> list[tuple[str, tuple[str, ...]]]:
     """Unit names with their sources: q, k and v become one matrix where target, specs and no q/k norm allow it."""
-    groups: dict[str, tuple[str, ...]] = {}
-    shapes = expected_tensors(config)
-    for tensor in shapes:
-        kind = ".bias" if tensor.endswith(".bias") else ".weight"
-        role, prefix = names.role_of(tensor), tensor.rsplit(".", 2)[0]
-        triple = tuple(f"{prefix}.{p}{kind}" for p in names.QKV_PROJECTIONS)
-        packs = target.form.packed_qkv and role in names.QKV_PROJECTIONS
-        same = packs and _packs_qkv(config, specs, prefix)
-        groups[f"{prefix}.qkv_proj{kind}" if same else tensor] = triple if same else (tensor,)
-    return list(groups.items())
-
-
-def _packs_qkv(config: ModelConfig, specs: Mapping[str, QuantSpec], prefix: str) -> bool:
-    """Whether one matrix serves q, k and v of the attention at `prefix`: their specs must agree."""
-    kinds = {specs.get(names.weight(f"{prefix}.{p}")) for p in names.QKV_PROJECTIONS}
-    return not config.qk_norm and len(kinds) == 1
+    groups = {tensor: (tensor, (tensor,)) for tensor in expected_tensors(config)}
+    attentions = [layer.attention for layer in describe(config).layers] if target.form.packed_qkv else []
+    for attention in attentions:
+        if attention.head_norms or len({specs.get(linear.weight) for linear in attention.qkv}) > 1:
+            continue
+        for sources in zip(*(linear.tensors for linear in attention.qkv), strict=True):
+            stacked = attention.qkv_proj + sources[0].removeprefix(attention.q_proj.module)
+            groups |= dict.fromkeys(sources, (stacked, sources))
+    return list(dict.fromkeys(groups.values()))
 
 
 def _place(name: str, arrays: Sequence[StoredArray], file: str, end: int) -> tuple[tuple[Slot, ...], int]:

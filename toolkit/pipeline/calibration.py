@@ -18,8 +18,8 @@ from toolkit.calibrate.ladder import SharedFormat, spend_budget
 from toolkit.calibrate.ranges import activation_ranges
 from toolkit.calibrate.solve import Fallback, Task, solve
 from toolkit.calibrate.survey import Wish, shared_formats, survey
+from toolkit.checkpoint.anatomy import describe
 from toolkit.checkpoint.folded import FoldedTensors
-from toolkit.checkpoint.linear_inputs import linear_inputs
 from toolkit.checkpoint.opened import Checkpoint
 from toolkit.checkpoint.weights import expected_tensors
 from toolkit.errors import RecipeError
@@ -100,7 +100,7 @@ def _weights(
     wish = Wish(specs, rounding, head_rounding, recipe.fold, recipe.bits_per_weight > 0)
     found = survey(config, checkpoint.source, sequences, wish, work / "survey", progress)
     surveyed = time.perf_counter()
-    folded = FoldedTensors(checkpoint.source, linear_inputs(config), found.scales())
+    folded = FoldedTensors(checkpoint.source, describe(config).inputs, found.scales())
     formats = _formats(plan, specs, found)
     layout = plan_layout(config, plan.target, recipe, formats)
     graphs = {name: nbytes for name, nbytes in plan.files.items() if name not in plan.layout.files}
@@ -113,7 +113,7 @@ def _weights(
     )
     importance = {
         names.weight(reader): found.inputs[given.name].importance
-        for given in linear_inputs(config)
+        for given in describe(config).inputs
         for reader in given.readers
     }
     fallbacks: list[Fallback] = []

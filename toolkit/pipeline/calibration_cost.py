@@ -9,8 +9,8 @@ from typing import Final
 import numpy as np
 
 from toolkit.calibrate.solve import TOKENS_PER_CHANNEL
+from toolkit.checkpoint.anatomy import LinearInput, describe
 from toolkit.checkpoint.config import ModelConfig
-from toolkit.checkpoint.linear_inputs import LinearInput, head_input, linear_inputs
 from toolkit.checkpoint.weights import expected_tensors
 from toolkit.names import weight
 from toolkit.pipeline.text import LONGEST
@@ -57,7 +57,7 @@ def calibration_cost(recipe: Recipe, config: ModelConfig, form: Form) -> Calibra
     if not (recipe.calibrated or form.qdq):
         return None
     shapes, tokens = expected_tensors(config), calibration_tokens(recipe, config, form)
-    inputs, head = linear_inputs(config), head_input(config)
+    inputs, head = describe(config).inputs, describe(config).head_input
     layers = [given for given in inputs if given is not head and given.name != head.name]
     rows = {given.name: sum(shapes[weight(reader)][0] for reader in given.readers) for given in inputs}
     weights = sum(rows[given.name] * given.width for given in layers)
@@ -109,7 +109,9 @@ def operations_per_s() -> float:
 def _solved(recipe: Recipe, config: ModelConfig, form: Form) -> list[LinearInput]:
     """Inputs that a matrix reads which is to be solved."""
     specs = planned_specs(config, recipe, form)
-    return [given for given in linear_inputs(config) if any(specs[weight(r)].rounded_by.solves for r in given.readers)]
+    return [
+        given for given in describe(config).inputs if any(specs[weight(r)].rounded_by.solves for r in given.readers)
+    ]
 
 
 def _solving(rows: int, width: int, tokens: int) -> float:

@@ -32,11 +32,12 @@ def inspect_path(path: Path) -> dict[str, Any]:
 def _checkpoint(folder: Path) -> dict[str, Any]:
     config = read_config(folder)
     facts: dict[str, Any] = {"kind": "checkpoint", "parameters": parameter_count(config)}
-    for key, value in asdict(config).items():
-        if key == "sliding_windows":
-            facts["sliding_layers"] = sum(window is not None for window in value)
-        else:
-            facts[key] = {k: v for k, v in value.items() if v is not None} if key == "rope" else value
+    facts |= asdict(config)
+    facts["rope"] = {key: value for key, value in facts["rope"].items() if value is not None}
+    structure = facts.pop("structure")
+    facts["sliding_layers"] = sum(window is not None for window in structure.pop("sliding_windows"))
+    facts["layers_without_rope"] = len(structure.pop("layers_without_rope"))
+    facts |= structure
     if not any(folder.glob("*.safetensors")):
         return {**facts, "weights": "none here: the config's facts alone"}
     source = open_weights(folder, config)

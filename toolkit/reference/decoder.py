@@ -1,6 +1,7 @@
 """The oracle: the checkpoint's own forward pass in numpy float32, one layer resident at a time.
 
-Shares the config and the weight source with the graphs and nothing else, so that agreement means something.
+Shares the config, its anatomy and the weight source with the graphs and nothing else, so that agreement means
+something: how a norm, a head or a position is computed stands here once more.
 B is 1 throughout; T tokens, D hidden, H heads, K kv heads, G = H/K, Dh head_dim, V vocab.
 """
 
@@ -14,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toolkit import names
+from toolkit.checkpoint.anatomy import Attention, DecoderLayer, Linear, Mlp, Norm, Sublayer, describe
 from toolkit.checkpoint.config import ModelConfig, RopeConfig
 from toolkit.checkpoint.weights import Tensors
 
@@ -35,10 +37,10 @@ def reference_hidden(
     """
     hidden = [embed(source, ids) for ids in sequences]
     for layer_index in range(config.num_hidden_layers):
-        layer = Layer(config, source, layer_index)
+        layer = read_layer(config, source, layer_index)
         hidden = [layer(x) for x in hidden]
         progress(f"layer {layer_index}")
-    norm = source.read(names.weight(names.FINAL_NORM))
+    norm = source.read(describe(config).norm.weight)
     return [rms_norm(x, norm, config.rms_norm_eps) for x in hidden]
 
 
@@ -61,7 +63,7 @@ def head_logits(config: ModelConfig, source: Tensors, hidden: Array) -> Array:
 
 def head_rows(config: ModelConfig, source: Tensors) -> Iterator[Array]:
     """The head from its first row to its last, some [rows, D] at a time."""
-    name = names.weight(names.EMBED_TOKENS if config.tie_word_embeddings else names.LM_HEAD)
+    name = describe(config).head.weight
     for start in range(0, config.vocab_size, _HEAD_ROWS):
         yield source.read_rows(name, start, min(config.vocab_size, start + _HEAD_ROWS))
 
@@ -69,67 +71,82 @@ def head_rows(config: ModelConfig, source: Tensors) -> Iterator[Array]:
 class Layer:
     """One decoder layer with its weights in memory: whole, or step by step for who looks at what linears read."""
 
-    def __init__(self, config: ModelConfig, source: Tensors, layer_index: int) -> None:
-        self.config = config
-        self.window = config.sliding_windows[layer_index]
-        prefix = names.layer_module(layer_index, "")
-        self.tensors = {name[len(prefix) :]: source.read(name) for name in source.names() if name.startswith(prefix)}
+    def __init__(self, config: ModelConfig, anatomy: DecoderLayer, tensors: dict[str, Array]) -> None:
+        self.config, self.anatomy, self.tensors = config, anatomy, tensors
 
     def __call__(self, x: Array) -> Array:
         """[T, D] to [T, D], causal, from position 0."""
-        return self.finish(x, self.mixed(self.attention_input(x)))
+        for half in self.anatomy.sublayers:
+            x = self.added(half, x, self.inner(half, self.normed(half, x)))
+        return x
 
     def finish(self, x: Array, mixed: Array) -> Array:
         """[T, D] to [T, D] from where attention gave `mixed` [T, H * Dh]."""
-        x = self.after_attention(x, mixed)
-        return self.after_mlp(x, self.mlp_hidden(self.mlp_input(x)))
+        attention, mlp = self.anatomy.sublayers
+        x = self.added(attention, x, mixed)
+        return self.added(mlp, x, self.inner(mlp, self.normed(mlp, x)))
 
-    def attention_input(self, x: Array) -> Array:
-        """[T, D], what q, k and v read."""
-        return rms_norm(x, self.tensors["input_layernorm.weight"], self.config.rms_norm_eps)
+    def normed(self, half: Sublayer, x: Array) -> Array:
+        """[T, D], what the linears behind the norm of a sublayer read of the residual stream [T, D]."""
+        return self.rms_norm(half.norm, x)
 
-    def mixed(self, normed: Array) -> Array:
-        """[T, D] to [T, H * Dh], what o_proj reads, causal, from position 0."""
+    def inner(self, half: Sublayer, normed: Array) -> Array:
+        """[T, D] to what the last linear of a sublayer reads: [T, H * Dh], or [T, intermediate_size]."""
+        return self.mixed(half, normed) if isinstance(half, Attention) else self.mlp_hidden(half, normed)
+
+    def added(self, half: Sublayer, x: Array, inner: Array) -> Array:
+        """The residual stream [T, D] with a sublayer's output added."""
+        return x + self.linear(half.last, inner)
+
+    def mixed(self, attention: Attention, normed: Array) -> Array:
+        """[T, D] to [T, H * Dh], causal, from position 0."""
         positions = np.arange(normed.shape[0])
         q, k, v = self.project(normed, positions)
-        return attend(q, k, v, positions, self.window, self.config.rotary_head_dim)
+        return attend(q, k, v, positions, attention.window, self.config.rotary_head_dim)
 
-    def after_attention(self, x: Array, mixed: Array) -> Array:
-        """The residual stream [T, D] with attention's output added."""
-        return x + self.linear("self_attn.o_proj", mixed)
+    def mlp_hidden(self, mlp: Mlp, normed: Array) -> Array:
+        """[T, D] to [T, intermediate_size]."""
+        gate = self.activated(mlp, self.linear(mlp.gate_proj, normed))
+        return gate * self.linear(mlp.up_proj, normed)
 
-    def mlp_input(self, x: Array) -> Array:
-        """[T, D], what gate and up read."""
-        return rms_norm(x, self.tensors["post_attention_layernorm.weight"], self.config.rms_norm_eps)
-
-    def mlp_hidden(self, normed: Array) -> Array:
-        """[T, D] to [T, intermediate_size], what down_proj reads."""
-        gate = self.linear("mlp.gate_proj", normed)
-        hidden: Array = gate / (1 + np.exp(-gate)) * self.linear("mlp.up_proj", normed)
-        return hidden
-
-    def after_mlp(self, x: Array, hidden: Array) -> Array:
-        """The residual stream [T, D] with the MLP's output added."""
-        return x + self.linear("mlp.down_proj", hidden)
+    def activated(self, mlp: Mlp, gate: Array) -> Array:
+        """SiLU, elementwise."""
+        silu: Array = gate / (1 + np.exp(-gate))
+        return silu
 
     def project(self, normed: Array, positions: NDArray[np.int64]) -> tuple[Array, Array, Array]:
-        """q [T, H, Dh], k and v [T, K, Dh] of tokens at `positions`, rotated."""
-        c, T = self.config, normed.shape[0]
-        q = self.linear("self_attn.q_proj", normed).reshape(T, c.num_attention_heads, c.head_dim)
-        k = self.linear("self_attn.k_proj", normed).reshape(T, c.num_key_value_heads, c.head_dim)
-        v = self.linear("self_attn.v_proj", normed).reshape(T, c.num_key_value_heads, c.head_dim)
-        if c.qk_norm:
-            q = rms_norm(q, self.tensors["self_attn.q_norm.weight"], c.rms_norm_eps)
-            k = rms_norm(k, self.tensors["self_attn.k_norm.weight"], c.rms_norm_eps)
+        """q [T, H, Dh], k and v [T, K, Dh] of tokens at `positions`, rotated where the layer has RoPE."""
+        c, attention, T = self.config, self.anatomy.attention, normed.shape[0]
+        q, k, v = (self.linear(linear, normed).reshape(T, -1, c.head_dim) for linear in attention.qkv)
+        if attention.q_norm:
+            q = self.rms_norm(attention.q_norm, q)
+        if attention.k_norm:
+            k = self.rms_norm(attention.k_norm, k)
+        if not attention.rope:
+            return q, k, v
         cos, sin = _rotation(c.rope, c.rotary_head_dim, positions)
         return _rotate(q, cos, sin), _rotate(k, cos, sin), v
 
-    def linear(self, module: str, x: Array) -> Array:
+    def rms_norm(self, norm: Norm, x: Array) -> Array:
+        """[..., width] to [..., width] with a norm's gains."""
+        return rms_norm(x, self.tensors[norm.weight], self.config.rms_norm_eps)
+
+    def linear(self, linear: Linear, x: Array) -> Array:
         """[T, in_features] to [T, out_features]."""
-        y: Array = x @ self.tensors[f"{module}.weight"].T
-        if f"{module}.bias" in self.tensors:
-            y = y + self.tensors[f"{module}.bias"]
+        y = self.product(linear, x)
+        return y + self.tensors[names.bias(linear.module)] if linear.has_bias else y
+
+    def product(self, linear: Linear, x: Array) -> Array:
+        """A linear's output [T, out_features] before its bias."""
+        y: Array = x @ self.tensors[linear.weight].T
         return y
+
+
+def read_layer(config: ModelConfig, source: Tensors, layer_index: int) -> Layer:
+    """Reads one layer's tensors, in the order of their file."""
+    anatomy = describe(config).layers[layer_index]
+    tensors = {name: source.read(name) for name in source.names() if name.startswith(anatomy.prefix)}
+    return Layer(config, anatomy, tensors)
 
 
 def attend(q: Array, k: Array, v: Array, positions: NDArray[np.int64], window: int | None, head_dim: int) -> Array:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from toolkit import names
 from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.weights import Tensors
-from toolkit.reference.decoder import Array, Layer, attend, embed, head_logits, rms_norm
+from toolkit.reference.decoder import Array, attend, embed, head_logits, read_layer, rms_norm
 
 
 class Resident:
@@ -64,7 +64,7 @@ class _Decoder:
 
     def __init__(self, config: ModelConfig, source: Resident, prompts: list[list[int]], new_tokens: int) -> None:
         self.config, self.source = config, source
-        self.layers = [Layer(config, source, i) for i in range(config.num_hidden_layers)]
+        self.layers = [read_layer(config, source, i) for i in range(config.num_hidden_layers)]
         self.lengths = np.array([len(prompt) for prompt in prompts])
         shape = (len(prompts), int(self.lengths.max()) + new_tokens, config.num_key_value_heads, config.head_dim)
         self.keys = [np.zeros(shape, np.float32) for _ in self.layers]
@@ -76,9 +76,10 @@ class _Decoder:
         for sequence, prompt in enumerate(prompts):
             x, positions = embed(self.source, prompt), np.arange(len(prompt))
             for layer, keys, values in zip(self.layers, self.keys, self.values, strict=True):
-                q, k, v = layer.project(layer.attention_input(x), positions)
+                attention = layer.anatomy.attention
+                q, k, v = layer.project(layer.normed(attention, x), positions)
                 keys[sequence, : len(prompt)], values[sequence, : len(prompt)] = k, v
-                x = layer.finish(x, attend(q, k, v, positions, layer.window, self.config.rotary_head_dim))
+                x = layer.finish(x, attend(q, k, v, positions, attention.window, self.config.rotary_head_dim))
             last.append(x[-1])
         return self._next(np.stack(last))
 
@@ -87,9 +88,10 @@ class _Decoder:
         x, positions = self.source.read(names.weight(names.EMBED_TOKENS))[tokens], self.lengths[live]
         longest = int(positions.max()) + 1
         for layer, keys, values in zip(self.layers, self.keys, self.values, strict=True):
-            q, k, v = layer.project(layer.attention_input(x), positions)
+            attention = layer.anatomy.attention
+            q, k, v = layer.project(layer.normed(attention, x), positions)
             keys[live, positions], values[live, positions] = k, v
-            mixed = _attend_one(q, keys[live, :longest], values[live, :longest], positions, layer.window)
+            mixed = _attend_one(q, keys[live, :longest], values[live, :longest], positions, attention.window)
             x = layer.finish(x, mixed)
         self.lengths[live] += 1
         return self._next(x)

@@ -1,0 +1,65 @@
+"""What a model family is: how its config.json is read, and what the decoder it describes is made of.
+
+Each file of `families/` is one `Family`; nothing outside that folder compares a model_type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from toolkit.checkpoint.fields import Fields
+
+# onnxruntime-genai's type for a decoder that it has no name of its own for.
+DECODER: Final = "decoder"
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What a decoder has beside the seven linears and two norms of every layer, each with Llama's answer as default.
+
+    `qkv_bias`, `o_bias` and `mlp_bias` say which linears add a bias, `qk_norm` whether an RMSNorm over each head of q
+    and k comes before RoPE. `sliding_windows` has a layer's window in tokens, itself included, or None for all of the
+    text, and is empty where no layer slides. `layers_without_rope` are indices.
+    """
+
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    sliding_windows: tuple[int | None, ...] = ()
+    layers_without_rope: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Family:
+    """One `model_type` of config.json.
+
+    `structure` gets the config's fields and its num_hidden_layers; it raises CheckpointError for fields that
+    contradict each other. `genai_type` is `model.type` of genai_config.json. `defaults` are keys a config.json may
+    leave out, with the value that transformers' configuration class then takes.
+    """
+
+    model_type: str
+    structure: Callable[[Fields, int], Structure]
+    genai_type: str = DECODER
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+
+def sliding_windows(read: Fields, layers: int, sliding: Sequence[bool] | None = None) -> tuple[int | None, ...]:
+    """Returns each layer's window, or an empty tuple unless `use_sliding_window` is set and `sliding_window` is given.
+
+    `layer_types` decides which layers slide. A config without it has those where `sliding` is true, or, if that is
+    None, the layers from `max_window_layers` on. Raises CheckpointError for a key of the wrong kind.
+    """
+    if read.get("sliding_window") is None or not read.flag("use_sliding_window", default=False):
+        return ()
+    window = read.count("sliding_window")
+    kinds = read.each_layer("layer_types", layers, ("full_attention", "sliding_attention"))
+    if kinds is not None:
+        sliding = [kind == "sliding_attention" for kind in kinds]
+    elif sliding is None:
+        first = read.count("max_window_layers", least=0)
+        sliding = [index >= first for index in range(layers)]
+    return tuple(window if slides else None for slides in sliding)

@@ -1,0 +1,78 @@
+"""Typed reads from a config.json; every refusal names file, key, value and expectation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from toolkit.errors import CheckpointError
+
+
+class Fields:
+    """The keys of one config.json. A key that it lacks has the value in `defaults`, if that has one."""
+
+    def __init__(self, raw: Mapping[str, Any], path: Path, defaults: Mapping[str, Any]) -> None:
+        self.path = path
+        self._raw = {**defaults, **raw}
+
+    def get(self, key: str) -> Any:
+        """Returns the value as JSON has it, None where there is none."""
+        return self._raw.get(key)
+
+    def count(self, key: str, default: int | None = None, least: int = 1) -> int:
+        """Returns a whole number of at least `least`; raises CheckpointError for anything else, and for none at all."""
+        value = self.get(key)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= 1 << 31:
+            expected = "a positive whole number" if least == 1 else f"a whole number from {least} on"
+            raise CheckpointError(f"{self.path}: {key} is {value!r}, expected {expected}")
+        return value
+
+    def positive(self, key: str, default: float) -> float:
+        """Returns a positive number; raises CheckpointError for anything else, null included."""
+        return positive(self._raw.get(key, default), key, self.path)
+
+    def flag(self, key: str, *, default: bool) -> bool:
+        """Returns true or false; raises CheckpointError for anything else."""
+        value = self.get(key)
+        value = default if value is None else value
+        if not isinstance(value, bool):
+            raise CheckpointError(f"{self.path}: {key} is {value!r}, expected true or false")
+        return value
+
+    def each_layer(self, key: str, layers: int, allowed: tuple[Any, ...]) -> list[Any] | None:
+        """Returns a list's first `layers` entries, None where the key is missing or null.
+
+        Raises CheckpointError for a shorter list, or one with an entry that is not among `allowed`.
+        """
+        value = self.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, list) or len(value) < layers or any(entry not in allowed for entry in value):
+            choices = " or ".join(map(str, allowed))
+            raise CheckpointError(
+                f"{self.path}: {key} is {str(value)[:80]}, expected {choices} for each of the {layers} layers"
+            )
+        return value[:layers]
+
+    def token_ids(self, key: str) -> tuple[int, ...]:
+        """Returns the ids of a number or a list of them, none for null; raises CheckpointError for anything else."""
+        value = self.get(key)
+        ids = [] if value is None else value if isinstance(value, list) else [value]
+        if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
+            raise CheckpointError(f"{self.path}: {key} is {value!r}, expected token ids")
+        return tuple(ids)
+
+    def token_id(self, key: str) -> int | None:
+        """Returns the first of `token_ids`, None where there is none."""
+        ids = self.token_ids(key)
+        return ids[0] if ids else None
+
+
+def positive(value: object, key: str, path: Path) -> float:
+    """Returns `value` as a float; raises CheckpointError unless it is a positive, finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+        raise CheckpointError(f"{path}: {key} is {value!r}, expected a positive number")
+    return float(value)
