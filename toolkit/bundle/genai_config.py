@@ -8,8 +8,9 @@ from typing import Any, Final
 
 from toolkit import names
 from toolkit.checkpoint.config import ModelConfig
+from toolkit.checkpoint.families import FAMILIES
 from toolkit.checkpoint.side_files import Sampling, SideFiles
-from toolkit.errors import BundleError
+from toolkit.errors import BundleError, UnsupportedError
 from toolkit.files import read_json
 from toolkit.graph.builder import StageGraph
 from toolkit.target import Stage
@@ -19,6 +20,29 @@ _PAD_TOKENS: Final = ("<|fim_pad|>", "<|finetune_right_pad_id|>")
 _MAX_CONFIG_BYTES: Final = 16 << 20
 _MAX_TOKENIZER_BYTES: Final = 256 << 20
 PIPELINE_TYPE: Final = "decoder-pipeline"
+# Types of a text decoder that onnxruntime-genai 0.12.2 and 0.18.0 both load, each tried; they compute the same.
+GENAI_TYPES: Final = (
+    "chatglm",
+    "decoder",
+    "ernie4_5",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "gptoss",
+    "granite",
+    "internlm2",
+    "llama",
+    "mistral",
+    "nemotron",
+    "olmo",
+    "phi",
+    "phi3",
+    "phi3small",
+    "phimoe",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+)
 _PAST: Final = {"past_key_names": names.past_key("%d"), "past_value_names": names.past_value("%d")}
 _PRESENT: Final = {"present_key_names": names.present_key("%d"), "present_value_names": names.present_value("%d")}
 _SOC: Final = ("soc_model", "htp_arch", "enable_block_quant_weight_optimization")
@@ -36,7 +60,7 @@ def genai_config(
     """Composes the whole file as an object; `stop_ids` end an answer, `side` has how text is to be sampled."""
     bos = side.generation.bos_token_id
     model = {
-        "type": config.model_type if len(graphs) == 1 else PIPELINE_TYPE,
+        "type": genai_type(config) if len(graphs) == 1 else PIPELINE_TYPE,
         "vocab_size": config.vocab_size,
         "context_length": context_length,
         "pad_token_id": pad_token_id(config, side),
@@ -73,6 +97,17 @@ def _sampling(given: Sampling) -> dict[str, bool | int | float]:
         "top_p": 1.0 if given.top_p is None else given.top_p,
         **{key: value for key in optional if (value := getattr(given, key)) is not None},
     }
+
+
+def genai_type(config: ModelConfig) -> str:
+    """Returns `model.type` of one graph; raises UnsupportedError if the family names one that does not exist."""
+    found = FAMILIES[config.model_type].genai_type
+    if found not in GENAI_TYPES:
+        raise UnsupportedError(
+            f"families/{config.model_type}.py has genai_type {found!r}, which onnxruntime-genai would refuse to load: "
+            f"expected one of {', '.join(GENAI_TYPES)}; decoder fits any family"
+        )
+    return found
 
 
 def _one_graph(graph: StageGraph) -> dict[str, Any]:

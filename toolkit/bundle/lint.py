@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from toolkit import names
-from toolkit.bundle.genai_config import read_genai_config
+from toolkit.bundle.genai_config import GENAI_TYPES, read_genai_config
 from toolkit.bundle.lint_pipeline import lint_pipeline
 from toolkit.graph.interface import GraphInterface, read_interface
 
@@ -140,6 +140,8 @@ def lint_bundle(bundle: Path) -> list[str]:
             graphs[name] = (section, read_interface(bundle / filename))
     if len(graphs) < len(sections):
         return problems
+    if not pipeline and model.get("type") not in GENAI_TYPES:
+        problems.append(f"model.type is {model.get('type')!r}, expected one of {', '.join(GENAI_TYPES)}")
     problems += lint_pipeline(config, graphs) if pipeline else _unnamed(decoder, graphs["model"][1])
     problems += _named(decoder, [graph for _, graph in graphs.values()])
     for _, graph in graphs.values():

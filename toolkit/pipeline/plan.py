@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from toolkit import names
+from toolkit.bundle.genai_config import genai_type
 from toolkit.bundle.stop_tokens import StopToken, stop_tokens
 from toolkit.checkpoint.config import ModelConfig, read_config
 from toolkit.checkpoint.opened import Checkpoint
@@ -82,9 +83,11 @@ class ExportPlan:
 def plan_export(recipe: Recipe, checkpoint: Checkpoint, out: Path, precision: str) -> ExportPlan:
     """The plan; its recipe has the number of parts.
 
-    Raises RecipeError if recipe and checkpoint do not belong together, UnsupportedError for parts that cannot be.
+    Raises RecipeError if recipe and checkpoint do not belong together, UnsupportedError for parts that cannot be,
+    or a family whose type onnxruntime-genai does not know.
     """
     check_match(recipe, checkpoint.config)
+    genai_type(checkpoint.config)
     target = _target(recipe, precision)
     blind = precision == "int4" and not recipe.calibrated
     salient = salient_inputs(checkpoint) if blind else []
