@@ -28,7 +28,7 @@ class Linear:
 
     @property
     def weight(self) -> str:
-        """The name of the matrix."""
+        """Returns the name of its matrix in the checkpoint."""
         return names.weight(self.module)
 
     @property
@@ -40,14 +40,14 @@ class Linear:
 
 @dataclass(frozen=True)
 class Norm:
-    """An RMSNorm over `width` channels."""
+    """An RMSNorm over `width` channels under the checkpoint's name of its module."""
 
     module: str
     width: int
 
     @property
     def weight(self) -> str:
-        """The name of its gains."""
+        """Returns the name of its gains in the checkpoint."""
         return names.weight(self.module)
 
     @property

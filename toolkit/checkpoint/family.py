@@ -34,7 +34,7 @@ class Structure:
 
 @dataclass(frozen=True)
 class Family:
-    """One `model_type` of config.json.
+    """One `model_type` of config.json, and what it means.
 
     `structure` gets the config's fields and its num_hidden_layers; it raises CheckpointError for fields that
     contradict each other. `genai_type` is `model.type` of genai_config.json. `defaults` are keys a config.json may

@@ -83,11 +83,9 @@ class ExportPlan:
 def plan_export(recipe: Recipe, checkpoint: Checkpoint, out: Path, precision: str) -> ExportPlan:
     """The plan; its recipe has the number of parts.
 
-    Raises RecipeError if recipe and checkpoint do not belong together, UnsupportedError for parts that cannot be,
-    or a family whose type onnxruntime-genai does not know.
+    Raises RecipeError if recipe and checkpoint do not belong together, UnsupportedError for parts that cannot be.
     """
     check_match(recipe, checkpoint.config)
-    genai_type(checkpoint.config)
     target = _target(recipe, precision)
     blind = precision == "int4" and not recipe.calibrated
     salient = salient_inputs(checkpoint) if blind else []
@@ -173,7 +171,9 @@ def _with_parts(recipe: Recipe, target: Target, layers: list[int]) -> Recipe:
 
 
 def check_match(recipe: Recipe, config: ModelConfig) -> None:
-    """Raises RecipeError if the checkpoint is not of the shape the recipe was written for, or its context too long."""
+    """Raises RecipeError if the checkpoint is not of the shape the recipe was written for, or its context too long, and
+    UnsupportedError for a family under a name that onnxruntime-genai does not know."""
+    genai_type(config)
     facts = recipe.facts()
     expected = read_config(facts) if facts else config
     for field in _SHAPE_FIELDS:

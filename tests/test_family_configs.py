@@ -1,0 +1,142 @@
+"""Each family against transformers' own classes: what a config.json means, which tensors and layers there are; and the
+registry, and onnxruntime-genai's names for families."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import onnxruntime_genai as og
+import pytest
+import torch
+import transformers
+
+from tests.graphs import write_graphs
+from toolkit.bundle.genai_config import GENAI_TYPES
+from toolkit.checkpoint import families
+from toolkit.checkpoint.anatomy import describe
+from toolkit.checkpoint.config import parse_config
+from toolkit.checkpoint.families import FAMILIES
+from toolkit.checkpoint.family import DECODER
+from toolkit.checkpoint.opened import synthetic_checkpoint
+from toolkit.checkpoint.weights import expected_tensors
+from toolkit.errors import CheckpointError, UnsupportedError
+from toolkit.pipeline.plan import plan_export
+from toolkit.recipe import load_recipe
+
+# What no family has a default for.
+SHAPE: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 112,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+KINDS = ["full_attention", "sliding_attention", "sliding_attention", "full_attention", "full_attention"]
+CHANGES: dict[str, dict[str, Any]] = {
+    "nothing": {},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "windows": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2},
+    "windows by layer": {"use_sliding_window": True, "sliding_window": 5, "layer_types": KINDS},
+    "windows switched off": {"use_sliding_window": False, "sliding_window": 5, "layer_types": KINDS},
+    "a null window": {"sliding_window": None},
+    "heads of 32": {"head_dim": 32},
+    "tied": {"tie_word_embeddings": True},
+    "not tied": {"tie_word_embeddings": False},
+}
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("case", CHANGES)
+def test_a_config_means_what_it_means_to_transformers(case: str, model_type: str) -> None:
+    changes = dict(CHANGES[case])
+    if model_type in ("llama", "mistral"):
+        # Their classes take any key and keep it, but have no such list to check it against.
+        changes.pop("layer_types", None)
+    theirs = transformers.AutoConfig.for_model(model_type, **SHAPE, **changes)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(theirs)
+    ours = parse_config({"model_type": model_type, **SHAPE, **changes}, Path("config.json"))
+    assert ours.tie_word_embeddings == theirs.tie_word_embeddings
+    assert (ours.rms_norm_eps, ours.rope.rope_theta) == (theirs.rms_norm_eps, theirs.rope_theta)
+    tensors = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if theirs.tie_word_embeddings:
+        del tensors["lm_head.weight"]
+    assert expected_tensors(ours) == tensors
+    for layer, module in zip(describe(ours).layers, model.model.layers, strict=True):
+        attention = module.self_attn
+        # Mistral's attention asks its config; Llama keeps the key and knows no windows.
+        window = theirs.sliding_window if model_type == "mistral" else getattr(attention, "sliding_window", None)
+        assert layer.attention.window == window
+        assert layer.attention.rope == bool(getattr(attention, "use_rope", True))
+
+
+def test_every_file_of_the_folder_is_a_family_under_its_own_name() -> None:
+    folder = Path(families.__file__).parent
+    assert sorted(FAMILIES) == sorted(path.stem for path in folder.glob("*.py") if path.stem != "__init__")
+    assert {name: family.model_type for name, family in FAMILIES.items()} == {name: name for name in FAMILIES}
+
+
+def test_an_unknown_family_is_refused_with_the_list_of_those_there_are() -> None:
+    with pytest.raises(UnsupportedError, match=r"config.json: model_type 'gpt9'.*expected one of") as refused:
+        parse_config({"model_type": "gpt9", **SHAPE}, Path("config.json"))
+    assert all(family in str(refused.value) for family in FAMILIES)
+
+
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "llama bias": ("llama", {"attention_bias": "yes"}, "attention_bias is 'yes', expected true or false"),
+    "mistral window": ("mistral", {"sliding_window": -4}, "sliding_window is -4, expected a positive whole number"),
+    "qwen2 first layer": (
+        "qwen2",
+        {"use_sliding_window": True, "max_window_layers": -1},
+        "max_window_layers is -1, expected a whole number from 0 on",
+    ),
+    "qwen3 too few kinds": (
+        "qwen3",
+        {"use_sliding_window": True, "layer_types": KINDS[:3]},
+        "expected full_attention or sliding_attention for each of the 5 layers",
+    ),
+    "qwen3 unknown kind": (
+        "qwen3",
+        {"use_sliding_window": True, "layer_types": [*KINDS[:4], "linear_attention"]},
+        "expected full_attention or sliding_attention for each of the 5 layers",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_fields_that_mean_nothing_are_refused(case: str) -> None:
+    model_type, changes, message = REFUSED[case]
+    with pytest.raises(CheckpointError, match=message):
+        parse_config({"model_type": model_type, **SHAPE, **changes}, Path("config.json"))
+
+
+def test_onnxruntime_genai_knows_every_type_and_no_other(stories260k: Path, tmp_path: Path) -> None:
+    write_graphs(stories260k, tmp_path)
+    path = tmp_path / "genai_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    for name in (*GENAI_TYPES, "seed_oss"):
+        settings["model"]["type"] = name
+        path.write_text(json.dumps(settings), encoding="utf-8")
+        if name == "seed_oss":
+            with pytest.raises(Exception, match="Unsupported model_type"):
+                og.Model(str(tmp_path))
+        else:
+            og.Model(str(tmp_path))
+    assert DECODER in GENAI_TYPES
+
+
+def test_a_type_that_does_not_exist_is_refused_before_anything_is_packed(
+    tiny_r1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, recipe = synthetic_checkpoint(tiny_r1), load_recipe("tiny-r1-cpu")
+    wrong = replace(FAMILIES[checkpoint.config.model_type], genai_type="qwen9")
+    monkeypatch.setattr("toolkit.bundle.genai_config.FAMILIES", {**FAMILIES, wrong.model_type: wrong})
+    with pytest.raises(UnsupportedError, match=r"genai_type 'qwen9'.*expected one of.*decoder"):
+        plan_export(recipe, checkpoint, tmp_path / "bundle", "int4")
+    assert not list(tmp_path.iterdir())
