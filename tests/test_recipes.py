@@ -109,7 +109,11 @@ def test_every_node_of_a_recipes_graphs_is_legal_for_its_provider(name: str, tmp
     for graph in lower(plan.checkpoint.config, plan.layout, plan.target, recipe, pad_token_id=0):
         placement = place(interface_of(graph.model), graph.stage)
         outside = 0
-        if recipe.target == "vitisai" and plan.checkpoint.config.qk_norm and graph.stage.name != names.EMBEDDINGS:
+        if (
+            recipe.target == "vitisai"
+            and plan.checkpoint.config.structure.qk_norm
+            and graph.stage.name != names.EMBEDDINGS
+        ):
             # AMD's list has no Reshape, and two stand around each norm over heads: the recipe says so.
             outside = 0 if graph.stage.name == names.HEAD else 4 * plan.checkpoint.config.num_hidden_layers
         assert bool(placement.problems) == (outside > 0)
