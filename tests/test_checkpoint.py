@@ -26,7 +26,7 @@ from tests.random_models import LLAMA3, YARN, make_checkpoint
 from toolkit.checkpoint import scan
 from toolkit.checkpoint.config import ModelConfig, RopeConfig, parse_config, read_config
 from toolkit.checkpoint.safetensors import read_header
-from toolkit.checkpoint.scan import Rows, scan_file
+from toolkit.checkpoint.scan import ReadBytes, Rows, scan_file
 from toolkit.checkpoint.synthetic import SyntheticWeights
 from toolkit.checkpoint.weights import Origin, WeightSource, expected_tensors, open_weights
 
@@ -199,7 +199,7 @@ def _scans(folder: Path, chunk_bytes: int, direct: bool, digests: dict[str, str]
     for path in source.files():
         refs = {name: ref for name, ref in read_header(path).items() if name in source.names()}
         data = path.read_bytes()
-        for rows in scan_file(path, list(refs.values()), chunk_bytes, direct, digests):
+        for rows in scan_file(path, list(refs.values()), chunk_bytes, direct, digests, ReadBytes()):
             ref = refs[rows.name]
             row_bytes = ref.nbytes // ref.shape[0]
             yield rows, data[ref.offset + rows.start * row_bytes : ref.offset + rows.stop * row_bytes]

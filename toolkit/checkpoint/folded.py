@@ -24,6 +24,7 @@ class FoldedTensors:
     def __init__(self, source: WeightSource, inputs: Sequence[LinearInput], scales: Mapping[str, Floats]) -> None:
         self._source = source
         self.identity, self.digests, self.names = source.identity, source.digests, source.names
+        self.bytes_read = source.bytes_read
         self._columns: dict[str, Floats] = {}
         self._rows: dict[str, Floats] = {}
         for given in inputs:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from toolkit.checkpoint.anatomy import Decoder, describe
 from toolkit.checkpoint.opened import Checkpoint
-from toolkit.checkpoint.scan import Rows
+from toolkit.checkpoint.scan import Rows, whole_tensors
 from toolkit.checkpoint.weights import WeightSource
 from toolkit.errors import UnsupportedError
 
@@ -50,6 +50,7 @@ class PaddedHeads:
         self._rows_are_heads = {tensor for a in attentions for linear in a.qkv for tensor in linear.tensors}
         self._columns_are_heads = {attention.o_proj.weight for attention in attentions}
         self.identity, self.digests, self.names = source.identity, source.digests, source.names
+        self.bytes_read = source.bytes_read
 
     def read(self, name: str) -> Floats:
         """A whole tensor, padded."""
@@ -60,22 +61,21 @@ class PaddedHeads:
         return self.read(name)[start:stop]
 
     def scan(self, chunk_bytes: int) -> Iterator[Rows]:
-        """Every tensor once, whole, to be read anew: models with heads so narrow are small."""
-        name, stop = "", 0
-        for rows in self._source.scan(chunk_bytes):
-            rows.release()
-            if name and rows.name != name:
-                yield self._whole(name, stop)
-            name, stop = rows.name, rows.stop
-        yield self._whole(name, stop)
+        """As the source's, tensors that are padded as one piece each: models with heads so narrow are small."""
+        for rows in whole_tensors(self._source.scan(chunk_bytes), self._is_padded):
+            stop = rows.stop // self._head_dim * self._padded if rows.name in self._rows_are_heads else rows.stop
+            yield replace(rows, stop=stop)
 
     def decode(self, rows: Rows, start: int, stop: int) -> Floats:
         """Some rows of a padded tensor."""
-        return self.read_rows(rows.name, start, stop)
+        if not self._is_padded(rows.name):
+            return self._source.decode(rows, start, stop)
+        true_stop = rows.stop // self._padded * self._head_dim if rows.name in self._rows_are_heads else rows.stop
+        whole = self._source.decode(replace(rows, stop=true_stop), 0, true_stop)
+        return self._pad(rows.name, whole)[start:stop]
 
-    def _whole(self, name: str, rows: int) -> Rows:
-        widened = name in self._rows_are_heads
-        return Rows(name, 0, rows // self._head_dim * self._padded if widened else rows, None)
+    def _is_padded(self, name: str) -> bool:
+        return name in self._rows_are_heads or name in self._columns_are_heads
 
     def _pad(self, name: str, values: Floats) -> Floats:
         if name in self._rows_are_heads:

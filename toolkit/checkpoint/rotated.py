@@ -20,7 +20,7 @@ from toolkit.checkpoint.anatomy import Decoder, Norm, describe
 from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.hadamard import Hadamard, is_known
 from toolkit.checkpoint.opened import Checkpoint
-from toolkit.checkpoint.scan import Rows
+from toolkit.checkpoint.scan import Rows, whole_tensors
 from toolkit.checkpoint.weights import WeightSource
 from toolkit.errors import UnsupportedError
 
@@ -91,6 +91,8 @@ class RotatedTensors:
         self._emptied = {half.norm.weight for layer in decoder.layers for half in layer.sublayers}
         self._emptied.add(decoder.norm.weight)
         self.identity, self.digests, self.names = source.identity, source.digests, source.names
+        self.bytes_read = source.bytes_read
+        self._gains: dict[str, Floats] = {}
         # Matrices whose rows mix, while a streaming pass takes them piece by piece.
         self._whole: dict[str, Floats] = {}
 
@@ -105,26 +107,15 @@ class RotatedTensors:
         return self._rotated(name, self._source.read_rows(name, start, stop))
 
     def scan(self, chunk_bytes: int) -> Iterator[Rows]:
-        """As the source's, but for tensors whose rows mix: those are to be read anew."""
-        name, stop = "", 0
-        for rows in self._source.scan(chunk_bytes):
-            if name and rows.name != name:
-                yield Rows(name, 0, stop, None)
-                name = ""
-            if self._mixes_rows(rows.name):
-                rows.release()
-                name, stop = rows.name, rows.stop
-            else:
-                yield rows
-        if name:
-            yield Rows(name, 0, stop, None)
+        """As the source's, tensors whose rows mix as one piece each."""
+        return whole_tensors(self._source.scan(chunk_bytes), self._mixes_rows)
 
     def decode(self, rows: Rows, start: int, stop: int) -> Floats:
         """Some rows of a rotated tensor; of one that comes whole its last rows are asked for last."""
         if not self._mixes_rows(rows.name):
             return self._rotated(rows.name, self._source.decode(rows, start, stop))
         if rows.name not in self._whole:
-            self._whole[rows.name] = self.read(rows.name)
+            self._whole[rows.name] = self._rotated(rows.name, self._source.decode(rows, 0, rows.stop))
         whole = self._whole.pop(rows.name) if stop == rows.stop else self._whole[rows.name]
         return whole[start:stop]
 
@@ -138,8 +129,14 @@ class RotatedTensors:
         if turn.rows:
             values = _along_rows(turn.rows, values)
         if turn.gains:
-            values = values * self._source.read(turn.gains)
+            values = values * self._gain(turn.gains)
         return _along_columns(turn.columns, values) if turn.columns else values
+
+    def _gain(self, name: str) -> Floats:
+        """A norm's gains, read once: every piece of a matrix asks for them."""
+        if name not in self._gains:
+            self._gains[name] = self._source.read(name)
+        return self._gains[name]
 
 
 def _along_columns(matrix: Hadamard, values: Floats) -> Floats:

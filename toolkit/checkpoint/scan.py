@@ -9,7 +9,7 @@ import hashlib
 import mmap
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +33,19 @@ _PAGE: Final = 4096
 
 def _nothing() -> None:
     """Rows without memory of the scan's have none to give back."""
+
+
+class ReadBytes:
+    """How many bytes were read, added up on any thread."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        self._lock = Lock()
+
+    def add(self, nbytes: int) -> None:
+        """Adds the bytes of one read to the total."""
+        with self._lock:
+            self.total += nbytes
 
 
 @dataclass(frozen=True)
@@ -61,16 +74,16 @@ class _Piece:
 
 
 def scan_file(
-    path: Path, refs: list[TensorRef], chunk_bytes: int, direct: bool, digests: dict[str, str]
+    path: Path, refs: list[TensorRef], chunk_bytes: int, direct: bool, digests: dict[str, str], read: ReadBytes
 ) -> Iterator[Rows]:
     """The rows of `refs`, all of one file, in file order, about `chunk_bytes` at a time.
 
     `direct` reads around the page cache where the system can. When the iterator is exhausted `digests[path.name]` is
-    the file's SHA-256. Raises CheckpointError if a read fails.
+    the file's SHA-256; `read` counts its bytes. Raises CheckpointError if a read fails.
     """
     sha = hashlib.sha256()
     pieces = _pieces(refs, path.stat().st_size, chunk_bytes)
-    reader = _Reader(path, direct)
+    reader = _Reader(path, direct, read)
     buffers = _Buffers(max(piece.nbytes for piece in pieces) + 2 * _PAGE)
     try:
         with ThreadPoolExecutor(_READS_AHEAD) as readers, ThreadPoolExecutor(1) as hasher:
@@ -99,9 +112,31 @@ def scan_file(
         reader.close()
 
 
-def read_exactly(path: Path, offset: int, nbytes: int) -> Bytes:
-    """`nbytes` bytes from `offset`; raises CheckpointError if the file ends before."""
-    reader = _Reader(path, direct=False)
+def whole_tensors(rows: Iterable[Rows], wanted: Callable[[str], bool]) -> Iterator[Rows]:
+    """The rows of a scan, those of each wanted tensor gathered into one: as stored, in memory of their own, or with no
+    `raw` where they had none."""
+    gathered: list[Rows] = []
+    for piece in rows:
+        if gathered and gathered[0].name != piece.name:
+            yield _joined(gathered)
+            gathered = []
+        if wanted(piece.name):
+            gathered.append(piece if piece.raw is None else Rows(piece.name, piece.start, piece.stop, piece.raw.copy()))
+            piece.release()
+        else:
+            yield piece
+    if gathered:
+        yield _joined(gathered)
+
+
+def _joined(pieces: list[Rows]) -> Rows:
+    raws = [piece.raw for piece in pieces if piece.raw is not None]
+    return Rows(pieces[0].name, pieces[0].start, pieces[-1].stop, np.concatenate(raws) if raws else None)
+
+
+def read_exactly(path: Path, offset: int, nbytes: int, read: ReadBytes) -> Bytes:
+    """`nbytes` bytes from `offset`, counted in `read`; raises CheckpointError if the file ends before."""
+    reader = _Reader(path, False, read)
     try:
         return reader.read(_Piece("", 0, 0, offset, nbytes), np.empty(nbytes, np.uint8))
     except OSError as problem:
@@ -150,10 +185,10 @@ class _Buffers:
 
 
 class _Reader:
-    """Positioned reads of one file, around the page cache if asked and possible."""
+    """Positioned reads of one file, counted, around the page cache if asked and possible."""
 
-    def __init__(self, path: Path, direct: bool) -> None:
-        self._path = path
+    def __init__(self, path: Path, direct: bool, read: ReadBytes) -> None:
+        self._path, self._read = path, read
         self._file = path.open("rb", buffering=0)
         self._lock = Lock()
         self._direct = -1
@@ -165,6 +200,7 @@ class _Reader:
 
     def read(self, piece: _Piece, buffer: Bytes) -> Bytes:
         """The piece's bytes, in `buffer`."""
+        self._read.add(piece.nbytes)
         if self._direct >= 0:
             first = piece.offset // _PAGE * _PAGE
             skipped = piece.offset - first

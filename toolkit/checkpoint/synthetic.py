@@ -76,6 +76,10 @@ class SyntheticWeights:
         """As `identity`: there are no files to hash."""
         return self.identity()
 
+    def bytes_read(self) -> int:
+        """Always 0, since there are no files to read."""
+        return 0
+
     @cached_property
     def _table(self) -> NDArray[np.float32]:
         values = np.random.default_rng(self._seed).standard_normal(_TABLE_LENGTH, np.float32) * np.float32(_STD)

@@ -20,7 +20,7 @@ from toolkit import names
 from toolkit.checkpoint.anatomy import describe
 from toolkit.checkpoint.config import ModelConfig, read_checkpoint_json
 from toolkit.checkpoint.safetensors import ITEM_BYTES, TensorRef, read_header
-from toolkit.checkpoint.scan import Rows, read_exactly, scan_file
+from toolkit.checkpoint.scan import ReadBytes, Rows, read_exactly, scan_file
 from toolkit.errors import CheckpointError, NonFiniteError
 from toolkit.machine import fits_the_page_cache
 
@@ -75,6 +75,10 @@ class WeightSource(Tensors, Protocol):
         """What they come from, in full: name, bytes and SHA-256 of each file. Known once `scan` is through."""
         ...
 
+    def bytes_read(self) -> int:
+        """How many bytes of files every read so far took together, through whatever stands on this source."""
+        ...
+
 
 class SafetensorsWeights:
     """A `WeightSource` over the safetensors files of one folder."""
@@ -82,6 +86,7 @@ class SafetensorsWeights:
     def __init__(self, refs: dict[str, TensorRef], files: list[Path]) -> None:
         self._refs, self._files = refs, sorted(files)
         self._digests: dict[str, str] = {}
+        self._read = ReadBytes()
 
     def names(self) -> list[str]:
         """Every tensor, in file order."""
@@ -96,7 +101,7 @@ class SafetensorsWeights:
         direct = not fits_the_page_cache(sum(path.stat().st_size for path in self.files()))
         for path in self.files():
             refs = [ref for ref in self._refs.values() if ref.path == path]
-            yield from scan_file(path, refs, chunk_bytes, direct, self._digests)
+            yield from scan_file(path, refs, chunk_bytes, direct, self._digests, self._read)
 
     def decode(self, rows: Rows, start: int, stop: int) -> NDArray[np.float32]:
         """Some of the rows as float32; raises NonFiniteError on NaN or infinity in them."""
@@ -118,6 +123,10 @@ class SafetensorsWeights:
         """Name, size and SHA-256 of each file, once `scan` is through."""
         return tuple(Origin(path.name, path.stat().st_size, self._digests[path.name]) for path in self.files())
 
+    def bytes_read(self) -> int:
+        """How many bytes of the files were read so far, headers not counted."""
+        return self._read.total
+
     def dtype(self, name: str) -> str:
         """The stored dtype of a tensor: BF16, F16 or F32."""
         return self._refs[name].dtype
@@ -131,7 +140,7 @@ class SafetensorsWeights:
         """Rows as float32, exact for every accepted dtype; raises NonFiniteError on NaN or infinity in them."""
         ref = self._refs[name]
         row_bytes = ref.nbytes // max(ref.shape[0], 1) if ref.shape else ref.nbytes
-        raw = read_exactly(ref.path, ref.offset + start * row_bytes, (stop - start) * row_bytes)
+        raw = read_exactly(ref.path, ref.offset + start * row_bytes, (stop - start) * row_bytes, self._read)
         values = widen(raw, ref.dtype)
         check_finite(values, name)
         return values.reshape((stop - start, *ref.shape[1:]))

@@ -15,6 +15,7 @@ from toolkit.checkpoint.anatomy import DecoderLayer, describe
 from toolkit.checkpoint.config import ModelConfig
 from toolkit.errors import UnsupportedError
 from toolkit.graph.builder import MS, GraphBuilder
+from toolkit.target import Form
 
 # GroupQueryAttention's rotary kernel refuses other widths.
 HEAD_DIM_MULTIPLE: Final = 16
@@ -46,7 +47,7 @@ class Geometry:
     rows: ir.Value
 
 
-def check_attention(build: GraphBuilder, config: ModelConfig, context_length: int) -> None:
+def check_attention(form: Form, config: ModelConfig, context_length: int) -> None:
     """Raises UnsupportedError for a head_dim that ORT's GroupQueryAttention refuses, and for a sliding window shorter
     than the context where the target's attention knows none."""
     if config.head_dim % HEAD_DIM_MULTIPLE:
@@ -54,7 +55,7 @@ def check_attention(build: GraphBuilder, config: ModelConfig, context_length: in
             f"head_dim {config.head_dim} is not a multiple of {HEAD_DIM_MULTIPLE}, which GroupQueryAttention needs"
         )
     windows = [layer.attention.window for layer in describe(config).layers if layer.attention.window is not None]
-    if windows and not build.form.local_window and min(windows) < context_length:
+    if windows and not form.local_window and min(windows) < context_length:
         raise UnsupportedError(
             f"{config.model_type} looks back {min(windows)} tokens, and this target's attention knows no sliding "
             f"window: within it both are the same, so lower it with --set context_length={min(windows)}"

@@ -19,7 +19,7 @@ from toolkit.graph.attention import Lengths, check_attention, geometry, group_qu
 from toolkit.graph.builder import MS, GraphBuilder, declare, value
 from toolkit.graph.rope import rotary_caches
 from toolkit.quant.ranges import HEADROOM, ActivationRange
-from toolkit.target import CPU_FORM
+from toolkit.target import CPU_FORM, Form
 
 _SIGMOID: Final = ActivationRange(0.0, 1.0 / HEADROOM)
 
@@ -52,6 +52,14 @@ def embedding(build: GraphBuilder, ids: ir.Value) -> ir.Value:
     return rows if build.dtype == ir.DataType.FLOAT else build.cast(f"{path}/Cast", rows, build.dtype)
 
 
+def check_layers(form: Form, config: ModelConfig, context_length: int) -> None:
+    """Raises UnsupportedError for a head_dim that ORT's GroupQueryAttention refuses, for a sliding window shorter than
+    the context where the target's attention knows none, and for biases in an MLP of uint16."""
+    check_attention(form, config, context_length)
+    if form.qdq and any(linear.has_bias for layer in describe(config).layers for linear in layer.mlp.linears):
+        raise UnsupportedError(f"{config.model_type} with mlp_bias has no form in uint16: set profile=float16")
+
+
 def layers(
     build: GraphBuilder,
     config: ModelConfig,
@@ -63,14 +71,11 @@ def layers(
     """The cache's layers, and the final norm after the model's last: ([B, S, D] hidden states, cache inputs, cache
     outputs). Layers that are not the first take, and those that are not the last give, the residual sum.
 
-    Raises UnsupportedError for a head_dim that ORT's GroupQueryAttention refuses, for a sliding window shorter than
-    the context where the target's attention knows none, and for biases in an MLP of uint16.
+    Raises as `check_layers`.
     """
-    check_attention(build, config, context_length)
+    check_layers(build.form, config, context_length)
     decoder = describe(config)
     stack = decoder.layers if cache.layers is None else decoder.layers[cache.layers.start : cache.layers.stop]
-    if build.form.qdq and any(linear.has_bias for layer in stack for linear in layer.mlp.linears):
-        raise UnsupportedError(f"{config.model_type} with mlp_bias has no form in uint16: set profile=float16")
     dtype = np.float16 if build.dtype == ir.DataType.FLOAT16 else np.float32
     rotary = [
         build.constant(f"/model/rotary/{name}_cache", table.astype(dtype))

@@ -42,10 +42,11 @@ class TensorError:
 
 @dataclass(frozen=True)
 class PackResult:
-    """Every tensor's error, and the SHA-256 of each data file."""
+    """Every tensor's error, the SHA-256 of each data file, and how many bytes of these were read to hash them."""
 
     errors: list[TensorError]
     sha256: dict[str, str]
+    bytes_read: int
 
 
 def pack_weights(
@@ -74,7 +75,7 @@ def pack_weights(
                         window.submit(packer.pack, rows)
     except OSError as problem:
         raise disk_error(destinations[0].folder, problem) from None
-    return [PackResult(list(journal.values()), log.sha256(k)) for k, journal in enumerate(journals)]
+    return [PackResult(list(journal.values()), *log.hashed(k)) for k, journal in enumerate(journals)]
 
 
 class _Window:
@@ -199,14 +200,16 @@ class _Journal:
         finished, self._finished, self._uncommitted_bytes = self._finished, [], 0
         self._commit = self._committer.submit(self._write, finished)
 
-    def sha256(self, destination: int) -> dict[str, str]:
-        """Of each data file of a destination, once the journal is closed without an error."""
-        return {
-            name: running.hexdigest()
+    def hashed(self, destination: int) -> tuple[dict[str, str], int]:
+        """The SHA-256 of each data file of a destination, and the bytes read for them; known once the journal is closed
+        without an error."""
+        own = {
+            name: running
             for file, running in zip(self._files, self._hashes, strict=True)
             for k, name in file.links
             if k == destination
         }
+        return {name: running.hexdigest() for name, running in own.items()}, sum(r.bytes_read for r in own.values())
 
     def _write(self, finished: list[list[TensorError]]) -> None:
         for file in self._files:

@@ -43,6 +43,11 @@ class PrefixHash:
             if not self._keep_cached and hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(file.fileno(), first, end - first, os.POSIX_FADV_DONTNEED)
 
+    @property
+    def bytes_read(self) -> int:
+        """How much of the file was read."""
+        return self._hashed
+
     def hexdigest(self) -> str:
         """The whole file's; every tensor must have been named."""
         assert not self._units

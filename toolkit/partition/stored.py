@@ -21,10 +21,11 @@ _TURNED: Final = 512
 
 
 class StoredTensors:
-    """A `Tensors` over the data files in `folder`, by the checkpoint's names."""
+    """A `Tensors` over the data files in `folder`, by the checkpoint's names; `bytes_read` counts what was read."""
 
     def __init__(self, layout: Layout, folder: Path) -> None:
         self._folder = folder
+        self.bytes_read = 0
         self._places: dict[str, tuple[Unit, int, int]] = {}
         for unit in layout.units.values():
             for k, name in enumerate(unit.sources):
@@ -81,4 +82,5 @@ class StoredTensors:
         each = slot.nbytes // slot.shape[0]
         with (self._folder / slot.file).open("rb") as file:
             file.seek(slot.offset + start * each)
+            self.bytes_read += (stop - start) * each
             return np.frombuffer(file.read((stop - start) * each), np.uint8)

@@ -20,7 +20,6 @@ from toolkit.calibrate.solve import Fallback, Task, solve
 from toolkit.calibrate.survey import Wish, shared_formats, survey
 from toolkit.checkpoint.anatomy import describe
 from toolkit.checkpoint.folded import FoldedTensors
-from toolkit.checkpoint.opened import Checkpoint
 from toolkit.checkpoint.weights import expected_tensors
 from toolkit.errors import RecipeError
 from toolkit.files import file_sha256
@@ -44,6 +43,14 @@ _FEWEST_TOKENS: Final = 256
 
 
 @dataclass(frozen=True)
+class TokenizedText:
+    """A calibrated recipe's text as sequences of token ids, and what the manifest says of it."""
+
+    sequences: list[list[int]]
+    origin: CalibrationText
+
+
+@dataclass(frozen=True)
 class Calibrated:
     """A plan with its final formats and folded weights, the importance of columns by tensor, and what the report says
     of it."""
@@ -53,40 +60,48 @@ class Calibrated:
     section: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class StoredRanges:
+    """The ranges of uint16 activations by point, what the report says of them, and how many bytes of the data files
+    were read."""
+
+    ranges: dict[str, ActivationRange]
+    section: dict[str, Any]
+    packed_bytes_read: int
+
+
 def calibrate(
-    plan: ExportPlan, partial: Path, work: Path, progress: Callable[[str], None] = lambda _: None
+    plan: ExportPlan, text: TokenizedText, partial: Path, work: Path, progress: Callable[[str], None] = lambda _: None
 ) -> Calibrated:
-    """Runs the recipe's text through the checkpoint and decides how each matrix is stored; `work` holds what is
+    """Runs the text through the checkpoint and decides how each matrix is stored; `work` holds what is
     finished, solved matrices go into the data files in `partial`.
 
-    Raises RecipeError or CheckpointError for a text that cannot serve, NonFiniteError for activations that are not
-    numbers.
+    Raises NonFiniteError for activations that are not numbers.
     """
-    sequences, text = calibration_sequences(plan)
-    plan, importance, made = _weights(plan, sequences, partial, work, progress)
-    return Calibrated(plan, importance, _text_section(plan, text, sequences) | made)
+    plan, importance, made = _weights(plan, text.sequences, partial, work, progress)
+    return Calibrated(plan, importance, _text_section(plan, text) | made)
 
 
 def stored_ranges(
-    plan: ExportPlan, partial: Path, work: Path, progress: Callable[[str], None] = lambda _: None
-) -> tuple[dict[str, ActivationRange], dict[str, Any]]:
-    """The ranges of uint16 activations by point, from the recipe's text through the weights packed in `partial`, and
-    what the report says of them; `work` holds what is finished.
+    plan: ExportPlan, text: TokenizedText, partial: Path, work: Path, progress: Callable[[str], None] = lambda _: None
+) -> StoredRanges:
+    """The ranges from the text through the weights packed in `partial`; `work` holds what is finished.
 
     Raises NonFiniteError or UnsupportedError for activations that cannot be stored.
     """
     start, percentile = time.perf_counter(), plan.recipe.activation_percentile
-    stored, (sequences, text) = StoredTensors(plan.layout, partial), calibration_sequences(plan)
-    ranges = activation_ranges(plan.checkpoint.config, stored, sequences, percentile, work / "ranges", progress)
+    stored = StoredTensors(plan.layout, partial)
+    ranges = activation_ranges(plan.checkpoint.config, stored, text.sequences, percentile, work / "ranges", progress)
     described = {"dtype": "uint16", "tensors": len(ranges), "percentile": percentile}
     seconds = time.perf_counter() - start
-    return ranges, {**_text_section(plan, text, sequences), "activations": described, "ranges_s": seconds}
+    section = {**_text_section(plan, text), "activations": described, "ranges_s": seconds}
+    return StoredRanges(ranges, section, stored.bytes_read)
 
 
-def _text_section(plan: ExportPlan, text: str, sequences: list[list[int]]) -> dict[str, Any]:
+def _text_section(plan: ExportPlan, text: TokenizedText) -> dict[str, Any]:
     """What was read, and nothing made of it yet."""
-    tokens = sum(map(len, sequences))
-    return {"quality": plan.recipe.quality, "text": text, "tokens": tokens, "inputs": 0, "folded": [], "fallbacks": []}
+    read = {"quality": plan.recipe.quality, "text": text.origin.name, "tokens": sum(map(len, text.sequences))}
+    return {**read, "inputs": 0, "folded": [], "fallbacks": []}
 
 
 def _weights(
@@ -126,10 +141,14 @@ def _weights(
     return plan, importance, section | {"survey_s": surveyed - start, "solve_s": time.perf_counter() - surveyed}
 
 
-def calibration_sequences(plan: ExportPlan) -> tuple[list[list[int]], str]:
-    """The text as token sequences, and what it is called. Raises RecipeError if there is less than was asked for."""
+def calibration_text(plan: ExportPlan) -> TokenizedText:
+    """The text of a plan that reads one, tokenized.
+
+    Raises RecipeError if it cannot be read or holds less than was asked for, CheckpointError if it holds no text.
+    """
     recipe, checkpoint = plan.recipe, plan.checkpoint
     path = find_text(recipe.calibration, recipe.name, recipe.target, checkpoint)
+    origin = _described(path, checkpoint.synthetic)
     wanted = calibration_tokens(recipe, checkpoint.config, plan.target.form)
     sequences = token_sequences(checkpoint, path, wanted, LONGEST)
     found = sum(map(len, sequences))
@@ -139,14 +158,13 @@ def calibration_sequences(plan: ExportPlan) -> tuple[list[list[int]], str]:
             f"{path} holds {found} tokens of calibration text, at least {needed} are needed: name a longer text with "
             "--calibration"
         )
-    return sequences, "random ids" if checkpoint.synthetic else path.name
+    return TokenizedText(sequences, origin)
 
 
-def text_digest(recipe: Recipe, checkpoint: Checkpoint) -> CalibrationText:
-    """Name and SHA-256 of a calibrated recipe's text; random weights have none."""
-    if checkpoint.synthetic:
+def _described(path: Path, synthetic: bool) -> CalibrationText:
+    """Name and SHA-256 of a text; random weights are calibrated on random ids."""
+    if synthetic:
         return CalibrationText("random ids")
-    path = find_text(recipe.calibration, recipe.name, recipe.target, checkpoint)
     try:
         return CalibrationText(path.name, file_sha256(path))
     except OSError as problem:

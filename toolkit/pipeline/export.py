@@ -21,12 +21,11 @@ from toolkit.bundle.manifest import Manifest, begin_manifest, write_manifest
 from toolkit.checkpoint.opened import Checkpoint
 from toolkit.errors import CheckpointError, RecipeError
 from toolkit.files import write_json, write_text
-from toolkit.graph.builder import StageGraph
 from toolkit.machine import peak_rss_bytes
 from toolkit.partition.data_files import JOURNAL_FILE, Destination, disk_error
 from toolkit.partition.lower import lower
 from toolkit.partition.pack import PackResult, pack_weights
-from toolkit.pipeline.calibration import calibrate, calibration_sequences, stored_ranges, text_digest
+from toolkit.pipeline.calibration import TokenizedText, calibrate, calibration_text, stored_ranges
 from toolkit.pipeline.plan import ExportPlan, check_machine, plan_export
 from toolkit.quant.kernel import require_compiler
 from toolkit.quant.ranges import ActivationRange
@@ -68,16 +67,20 @@ class Order:
 class _Begun:
     """A bundle in the making: its plan, its work folder and what its manifest says before there are files.
 
-    `importance` weighs the errors of columns, `ranges` are those of uint16 activations, `calibration` is what the
-    report says of both."""
+    `text` is what the plan is calibrated on, if anything is; `importance` weighs the errors of columns, `ranges` are
+    those of uint16 activations, `calibration` is what the report says of both. `read_before` is how much of the
+    checkpoint had been read when this began, `packed_bytes_read` how much of the data files was read back."""
 
     plan: ExportPlan
     out: Path
     partial: Path
     manifest: Manifest
+    read_before: int
+    text: TokenizedText | None = None
     importance: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
     ranges: Mapping[str, ActivationRange] | None = None
     calibration: dict[str, Any] = field(default_factory=dict)
+    packed_bytes_read: int = 0
 
 
 def plan_exports(orders: Sequence[Order], checkpoint: Checkpoint, precision: str = "int4") -> list[ExportPlan]:
@@ -110,13 +113,10 @@ def export_planned(plans: Sequence[ExportPlan], progress: Callable[[str], None] 
         checkpoint = plans[0].checkpoint
         tokenizer_files = _tokenizer_files(checkpoint)
         pad = pad_token_id(checkpoint.config, checkpoint.side)
-        for plan in plans:
-            _graphs(plan, pad)
-            if plan.calibration:
-                calibration_sequences(plan)
+        texts = [calibration_text(plan) if plan.calibration else None for plan in plans]
         check_machine(plans, _written_bytes([_partial(plan.out) for plan in plans]))
         with _disk_errors():
-            begun = [_begin(plan) for plan in plans]
+            begun = [_begin(plan, text) for plan, text in zip(plans, texts, strict=True)]
     with _disk_errors():
         ready = [_calibrated(bundle, clock, progress) for bundle in begun]
         with clock.stage("pack"):
@@ -124,7 +124,7 @@ def export_planned(plans: Sequence[ExportPlan], progress: Callable[[str], None] 
         ready = [_ranged(bundle, clock, progress) for bundle in ready]
         for bundle, result in zip(ready, packed, strict=True):
             beside = [other.plan.recipe.name for other in begun if other.plan.out != bundle.plan.out]
-            _finish(bundle, _graphs(bundle.plan, pad, bundle.ranges), result, tokenizer_files, clock, beside)
+            _finish(bundle, pad, result, tokenizer_files, clock, beside)
         # Last, so that whatever stops one of them leaves the others to go on from here.
         for bundle in begun:
             _replace(bundle.out, bundle.partial)
@@ -140,28 +140,26 @@ def _disk_errors() -> Iterator[None]:
         raise disk_error(Path(problem.filename or "the bundle"), problem) from None
 
 
-def _graphs(plan: ExportPlan, pad: int, ranges: Mapping[str, ActivationRange] | None = None) -> list[StageGraph]:
-    return lower(plan.checkpoint.config, plan.layout, plan.target, plan.recipe, pad, ranges)
-
-
 def _calibrated(begun: _Begun, clock: _Clock, progress: Callable[[str], None]) -> _Begun:
     """The bundle with its plan's final formats and weights; itself where these need no text."""
     plan = begun.plan
-    if not (plan.calibration and plan.recipe.calibrated):
+    if begun.text is None or not plan.recipe.calibrated:
         return begun
     with clock.stage(f"calibrate {plan.recipe.name}"):
-        made = calibrate(plan, begun.partial, begun.partial / _CALIBRATION_FOLDER, progress)
+        made = calibrate(plan, begun.text, begun.partial, begun.partial / _CALIBRATION_FOLDER, progress)
     return replace(begun, plan=made.plan, importance=made.importance, calibration=made.section)
 
 
 def _ranged(packed: _Begun, clock: _Clock, progress: Callable[[str], None]) -> _Begun:
     """The bundle with the ranges of its uint16 activations; itself where it has none."""
     plan = packed.plan
-    if not (plan.calibration and plan.target.form.qdq):
+    if packed.text is None or not plan.target.form.qdq:
         return packed
     with clock.stage(f"ranges {plan.recipe.name}"):
-        ranges, described = stored_ranges(plan, packed.partial, packed.partial / _CALIBRATION_FOLDER, progress)
-    return replace(packed, ranges=ranges, calibration=described | packed.calibration)
+        work = packed.partial / _CALIBRATION_FOLDER
+        made = stored_ranges(plan, packed.text, packed.partial, work, progress)
+    calibration = made.section | packed.calibration
+    return replace(packed, ranges=made.ranges, calibration=calibration, packed_bytes_read=made.packed_bytes_read)
 
 
 def _pack(ready: Sequence[_Begun], progress: Callable[[str], None]) -> list[PackResult]:
@@ -177,24 +175,22 @@ def _pack(ready: Sequence[_Begun], progress: Callable[[str], None]) -> list[Pack
     return [results[bundle.out] for bundle in ready]
 
 
-def _begin(plan: ExportPlan) -> _Begun:
-    text = text_digest(plan.recipe, plan.checkpoint) if plan.calibration else None
-    manifest = begin_manifest(plan.recipe, plan.precision, plan.checkpoint, plan.stop_tokens, text)
-    return _Begun(plan, plan.out, _open_partial(plan.out, manifest), manifest)
+def _begin(plan: ExportPlan, text: TokenizedText | None) -> _Begun:
+    checkpoint = plan.checkpoint
+    origin = text.origin if text else None
+    manifest = begin_manifest(plan.recipe, plan.precision, checkpoint, plan.stop_tokens, origin)
+    partial = _open_partial(plan.out, manifest)
+    return _Begun(plan, plan.out, partial, manifest, checkpoint.source.bytes_read(), text)
 
 
 def _finish(
-    begun: _Begun,
-    graphs: list[StageGraph],
-    packed: PackResult,
-    tokenizer_files: list[str],
-    clock: _Clock,
-    beside: list[str],
+    begun: _Begun, pad: int, packed: PackResult, tokenizer_files: list[str], clock: _Clock, beside: list[str]
 ) -> None:
     """Graphs, settings, manifest and report around the data files."""
     plan, partial, stages = begun.plan, begun.partial, list(clock.stages)
     folder = plan.checkpoint.folder
     with clock.stage("author", stages):
+        graphs = lower(plan.checkpoint.config, plan.layout, plan.target, plan.recipe, pad, begun.ranges)
         for graph in graphs:
             graph.save(partial)
         for name in tokenizer_files:
@@ -222,7 +218,8 @@ def _finish(
     report["conversion"] = {
         "wall_s": time.perf_counter() - clock.start,
         "peak_rss_bytes": peak_rss_bytes(),
-        "bytes_read": sum(entry.bytes or 0 for entry in manifest.checkpoint),
+        "bytes_read": plan.checkpoint.source.bytes_read() - begun.read_before,
+        "packed_bytes_read": packed.bytes_read + begun.packed_bytes_read,
         "bytes_written": sum(entry.bytes for entry in manifest.files),
         "stages": stages,
         **({"in_one_pass_with": beside} if beside else {}),

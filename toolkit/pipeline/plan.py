@@ -18,6 +18,7 @@ from toolkit.checkpoint.padded_heads import pad_heads
 from toolkit.checkpoint.rotated import can_rotate, rotate, salient_inputs
 from toolkit.errors import MachineError, RecipeError
 from toolkit.graph.attention import HEAD_DIM_MULTIPLE
+from toolkit.graph.blocks import check_layers
 from toolkit.graph.layout import Layout, plan_layout
 from toolkit.machine import free_memory_bytes, ram_bytes
 from toolkit.partition.pack import CHUNK_BYTES
@@ -94,6 +95,7 @@ def plan_export(recipe: Recipe, checkpoint: Checkpoint, out: Path, precision: st
         recipe = replace(recipe, rotate=wanted and can_rotate(checkpoint.config))
     opened, checkpoint = checkpoint, pad_heads(rotate(checkpoint) if recipe.rotate else checkpoint, HEAD_DIM_MULTIPLE)
     config = checkpoint.config
+    check_layers(target.form, config, recipe.context_length)
     layout = _layout(config, target, recipe if precision == "int4" else None)
     layers = layer_bytes(layout, config.num_hidden_layers)
     recipe = _with_parts(recipe, target, layers)
