@@ -101,12 +101,7 @@ def plan_export(recipe: Recipe, checkpoint: Checkpoint, out: Path, precision: st
     recipe = _with_parts(recipe, target, layers)
     compiled = bool(target.soc) and precision == "int4"
     item_bytes = 2 if target.form.activations == "float16" else 4
-    rotary_bytes = item_bytes * recipe.context_length * config.head_dim
-    stages = target.stages(recipe.window, recipe.parts)
-    graphs = {stage.file: 4_000 for stage in stages}
-    for stage in stages:
-        if stage.name not in (names.EMBEDDINGS, names.HEAD):
-            graphs[stage.file] = rotary_bytes + 6_000 * -(-config.num_hidden_layers // recipe.parts)
+    graphs = _graph_files(recipe, target, config, item_bytes)
     cores = os.cpu_count() or 1
     graph_bytes = sum(graphs.values())
     cost = calibration_cost(recipe, config, target.form) if precision == "int4" else None
@@ -157,6 +152,14 @@ def _layout(config: ModelConfig, target: Target, recipe: Recipe | None) -> Layou
     if recipe is not None:
         check_rules(config, recipe)
     return plan_layout(config, target, recipe)
+
+
+def _graph_files(recipe: Recipe, target: Target, config: ModelConfig, item_bytes: int) -> dict[str, int]:
+    """About how large each graph file will be: tables of RoPE, and a few kilobytes of nodes a layer."""
+    stages = target.stages(recipe.window, recipe.parts)
+    rotary_bytes = item_bytes * recipe.context_length * config.head_dim
+    layers = rotary_bytes + 6_000 * -(-config.num_hidden_layers // recipe.parts)
+    return {stage.file: 4_000 if stage.name in (names.EMBEDDINGS, names.HEAD) else layers for stage in stages}
 
 
 def _target(recipe: Recipe, precision: str) -> Target:
