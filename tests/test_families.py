@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime_genai as og
 import pytest
 import torch
 import transformers
@@ -46,6 +47,26 @@ def test_reference_and_graph_match_transformers(case: str, tmp_path: Path) -> No
         # The same tokens as a prompt and single steps: the cache, and sliding windows that move over it.
         for prompt in (1, WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW, 2 * WINDOW + 3):
             assert np.abs(bundle.logits(ids, prompt) - oracle).max() <= 1e-3
+
+
+@pytest.mark.parametrize("case", {family: case for case, (family, _) in reversed(CASES.items())}.values())
+def test_onnxruntime_genai_continues_as_transformers_does(case: str, tmp_path: Path) -> None:
+    model = make_checkpoint(*CASES[case], tmp_path)
+    write_graphs(tmp_path, tmp_path / "bundle")
+    ids = [int(i) for i in np.random.default_rng(6).integers(3, 96, 9)]
+    runtime = og.Model(str(tmp_path / "bundle"))
+    parameters = og.GeneratorParams(runtime)
+    parameters.set_search_options(max_length=len(ids) + 32, do_sample=False)
+    generator = og.Generator(runtime, parameters)
+    generator.append_tokens(ids)
+    found, expected = list(ids), list(ids)
+    while not generator.is_done():
+        generator.generate_next_token()
+        found.append(int(generator.get_next_tokens()[0]))
+        with torch.no_grad():
+            expected.append(int(model(torch.tensor([expected])).logits[0, -1].argmax()))
+    assert found == expected
+    assert len(found) == len(ids) + 32 or found[-1] == 2
 
 
 def test_reference_and_graph_match_transformers_on_a_trained_llama(stories260k: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 import transformers
 
 from tests.graphs import write_graphs
+from tests.random_models import CASES
 from toolkit.bundle.genai_config import GENAI_TYPES
 from toolkit.checkpoint import families
 from toolkit.checkpoint.anatomy import describe
@@ -80,6 +81,10 @@ def test_every_file_of_the_folder_is_a_family_under_its_own_name() -> None:
     folder = Path(families.__file__).parent
     assert sorted(FAMILIES) == sorted(path.stem for path in folder.glob("*.py") if path.stem != "__init__")
     assert {name: family.model_type for name, family in FAMILIES.items()} == {name: name for name in FAMILIES}
+
+
+def test_every_family_is_compared_with_transformers_on_random_weights() -> None:
+    assert {getattr(transformers, f"{family}Config").model_type for family, _ in CASES.values()} == set(FAMILIES)
 
 
 def test_an_unknown_family_is_refused_with_the_list_of_those_there_are() -> None:
