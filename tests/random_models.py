@@ -34,6 +34,16 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral-sliding": ("Mistral", {"sliding_window": 6}),
     "qwen3": ("Qwen3", {"head_dim": 32}),
     "qwen3-yarn": ("Qwen3", {"head_dim": 32, "rope_scaling": YARN}),
+    "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0], "pad_token_id": 0}),
+    "smollm3-tied-of-four": ("SmolLM3", {"num_hidden_layers": 4, "rope_scaling": YARN, "pad_token_id": 0}),
+    "smollm3-narrow-heads": (
+        "SmolLM3",
+        {"no_rope_layers": [0, 1], "head_dim": 8, "attention_bias": True, "mlp_bias": True, "pad_token_id": 0},
+    ),
+    "smollm3-sliding": (
+        "SmolLM3",
+        {"no_rope_layers": [0, 1], "use_sliding_window": True, "sliding_window": 6, "pad_token_id": 0},
+    ),
 }
 
 

@@ -46,6 +46,13 @@ CHANGES: dict[str, dict[str, Any]] = {
     "windows by layer": {"use_sliding_window": True, "sliding_window": 5, "layer_types": KINDS},
     "windows switched off": {"use_sliding_window": False, "sliding_window": 5, "layer_types": KINDS},
     "a null window": {"sliding_window": None},
+    "no RoPE in every second layer": {"no_rope_layer_interval": 2},
+    "no RoPE in two layers": {"no_rope_layers": [1, 0, 1, 1, 0, 0]},
+    "windows where there is no RoPE": {
+        "use_sliding_window": True,
+        "sliding_window": 5,
+        "no_rope_layers": [1, 0, 1, 1, 0],
+    },
     "heads of 32": {"head_dim": 32},
     "tied": {"tie_word_embeddings": True},
     "not tied": {"tie_word_embeddings": False},
@@ -106,6 +113,9 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         {"use_sliding_window": True, "layer_types": KINDS[:3]},
         "expected full_attention or sliding_attention for each of the 5 layers",
     ),
+    "smollm3 too few layers": ("smollm3", {"no_rope_layers": [1, 0]}, "expected 0 or 1 for each of the 5 layers"),
+    "smollm3 no flags": ("smollm3", {"no_rope_layers": [0, 1, 2, 3, 4]}, "expected 0 or 1 for each of the 5 layers"),
+    "smollm3 interval": ("smollm3", {"no_rope_layer_interval": 0}, "expected a positive whole number"),
     "qwen3 unknown kind": (
         "qwen3",
         {"use_sliding_window": True, "layer_types": [*KINDS[:4], "linear_attention"]},
