@@ -17,6 +17,12 @@ from typing import Any
 import pytest
 
 from tests.random_models import make_checkpoint
+from toolkit.checkpoint.config import read_config
+from toolkit.checkpoint.download import hub_error
+from toolkit.checkpoint.remote import HeadersAlone
+from toolkit.checkpoint.safetensors import read_header
+from toolkit.checkpoint.weights import find_tensors
+from toolkit.errors import CheckpointError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPO = "someone/some-model"
@@ -32,6 +38,7 @@ class Hub(ThreadingHTTPServer):
         self.folder = folder
         self.requests: list[tuple[str, str, str | None]] = []
         self.broken = self.mended = False
+        self.sent: dict[str, int] = {}
 
 
 class HubHandler(BaseHTTPRequestHandler):
@@ -59,24 +66,28 @@ class HubHandler(BaseHTTPRequestHandler):
         if self.path.startswith(f"/api/models/{REPO}"):
             siblings = [{"rfilename": path.name} for path in sorted(self.server.folder.iterdir())]
             text = json.dumps({"id": REPO, "sha": COMMIT, "siblings": siblings}).encode()
-            self._send(200, text, {"Content-Type": "application/json"}, body)
+            known = self.path.rsplit("/", 1)[-1] in ("some-model", "main", "v1", COMMIT)
+            failed = {"X-Error-Code": "RevisionNotFound", "Content-Type": "application/json"}
+            self._send(200 if known else 404, text, {"Content-Type": "application/json"} if known else failed, body)
             return
         path = self.server.folder / self.path.rsplit("/", 1)[-1]
         if not path.is_file():
             self._send(404, b"", {"X-Error-Code": "EntryNotFound"}, body)
             return
         data = path.read_bytes()
-        start = int(wanted.removeprefix("bytes=").split("-")[0]) if wanted else 0
+        first, _, last = wanted.removeprefix("bytes=").partition("-") if wanted else ("0", "", "")
+        start, stop = int(first), min(int(last) + 1, len(data)) if last else len(data)
         headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
         if wanted:
-            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-        weights = body and path.suffix == ".safetensors"
+            headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(data)}"
+        weights = body and not last and path.suffix == ".safetensors"
         if weights and self.server.broken and not self.server.mended:
             self._send(403, b"", {}, body)  # huggingface_hub 2 resumes by itself, and would hide the break
             return
+        self.server.sent[path.name] = self.server.sent.get(path.name, 0) + body * (stop - start)
         breaks = weights and not self.server.broken
         self.server.broken |= breaks
-        self._send(206 if wanted else 200, data[start:], headers, body, breaks)
+        self._send(206 if wanted else 200, data[start:stop], headers, body, breaks)
 
     def _send(self, status: int, data: bytes, headers: dict[str, str], body: bool, breaks: bool = False) -> None:
         self.send_response(status)
@@ -103,7 +114,7 @@ def hub(tiny_r1: Path, tmp_path: Path) -> Iterator[Hub]:
     server.server_close()
 
 
-def _export(hub: Hub, home: Path, out: Path, offline: str) -> subprocess.CompletedProcess[str]:
+def _run(hub: Hub, home: Path, *words: str, offline: str = "0") -> subprocess.CompletedProcess[str]:
     port = hub.server_address[1]
     environment = {
         **os.environ,
@@ -114,21 +125,13 @@ def _export(hub: Hub, home: Path, out: Path, offline: str) -> subprocess.Complet
         "NO_PROXY": "127.0.0.1",
         "no_proxy": "127.0.0.1",
     }
-    command = [
-        sys.executable,
-        "-m",
-        "toolkit",
-        "export",
-        "cpu",
-        "--checkpoint",
-        REPO,
-        "--no-validate",
-        "--quality",
-        "fast",
-    ]
-    return subprocess.run(
-        [*command, "--out", str(out)], env=environment, capture_output=True, text=True, encoding="utf-8"
-    )
+    command = [sys.executable, "-m", "toolkit", *words]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, encoding="utf-8")
+
+
+def _export(hub: Hub, home: Path, out: Path, offline: str) -> subprocess.CompletedProcess[str]:
+    words = ["export", "cpu", "--checkpoint", REPO, "--no-validate", "--quality", "fast", "--out", str(out)]
+    return _run(hub, home, *words, offline=offline)
 
 
 def test_hub_id_is_downloaded_resumed_and_then_found_offline(hub: Hub, tmp_path: Path) -> None:
@@ -151,3 +154,80 @@ def test_hub_id_is_downloaded_resumed_and_then_found_offline(hub: Hub, tmp_path:
     assert len(hub.requests) == before
     missing = _export(hub, tmp_path / "empty", tmp_path / "none", offline="1")
     assert missing.returncode == 2 and "could not be downloaded" in missing.stderr.splitlines()[-1]
+    assert "on the local disk and outgoing traffic has been disabled: " in missing.stderr.splitlines()[-1]
+
+
+def test_a_plan_and_a_look_fetch_headers_alone(hub: Hub, tmp_path: Path) -> None:
+    size = (hub.folder / "model.safetensors").stat().st_size
+    words = ["export", "cpu", "--checkpoint", REPO, "--dry-run", "--json"]
+    done = _run(hub, tmp_path / "home", *words)
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    assert plan["download_bytes"] == size and plan["weights"] > 1e6
+    looked = json.loads(_run(hub, tmp_path / "home", "inspect", REPO, "--json").stdout)
+    assert looked["files"] == [{"name": "model.safetensors", "bytes": size}] and looked["dtypes"] == {"F32": 27}
+    assert looked["hidden_size"] == 256 and looked["download_bytes"] == size
+    # Half a percent of the file: what a header fits into, twice.
+    assert hub.sent["model.safetensors"] <= 2 * (1 << 17) < size / 100
+    assert not list((tmp_path / "home").rglob("*.safetensors"))
+    # The same plan as from the whole model, which then is looked at where it lies.
+    hub.broken = hub.mended = True
+    assert _export(hub, tmp_path / "home", tmp_path / "b", offline="0").returncode == 0
+    whole = json.loads(_run(hub, tmp_path / "home", *words, "--quality", "fast", offline="1").stdout)
+    assert "download_bytes" not in whole and whole["files"][-1] == plan["files"][-1]
+
+
+def test_a_header_longer_than_the_first_request_is_fetched_whole(hub: Hub, tmp_path: Path) -> None:
+    path = hub.folder / "model.safetensors"
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    padded = data[8 : 8 + length] + b" " * 300_000
+    path.write_bytes(len(padded).to_bytes(8, "little") + padded + data[8 + length :])
+    looked = _run(hub, tmp_path / "home", "inspect", REPO, "--json")
+    assert looked.returncode == 0, looked.stderr
+    assert json.loads(looked.stdout)["dtypes"] == {"F32": 27}
+    path.write_bytes((1 << 60).to_bytes(8, "little") + data[8:])
+    refused = _run(hub, tmp_path / "home", "inspect", REPO)
+    assert refused.returncode == 2 and f"claims a header of {1 << 60} bytes" in refused.stderr.splitlines()[-1]
+
+
+def test_a_revision_is_asked_for(hub: Hub, tmp_path: Path) -> None:
+    assert _run(hub, tmp_path / "home", "inspect", REPO, "--revision", "v1").returncode == 0
+    assert any("/revision/v1" in path for _, path, _ in hub.requests)
+    unknown = _run(hub, tmp_path / "home", "inspect", REPO, "--revision", "v2")
+    assert unknown.returncode == 2 and f"{REPO} has no revision 'v2'" in unknown.stderr.splitlines()[-1]
+    local = _run(hub, tmp_path / "home", "export", "cpu", "--checkpoint", str(hub.folder), "--revision", "v1")
+    assert local.returncode == 2 and "a revision is for hub ids" in local.stderr.splitlines()[-1]
+
+
+def test_weights_that_are_not_here_cannot_be_read(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = read_config(hub.folder)
+    refs = find_tensors(hub.folder, config, read_header)
+    source = HeadersAlone(REPO, refs, {hub.folder / "model.safetensors": 1})
+    name = source.names()[0]
+    reads = (lambda: source.read(name), lambda: source.read_rows(name, 0, 1), lambda: next(iter(source.scan(1 << 20))))
+    for read in reads:
+        with pytest.raises(CheckpointError, match=f"of {REPO} the headers alone are here"):
+            read()
+
+
+@pytest.mark.parametrize(
+    ("raised", "said"),
+    [
+        (OSError("It broke. Try again."), "It broke; run again"),
+        (ValueError(), "ValueError; run again"),
+        (OSError("Cannot look it up on https://a.b/c.d\nPlease check."), "Cannot look it up on https://a.b/c.d; run"),
+    ],
+)
+def test_a_failed_download_says_a_whole_sentence(raised: Exception, said: str) -> None:
+    assert f"a/b could not be downloaded: {said}" in str(hub_error("a/b", None, raised))
+
+
+def test_a_failed_download_keeps_its_cause() -> None:
+    try:
+        try:
+            raise ConnectionError("Connection refused")
+        except ConnectionError as cause:
+            raise OSError("The file is not here. Check your connection.") from cause
+    except OSError as problem:
+        assert "downloaded: The file is not here: Connection refused; run again" in str(hub_error("a/b", None, problem))

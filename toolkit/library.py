@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.bundle.manifest import read_manifest, verify_manifest
-from toolkit.checkpoint.download import resolve_checkpoint
+from toolkit.checkpoint.download import is_hub_id, resolve_checkpoint
 from toolkit.checkpoint.opened import Checkpoint, synthetic_checkpoint
 from toolkit.checkpoint.opened import open_checkpoint as open_folder
+from toolkit.checkpoint.remote import open_headers
 from toolkit.errors import RecipeError
 from toolkit.evaluate.conversation import Answer, Conversation
 from toolkit.evaluate.speed import measure_speed
@@ -18,7 +19,7 @@ from toolkit.pipeline.catalogue import recipe_rows
 from toolkit.pipeline.check import check_bundle
 from toolkit.pipeline.compile import compile_bundle, compile_exported
 from toolkit.pipeline.export import Order, export_planned, plan_exports
-from toolkit.pipeline.inspect import inspect_path
+from toolkit.pipeline.inspect import inspect_checkpoint, inspect_path
 from toolkit.pipeline.judge import Effort, judge_bundle
 from toolkit.pipeline.plan import ExportPlan, shorten_context
 from toolkit.recipe import Recipe, load_recipe, meant_recipe
@@ -31,13 +32,19 @@ def _silent(_: str) -> None:
     """Says nothing of how far the work is."""
 
 
-def open_checkpoint(place: str | Path, *, synthetic: bool = False) -> Checkpoint:
+def open_checkpoint(
+    place: str | Path, *, revision: str | None = None, synthetic: bool = False, headers_alone: bool = False
+) -> Checkpoint:
     """Opens the checkpoint in a folder, of an embedded model, or of a hub id, which is downloaded first.
 
-    Every header is checked against the config. `synthetic` makes seeded random weights of the shapes in its config
-    instead. Raises CheckpointError for what is incomplete, damaged or no checkpoint.
+    Every header is checked against the config. `revision` is a branch, tag or commit of a hub id. `synthetic` makes
+    seeded random weights of the shapes in its config instead. With `headers_alone` the weights of a hub id stay there:
+    enough for a plan, and reading one is an error. Raises CheckpointError for what is incomplete, damaged or no
+    checkpoint.
     """
-    folder = resolve_checkpoint(str(place))
+    if headers_alone and not synthetic:
+        return open_headers(str(place), revision)
+    folder = resolve_checkpoint(str(place), revision, weights=not synthetic)
     return synthetic_checkpoint(folder) if synthetic else open_folder(folder)
 
 
@@ -51,6 +58,7 @@ def plan(
     precision: str = "int4",
     synthetic: bool = False,
     shapes_alone: bool = False,
+    revision: str | None = None,
     note: Progress = _silent,
 ) -> list[ExportPlan]:
     """Decides everything about exports of one checkpoint and writes nothing: a plan for each recipe, in order.
@@ -60,8 +68,9 @@ def plan(
     bundle goes, or several of them, `build/` if it is not given; `changes` are `key=value` as for `--set`; `quality` is
     `fast`, `balanced` or `best`, `calibration` the path of a text, `precision` `int4` or `fp32`. `synthetic` stands
     random weights in for the checkpoint's, which get the quality `fast` unless another is named: they have no salient
-    channels. With `shapes_alone` nothing is downloaded, the shapes are the model's published ones, and the plan is not
-    one to export. `note` is told in one line which recipe a hub id means.
+    channels. With `shapes_alone` no weights are downloaded: the shapes are the model's published ones, or those in the
+    headers of `checkpoint`, and the plan is not one to export. `revision` is a branch, tag or commit of a hub id.
+    `note` is told in one line which recipe a hub id means.
 
     Raises RecipeError or CheckpointError for what does not exist or does not belong together, UnsupportedError for what
     the target cannot do.
@@ -77,11 +86,11 @@ def plan(
             note(f"{place if name in TARGETS else name} has a recipe of its own: {meant}")
     loaded = [load_recipe(name, changes, place) for name in names]
     _check_one_checkpoint(loaded, place)
-    # A model that is a folder is here: a plan reads its headers too.
-    here = Path(loaded[0].model).is_dir()
-    if here or not (synthetic or shapes_alone):
-        place = place or loaded[0].model
-    opened = _opened(place, loaded[0].facts(), synthetic or (shapes_alone and not here))
+    model, facts = loaded[0].model, loaded[0].facts()
+    # Published shapes serve where no numbers are needed, unless the model itself is on this machine.
+    if facts is None or revision or Path(model).is_dir() or not (synthetic or shapes_alone):
+        place = place or model
+    opened = _opened(place, facts, synthetic, shapes_alone, revision)
     if not any(change.startswith("context_length=") for change in changes):
         loaded = [
             shorten_context(recipe, opened.config) if name in TARGETS else recipe
@@ -174,22 +183,31 @@ def bench(
     return measure_speed(Path(bundle), prompt_tokens, new_tokens, repeat, on_cpu)
 
 
-def inspect(path: str | Path) -> dict[str, Any]:
-    """What a checkpoint or a bundle is, read from headers alone. Raises CheckpointError if it is neither."""
+def inspect(path: str | Path, *, revision: str | None = None) -> dict[str, Any]:
+    """What a checkpoint, here or on the hub, or a bundle is, read from headers alone: no weights are downloaded.
+
+    `revision` is a branch, tag or commit of a hub id. Raises CheckpointError for what is neither.
+    """
+    place = path.as_posix() if isinstance(path, Path) else path
+    if is_hub_id(place):
+        return inspect_checkpoint(open_headers(place, revision))
     return inspect_path(Path(path))
 
 
-def recipes() -> list[dict[str, Any]]:
-    """The recipes that come with the toolkit: a row each with model, target, size and what this machine can do."""
-    return recipe_rows()
+def recipes(model: str | None = None, target: str | None = None) -> list[dict[str, Any]]:
+    """The recipes that come with the toolkit: a row each with model, target, size and what this machine can do.
+
+    `model`, a name or hub id, and `target` leave the others out; both may be globs. Raises RecipeError if none is left.
+    """
+    return recipe_rows(model, target)
 
 
-def made_from(bundle: str | Path, place: str | Path | None = None) -> Checkpoint:
-    """Opens the checkpoint that a bundle's manifest names, or the same one at another place."""
+def made_from(bundle: str | Path, place: str | Path | None = None, revision: str | None = None) -> Checkpoint:
+    """Opens the checkpoint that a bundle's manifest names, or the same one at another place or hub revision."""
     manifest = read_manifest(Path(bundle))
     recipe, synthetic = manifest.recipe, manifest.synthetic
     named = str(place) if place else None if synthetic else recipe.model
-    return _opened(named, recipe.facts(), synthetic)
+    return _opened(named, recipe.facts(), synthetic, False, revision)
 
 
 def _check_one_checkpoint(recipes: Sequence[Recipe], place: str | None) -> None:
@@ -204,10 +222,12 @@ def _check_one_checkpoint(recipes: Sequence[Recipe], place: str | None) -> None:
         raise RecipeError(f"a recipe is named twice: {', '.join(named)}")
 
 
-def _opened(place: str | None, facts: Path | None, shapes_alone: bool) -> Checkpoint:
-    """The checkpoint at `place`; for random weights the shapes of `place`, or else of the model's facts."""
+def _opened(
+    place: str | None, facts: Path | None, synthetic: bool, headers_alone: bool, revision: str | None
+) -> Checkpoint:
+    """The checkpoint at `place`, or else random weights of the shapes of the model's facts."""
     if place:
-        return open_checkpoint(place, synthetic=shapes_alone)
+        return open_checkpoint(place, revision=revision, synthetic=synthetic, headers_alone=headers_alone)
     if facts is None:
         raise RecipeError("--synthetic needs the shapes: name a folder with a config.json with --checkpoint")
     return synthetic_checkpoint(facts)

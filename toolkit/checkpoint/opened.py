@@ -13,13 +13,15 @@ from toolkit.checkpoint.weights import WeightSource, open_weights
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """`synthetic` ones have random weights of the shapes that `folder`'s config names, and no tokenizer."""
+    """`synthetic` ones have random weights of the shapes that `folder`'s config names, and no tokenizer. One whose
+    weights are not here, `download_bytes` of them, can be planned with and not read."""
 
     folder: Path
     config: ModelConfig
     source: WeightSource
     synthetic: bool
     side: SideFiles = field(default_factory=SideFiles)
+    download_bytes: int = 0
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

@@ -57,32 +57,41 @@ def read_header(path: Path) -> dict[str, TensorRef]:
         if not stat.S_ISREG(status.st_mode):
             raise CheckpointError(f"{path} is no regular file")
         with path.open("rb") as file:
-            prefix = file.read(8)
-            if prefix == LFS_POINTER[:8]:
-                raise CheckpointError(
-                    f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` in its folder"
-                )
-            if len(prefix) < 8:
-                raise CheckpointError(f"{path} has {size} bytes, too few for a safetensors file: download it again")
-            (length,) = struct.unpack("<Q", prefix)
-            if length > min(size - 8, MAX_HEADER_BYTES):
-                raise CheckpointError(
-                    f"{path} claims a header of {length} bytes in a file of {size}: truncated or not safetensors"
-                )
+            length = header_length(file.read(8), size, path)
             text = file.read(length)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: the checkpoint is incomplete, download it again") from None
     except OSError as problem:
         raise CheckpointError(f"{path} cannot be read: {problem.strerror}") from None
-    refs = _parse_header(text, path, 8 + length)
-    end = _check_layout(refs, path, 8 + length)
+    return parse_header(text, path, size)
+
+
+def header_length(prefix: bytes, size: int, path: Path) -> int:
+    """The bytes of the header of a file that begins with `prefix` and has `size` bytes. Raises CheckpointError."""
+    if prefix == LFS_POINTER[:8]:
+        raise CheckpointError(f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` in its folder")
+    if len(prefix) < 8:
+        raise CheckpointError(f"{path} has {size} bytes, too few for a safetensors file: download it again")
+    (length,) = struct.unpack("<Q", prefix)
+    if length > min(size - 8, MAX_HEADER_BYTES):
+        raise CheckpointError(
+            f"{path} claims a header of {length} bytes in a file of {size}: truncated or not safetensors"
+        )
+    return int(length)
+
+
+def parse_header(text: bytes, path: Path, size: int) -> dict[str, TensorRef]:
+    """Every tensor of a file of `size` bytes whose header is `text`. Raises CheckpointError if they do not fit."""
+    start = 8 + len(text)
+    refs = _parse_entries(text, path, start)
+    end = _check_layout(refs, path, start)
     if end != size:
         word = "truncated" if size < end else "longer than its header says"
         raise CheckpointError(f"{path} is {word}: {size} bytes, expected {end}: download it again")
     return refs
 
 
-def _parse_header(text: bytes, path: Path, start: int) -> dict[str, TensorRef]:
+def _parse_entries(text: bytes, path: Path, start: int) -> dict[str, TensorRef]:
     try:
         header = json.loads(text, object_pairs_hook=_unique)
     except (UnicodeDecodeError, ValueError, RecursionError) as problem:

@@ -8,7 +8,7 @@ every file once from end to end.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Final, Protocol
@@ -179,11 +179,25 @@ def parameter_count(config: ModelConfig) -> int:
 
 def open_weights(folder: Path, config: ModelConfig) -> SafetensorsWeights:
     """The checkpoint's tensors, every header read and checked; raises CheckpointError naming what is wrong."""
+    return SafetensorsWeights(find_tensors(folder, config, read_header), weight_files(folder))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files of weights that a checkpoint's folder must have, by its index, whether or not they are there."""
+    return [folder / file for file in sorted(set(_read_index(folder).values())) or [names.SAFETENSORS_FILE]]
+
+
+def find_tensors(
+    folder: Path, config: ModelConfig, read: Callable[[Path], dict[str, TensorRef]]
+) -> dict[str, TensorRef]:
+    """Each tensor the config calls for and where it lies; `read` gives the tensors of a file.
+
+    Raises CheckpointError for what is missing, stands twice, is not called for, or has another shape.
+    """
     found: dict[str, TensorRef] = {}
     weight_map = _read_index(folder)
-    files = [folder / file for file in sorted(set(weight_map.values())) or [names.SAFETENSORS_FILE]]
-    for file in files:
-        refs = read_header(file)
+    for file in weight_files(folder):
+        refs = read(file)
         for name in refs.keys() & found.keys():
             raise CheckpointError(f"{name} stands in {found[name].path.name} and in {file.name}: expected one of them")
         found |= refs
@@ -202,7 +216,7 @@ def open_weights(folder: Path, config: ModelConfig) -> SafetensorsWeights:
             raise CheckpointError(
                 f"{name} is {ref.dtype} {list(ref.shape)}, expected {'/'.join(ITEM_BYTES)} {list(shape)}"
             )
-    return SafetensorsWeights({name: found[name] for name in expected}, files)
+    return {name: found[name] for name in expected}
 
 
 def _read_index(folder: Path) -> dict[str, str]:

@@ -10,7 +10,7 @@ import click
 
 from toolkit.cli.effort import effort_of, effort_options
 from toolkit.cli.judge import validate_bundles
-from toolkit.cli.options import AS_JSON, BUNDLE, CHECKPOINT_HELP
+from toolkit.cli.options import AS_JSON, BUNDLE, CHECKPOINT_HELP, REVISION
 from toolkit.cli.printing import print_costs, print_exported, print_plans
 from toolkit.soc import SOCS
 
@@ -18,12 +18,13 @@ from toolkit.soc import SOCS
 @click.command()
 @click.argument("recipes", nargs=-1, required=True, metavar="RECIPE...")
 @click.option("--checkpoint", help=CHECKPOINT_HELP)
+@REVISION
 @click.option("--out", type=click.Path(path_type=Path), help="Where the bundle goes, or several [build/RECIPE].")
 @click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="Change the recipe: quantize.0.bits=8.")
 @click.option("--precision", type=click.Choice(["int4", "fp32"]), default="int4", help="fp32 keeps every weight.")
 @click.option("--quality", type=click.Choice(["fast", "balanced", "best"]), help="What to do for the weights [recipe].")
 @click.option("--calibration", type=click.Path(path_type=Path), help="Text to calibrate on [the recipe's].")
-@click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
+@click.option("--dry-run", is_flag=True, help="Print the plan; write nothing, download no weights.")
 @click.option("--synthetic", is_flag=True, help="Random weights of the recipe's true shapes; nothing is downloaded.")
 @click.option("--no-validate", is_flag=True, help="Skip the comparison with the checkpoint.")
 @click.option("--no-compile", is_flag=True, help="Leave qnn's compiling out; `toolkit compile` does it.")
@@ -32,6 +33,7 @@ from toolkit.soc import SOCS
 def export(
     recipes: tuple[str, ...],
     checkpoint: str | None,
+    revision: str | None,
     out: Path | None,
     changes: tuple[str, ...],
     precision: str,
@@ -62,7 +64,8 @@ def export(
         calibration=calibration,
         precision=precision,
         synthetic=synthetic,
-        shapes_alone=dry_run and not checkpoint,
+        shapes_alone=dry_run,
+        revision=revision,
         note=_note,
     )
     described = [describe(plan) for plan in plans]
@@ -102,13 +105,14 @@ def compile_(bundle: Path, soc: str | None, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path")
+@REVISION
 @AS_JSON
-def inspect(path: Path, as_json: bool) -> None:
-    """What a checkpoint or a bundle is, from headers alone."""
+def inspect(path: str, revision: str | None, as_json: bool) -> None:
+    """What a checkpoint, a folder or a hub id, or a bundle is, from headers alone."""
     from toolkit import library
 
-    facts = library.inspect(path)
+    facts = library.inspect(path, revision=revision)
     if as_json:
         click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
         return
@@ -122,21 +126,24 @@ def inspect(path: Path, as_json: bool) -> None:
 
 
 @click.command()
+@click.option("--model", help="Those of one model: its name or hub id, or a glob of either, such as '*qwen*'.")
+@click.option("--target", help="Those for one target, or a glob of targets, such as 'cpu*'.")
 @AS_JSON
-def recipes(as_json: bool) -> None:
+def recipes(model: str | None, target: str | None, as_json: bool) -> None:
     """The recipes that come with the toolkit, and what this machine can do with them."""
     from toolkit import library
 
-    rows = library.recipes()
+    rows = library.recipes(model, target)
     if as_json:
         click.echo(json.dumps(rows, indent=2, ensure_ascii=False))
         return
-    click.echo(f"{'recipe':20} {'target':9} {'bundle':>9} {'bits':>5} {'context':>8}  {'here':35} model")
+    width = max(len(row["recipe"]) for row in rows)
+    click.echo(f"{'recipe':{width}} {'target':9} {'bundle':>9} {'bits':>5} {'context':>8}  {'here':35} model")
     for row in rows:
         mebibytes = row["bundle_bytes"] / 2**20
         size = f"{mebibytes / 1024:.2f} GiB" if mebibytes >= 1024 else f"{mebibytes:.1f} MiB"
         click.echo(
-            f"{row['recipe']:20} {row['target']:9} {size:>9} {row['bits_per_weight']:5.2f} "
+            f"{row['recipe']:{width}} {row['target']:9} {size:>9} {row['bits_per_weight']:5.2f} "
             f"{row['context_length']:8}  {row['here']:35} {row['model']}"
         )
 

@@ -14,4 +14,5 @@ BUNDLE: Final = click.argument("bundle", type=click.Path(path_type=Path))
 AS_JSON: Final = click.option(
     "--json", "as_json", is_flag=True, help="One JSON document on stdout, the rest on stderr."
 )
+REVISION: Final = click.option("--revision", help="A branch, tag or commit of a hub id [main].")
 CHECKPOINT_HELP: Final = "A folder in Hugging Face layout, or a hub id [the recipe's model]."

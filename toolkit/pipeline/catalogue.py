@@ -2,37 +2,52 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from toolkit.checkpoint.opened import synthetic_checkpoint
+from toolkit.errors import RecipeError
 from toolkit.evaluate.session import provider_is_here
 from toolkit.machine import free_memory_bytes
 from toolkit.pipeline.plan import ExportPlan, plan_export
-from toolkit.recipe import load_recipe, recipe_names
+from toolkit.recipe import Recipe, load_recipe, recipe_names
+from toolkit.target import TARGETS
 
 
-def recipe_rows() -> list[dict[str, Any]]:
-    """One row a recipe: model, target, context_length, bundle_bytes, bits_per_weight, and `here`."""
-    rows = []
-    for name in recipe_names():
-        recipe = load_recipe(name)
-        facts = recipe.facts()
-        if facts is None:
-            continue
-        plan = plan_export(recipe, synthetic_checkpoint(facts), Path("build") / name, "int4")
-        rows.append(
-            {
-                "recipe": name,
-                "model": recipe.model,
-                "target": recipe.target,
-                "context_length": recipe.context_length,
-                "bundle_bytes": sum(plan.files.values()),
-                "bits_per_weight": plan.bits_per_weight,
-                "here": _here(plan),
-            }
-        )
-    return rows
+def recipe_rows(model: str | None = None, target: str | None = None) -> list[dict[str, Any]]:
+    """Returns one row a recipe: model, target, context_length, bundle_bytes, bits_per_weight, and `here`.
+
+    `model` (a name such as `14b`, or a hub id) and `target` keep those that they match, as globs and in any case.
+    Raises RecipeError if there is none.
+    """
+    loaded = [load_recipe(name) for name in recipe_names()]
+    chosen = [recipe for recipe in loaded if _is_of(recipe, model) and _matches(recipe.target, target)]
+    if not chosen:
+        models = dict.fromkeys(recipe.name.removesuffix(f"-{recipe.target}") for recipe in loaded)
+        raise RecipeError(f"no recipe is of that: models are {', '.join(models)}, targets {', '.join(TARGETS)}")
+    return [_row(recipe, facts) for recipe in chosen if (facts := recipe.facts())]
+
+
+def _is_of(recipe: Recipe, model: str | None) -> bool:
+    return _matches(recipe.name.removesuffix(f"-{recipe.target}"), model) or _matches(recipe.model, model)
+
+
+def _matches(word: str, glob: str | None) -> bool:
+    return glob is None or fnmatchcase(word.lower(), glob.lower())
+
+
+def _row(recipe: Recipe, facts: Path) -> dict[str, Any]:
+    plan = plan_export(recipe, synthetic_checkpoint(facts), Path("build") / recipe.name, "int4")
+    return {
+        "recipe": recipe.name,
+        "model": recipe.model,
+        "target": recipe.target,
+        "context_length": recipe.context_length,
+        "bundle_bytes": sum(plan.files.values()),
+        "bits_per_weight": plan.bits_per_weight,
+        "here": _here(plan),
+    }
 
 
 def _here(plan: ExportPlan) -> str:

@@ -13,8 +13,9 @@ from toolkit.bundle.genai_config import read_settings
 from toolkit.bundle.lint import lint_bundle
 from toolkit.bundle.manifest import read_manifest
 from toolkit.bundle.operators import place_bundle
-from toolkit.checkpoint.config import read_config
-from toolkit.checkpoint.weights import open_weights, parameter_count
+from toolkit.checkpoint.config import ModelConfig, read_config
+from toolkit.checkpoint.opened import Checkpoint, open_checkpoint
+from toolkit.checkpoint.weights import SafetensorsWeights, parameter_count
 from toolkit.errors import CheckpointError
 from toolkit.graph.interface import read_interface
 from toolkit.typed_json import to_json
@@ -25,12 +26,24 @@ def inspect_path(path: Path) -> dict[str, Any]:
     if (path / names.MANIFEST_FILE).is_file():
         return _bundle(path)
     if (path / names.CONFIG_FILE).is_file():
-        return _checkpoint(path)
+        if not any(path.glob("*.safetensors")):
+            return {**_config_facts(read_config(path)), "weights": "none here: the config's facts alone"}
+        return inspect_checkpoint(open_checkpoint(path))
     raise CheckpointError(f"{path} is neither a bundle ({names.MANIFEST_FILE}) nor a checkpoint ({names.CONFIG_FILE})")
 
 
-def _checkpoint(folder: Path) -> dict[str, Any]:
-    config = read_config(folder)
+def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The config's facts, the dtypes of the tensors, and the files that hold them, here or on the hub."""
+    facts, source = _config_facts(checkpoint.config), checkpoint.source
+    if isinstance(source, SafetensorsWeights):
+        facts["dtypes"] = dict(Counter(source.dtype(name) for name in source.names()))
+    facts["files"] = [{"name": origin.name, "bytes": origin.bytes} for origin in source.identity()]
+    if checkpoint.download_bytes:
+        facts["download_bytes"] = checkpoint.download_bytes
+    return facts
+
+
+def _config_facts(config: ModelConfig) -> dict[str, Any]:
     facts: dict[str, Any] = {"kind": "checkpoint", "parameters": parameter_count(config)}
     facts |= asdict(config)
     facts["rope"] = {key: value for key, value in facts["rope"].items() if value is not None}
@@ -38,11 +51,6 @@ def _checkpoint(folder: Path) -> dict[str, Any]:
     facts["sliding_layers"] = sum(window is not None for window in structure.pop("sliding_windows"))
     facts["layers_without_rope"] = len(structure.pop("layers_without_rope"))
     facts |= structure
-    if not any(folder.glob("*.safetensors")):
-        return {**facts, "weights": "none here: the config's facts alone"}
-    source = open_weights(folder, config)
-    facts["dtypes"] = dict(Counter(source.dtype(name) for name in source.names()))
-    facts["files"] = [{"name": path.name, "bytes": path.stat().st_size} for path in source.files()]
     return facts
 
 

@@ -89,7 +89,8 @@ def plan_export(recipe: Recipe, checkpoint: Checkpoint, out: Path, precision: st
     check_match(recipe, checkpoint.config)
     target = _target(recipe, precision)
     blind = precision == "int4" and not recipe.calibrated
-    salient = salient_inputs(checkpoint) if blind else []
+    # Gains that are not here cannot be looked at; the export will.
+    salient = salient_inputs(checkpoint) if blind and not checkpoint.download_bytes else []
     if recipe.rotate is None:
         wanted = bool(salient) or (precision == "int4" and target.rotates(recipe.profile))
         recipe = replace(recipe, rotate=wanted and can_rotate(checkpoint.config))
@@ -262,6 +263,7 @@ def describe(plan: ExportPlan) -> dict[str, object]:
         "peak_memory_bytes": plan.peak_memory_bytes,
         **({"compile_memory_bytes": plan.compile_memory_bytes} if plan.compile_memory_bytes else {}),
         "kv_cache_bytes": plan.kv_cache_bytes,
+        **({"download_bytes": plan.opened.download_bytes} if plan.opened.download_bytes else {}),
         "disk_needed_bytes": plan.disk_needed_bytes,
         "disk_free_bytes": plan.disk_free_bytes,
     }
