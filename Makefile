@@ -4,7 +4,7 @@ PYTHON ?= python3.11
 BIN = .venv/bin
 EXPORT_OPTIONS = $(if $(CHECKPOINT),--checkpoint $(CHECKPOINT)) $(if $(OUT),--out $(OUT))
 
-.PHONY: help export test test-slow check validate bench bench-quality same-bytes
+.PHONY: help export test test-fast test-slow test-tiers check validate bench bench-quality same-bytes
 
 help:  ## What can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -32,6 +32,12 @@ same-bytes: .venv/tested  ## Whether data files and graphs are those of commit B
 
 test: .venv/tested  ## Every test that needs no special hardware
 	$(BIN)/python -m pytest -q
+
+test-fast: .venv/tested  ## The tests that take few seconds of CPU, by tests/seconds.json
+	$(BIN)/python -m pytest -q -m fast
+
+test-tiers: .venv/tested  ## Every test, and tests/seconds.json anew
+	$(BIN)/python -m pytest -q --measure --durations=40
 
 test-slow: .venv/tested  ## Older onnxruntime-genai releases and lm-evaluation-harness, each installed into build/ first
 	$(BIN)/python -m pytest -q tests/slow

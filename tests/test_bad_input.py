@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from tests.command_line import called
+from tests.exports import Exports
 from tests.graphs import EIGHT_BITS, SET_EIGHT_BITS, export_bundle
 from toolkit.bundle.manifest import read_manifest
 from toolkit.checkpoint.opened import open_checkpoint
@@ -25,9 +27,8 @@ from toolkit.recipe import load_recipe
 
 
 def _export(checkpoint: Path, out: Path, recipe: str = "cpu") -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "toolkit", "export", recipe, "--checkpoint", str(checkpoint), "--out", str(out)]
-    command += ["--no-validate", "--set", "context_length=1024"]
-    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
+    words = ["--checkpoint", str(checkpoint), "--out", str(out), "--no-validate", "--set", "context_length=1024"]
+    return called("export", recipe, *words)
 
 
 def _truncate(folder: Path) -> None:
@@ -147,8 +148,7 @@ def test_full_disk_is_one_line_and_loses_nothing(tiny_r1: Path, tmp_path: Path) 
     ],
 )
 def test_bad_request_is_refused_with_one_line(words: list[str], message: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "toolkit", "export", "tiny-r1-cpu", "--out", str(tmp_path / "out"), *words]
-    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
+    done = called("export", "tiny-r1-cpu", "--out", str(tmp_path / "out"), *words)
     assert done.returncode == 2 and message in done.stderr.splitlines()[-1], done.stderr
     assert list(tmp_path.iterdir()) == []
 
@@ -184,9 +184,11 @@ def test_a_foreign_folder_is_not_overwritten(tiny_r1: Path, tmp_path: Path) -> N
     assert (tmp_path / "out" / "thesis.txt").read_text(encoding="utf-8") == "mine"
 
 
-def test_no_bundle_inside_another_and_none_with_folders_is_replaced(tiny_r1: Path, tmp_path: Path) -> None:
+def test_no_bundle_inside_another_and_none_with_folders_is_replaced(
+    tiny_r1: Path, exports: Exports, tmp_path: Path
+) -> None:
     recipe, checkpoint = load_recipe("tiny-r1-cpu", EIGHT_BITS), open_checkpoint(tiny_r1)
-    out = export_bundle(recipe, checkpoint, tmp_path / "out")
+    out = exports.copy(tmp_path / "out", "cpu")
     with pytest.raises(RecipeError, match="is a bundle itself"):
         export_bundle(recipe, checkpoint, out / "inner")
     (out / "notes").mkdir()
@@ -222,9 +224,9 @@ def test_nothing_is_written_before_every_place_is_looked_at(tiny_r1: Path, tmp_p
     ],
 )
 def test_a_manifest_of_another_toolkit_is_named(
-    edit: Callable[[dict[str, Any]], object], message: str, tiny_r1: Path, tmp_path: Path
+    edit: Callable[[dict[str, Any]], object], message: str, exports: Exports, tmp_path: Path
 ) -> None:
-    bundle = export_bundle(load_recipe("tiny-r1-qnn", EIGHT_BITS), open_checkpoint(tiny_r1), tmp_path / "out")
+    bundle = exports.copy(tmp_path / "out", "qnn")
     manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
     manifest["recipe"].pop("window")  # as older ones are
     (bundle / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
@@ -236,8 +238,8 @@ def test_a_manifest_of_another_toolkit_is_named(
 
 
 @pytest.mark.parametrize("text", ["{}", '{"model": {"decoder": {"pipeline": [1]}}}', '{"model": [], "search": {}}'])
-def test_settings_that_are_not_whole_are_named(text: str, tiny_r1: Path, tmp_path: Path) -> None:
-    bundle = export_bundle(load_recipe("tiny-r1-cpu", EIGHT_BITS), open_checkpoint(tiny_r1), tmp_path / "out")
+def test_settings_that_are_not_whole_are_named(text: str, exports: Exports, tmp_path: Path) -> None:
+    bundle = exports.copy(tmp_path / "out", "cpu")
     (bundle / "genai_config.json").write_text(text, encoding="utf-8")
     with pytest.raises(BundleError, match="is not whole: see `toolkit check"):
         open_model(bundle)

@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from tests.command_line import run
-from tests.graphs import EIGHT_BITS, SET_EIGHT_BITS, export_bundle
+from tests.command_line import called, run
+from tests.exports import Exports
+from tests.graphs import SET_EIGHT_BITS
 from toolkit.bundle.manifest import read_manifest, verify_manifest
 from toolkit.checkpoint.opened import open_checkpoint
 from toolkit.evaluate.session import continuations
-from toolkit.recipe import load_recipe
 from toolkit.reference.decoder import reference_logits
 from toolkit.typed_json import to_json
 
@@ -29,10 +29,10 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="session")
-def bundles(tiny_r1: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def bundles(exports: Exports, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A bundle of each precision, which this file's tests validate."""
     folder = tmp_path_factory.mktemp("bundles")
-    recipe = load_recipe("tiny-r1-cpu", EIGHT_BITS)
-    return {p: export_bundle(recipe, open_checkpoint(tiny_r1), folder / p, p) for p in ("int4", "fp32")}
+    return {p: exports.copy(folder / p, "cpu", precision=p) for p in ("int4", "fp32")}
 
 
 @pytest.fixture(scope="session")
@@ -40,7 +40,7 @@ def reports(bundles: dict[str, Path]) -> dict[str, dict[str, Any]]:
     """Both bundles judged through the command line, on a fifth of the questions."""
     found = {}
     for precision, bundle in bundles.items():
-        done = run("validate", str(bundle), "--examples", "100", "--json")
+        done = called("validate", str(bundle), "--examples", "100", "--json")
         assert done.returncode == 0, done.stderr
         found[precision] = json.loads(done.stdout)
     return found
@@ -101,7 +101,7 @@ def test_graph_passes_the_checker_and_loads_without_a_warning(bundles: dict[str,
 
 def test_a_missed_threshold_is_exit_code_1_and_says_so(tiny_r1: Path, tmp_path: Path) -> None:
     words = ["--set", "validate.mean_kld=0.0000001", "--no-tasks", "--no-speed", "--tokens", "200"]
-    done = run("export", "tiny-r1-cpu", "--out", str(tmp_path / "b"), *words)
+    done = called("export", "tiny-r1-cpu", "--out", str(tmp_path / "b"), *words)
     assert done.returncode == 1, done.stderr
     assert "FAIL: mean_kld" in done.stdout
     report = json.loads((tmp_path / "b" / "report.json").read_text(encoding="utf-8"))
@@ -117,7 +117,7 @@ def test_verify_names_a_changed_file(bundles: dict[str, Path], tmp_path: Path) -
         file.seek(1000)
         file.write(b"\xff\x00\xff")
     assert verify_manifest(bundle) == ["model.onnx.data differs from its SHA-256"]
-    assert run("verify", str(bundle)).returncode == 1
+    assert called("verify", str(bundle)).returncode == 1
 
 
 def test_export_killed_anywhere_resumes_to_the_same_bytes(bundles: dict[str, Path], tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_export_killed_anywhere_resumes_to_the_same_bytes(bundles: dict[str, Pat
 def test_resume_packs_only_what_is_missing(bundles: dict[str, Path], tmp_path: Path) -> None:
     out = tmp_path / "b"
     partial = tmp_path / "b.partial"
-    done = run("export", "tiny-r1-cpu", "--out", str(out), "--no-validate", *SET_EIGHT_BITS)
+    done = called("export", "tiny-r1-cpu", "--out", str(out), "--no-validate", *SET_EIGHT_BITS)
     assert done.returncode == 0
     # What a kill late in the pack leaves: data and journal, the last line torn.
     checkpoint = open_checkpoint(ROOT / "models" / "tiny-r1")
@@ -160,7 +160,7 @@ def test_resume_packs_only_what_is_missing(bundles: dict[str, Path], tmp_path: P
     lines = [json.dumps({"tensor": name, "signal": 1.0, "noise": 1.0}) + "\n" for name in names]
     (partial / "journal.jsonl").write_text("".join(lines[:-1]) + lines[-1][:20], encoding="utf-8")
     before = (partial / "model.onnx.data").read_bytes()
-    done = run("export", "tiny-r1-cpu", "--out", str(out), "--no-validate", *SET_EIGHT_BITS)
+    done = called("export", "tiny-r1-cpu", "--out", str(out), "--no-validate", *SET_EIGHT_BITS)
     assert done.returncode == 0, done.stderr
     assert (out / "model.onnx.data").read_bytes() == before
     tensors = json.loads((out / "report.json").read_text(encoding="utf-8"))["quantization"]["tensors"]
@@ -175,7 +175,7 @@ def test_genai_config_pads_with_an_id_that_no_text_holds(bundles: dict[str, Path
 
 
 def test_validate_refuses_another_checkpoint(bundles: dict[str, Path], stories260k: Path) -> None:
-    done = run("validate", str(bundles["int4"]), "--checkpoint", str(stories260k))
+    done = called("validate", str(bundles["int4"]), "--checkpoint", str(stories260k))
     assert done.returncode == 2 and "name the right one with --checkpoint" in done.stderr
 
 
@@ -184,16 +184,16 @@ def test_validate_takes_text_of_ones_own(bundles: dict[str, Path], tmp_path: Pat
     shutil.copytree(bundles["int4"], bundle)
     (tmp_path / "text.txt").write_text("Add 4 and 5.\n\nSpell the word river backwards.\n", encoding="utf-8")
     words = ["--text", str(tmp_path / "text.txt"), "--no-tasks", "--no-speed", "--json"]
-    report = json.loads(run("validate", str(bundle), *words).stdout)
+    report = json.loads(called("validate", str(bundle), *words).stdout)
     assert 10 < report["parity"]["tokens"] < 60
 
 
 def test_bench_measures_and_refuses_what_does_not_fit(bundles: dict[str, Path]) -> None:
     words = ["bench", str(bundles["int4"]), "--json"]
-    speed = json.loads(run(*words, "--prompt-tokens", "16", "--new-tokens", "8", "--repeat", "3").stdout)
+    speed = json.loads(called(*words, "--prompt-tokens", "16", "--new-tokens", "8", "--repeat", "3").stdout)
     decode = sorted(one["decode_tokens_per_s"] for one in speed["runs"])
     assert len(decode) == 3 and speed["decode_tokens_per_s"] == decode[1] > 0
-    refused = run(*words, "--prompt-tokens", "2000")
+    refused = called(*words, "--prompt-tokens", "2000")
     assert refused.returncode == 2 and "at most 1024 tokens together" in refused.stderr
 
 

@@ -4,8 +4,6 @@ wrong."""
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
+from tests.command_line import called
 from tests.graphs import export_bundle
 from tests.random_models import CASES, make_checkpoint
 from tests.sources import Changed
@@ -448,13 +447,8 @@ def test_bad_calibration_is_one_line(case: str, stories260k: Path, tmp_path: Pat
     if content is not None:
         text.write_bytes(content if isinstance(content, bytes) else content.encode())
     words = [word for change in ("quality=balanced", "context_length=256", *changes) for word in ("--set", change)]
-    command = [sys.executable, "-m", "toolkit", "export", "cpu", "--checkpoint", str(stories260k), "--out", str(out)]
-    done = subprocess.run(
-        [*command, "--no-validate", "--calibration", str(text), *words],
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-    )
+    words += ["--checkpoint", str(stories260k), "--calibration", str(text), "--out", str(out), "--no-validate"]
+    done = called("export", "cpu", *words)
     assert done.returncode == 2, done.stderr
     assert message in done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith("error: ") and "Traceback" not in done.stderr
@@ -464,13 +458,8 @@ def test_bad_calibration_is_one_line(case: str, stories260k: Path, tmp_path: Pat
 def test_a_fallback_is_said_where_one_looks(stories260k: Path, stories_text: Path, tmp_path: Path) -> None:
     """Some 200 tokens do for 64 channels, not for the 172 of down_proj: said in print and report, with the number."""
     words = [word for change in ("calibration_tokens=200", "context_length=256") for word in ("--set", change)]
-    command = [sys.executable, "-m", "toolkit", "export", "cpu", "--checkpoint", str(stories260k), "--no-validate"]
-    done = subprocess.run(
-        [*command, "--quality", "best", "--calibration", str(stories_text), "--out", str(tmp_path / "b"), *words],
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-    )
+    words += ["--checkpoint", str(stories260k), "--calibration", str(stories_text), "--out", str(tmp_path / "b")]
+    done = called("export", "cpu", "--quality", "best", "--no-validate", *words)
     assert done.returncode == 0, done.stderr
     assert "note: 5 matrices were searched, not solved by GPTQ: " in done.stdout
     assert "calibration tokens, and 172 channels need 344" in done.stdout

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.command_line import run
+from tests.command_line import called, run
+from tests.exports import Exports
 from tests.graphs import SET_EIGHT_BITS
 from toolkit.recipe import recipe_names
 
@@ -32,7 +33,7 @@ def test_help_imports_nothing_heavy() -> None:
 
 @pytest.mark.parametrize("recipe", ["1.5b-cpu", "14b-cpu", "70b-cpu", "0528-8b-cpu"])
 def test_dry_run_needs_no_checkpoint_and_writes_nothing(recipe: str, tmp_path: Path) -> None:
-    done = run("export", recipe, "--dry-run", "--json", "--out", str(tmp_path / "b"))
+    done = called("export", recipe, "--dry-run", "--json", "--out", str(tmp_path / "b"))
     assert done.returncode == 0, done.stderr
     plan = json.loads(done.stdout)
     assert list(tmp_path.iterdir()) == []
@@ -43,8 +44,8 @@ def test_dry_run_needs_no_checkpoint_and_writes_nothing(recipe: str, tmp_path: P
 
 def test_dry_run_forecasts_what_the_export_writes(tmp_path: Path) -> None:
     words = ["export", "tiny-r1-cpu", "--out", str(tmp_path / "b"), *SET_EIGHT_BITS]
-    plan = json.loads(run(*words, "--dry-run", "--json").stdout)
-    assert run(*words, "--no-validate").returncode == 0
+    plan = json.loads(called(*words, "--dry-run", "--json").stdout)
+    assert run(*words, "--no-validate").returncode == 0  # its own peak of memory
     forecast = {file["name"]: file["bytes"] for file in plan["files"]}
     assert (tmp_path / "b" / "model.onnx.data").stat().st_size == forecast["model.onnx.data"]
     assert (tmp_path / "b" / "model.onnx").stat().st_size == pytest.approx(forecast["model.onnx"], rel=0.1)
@@ -54,40 +55,40 @@ def test_dry_run_forecasts_what_the_export_writes(tmp_path: Path) -> None:
 
 def test_synthetic_bundle_is_marked_and_judged(tmp_path: Path) -> None:
     out = tmp_path / "b"
-    done = run("export", "tiny-r1-cpu", "--synthetic", "--out", str(out))
+    done = called("export", "tiny-r1-cpu", "--synthetic", "--out", str(out))
     assert done.returncode == 0, done.stderr
     manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
     assert manifest["synthetic"] and "random weights" in (out / "report.html").read_text(encoding="utf-8")
-    report = json.loads(run("validate", str(out), "--no-tasks", "--json").stdout)
+    report = json.loads(called("validate", str(out), "--no-tasks", "--json").stdout)
     assert report["synthetic"] and report["parity"]["mean_kld"] < 0.01 and report["speed"]["decode_tokens_per_s"] > 0
-    refused = run("generate", str(out), "--prompt", "hello")
+    refused = called("generate", str(out), "--prompt", "hello")
     assert refused.returncode == 2 and "no words, only speed" in refused.stderr
 
 
 def test_bare_target_converts_a_checkpoint_without_a_recipe(tiny_r1: Path, tmp_path: Path) -> None:
-    done = run("export", "cpu", "--checkpoint", str(tiny_r1), "--out", str(tmp_path / "b"), "--no-validate")
+    done = called("export", "cpu", "--checkpoint", str(tiny_r1), "--out", str(tmp_path / "b"), "--no-validate")
     assert done.returncode == 0, done.stderr
     manifest = json.loads((tmp_path / "b" / "manifest.json").read_text(encoding="utf-8"))
     assert manifest["recipe"]["name"] == "tiny-r1-cpu" and manifest["recipe"]["context_length"] == 1024
-    refused = run("export", "cpu")
+    refused = called("export", "cpu")
     assert refused.returncode == 2 and "name what to convert with --checkpoint" in refused.stderr
 
 
 def test_synthetic_weights_of_a_folder_without_a_recipe_can_be_validated(stories260k: Path, tmp_path: Path) -> None:
     out = tmp_path / "b"
-    done = run("export", "cpu", "--synthetic", "--checkpoint", str(stories260k), "--out", str(out))
+    done = called("export", "cpu", "--synthetic", "--checkpoint", str(stories260k), "--out", str(out))
     assert done.returncode == 0, done.stderr
-    refused = run("validate", str(out))
+    refused = called("validate", str(out))
     assert refused.returncode == 2 and "name a folder with a config.json" in refused.stderr
     words = ["--checkpoint", str(stories260k), "--tokens", "64", "--no-speed", "--json"]
-    report = json.loads(run("validate", str(out), *words).stdout)
+    report = json.loads(called("validate", str(out), *words).stdout)
     assert report["synthetic"] and report["parity"]["tokens"] >= 64
 
 
 def test_set_changes_the_recipe(tiny_r1: Path, tmp_path: Path) -> None:
     changes = ["--set", "quantize.0={match: '*.down_proj', bits: 8}", "--set", "quantize.1={match: '*'}"]
     changes += ["--quality", "fast"]
-    done = run("export", "tiny-r1-cpu", "--out", str(tmp_path / "b"), "--no-validate", *changes)
+    done = called("export", "tiny-r1-cpu", "--out", str(tmp_path / "b"), "--no-validate", *changes)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "b" / "report.json").read_text(encoding="utf-8"))
     bits = {row["role"]: row["bits"] for row in report["quantization"]["by_role"]}
@@ -95,25 +96,24 @@ def test_set_changes_the_recipe(tiny_r1: Path, tmp_path: Path) -> None:
 
 
 def test_recipes_lists_what_this_machine_can_do() -> None:
-    rows = {row["recipe"]: row for row in json.loads(run("recipes", "--json").stdout)}
+    rows = {row["recipe"]: row for row in json.loads(called("recipes", "--json").stdout)}
     assert sorted(rows) == recipe_names()
     assert rows["tiny-r1-cpu"]["here"] == "exports and runs"
     assert 8e9 < rows["14b-cpu"]["bundle_bytes"] < 11e9
 
 
-def test_inspect_reads_checkpoints_and_bundles(tiny_r1: Path, tmp_path: Path) -> None:
-    facts = json.loads(run("inspect", str(tiny_r1), "--json").stdout)
+def test_inspect_reads_checkpoints_and_bundles(tiny_r1: Path, exports: Exports, tmp_path: Path) -> None:
+    facts = json.loads(called("inspect", str(tiny_r1), "--json").stdout)
     assert facts["kind"] == "checkpoint" and facts["model_type"] == "qwen2" and facts["parameters"] == 3_674_368
-    out = tmp_path / "b"
-    assert run("export", "tiny-r1-cpu", "--out", str(out), "--no-validate", *SET_EIGHT_BITS).returncode == 0
-    facts = json.loads(run("inspect", str(out), "--json").stdout)
+    out = exports("cpu")
+    facts = json.loads(called("inspect", str(out), "--json").stdout)
     assert facts["kind"] == "bundle" and facts["operators"]["GroupQueryAttention"] == 4
-    assert "recipe: tiny-r1-cpu" in run("inspect", str(out)).stdout
-    refused = run("inspect", str(tmp_path))
+    assert "recipe: tiny-r1-cpu" in called("inspect", str(out)).stdout
+    refused = called("inspect", str(tmp_path))
     assert refused.returncode == 2 and "neither a bundle" in refused.stderr
 
 
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="lm_eval is installed")
 def test_harness_says_what_it_lacks(tmp_path: Path) -> None:
-    done = run("harness", str(tmp_path), "--tasks", "gsm8k", "--limit", "1")
+    done = called("harness", str(tmp_path), "--tasks", "gsm8k", "--limit", "1")
     assert done.returncode == 2 and "error: lm_eval is not installed: pip install lm_eval" in done.stderr

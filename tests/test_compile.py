@@ -15,9 +15,10 @@ import numpy as np
 import onnx
 import pytest
 
-from tests.command_line import run
+from tests.command_line import called
 from tests.compiler import needs_compiler
-from tests.graphs import EIGHT_BITS, SET_EIGHT_BITS, export_bundle
+from tests.exports import IN_TWO_PARTS, Exports
+from tests.graphs import EIGHT_BITS, SET_EIGHT_BITS
 from toolkit import apart
 from toolkit.bundle.compiled import lint_compiled
 from toolkit.bundle.genai_config import read_genai_config
@@ -64,10 +65,8 @@ open(sys.argv[-1], "w").write('{"peak_rss_bytes": 1}')
 
 
 @pytest.fixture(scope="session")
-def uncompiled(tiny_r1: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("ahead") / "b"
-    changes = ["parts=2", "context_length=256", *EIGHT_BITS]
-    return export_bundle(load_recipe("tiny-r1-qnn", changes), open_checkpoint(tiny_r1), out)
+def uncompiled(exports: Exports) -> Path:
+    return exports("qnn", IN_TWO_PARTS)
 
 
 @pytest.fixture(scope="session")
@@ -157,7 +156,7 @@ def test_a_compiled_bundle_runs_its_graphs_on_the_cpu(compiled: Path, uncompiled
 
 @needs_compiler
 def test_a_bundle_is_compiled_for_another_soc(compiled_copy: Path) -> None:
-    done = run("compile", str(compiled_copy), "--soc", "x2-elite")
+    done = called("compile", str(compiled_copy), "--soc", "x2-elite")
     assert done.returncode == 0, done.stderr
     (pipeline,) = read_genai_config(compiled_copy)["model"]["decoder"]["pipeline"]
     for stage in STAGES:
@@ -168,7 +167,7 @@ def test_a_bundle_is_compiled_for_another_soc(compiled_copy: Path) -> None:
     (ceiling,) = _report(compiled_copy)["ceiling"]
     assert ceiling["device"] == SOCS["x2-elite"].device
     assert ceiling["decode_tokens_per_s"] == pytest.approx(152e9 / ceiling["weight_bytes_per_token"])
-    assert run("compile", str(compiled_copy), "--soc", "x3").returncode == 2
+    assert called("compile", str(compiled_copy), "--soc", "x3").returncode == 2
 
 
 @needs_compiler
@@ -336,8 +335,8 @@ def test_too_little_memory_is_said_before_the_compiler_starts(bundle: Path, monk
         compile_bundle(bundle)
 
 
-def test_a_target_without_a_compiler_is_refused(tiny_r1: Path, tmp_path: Path) -> None:
-    bundle = export_bundle(load_recipe("tiny-r1-cpu-split", EIGHT_BITS), open_checkpoint(tiny_r1), tmp_path / "b")
+def test_a_target_without_a_compiler_is_refused(exports: Exports, tmp_path: Path) -> None:
+    bundle = exports.copy(tmp_path / "b", "cpu-split")
     with pytest.raises(UnsupportedError, match=r"target cpu-split has no ahead-of-time compiler; .* have one: qnn"):
         compile_bundle(bundle)
     assert compile_exported(bundle, wanted=True) == ""
@@ -377,19 +376,19 @@ def test_where_the_compiler_is_not_export_says_so_and_compile_refuses(
 def test_export_compiles_unless_told_not_to(tmp_path: Path) -> None:
     words = ["export", "tiny-r1-qnn", "--no-validate", "--set", "soc=x2-elite"]
     words += ["--out", str(tmp_path / "b"), *SET_EIGHT_BITS]
-    left = run(*words, "--no-compile")
+    left = called(*words, "--no-compile")
     assert left.returncode == 0 and "note: not compiled ahead of time: left out by --no-compile" in left.stderr
     assert not list((tmp_path / "b").glob("*.bin"))
-    done = run("compile", str(tmp_path / "b"), "--json")
+    done = called("compile", str(tmp_path / "b"), "--json")
     assert done.returncode == 0 and sum(row["compiled"] for row in json.loads(done.stdout)) == 2
     assert lint_compiled(tmp_path / "b", "x2-elite") == []
-    made = run(*words, "--json")
+    made = called(*words, "--json")
     assert made.returncode == 0 and sum(row["compiled"] for row in json.loads(made.stdout)["partition"]) == 2
-    assert run("check", str(tmp_path / "b")).returncode == 0
+    assert called("check", str(tmp_path / "b")).returncode == 0
 
 
-def test_fp32_is_compiled_on_request_alone(tiny_r1: Path, tmp_path: Path) -> None:
-    bundle = export_bundle(load_recipe("tiny-r1-qnn", EIGHT_BITS), open_checkpoint(tiny_r1), tmp_path / "b", "fp32")
+def test_fp32_is_compiled_on_request_alone(exports: Exports, tmp_path: Path) -> None:
+    bundle = exports.copy(tmp_path / "b", "qnn", precision="fp32")
     assert "fp32 is for parity work" in compile_exported(bundle, wanted=True)
 
 
@@ -406,14 +405,14 @@ def test_the_plan_counts_the_binaries(tiny_r1: Path, tmp_path: Path) -> None:
 @needs_compiler
 def test_validate_measures_in_the_simulator(compiled_copy: Path) -> None:
     words = ["--no-tasks", "--no-speed", "--no-baseline", "--tokens", "140"]
-    done = run("validate", str(compiled_copy), *words, "--simulate-tokens", "139")
+    done = called("validate", str(compiled_copy), *words, "--simulate-tokens", "139")
     assert done.returncode == 0 and "beside the checkpoint on 139: mean KLD" in done.stdout, done.stderr
     report = _report(compiled_copy)
     assert 0 < report["simulator"]["hidden_rms_error"] < 0.02 and report["simulator"]["tokens"] == 136
     assert report["ceiling"] and sum(row["compiled"] for row in report["partition"]) == 4
     absent = {entry["name"]: entry["reason"] for entry in report["not_measured"]}
     assert not absent.keys() & {"simulator", "partition.bin_bytes", "partition.nodes_on_ep"}
-    assert run("validate", str(compiled_copy), *words, "--no-simulate").returncode == 0
+    assert called("validate", str(compiled_copy), *words, "--no-simulate").returncode == 0
     absent = {entry["name"]: entry["reason"] for entry in _report(compiled_copy)["not_measured"]}
     assert absent["simulator"] == "left out by --no-simulate"
 

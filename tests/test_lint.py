@@ -10,18 +10,15 @@ from typing import Any
 
 import pytest
 
-from tests.command_line import run
-from tests.graphs import EIGHT_BITS, export_bundle
+from tests.command_line import called
+from tests.exports import Exports
 from toolkit.bundle.lint import lint_bundle
-from toolkit.checkpoint.opened import open_checkpoint
 from toolkit.errors import BundleError
-from toolkit.recipe import load_recipe
 
 
 @pytest.fixture(scope="module")
-def bundle(tiny_r1: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("lint") / "b"
-    return export_bundle(load_recipe("tiny-r1-cpu", EIGHT_BITS), open_checkpoint(tiny_r1), out)
+def bundle(exports: Exports) -> Path:
+    return exports("cpu")
 
 
 def _set(path: str, value: object) -> Callable[[dict[str, Any]], None]:
@@ -55,7 +52,7 @@ CASES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
 
 def test_a_fresh_bundle_has_nothing_to_say(bundle: Path) -> None:
     assert lint_bundle(bundle) == []
-    assert run("check", str(bundle)).returncode == 0
+    assert called("check", str(bundle)).returncode == 0
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -76,7 +73,7 @@ def test_check_fails_with_exit_code_1_and_refuses_what_is_no_bundle(bundle: Path
     with pytest.raises(BundleError, match="is not an ONNX graph"):
         lint_bundle(tmp_path / "b")
     (tmp_path / "b" / "model.onnx").unlink()
-    done = run("check", str(tmp_path / "b"), "--json")
+    done = called("check", str(tmp_path / "b"), "--json")
     assert done.returncode == 1 and not json.loads(done.stdout)["passed"]
-    refused = run("check", str(tmp_path))
+    refused = called("check", str(tmp_path))
     assert refused.returncode == 2 and "not a finished bundle" in refused.stderr

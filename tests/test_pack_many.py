@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from tests.command_line import run
+from tests.command_line import called
 from tests.graphs import CONTEXT_LENGTH, EIGHT_BITS, WINDOW, export_bundle
 from tests.packing import byte_ranges, journaled
 from tests.sources import Watched
@@ -393,12 +393,18 @@ def test_two_recipes_give_two_whole_bundles(tiny_r1: Path, tmp_path: Path) -> No
         assert os.path.samefile(bundles[0] / name, bundles[1] / name)
 
 
+@pytest.fixture(scope="module")
+def whole(tiny_r1: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Three targets made in one pass that nothing interrupts."""
+    folder = tmp_path_factory.mktemp("whole")
+    return export_bundles(_orders(folder, "dml", "openvino", "cpu"), open_checkpoint(tiny_r1))
+
+
 @pytest.mark.parametrize("count", [1, 5, 30])
 def test_interrupted_pass_goes_on_to_the_same_bundles(
-    tiny_r1: Path, count: int, small_chunks: None, tmp_path: Path
+    tiny_r1: Path, whole: list[Path], count: int, small_chunks: None, tmp_path: Path
 ) -> None:
-    targets = ("dml", "openvino", "cpu")
-    whole = export_bundles(_orders(tmp_path / "whole", *targets), open_checkpoint(tiny_r1))
+    targets = [bundle.name for bundle in whole]
     seen: list[str] = []
     with pytest.raises(KeyboardInterrupt):
         export_bundles(
@@ -461,7 +467,7 @@ def test_bytes_of_a_shared_file_are_counted_once_when_space_is_checked(
     ],
 )
 def test_recipes_that_do_not_go_together_are_refused(recipes: tuple[str, ...], message: str, tmp_path: Path) -> None:
-    done = run("export", *recipes, "--out", str(tmp_path), "--no-validate")
+    done = called("export", *recipes, "--out", str(tmp_path), "--no-validate")
     assert done.returncode == 2 and done.stdout == ""
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ") and message in line

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.exports import IN_TWO_PARTS, Exports
 from tests.graphs import EIGHT_BITS, export_bundle
 from tests.pipeline_config import ITERATOR, copy_without_weights, setting_at
 from toolkit.bundle.lint import lint_bundle
@@ -95,9 +96,8 @@ def test_a_soc_or_parts_that_cannot_be_are_refused(target: str, change: str, wor
         load_recipe(f"tiny-r1-{target}", [change])
 
 
-def test_a_part_that_does_not_run_in_decoding_is_named(tiny_r1: Path, tmp_path: Path) -> None:
-    recipe = load_recipe("tiny-r1-qnn", ["parts=2", *EIGHT_BITS])
-    bundle = export_bundle(recipe, open_checkpoint(tiny_r1), tmp_path / "b")
+def test_a_part_that_does_not_run_in_decoding_is_named(exports: Exports, tmp_path: Path) -> None:
+    bundle = exports("qnn", IN_TWO_PARTS)
     assert lint_bundle(bundle) == []
     path = copy_without_weights(bundle, tmp_path / "edited") / "genai_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))

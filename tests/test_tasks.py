@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from tests.command_line import run
-from tests.graphs import EIGHT_BITS, export_bundle
+from tests.command_line import called
+from tests.exports import Exports
+from tests.graphs import export_bundle
 from tests.gsm8k import GSM8K
 from toolkit.checkpoint.opened import open_checkpoint
 from toolkit.errors import BundleError, RecipeError
@@ -29,9 +30,9 @@ STOP_ID = 764
 
 
 @pytest.fixture(scope="module")
-def bundle(tiny_r1: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("tasks") / "b"
-    return export_bundle(load_recipe("tiny-r1-cpu", EIGHT_BITS), open_checkpoint(tiny_r1), out)
+def bundle(exports: Exports, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One that is validated here."""
+    return exports.copy(tmp_path_factory.mktemp("tasks") / "b", "cpu")
 
 
 def _write(path: Path, lines: list[Any]) -> Path:
@@ -165,7 +166,7 @@ def test_own_tasks_are_reported_with_length_and_truncation(
     ]
     path = _write(tmp_path / "sums.jsonl", lines)
     words = ["--task", str(path), "--no-tasks", "--no-speed", "--tokens", "64", "--max-new-tokens", str(LIMIT)]
-    done = run("validate", str(bundle), *words, "--json")
+    done = called("validate", str(bundle), *words, "--json")
     report = json.loads(done.stdout)
     (row,) = report["tasks"]
     # Counted anew from the tokens, by the answer's digits alone.
@@ -195,11 +196,11 @@ def test_requests_for_tasks_that_cannot_be_asked(bundle: Path, tmp_path: Path) -
         (_write(tmp_path / "arithmetic.jsonl", [GOOD]), "two tasks are called 'arithmetic'"),
     ]
     for path, message in cases:
-        done = run("validate", str(bundle), "--task", str(path))
+        done = called("validate", str(bundle), "--task", str(path))
         assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: "), done.stderr
         assert message in done.stderr.splitlines()[-1]
     words = ["--task", str(tmp_path / "gone.jsonl"), "--out", str(tmp_path / "out")]
-    assert run("export", "tiny-r1-cpu", *words).returncode == 2 and not (tmp_path / "out").exists()
+    assert called("export", "tiny-r1-cpu", *words).returncode == 2 and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("target", ["cpu", "cpu-split"])

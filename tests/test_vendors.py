@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import onnx
 import pytest
 
+from tests.command_line import called
+from tests.exports import Exports
 from tests.graphs import WINDOW, recipe_for, write_graphs
 from tests.random_models import CASES, make_checkpoint
 from toolkit.bundle.operators import place_bundle
@@ -73,13 +73,8 @@ def test_a_provider_without_software_here_is_named(tmp_path: Path) -> None:
         run_vendor_apart(tmp_path, "DmlExecutionProvider")
 
 
-def test_check_runs_the_stages_on_request(tiny_r1: Path, target: str, tmp_path: Path) -> None:
-    def toolkit(*words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([sys.executable, "-m", "toolkit", *words], capture_output=True, text=True)
-
-    out = str(tmp_path / "bundle")
-    assert toolkit("export", f"tiny-r1-{target}", "--out", out, "--no-validate").returncode == 0
-    done = toolkit("check", out, "--run", "--json")
+def test_check_runs_the_stages_on_request(exports: Exports, target: str) -> None:
+    done = called("check", str(exports(target, ("quality=fast", "bits_per_weight=0"))), "--run", "--json")
     found = json.loads(done.stdout)
     assert done.returncode == 0 and found["passed"] and len(found["runs"]) == 2
     assert [stage["nodes_legal"] == stage["nodes"] for stage in found["stages"]] == [True] * 4

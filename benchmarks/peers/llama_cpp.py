@@ -139,7 +139,9 @@ def _sources(folder: Path) -> Path:
     """llama.cpp's folder out of the source package."""
     inside = f"llama_cpp_python-{VERSION}/vendor/llama.cpp"
     if not (folder / inside / "CMakeLists.txt").is_file():
-        download = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "-d", str(folder)]
+        # `:all:` would hold for what the package is built with too, and build cmake from its sources first.
+        as_source = ["--no-deps", "--no-binary", "llama-cpp-python"]
+        download = [sys.executable, "-m", "pip", "download", *as_source, "-d", str(folder)]
         run_tool([*download, f"llama-cpp-python=={VERSION}"], folder / "download.log")
         with tarfile.open(folder / f"llama_cpp_python-{VERSION}.tar.gz") as package:
             members = [member for member in package if member.name.startswith(inside + "/")]
