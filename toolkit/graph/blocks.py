@@ -89,7 +89,7 @@ def layers(
     past: list[ir.Value] = []
     present: list[ir.Value] = []
     residual, first = embedded, stack[0]
-    hidden = _rms_norm(build, f"/model/layers.{first.index}/input_layernorm", residual, first.attention.norm, config)
+    hidden = _rms_norm(build, _path(first.attention.norm.module), residual, first.attention.norm, config)
     for layer in stack:
         i, attention = layer.index, layer.attention
         hidden = build.rounded(f"/model/layers.{i}/attn/input", hidden, names.input_of(attention.normed_input.name))
@@ -126,10 +126,15 @@ def lm_head(build: GraphBuilder, config: ModelConfig, hidden: ir.Value, index: i
     return build.linear("/lm_head", last, describe(config).head.module, form=CPU_FORM)
 
 
+def _path(module: str) -> str:
+    """The path of a layer's module in the graph: `/model/layers.3/attn/q_proj` of `model.layers.3.self_attn.q_proj`."""
+    model, layers, index, inner = module.split(".", 3)
+    return f"/{model}/{layers}.{index}/{inner.replace('self_attn', 'attn').replace('.', '/')}"
+
+
 def _linear(build: GraphBuilder, x: ir.Value, linear: Linear) -> ir.Value:
-    """A linear of a layer, its nodes under `/model/layers.3/mlp/up_proj`."""
-    path = "/" + linear.module.replace(".", "/", 1).replace(".self_attn.", "/attn/").replace(".mlp.", "/mlp/")
-    return build.linear(path, x, linear.module)
+    """The product of a layer's linear, under its path."""
+    return build.linear(_path(linear.module), x, linear.module)
 
 
 def _rms_norm(build: GraphBuilder, path: str, x: ir.Value, norm: Norm, config: ModelConfig) -> ir.Value:
@@ -161,25 +166,23 @@ def _query_key_value(
     build: GraphBuilder, config: ModelConfig, layer: DecoderLayer, x: ir.Value
 ) -> list[ir.Value | None]:
     """[q, k, v], each [B, S, heads * Dh], or [all packed, None, None]."""
-    attention, path = layer.attention, f"/model/layers.{layer.index}/attn"
+    attention = layer.attention
     if names.weight(attention.qkv_proj) in build.layout.units:
-        return [build.linear(f"{path}/qkv_proj", x, attention.qkv_proj), None, None]
+        return [build.linear(_path(attention.qkv_proj), x, attention.qkv_proj), None, None]
     q, k, v = (_linear(build, x, linear) for linear in attention.qkv)
     if attention.q_norm:
-        q = _head_norm(build, f"{path}/q_norm", q, attention.q_norm, attention.q_proj, config)
+        q = _head_norm(build, q, attention.q_norm, attention.q_proj, config)
     if attention.k_norm:
-        k = _head_norm(build, f"{path}/k_norm", k, attention.k_norm, attention.k_proj, config)
+        k = _head_norm(build, k, attention.k_norm, attention.k_proj, config)
     return [q, k, v]
 
 
-def _head_norm(
-    build: GraphBuilder, path: str, x: ir.Value, norm: Norm, linear: Linear, config: ModelConfig
-) -> ir.Value:
+def _head_norm(build: GraphBuilder, x: ir.Value, norm: Norm, linear: Linear, config: ModelConfig) -> ir.Value:
     """RMSNorm over each head's Dh channels of a linear's output (qwen3), before RoPE.
 
     As [B, S * H, Dh]: QNN computes norms of rank 4 wrongly and in silence.
     """
-    width = linear.out_features
+    path, width = _path(norm.module), linear.out_features
     heads = build.constant("/model/constants/per_head", np.array([0, -1, norm.width], np.int64))
     flat = build.constant(f"/model/constants/flat_{width}", np.array([0, -1, width], np.int64))
     (split,) = build.op(f"{path}/Reshape.split", [x, heads])
