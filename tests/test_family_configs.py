@@ -4,6 +4,7 @@ registry, and onnxruntime-genai's names for families."""
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import torch
 import transformers
 
+from tests.conftest import ROOT
 from tests.graphs import write_graphs
 from tests.random_models import CASES
 from toolkit.bundle.genai_config import GENAI_TYPES
@@ -155,3 +157,12 @@ def test_a_type_that_does_not_exist_is_refused_before_anything_is_packed(
     with pytest.raises(UnsupportedError, match=r"genai_type 'qwen9'.*expected one of.*decoder"):
         plan_export(recipe, checkpoint, tmp_path / "bundle", "int4")
     assert not list(tmp_path.iterdir())
+
+
+def test_what_the_how_to_page_quotes_stands_in_the_files() -> None:
+    page = (ROOT / "docs" / "how-to" / "family.md").read_text(encoding="utf-8")
+    quoted = re.findall(r"```python\n(.*?)```", page, re.S)
+    files = [Path(families.__file__).with_name("smollm3.py"), ROOT / "tests" / "random_models.py", Path(__file__)]
+    texts = [path.read_text(encoding="utf-8") for path in files]
+    assert len(quoted) >= 4
+    assert [piece for piece in quoted if not any(piece in text for text in texts)] == []
