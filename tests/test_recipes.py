@@ -22,7 +22,7 @@ from toolkit.errors import CheckpointError, RecipeError
 from toolkit.graph.interface import interface_of
 from toolkit.graph.layout import plan_layout
 from toolkit.partition.lower import lower
-from toolkit.pipeline.plan import plan_export
+from toolkit.pipeline.plan import describe, plan_export
 from toolkit.recipe import (
     BITS,
     BLOCK_SIZES,
@@ -106,16 +106,13 @@ def test_every_node_of_a_recipes_graphs_is_legal_for_its_provider(name: str, tmp
     facts = recipe.facts()
     assert facts is not None
     plan = plan_export(recipe, synthetic_checkpoint(facts), tmp_path / name, "int4")
+    said = "outside" in describe(plan)
+    assert said == (recipe.target == "vitisai" and "Qwen3" in recipe.model)
     for graph in lower(plan.checkpoint.config, plan.layout, plan.target, recipe, pad_token_id=0):
         placement = place(interface_of(graph.model), graph.stage)
-        outside = 0
-        if (
-            recipe.target == "vitisai"
-            and plan.checkpoint.config.structure.qk_norm
-            and graph.stage.name != names.EMBEDDINGS
-        ):
-            # AMD's list has no Reshape, and two stand around each norm over heads: the recipe says so.
-            outside = 0 if graph.stage.name == names.HEAD else 4 * plan.checkpoint.config.num_hidden_layers
+        transformer = graph.stage.name not in (names.EMBEDDINGS, names.HEAD)
+        # Two Reshape around each of the two norms over heads, where the plan says that they stay on the CPU.
+        outside = 4 * plan.checkpoint.config.num_hidden_layers if said and transformer else 0
         assert bool(placement.problems) == (outside > 0)
         assert placement.nodes_legal + placement.nodes_outside + outside == placement.nodes
 

@@ -23,7 +23,8 @@ class Form:
     `rotary_in_attention` GroupQueryAttention's do_rotary; without them each is written in parts.
     `plain_attention` does without GroupQueryAttention, which takes a `static_cache`: one fixed at context_length.
     `local_window` is whether GroupQueryAttention may look back only so far, `wide_bits` whether the provider takes
-    MatMulNBits of 8 bits, which a budget may then buy. `annotated` marks the nodes of embedding
+    MatMulNBits of 8 bits, which a budget may then buy, and `head_norms` whether it takes what stands around a norm over
+    heads; where not, those nodes run on the CPU. `annotated` marks the nodes of embedding
     and LM head, so that a session option keeps them on the CPU inside one graph.
 
     `qdq` puts linears and the MLP between QuantizeLinear and DequantizeLinear of uint16, whose ranges come from text,
@@ -42,6 +43,7 @@ class Form:
     local_window: bool = True
     wide_bits: bool = True
     accuracy_level: int = 4
+    head_norms: bool = True
     annotated: bool = False
     qdq: bool = False
     row_scales: bool = False
@@ -214,7 +216,7 @@ _QNN_PROFILES: Final = (
 _OPENVINO_FORM: Final = replace(
     _PARTS, activations="float16", plain_attention=True, static_cache=True, local_window=True
 )
-_VITISAI_FORM: Final = replace(_PARTS, static_cache=True, wide_bits=False)
+_VITISAI_FORM: Final = replace(_PARTS, static_cache=True, wide_bits=False, head_norms=False)
 
 TARGETS: Final[dict[str, Target]] = {
     "cpu": Target(

@@ -64,11 +64,15 @@ def _print_plan(plan: dict[str, Any]) -> None:
     click.echo(f"bits per weight: {plan['bits_per_weight']:.2f}")
     for rule in plan.get("idle_rules", []):
         click.echo(f"note: {rule}")
+    if "outside" in plan:
+        click.echo(f"note: {plan['outside']}")
     click.echo(f"quality {plan['quality']}: {_cost(plan)}")
     click.echo(f"KV cache at {plan['context_length']} tokens: {plan['kv_cache_bytes'] / 2**20:.0f} MiB when run")
     click.echo(f"peak memory of the export: about {plan['peak_memory_bytes'] / 2**20:.0f} MiB")
     if "compile_memory_bytes" in plan:
         click.echo(f"peak memory of compiling a part: about {plan['compile_memory_bytes'] / 2**20:.0f} MiB")
+    if "download_bytes" in plan:
+        click.echo(f"download: {plan['download_bytes'] / 2**20:.0f} MiB")
     needed, free = (plan[key] / 2**20 for key in ("disk_needed_bytes", "disk_free_bytes"))
     click.echo(f"disk: {needed:.0f} MiB needed, {free:.0f} MiB free")
 

@@ -241,6 +241,14 @@ def _described(cost: CalibrationCost, recipe: Recipe) -> dict[str, object]:
     return {"tokens": cost.tokens, **budget, "operations": cost.operations, "forecast_s": cost.seconds()}
 
 
+def _outside(plan: ExportPlan) -> str:
+    """What of the model the target's provider is not known to take, or nothing."""
+    if plan.target.form.head_norms or not plan.checkpoint.config.structure.qk_norm:
+        return ""
+    ep = plan.target.accelerator.execution_provider
+    return f"the norms over heads of q and k are not among the operators of {ep}: their nodes run on the CPU"
+
+
 def describe(plan: ExportPlan) -> dict[str, object]:
     """The plan as `--dry-run` shows it."""
     stages = [
@@ -259,6 +267,7 @@ def describe(plan: ExportPlan) -> dict[str, object]:
         "quality": plan.recipe.quality,
         "bits_per_weight": plan.bits_per_weight,
         **({"idle_rules": idle} if (idle := idle_rules(plan.checkpoint.config, plan.recipe)) else {}),
+        **({"outside": outside} if (outside := _outside(plan)) else {}),
         **({"calibration": _described(plan.calibration, plan.recipe)} if plan.calibration else {}),
         "peak_memory_bytes": plan.peak_memory_bytes,
         **({"compile_memory_bytes": plan.compile_memory_bytes} if plan.compile_memory_bytes else {}),

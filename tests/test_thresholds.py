@@ -1,0 +1,58 @@
+"""The recipes' thresholds can fail: plain 4-bit rounding does, by its divergence alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.graphs import EIGHT_BITS, export_bundle
+from toolkit.checkpoint.opened import open_checkpoint
+from toolkit.pipeline.judge import Effort, judge_bundle
+from toolkit.recipe import load_recipe
+from toolkit.target import TARGETS
+
+PLAIN = ("quality=fast", "rotate=false", "bits_per_weight=0")
+
+
+def _judged(recipe: str, changes: tuple[str, ...], folder: Path, out: Path, text: Path | None) -> tuple[float, bool]:
+    """The mean KLD of a bundle on some text, and whether it is within the recipe's threshold."""
+    checkpoint = open_checkpoint(folder)
+    bundle = export_bundle(load_recipe(recipe, changes, str(folder)), checkpoint, out)
+    effort = Effort(tokens=1200, tasks=False, speed=False, baseline=False, text=text, simulate=False)
+    judge_bundle(bundle, checkpoint, effort)
+    checks = json.loads((bundle / "report.json").read_text(encoding="utf-8"))["verdict"]["checks"]
+    (check,) = [check for check in checks if check["name"] == "mean_kld"]
+    return check["value"], check["passed"]
+
+
+def test_plain_rounding_of_tiny_r1_fails_its_recipe(tiny_r1: Path, tmp_path: Path) -> None:
+    rounding = (*PLAIN, "quantize.0.algorithm=rtn", "quantize.0.symmetric=true")
+    kld, passed = _judged("tiny-r1-cpu", rounding, tiny_r1, tmp_path / "rtn", None)
+    assert not passed, kld
+    kld, passed = _judged("tiny-r1-cpu", EIGHT_BITS, tiny_r1, tmp_path / "8", None)
+    assert passed, kld
+
+
+def test_plain_rounding_of_stories260k_fails_the_targets_threshold(stories260k: Path, tmp_path: Path) -> None:
+    text = tmp_path / "stories.txt"
+    names, things = ("Lily", "Tom", "Ben", "Mia", "Sam"), ("a red ball", "a big dog", "a cat", "a cake", "the moon")
+    lines = [
+        f"Once upon a time, there was a little child named {name}. {name} saw {thing} in the park and was very happy."
+        for name in names
+        for thing in things
+    ]
+    text.write_text("\n\n".join(lines), encoding="utf-8")
+    rule = "quantize=[{{match: '*', algorithm: {}, bits: {}, block_size: 32, symmetric: true}}]"
+    length = "context_length=256"
+    for algorithm, bits, good in (("rtn", 4, False), ("rtn", 8, True)):
+        changes = (*PLAIN, length, rule.format(algorithm, bits))
+        kld, passed = _judged("cpu", changes, stories260k, tmp_path / str(bits), text)
+        assert passed is good, kld
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_targets_threshold_lies_below_plain_rounding_of_a_real_model(target: str) -> None:
+    """.0975 is symmetric rounding in blocks of 32 on Qwen2.5-Coder-0.5B, .0805 the rules of cpu at `balanced`."""
+    assert 0.0805 < TARGETS[target].validate["mean_kld"] < 0.0975
