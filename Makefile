@@ -4,7 +4,7 @@ PYTHON ?= python3.11
 BIN = .venv/bin
 EXPORT_OPTIONS = $(if $(CHECKPOINT),--checkpoint $(CHECKPOINT)) $(if $(OUT),--out $(OUT))
 
-.PHONY: help export test test-fast test-slow test-tiers check validate bench bench-quality same-bytes
+.PHONY: help export test test-fast test-slow test-tiers check docs validate bench bench-quality same-bytes
 
 help:  ## What can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -42,10 +42,13 @@ test-tiers: .venv/tested  ## Every test, and tests/seconds.json anew
 test-slow: .venv/tested  ## Older onnxruntime-genai releases and lm-evaluation-harness, each installed into build/ first
 	$(BIN)/python -m pytest -q tests/slow
 
-check: .venv/tested  ## Lint, format and types
+check: .venv/tested docs  ## Lint, format, types, documentation
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: .venv/tested  ## The pages of docs/, into build/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
