@@ -38,7 +38,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "smollm3-tied-of-four": ("SmolLM3", {"num_hidden_layers": 4, "rope_scaling": YARN, "pad_token_id": 0}),
     "smollm3-narrow-heads": (
         "SmolLM3",
-        {"no_rope_layers": [0, 1], "head_dim": 8, "attention_bias": True, "mlp_bias": True, "pad_token_id": 0},
+        {
+            "no_rope_layers": [0, 1],
+            "head_dim": 8,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "tie_word_embeddings": False,
+            "pad_token_id": 0,
+        },
     ),
     "smollm3-sliding": (
         "SmolLM3",

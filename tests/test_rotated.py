@@ -51,7 +51,8 @@ def test_a_width_without_a_matrix_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "case", ["qwen2", "llama-bias", "llama-llama3", "mistral-sliding", "qwen3", "llama-narrow-heads"]
+    "case",
+    ["qwen2", "llama-bias", "llama-llama3", "mistral-sliding", "qwen3", "llama-narrow-heads", "smollm3-narrow-heads"],
 )
 def test_a_rotated_checkpoint_computes_the_same(case: str, tmp_path: Path) -> None:
     make_checkpoint(*CASES[case], tmp_path)
