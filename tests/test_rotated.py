@@ -25,7 +25,7 @@ from toolkit.reference.decoder import reference_logits
 @pytest.mark.parametrize("n", [8, 12, 16, 20, 24, 28, 40, 64, 96, 112, 128, 256, 1536, 3584])
 def test_a_hadamard_matrix_is_orthogonal_and_flat(n: int) -> None:
     Q = Hadamard(n, 0).apply(np.eye(n, dtype=np.float32))
-    np.testing.assert_allclose(Q @ Q.T, np.eye(n), atol=2e-6)
+    np.testing.assert_allclose(Q @ Q.T, np.eye(n), atol=4e-6)
     np.testing.assert_allclose(np.abs(Q), 1 / np.sqrt(n), rtol=1e-4)
     other = Hadamard(n, 1).apply(np.eye(n, dtype=np.float32))
     assert np.abs(Q - other).max() > 0
