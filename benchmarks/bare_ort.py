@@ -14,6 +14,7 @@ PROMPT, NEW, WARM = 128, 64, 5
 
 
 def main(bundle: Path) -> None:
+    """Decodes NEW tokens after a cache of PROMPT and prints the median, the first WARM left out."""
     options = ort.SessionOptions()
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
     session = ort.InferenceSession(str(bundle / "model.onnx"), options, providers=["CPUExecutionProvider"])

@@ -18,6 +18,7 @@ CHUNK = 16 << 20
 
 
 def drop_from_cache(folder: Path) -> None:
+    """Asks the system to forget the checkpoint's pages, where it takes such advice."""
     os.sync()
     for path in folder.glob("*.safetensors"):
         with path.open("rb") as file:
@@ -26,6 +27,7 @@ def drop_from_cache(folder: Path) -> None:
 
 
 def read_seconds(folder: Path) -> float:
+    """Seconds to read every byte of a checkpoint from the disk."""
     drop_from_cache(folder)
     begin = time.perf_counter()
     for path in sorted(folder.glob("*.safetensors")):
@@ -36,6 +38,7 @@ def read_seconds(folder: Path) -> float:
 
 
 def write_seconds(path: Path, nbytes: int) -> float:
+    """Seconds to write so many random bytes to a file and sync it; the file is deleted."""
     block = os.urandom(CHUNK)
     begin = time.perf_counter()
     with path.open("wb", buffering=0) as file:
@@ -48,6 +51,7 @@ def write_seconds(path: Path, nbytes: int) -> float:
 
 
 def main(recipe: str, checkpoint: Path, out: Path, options: list[str]) -> None:
+    """Exports in a process of its own, then times the disk alone, and prints both with their ratio."""
     shutil.rmtree(out, ignore_errors=True)
     drop_from_cache(checkpoint)
     words = ["export", recipe, "--checkpoint", str(checkpoint), "--out", str(out), "--no-validate", *options]

@@ -37,7 +37,7 @@ def on_cpu(bundle: Path, setting: str | None) -> Counter[str]:
 
 
 def main() -> None:
-    """Prints both."""
+    """Prints what the CPU has without the assignment and with it."""
     bundle = Path(sys.argv[1])
     config = json.loads((bundle / "genai_config.json").read_text(encoding="utf-8"))
     setting = config["model"]["decoder"]["session_options"][KEY]

@@ -19,7 +19,7 @@ from tests.graphs import export_bundle
 from tests.random_models import CASES, make_checkpoint
 from tests.sources import Changed
 from toolkit.calibrate import solve as solving
-from toolkit.calibrate.solve import Fallback, Task, solve
+from toolkit.calibrate.solve import Fallback, Problem, solve
 from toolkit.calibrate.survey import Survey, Wish, survey
 from toolkit.checkpoint.anatomy import describe
 from toolkit.checkpoint.folded import FoldedTensors
@@ -175,18 +175,18 @@ def test_an_interrupted_survey_goes_on_after_the_last_whole_layer(tmp_path: Path
 WIDE = ActivationRange(-900.0, 300.0)
 
 
-def _task(checkpoint: Checkpoint, rounding: Rounding) -> Task:
+def _problem(checkpoint: Checkpoint, rounding: Rounding) -> Problem:
     specs = _specs(checkpoint, "gptq")
     specs["model.embed_tokens.weight"] = QuantSpec(4, BLOCK, algorithm="imatrix")
     values = {given.name: WIDE for given in describe(checkpoint.config).inputs}
-    return Task(specs, {}, rounding, Rounding.NONE, values)
+    return Problem(specs, {}, rounding, Rounding.NONE, values)
 
 
 def _solved(
     checkpoint: Checkpoint, sequences: list[list[int]], folder: Path, rounding: Rounding = Rounding.NONE
 ) -> tuple[_Kept, list[Any]]:
-    kept, task = _Kept(), _task(checkpoint, rounding)
-    return kept, solve(checkpoint.config, checkpoint.source, sequences, task, kept, folder, lambda _: None)
+    kept, problem = _Kept(), _problem(checkpoint, rounding)
+    return kept, solve(checkpoint.config, checkpoint.source, sequences, problem, kept, folder, lambda _: None)
 
 
 def _rounded(x: Floats, rounding: Rounding) -> Floats:
@@ -257,8 +257,8 @@ def test_the_head_is_solved_in_slices_as_in_one(tmp_path: Path, monkeypatch: pyt
                 sliced[start] = blocks
 
     monkeypatch.setattr(solving, "_ROWS", 40)
-    task = _task(checkpoint, Rounding.NONE)
-    solve(checkpoint.config, checkpoint.source, sequences * 3, task, Slices(), tmp_path / "sliced")
+    problem = _problem(checkpoint, Rounding.NONE)
+    solve(checkpoint.config, checkpoint.source, sequences * 3, problem, Slices(), tmp_path / "sliced")
     assert sorted(sliced) == [0, 40, 80]
     packed = np.concatenate([sliced[start].packed for start in sorted(sliced)])
     assert (packed == kept.blocks["lm_head.weight"].packed).mean() > 0.99

@@ -63,8 +63,8 @@ MIN_DOCSTRING_WORDS: Final = 6
 MAX_FMT_SKIPS: Final = 3
 # Ceilings that only fall: to 1.5, 0, and none.
 MAX_ANY_PER_1000_LINES: Final = 12
-MAX_POOR_DOCSTRINGS: Final = 50
-KNOWN_DUPLICATE_CLASSES: Final = {"Part", "Task"}
+MAX_POOR_DOCSTRINGS: Final = 6
+KNOWN_DUPLICATE_CLASSES: Final[set[str]] = set()
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 Sources = dict[str, str]

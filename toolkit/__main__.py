@@ -1,4 +1,4 @@
-"""`python -m toolkit`."""
+"""Runs the command line as `python -m toolkit`."""
 
 from toolkit.cli.commands import main
 

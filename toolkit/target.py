@@ -92,7 +92,7 @@ class Stage:
 
     @property
     def file(self) -> str:
-        """The graph file."""
+        """The name of the stage's graph file."""
         return names.stage_file(self.name)
 
 

@@ -68,7 +68,7 @@ class GGUFWeights:
         return list(self._tensors)
 
     def read(self, name: str) -> NDArray[np.float32]:
-        """A whole tensor."""
+        """Reads a whole tensor as float32, dequantized."""
         values = self._dequantized(name, self._tensors[name].data)
         heads = rotated_heads(self.config, name)
         return to_halves(values, heads) if heads else values

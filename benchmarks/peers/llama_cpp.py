@@ -56,7 +56,7 @@ LLAMA_TYPES: Final = {
 
 @dataclass(frozen=True)
 class LlamaCpp:
-    """Where llama.cpp's programs are."""
+    """The paths of llama.cpp's quantizer and of the program that prints logits."""
 
     quantizer: Path
     runner: Path

@@ -33,7 +33,7 @@ _IN_LAYER: Final = {
 
 
 def gguf_name(name: str) -> str:
-    """`model.layers.3.mlp.down_proj.weight` to `blk.3.ffn_down.weight`."""
+    """The GGUF name of a checkpoint's tensor: `model.layers.3.mlp.down_proj.weight` is `blk.3.ffn_down.weight`."""
     module, _, kind = name.rpartition(".")
     layer_index = names.layer_of(name)
     if layer_index is None:
@@ -53,5 +53,5 @@ def to_neighbours(rows: NDArray[Any], heads: int) -> NDArray[Any]:
 
 
 def to_halves(rows: NDArray[Any], heads: int) -> NDArray[Any]:
-    """The inverse of `to_neighbours`."""
+    """Undoes `to_neighbours`: halves of each head apart again."""
     return np.ascontiguousarray(rows.reshape(heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2)).reshape(rows.shape)

@@ -67,7 +67,7 @@ class ONNXWeights:
         return list(dict.fromkeys([*self._source.names(), *self._matrices]))
 
     def read(self, name: str) -> NDArray[np.float32]:
-        """A whole tensor."""
+        """Reads a whole tensor as float32, dequantized."""
         if name not in self._matrices:
             return self._source.read(name)
         matrix = self._matrices[name]

@@ -20,7 +20,7 @@ class ActivationFile:
         self.path, self._lengths, self._width = path, tuple(lengths), width
 
     def is_whole(self) -> bool:
-        """Whether every sequence is there."""
+        """Whether the file is there with every sequence."""
         return self.path.is_file() and self.path.stat().st_size == 4 * sum(self._lengths) * self._width
 
     def write(self, sequences: Iterable[Floats]) -> ActivationFile:
@@ -36,5 +36,5 @@ class ActivationFile:
                 yield np.fromfile(file, np.float32, length * self._width).reshape(length, self._width)
 
     def remove(self) -> None:
-        """Frees the disk."""
+        """Deletes the file, if it is there."""
         self.path.unlink(missing_ok=True)

@@ -76,7 +76,7 @@ def save_state(folder: Path, k: int, state: State) -> None:
 
 
 def load_state(folder: Path, k: int) -> State:
-    """What `save_state` wrote."""
+    """Reads back what `save_state` wrote for layer `k`."""
     state = State()
     with np.load(state_file(folder, k), allow_pickle=False) as arrays:
         facts = json.loads(arrays["facts"].tobytes())

@@ -46,7 +46,7 @@ class Fallback:
 
 
 class Writer(Protocol):
-    """Where solved rows go."""
+    """Takes rows as they are solved, and keeps them."""
 
     def write(self, tensor: str, start: int, weight: Floats, blocks: QuantizedBlocks) -> None:
         """Rows [start, …) of a tensor, as they were and as they are stored."""
@@ -58,7 +58,7 @@ class Writer(Protocol):
 
 
 @dataclass(frozen=True)
-class Task:
+class Problem:
     """What to solve. `specs` has the format of every matrix; `importance` by tensor serves where GPTQ cannot.
     `rounding` is what the bundle does to the input of a linear in a layer, `head_rounding` to the head's, and `values`
     has the range of each input by its name."""
@@ -81,7 +81,7 @@ def solve(
     config: ModelConfig,
     source: Tensors,
     sequences: Sequence[Sequence[int]],
-    task: Task,
+    problem: Problem,
     writer: Writer,
     folder: Path,
     progress: Callable[[str], None] = lambda _: None,
@@ -99,11 +99,11 @@ def solve(
     start, fallbacks = _read_progress(folder)
     if not (stream("exact", start).is_whole() and stream("rounded", start).is_whole()):
         start, fallbacks = 0, []
-        embedding = _rounded_embedding(source, task)
+        embedding = _rounded_embedding(source, problem)
         stream("exact", 0).write(embed(source, list(ids)) for ids in sequences)
         stream("rounded", 0).write(embedding(list(ids)) for ids in sequences)
     for k in range(start, config.num_hidden_layers):
-        layer = _LayerPass(config, source, k, task, writer, folder, lengths)
+        layer = _LayerPass(config, source, k, problem, writer, folder, lengths)
         layer.run((stream("exact", k), stream("rounded", k)), (stream("exact", k + 1), stream("rounded", k + 1)))
         fallbacks += layer.fallbacks
         writer.commit()
@@ -114,19 +114,19 @@ def solve(
         stream("rounded", k).remove()
         progress(f"solved layer {k}")
     last = config.num_hidden_layers
-    fallbacks += _solve_head(config, source, task, writer, (stream("exact", last), stream("rounded", last)))
+    fallbacks += _solve_head(config, source, problem, writer, (stream("exact", last), stream("rounded", last)))
     writer.commit()
     progress("solved head")
     return fallbacks
 
 
-def _rounded_embedding(source: Tensors, task: Task) -> Callable[[list[int]], Floats]:
+def _rounded_embedding(source: Tensors, problem: Problem) -> Callable[[list[int]], Floats]:
     name = names.weight(names.EMBED_TOKENS)
-    spec = task.specs[name]
+    spec = problem.specs[name]
 
     def look_up(ids: list[int]) -> Floats:
         rows = embed(source, ids)
-        return dequantize_blocks(quantize_blocks(rows, spec, task.importance.get(name)), spec, rows.shape[1])
+        return dequantize_blocks(quantize_blocks(rows, spec, problem.importance.get(name)), spec, rows.shape[1])
 
     return look_up
 
@@ -139,15 +139,15 @@ class _LayerPass:
         config: ModelConfig,
         source: Tensors,
         k: int,
-        task: Task,
+        problem: Problem,
         writer: Writer,
         folder: Path,
         lengths: Sequence[int],
     ) -> None:
-        self._config, self._k, self._task, self._writer = config, k, task, writer
+        self._config, self._k, self._problem, self._writer = config, k, problem, writer
         self._folder, self._lengths = folder, lengths
         self._exact = read_layer(config, source, k)
-        self._rounded = _ArrivingLayer(self._exact, task)
+        self._rounded = _ArrivingLayer(self._exact, problem)
         self.fallbacks: list[Fallback] = []
         self._spills: list[ActivationFile] = []
 
@@ -188,14 +188,14 @@ class _LayerPass:
         return self._spills[-1]
 
     def _solve(self, given: LinearInput, stream: Callable[[int], Iterator[Floats]]) -> None:
-        solver = _InputSolver(given, self._task)
+        solver = _InputSolver(given, self._problem)
         if solver.wants_products(sum(self._lengths)):
             rows = {tensor: self._exact.tensors[tensor] for tensor in solver.wanted}
             solver.gather(zip(stream(0), stream(1), strict=True), rows)
         self.fallbacks += solver.fallbacks
         for linear in given.linears:
             tensor = linear.weight
-            weight, spec = self._exact.tensors[tensor], self._task.specs[tensor]
+            weight, spec = self._exact.tensors[tensor], self._problem.specs[tensor]
             blocks = solver.blocks(tensor, weight)
             if tensor in solver.wanted:
                 self._writer.write(tensor, 0, weight, blocks)
@@ -207,27 +207,27 @@ class _ArrivingLayer(Layer):
     """A layer whose linears see their input as the bundle's will once they are solved: `solved` has that input by
     module."""
 
-    def __init__(self, exact: Layer, task: Task) -> None:
+    def __init__(self, exact: Layer, problem: Problem) -> None:
         super().__init__(exact.config, exact.anatomy, dict(exact.tensors))
         self.solved: dict[str, LinearInput] = {}
-        self._task = task
+        self._problem = problem
 
     def product(self, linear: Linear, x: Floats) -> Floats:
         """As the bundle computes it."""
         if linear.module in self.solved:
-            x = self._task.arriving(self.solved[linear.module], linear.module, x)
+            x = self._problem.arriving(self.solved[linear.module], linear.module, x)
         return super().product(linear, x)
 
 
 class _InputSolver:
     """The matrices that read one input, once its products are gathered; `wanted` are those to be solved."""
 
-    def __init__(self, given: LinearInput, task: Task) -> None:
+    def __init__(self, given: LinearInput, problem: Problem) -> None:
         tensors = [names.weight(reader) for reader in given.readers]
-        self.wanted = [tensor for tensor in tensors if task.specs[tensor].rounded_by.solves]
-        self._given, self._task, self._block_size = given, task, task.specs[tensors[0]].block_size
+        self.wanted = [tensor for tensor in tensors if problem.specs[tensor].rounded_by.solves]
+        self._given, self._problem, self._block_size = given, problem, problem.specs[tensors[0]].block_size
         # Columns whose scales stand beforehand may be visited in any order.
-        self._visited = given.width if task.specs[tensors[0]].signed else self._block_size
+        self._visited = given.width if problem.specs[tensors[0]].signed else self._block_size
         self._factor: Factor | None = None
         self._cross: Floats | None = None
         self._products: dict[str, Floats] = {}
@@ -249,7 +249,7 @@ class _InputSolver:
         few = rows is not None and sum(weight.shape[0] for weight in rows.values()) < self._given.width
         gathered = Products(self._given.width, np.concatenate(list(rows.values())) if rows and few else None)
         for exact, arriving in pairs:
-            gathered.add(exact, self._task.arriving(self._given, self._given.name, arriving))
+            gathered.add(exact, self._problem.arriving(self._given, self._given.name, arriving))
         moment, cross = gathered.result()
         if rows and few:
             ends = np.cumsum([weight.shape[0] for weight in rows.values()])
@@ -258,27 +258,31 @@ class _InputSolver:
             self._cross = cross
         try:
             self._factor = factorize(moment, self._visited)
-        except NotPositiveDefiniteError as problem:
-            self.fallbacks += [Fallback(tensor, str(problem)) for tensor in self.wanted]
+        except NotPositiveDefiniteError as failed:
+            self.fallbacks += [Fallback(tensor, str(failed)) for tensor in self.wanted]
 
     def blocks(self, tensor: str, weight: Floats) -> QuantizedBlocks:
         """Rows of a matrix, solved where that was asked for and possible."""
-        spec = self._task.specs[tensor]
+        spec = self._problem.specs[tensor]
         if tensor not in self.wanted or self._factor is None:
-            return quantize_blocks(weight, spec, self._task.importance.get(tensor))
+            return quantize_blocks(weight, spec, self._problem.importance.get(tensor))
         product = self._products[tensor] if self._cross is None else weight @ self._cross
         return gptq_blocks(corrected_target(weight, product, self._factor), self._factor, spec)
 
 
 def _solve_head(
-    config: ModelConfig, source: Tensors, task: Task, writer: Writer, streams: tuple[ActivationFile, ActivationFile]
+    config: ModelConfig,
+    source: Tensors,
+    problem: Problem,
+    writer: Writer,
+    streams: tuple[ActivationFile, ActivationFile],
 ) -> list[Fallback]:
     decoder = describe(config)
     given, tensor = decoder.head_input, decoder.head.weight
-    if not task.specs[tensor].rounded_by.solves:
+    if not problem.specs[tensor].rounded_by.solves:
         return []
     norm = source.read(decoder.norm.weight)
-    solver = _InputSolver(given, task)
+    solver = _InputSolver(given, problem)
     ends = [(rms_norm(x, norm, config.rms_norm_eps) for x in stream) for stream in streams]
     if solver.wants_products(sum(x.shape[0] for x in streams[0])):
         solver.gather(zip(*ends, strict=True))

@@ -34,15 +34,15 @@ class FoldedTensors:
                 self._rows |= {writer: np.float32(1) / written_scale(given, scale) for writer in given.writers}
 
     def read(self, name: str) -> Floats:
-        """A whole tensor, scaled."""
+        """A whole tensor in float32, scaled."""
         return self._scaled(name, self._source.read(name), 0)
 
     def read_rows(self, name: str, start: int, stop: int) -> Floats:
-        """Rows of a scaled tensor."""
+        """Rows [start, stop) of a tensor in float32, scaled."""
         return self._scaled(name, self._source.read_rows(name, start, stop), start)
 
     def scan(self, chunk_bytes: int) -> Iterator[Rows]:
-        """As the source's."""
+        """Passes the source's rows on; `decode` scales them."""
         return self._source.scan(chunk_bytes)
 
     def decode(self, rows: Rows, start: int, stop: int) -> Floats:

@@ -53,11 +53,11 @@ class PaddedHeads:
         self.bytes_read = source.bytes_read
 
     def read(self, name: str) -> Floats:
-        """A whole tensor, padded."""
+        """A whole tensor in float32, its heads padded."""
         return self._pad(name, self._source.read(name))
 
     def read_rows(self, name: str, start: int, stop: int) -> Floats:
-        """Rows of a padded tensor."""
+        """Rows [start, stop) of a tensor in float32, its heads padded."""
         return self.read(name)[start:stop]
 
     def scan(self, chunk_bytes: int) -> Iterator[Rows]:

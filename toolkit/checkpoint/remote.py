@@ -34,15 +34,15 @@ class HeadersAlone(SafetensorsWeights):
         self._place, self._sizes = place, sizes
 
     def scan(self, chunk_bytes: int) -> Iterator[Rows]:
-        """Raises CheckpointError: nothing is here."""
+        """Raises CheckpointError, for no weight is here."""
         self._refuse()
 
     def decode(self, rows: Rows, start: int, stop: int) -> NDArray[np.float32]:
-        """Raises CheckpointError: nothing is here."""
+        """Raises CheckpointError, for no weight is here."""
         self._refuse()
 
     def read_rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
-        """Raises CheckpointError: nothing is here."""
+        """Raises CheckpointError, for no weight is here."""
         self._refuse()
 
     def identity(self) -> tuple[Origin, ...]:

@@ -97,11 +97,11 @@ class RotatedTensors:
         self._whole: dict[str, Floats] = {}
 
     def read(self, name: str) -> Floats:
-        """A whole tensor, rotated."""
+        """A whole tensor in float32, rotated."""
         return self._rotated(name, self._source.read(name))
 
     def read_rows(self, name: str, start: int, stop: int) -> Floats:
-        """Rows of a rotated tensor."""
+        """Rows [start, stop) of a tensor in float32, rotated."""
         if self._mixes_rows(name):
             return self.read(name)[start:stop]
         return self._rotated(name, self._source.read_rows(name, start, stop))

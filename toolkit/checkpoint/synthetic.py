@@ -34,11 +34,11 @@ class SyntheticWeights:
         self._seed = seed
 
     def names(self) -> list[str]:
-        """Every tensor, embedding first."""
+        """Lists every tensor's name, the embedding first."""
         return list(self._shapes)
 
     def read(self, name: str) -> NDArray[np.float32]:
-        """A whole tensor."""
+        """Makes a whole tensor in float32."""
         return self.read_rows(name, 0, self._shapes[name][0])
 
     def read_rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
@@ -65,7 +65,7 @@ class SyntheticWeights:
                 yield Rows(name, start, stop, None)
 
     def decode(self, rows: Rows, start: int, stop: int) -> NDArray[np.float32]:
-        """Some of the rows."""
+        """Makes rows [start, stop) of a tensor in float32."""
         return self.read_rows(rows.name, start, stop)
 
     def identity(self) -> tuple[Origin, ...]:

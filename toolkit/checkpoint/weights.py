@@ -44,11 +44,11 @@ class Tensors(Protocol):
     """Named tensors that can be read by rows; what a forward pass needs."""
 
     def names(self) -> list[str]:
-        """Every tensor, in file order."""
+        """Lists every tensor's name, in file order."""
         ...
 
     def read(self, name: str) -> NDArray[np.float32]:
-        """A whole tensor."""
+        """Reads a whole tensor as float32."""
         ...
 
     def read_rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
@@ -89,7 +89,7 @@ class SafetensorsWeights:
         self._read = ReadBytes()
 
     def names(self) -> list[str]:
-        """Every tensor, in file order."""
+        """Lists every tensor's name, in file order."""
         return sorted(self._refs, key=lambda name: (str(self._refs[name].path), self._refs[name].offset))
 
     def files(self) -> list[Path]:

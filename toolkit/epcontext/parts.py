@@ -48,7 +48,7 @@ class Part:
 
     @property
     def log(self) -> str:
-        """The compiler's output."""
+        """The name of the file that holds the compiler's output."""
         return f"part_{self.index}.log"
 
 

@@ -67,11 +67,11 @@ class OneGraph:
         self._has_positions = any(value.name == names.POSITION_IDS for value in self._session.get_inputs())
 
     def placements(self) -> dict[str, dict[str, int]]:
-        """See Positions."""
+        """How many nodes of each graph every provider took, as Positions says."""
         return {names.MODEL: placement(self._session)}
 
     def logits(self, ids: list[int], prompt: int | None = None) -> NDArray[np.float32]:
-        """See Positions."""
+        """[T, V] of every position of a sequence, as Positions says."""
         stops = [len(ids)] if prompt is None else [prompt, *range(prompt + 1, len(ids) + 1)]
         cache = _empty_cache(self._session, 0)
         pieces, start = [], 0
@@ -113,11 +113,11 @@ class Pipeline:
         self._pad_token_id, self.context_length = int(model["pad_token_id"]), int(model["context_length"])
 
     def placements(self) -> dict[str, dict[str, int]]:
-        """See Positions."""
+        """How many nodes of each graph every provider took, as Positions says."""
         return {stage: placement(session) for stage, session in self._sessions.items()}
 
     def logits(self, ids: list[int], prompt: int | None = None) -> NDArray[np.float32]:
-        """See Positions."""
+        """[T, V] of every position of a sequence, as Positions says."""
         hidden = [step.hidden[:, :kept] for step, kept in self.steps(ids, prompt) if step.output == names.LAST_HIDDEN]
         return self.head(ids, np.concatenate(hidden, axis=1))
 

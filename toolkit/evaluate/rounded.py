@@ -27,11 +27,11 @@ class RoundedTensors:
         self._source, self._spec_of = source, spec_of
 
     def names(self) -> list[str]:
-        """As the source's."""
+        """Lists the names that the source has."""
         return self._source.names()
 
     def read(self, name: str) -> NDArray[np.float32]:
-        """A whole tensor."""
+        """Reads a whole tensor, rounded where a format is given."""
         return self._rounded(name, self._source.read(name))
 
     def read_rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:

@@ -34,7 +34,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Task:
-    """Named after its file."""
+    """Questions to ask, named after the file they are from."""
 
     name: str
     questions: tuple[Question, ...]

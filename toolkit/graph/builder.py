@@ -162,7 +162,7 @@ class GraphBuilder:
         return self.op(f"{path}/MatMulNBits", inputs, attributes, MS)[0]
 
     def model(self, name: str, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value]) -> ir.Model:
-        """The finished graph."""
+        """Makes the model of the nodes and weights added so far."""
         for value in self.initializers.values():
             tensor = value.const_value
             assert tensor is not None
@@ -191,19 +191,19 @@ def declare(output: ir.Value, name: str, dtype: ir.DataType, shape: Sequence[int
 
 @dataclass(frozen=True)
 class StageGraph:
-    """A stage with its graph."""
+    """A stage of a target with the model that computes it."""
 
     stage: Stage
     model: ir.Model
 
     @property
     def inputs(self) -> list[str]:
-        """Names, in the graph's order."""
+        """The names of what the graph takes, in its order."""
         return [str(value.name) for value in self.model.graph.inputs]
 
     @property
     def outputs(self) -> list[str]:
-        """Names, in the graph's order."""
+        """The names of what the graph gives, in its order."""
         return [str(value.name) for value in self.model.graph.outputs]
 
     def save(self, folder: Path) -> None:

@@ -24,7 +24,7 @@ _IDS_SHAPE = (1, "sequence")
 
 
 @dataclass(frozen=True)
-class Part:
+class TransformerPart:
     """A stage's name, which of how many parts of the transformer it is, and its layers."""
 
     stage: str
@@ -46,7 +46,7 @@ def build_transformer(
     layout: Layout,
     form: Form,
     context_length: int,
-    part: Part,
+    part: TransformerPart,
     sequence_length: int,
     ranges: Mapping[str, ActivationRange] | None = None,
 ) -> ir.Model:

@@ -9,7 +9,7 @@ from toolkit.checkpoint.config import ModelConfig
 from toolkit.graph.builder import StageGraph
 from toolkit.graph.decoder import build_decoder
 from toolkit.graph.layout import Layout
-from toolkit.graph.stages import Part, build_embeddings, build_lm_head, build_transformer
+from toolkit.graph.stages import TransformerPart, build_embeddings, build_lm_head, build_transformer
 from toolkit.partition.parts import cut_layers, layer_bytes
 from toolkit.quant.ranges import ActivationRange
 from toolkit.recipe import Recipe
@@ -40,7 +40,7 @@ def lower(
         elif stage.name == names.HEAD:
             graph = build_lm_head(config, layout, form, pad_token_id)
         else:
-            part = Part(stage.name, stage.part, parts, spans[stage.part])
+            part = TransformerPart(stage.name, stage.part, parts, spans[stage.part])
             graph = build_transformer(config, layout, form, length, part, stage.sequence_length, ranges)
         graphs.append(StageGraph(stage, graph))
     return graphs

@@ -33,7 +33,7 @@ class StoredTensors:
                 self._places[name] = unit, start, start + unit.rows[k]
 
     def names(self) -> list[str]:
-        """Every tensor."""
+        """Lists the name of every packed tensor."""
         return list(self._places)
 
     def read(self, name: str) -> Floats:

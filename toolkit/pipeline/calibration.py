@@ -16,7 +16,7 @@ from toolkit.bundle.manifest import CalibrationText
 from toolkit.calibrate.facts import Survey
 from toolkit.calibrate.ladder import SharedFormat, spend_budget
 from toolkit.calibrate.ranges import activation_ranges
-from toolkit.calibrate.solve import Fallback, Task, solve
+from toolkit.calibrate.solve import Fallback, Problem, solve
 from toolkit.calibrate.survey import Wish, shared_formats, survey
 from toolkit.checkpoint.anatomy import describe
 from toolkit.checkpoint.folded import FoldedTensors
@@ -135,8 +135,8 @@ def _weights(
     if any(spec.rounded_by.solves for spec in formats.values()):
         with open_solved(Destination(layout, partial)) as writer:
             values = {name: facts.values for name, facts in found.inputs.items()}
-            task = Task(formats, importance, rounding, head_rounding, values)
-            fallbacks = solve(config, folded, sequences, task, writer, work / "solve", progress)
+            problem = Problem(formats, importance, rounding, head_rounding, values)
+            fallbacks = solve(config, folded, sequences, problem, writer, work / "solve", progress)
     section = _section(recipe, found, fallbacks)
     return plan, importance, section | {"survey_s": surveyed - start, "solve_s": time.perf_counter() - surveyed}
 

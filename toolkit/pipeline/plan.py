@@ -55,7 +55,7 @@ _SHAPE_FIELDS: Final = (
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """One export, sized.
+    """What one export will make and need.
 
     `opened` is the checkpoint as it was given, `checkpoint` as the graph needs it, rotated and with padded heads, and
     `salient_inputs` has what rounding without data spoils in it. `peak_memory_bytes` is a forecast, of which the report

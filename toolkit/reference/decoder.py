@@ -105,12 +105,12 @@ class Layer:
         return attend(q, k, v, positions, attention.window, self.config.rotary_head_dim)
 
     def mlp_hidden(self, mlp: Mlp, normed: Array) -> Array:
-        """[T, D] to [T, intermediate_size]."""
+        """The MLP's activations [T, intermediate_size] of its normed input [T, D]."""
         gate = self.activated(mlp, self.linear(mlp.gate_proj, normed))
         return gate * self.linear(mlp.up_proj, normed)
 
     def activated(self, mlp: Mlp, gate: Array) -> Array:
-        """SiLU, elementwise."""
+        """The gate through SiLU, each element for itself."""
         silu: Array = gate / (1 + np.exp(-gate))
         return silu
 
@@ -132,7 +132,7 @@ class Layer:
         return rms_norm(x, self.tensors[norm.weight], self.config.rms_norm_eps)
 
     def linear(self, linear: Linear, x: Array) -> Array:
-        """[T, in_features] to [T, out_features]."""
+        """The linear's output [T, out_features] of its input [T, in_features]."""
         y = self.product(linear, x)
         return y + self.tensors[names.bias(linear.module)] if linear.has_bias else y
 

@@ -25,17 +25,17 @@ class Resident:
         self._tensors: dict[str, Array] = {}
 
     def names(self) -> list[str]:
-        """As the source's."""
+        """Lists the names that the source has."""
         return self._source.names()
 
     def read(self, name: str) -> Array:
-        """A whole tensor."""
+        """Reads a whole tensor, from the source the first time."""
         if name not in self._tensors:
             self._tensors[name] = self._source.read(name)
         return self._tensors[name]
 
     def read_rows(self, name: str, start: int, stop: int) -> Array:
-        """Rows of a tensor."""
+        """Reads rows [start, stop) of a tensor that is remembered."""
         return self.read(name)[start:stop]
 
 

@@ -69,7 +69,7 @@ class Bar:
 
 
 def power_of_ten(exponent: int) -> str:
-    """`10⁻⁶` for -6."""
+    """Writes a power of ten with a raised exponent, `10⁻⁶` for -6."""
     return "10" + str(exponent).translate(_SUPERSCRIPTS)
 
 
