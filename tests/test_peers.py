@@ -11,6 +11,7 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
+from benchmarks.peers import llama_cpp
 from benchmarks.peers.imatrix import second_moments, write_imatrix
 from benchmarks.peers.llama_names import gguf_name, rotated_heads, to_halves, to_neighbours
 from benchmarks.peers.onnx_model import ONNXWeights
@@ -164,3 +165,19 @@ def _write_builder_model(path: Path, left_out: str = "", tied: bool = False) -> 
     kept = [node for node in nodes if node.name != left_out]
     onnx.save(helper.make_model(helper.make_graph(kept, "model", [], [], constants)), path)
     return matrices, sum(numpy_helper.to_array(constant).nbytes for constant in constants)
+
+
+def test_llama_cpp_alone_is_taken_as_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """pip applies `--no-binary :all:` to what a package is built with too, and would build cmake for half an hour."""
+    commands: list[list[str]] = []
+
+    def run(command: list[str], log: Path) -> None:
+        commands.append(command)
+        raise PeerError("not downloaded here")
+
+    monkeypatch.setattr(llama_cpp, "run_tool", run)
+    monkeypatch.setattr(llama_cpp, "program", lambda name: name)
+    with pytest.raises(PeerError, match="not downloaded here"):
+        llama_cpp.llama_cpp(tmp_path)
+    (command,) = commands
+    assert command[command.index("--no-binary") + 1] == "llama-cpp-python"
