@@ -43,7 +43,7 @@ def greedy_continuations(
     config: ModelConfig, source: Tensors, prompts: list[list[int]], new_tokens: int, stop_ids: set[int]
 ) -> list[list[int]]:
     """What each prompt is continued with, ended by (and including) a stop id or after `new_tokens`."""
-    resident = Resident(source)
+    resident = source if isinstance(source, Resident) else Resident(source)
     decoder = _Decoder(config, resident, prompts, new_tokens)
     made: list[list[int]] = [[] for _ in prompts]
     live = np.arange(len(prompts))

@@ -12,8 +12,9 @@ from toolkit.epcontext.htp import PROVIDER
 from toolkit.evaluate.speed import measure_speed_apart
 from toolkit.pipeline.judge.answers import ReferenceAnswers, answers_not_measured, asked_tasks, baseline_rows, task_rows
 from toolkit.pipeline.judge.effort import Effort
-from toolkit.pipeline.judge.parity import Compared, compare
-from toolkit.pipeline.judge.simulator import run_simulator, simulated_task_rows
+from toolkit.pipeline.judge.parity import Compared, compare, greedy_tokens
+from toolkit.pipeline.judge.reference import Reference
+from toolkit.pipeline.judge.simulator import Simulation, plan_simulation, run_simulation, simulated_task_rows
 from toolkit.pipeline.judge.subject import Subject, open_subject
 from toolkit.pipeline.judge.verdict import thresholds
 from toolkit.report.sections import NotMeasured
@@ -34,25 +35,29 @@ def judge_bundle(
     """
     subject = open_subject(bundle, checkpoint, effort, progress)
     report = read_report(bundle, subject.manifest)
-    asked, reference = asked_tasks(subject), ReferenceAnswers(checkpoint)
-    compared = compare(subject)
+    asked, answers = asked_tasks(subject), ReferenceAnswers()
+    read_before = checkpoint.source.bytes_read()
+    simulation, greedy = plan_simulation(subject), greedy_tokens(subject)
+    simulated_ids = simulation.sequences if isinstance(simulation, Simulation) else []
+    reference = Reference(subject, [greedy.prompt + greedy.made, *simulated_ids])
+    compared = compare(subject, reference, greedy)
     report |= {"parity": compared.parity} | ({"baseline": compared.baseline} if compared.baseline else {})
     reasons = []
     if "partition" in report:
         report["partition"] = _partition(report["partition"], compared)
         reasons += _not_seen(report["partition"], subject)
-    simulated = run_simulator(subject)
-    if isinstance(simulated, NotMeasured):
-        reasons.append(simulated)
-    elif simulated:
-        rows = simulated_task_rows(subject, asked, reference)
+    if isinstance(simulation, NotMeasured):
+        reasons.append(simulation)
+    elif simulation:
+        simulated = run_simulation(subject, simulation, reference, reference.beside[1:])
+        rows = simulated_task_rows(subject, asked, answers)
         reasons += [rows] if isinstance(rows, NotMeasured) else []
         report["simulator"] = simulated if isinstance(rows, NotMeasured) else {**simulated, "tasks": rows}
     if effort.baseline is False:
         reasons.append(NotMeasured("baseline", "left out by --no-baseline"))
     if asked:
-        report["tasks"] = task_rows(subject, asked, reference)
-        if compared.baseline and (plain := baseline_rows(subject, asked, reference)):
+        report["tasks"] = task_rows(subject, asked, answers)
+        if compared.baseline and (plain := baseline_rows(subject, asked, answers)):
             report["baseline"]["tasks"] = plain
     reasons += answers_not_measured(subject, report.get("tasks", []))
     speed = _speed(subject)
@@ -60,6 +65,7 @@ def judge_bundle(
         reasons.append(speed)
     else:
         report["speed"] = speed
+    report["parity"]["bytes_read"] = checkpoint.source.bytes_read() - read_before
     report["verdict"] = judge(report, thresholds(subject.manifest, report))
     return write_report(bundle, report, {entry.name: entry.reason for entry in reasons})
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from toolkit.checkpoint.opened import Checkpoint
-from toolkit.checkpoint.weights import parameter_count
 from toolkit.errors import RecipeError
 from toolkit.evaluate.answers import Answers, Asked, ask, bundle_answers, compared, reference_answers
 from toolkit.evaluate.rounded import plain_rounding
 from toolkit.evaluate.tasks import read_task
-from toolkit.machine import free_memory_bytes
 from toolkit.pipeline.judge.subject import Subject
+from toolkit.reference.greedy import Resident
 from toolkit.report.sections import NotMeasured
 
 
@@ -29,17 +27,15 @@ def asked_tasks(subject: Subject) -> list[Asked]:
 class ReferenceAnswers:
     """The checkpoint's answers, each task asked once, and only where its weights fit into memory."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint = checkpoint
-        self._resident = 8 * parameter_count(checkpoint.config) < free_memory_bytes()
+    def __init__(self) -> None:
         self._made: dict[str, Answers] = {}
 
     def to(self, asked: Asked, subject: Subject) -> Answers | None:
         """Its answers to a task; None where it does not fit."""
         name = asked.task.name
-        if self._resident and name not in self._made:
+        if isinstance(subject.source, Resident) and name not in self._made:
             subject.progress(f"task {name}: the reference")
-            self._made[name] = reference_answers(self.checkpoint.config, self.checkpoint.source, asked)
+            self._made[name] = reference_answers(subject.checkpoint.config, subject.source, asked)
         return self._made.get(name)
 
 
@@ -62,12 +58,11 @@ def task_row(asked: Asked, ours: Answers, theirs: Answers | None) -> dict[str, A
 
 def baseline_rows(subject: Subject, tasks: list[Asked], reference: ReferenceAnswers) -> list[dict[str, Any]]:
     """What plain 4-bit rounding of the checkpoint answers, each task that the checkpoint itself can be asked."""
-    config, source = subject.checkpoint.config, subject.checkpoint.source
-    rows = []
+    rounded, rows = Resident(plain_rounding(subject.source)), []
     for asked in tasks:
         if reference.to(asked, subject):
             subject.progress(f"task {asked.task.name}: plain 4-bit rounding")
-            plain = reference_answers(config, plain_rounding(source), asked)
+            plain = reference_answers(subject.checkpoint.config, rounded, asked)
             rows.append({"name": asked.task.name, "examples": len(asked.ids), **plain.figures()})
     return rows
 

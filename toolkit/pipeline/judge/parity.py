@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from toolkit.evaluate.parity import Comparison, matching_prefix
 from toolkit.evaluate.positions import open_positions, rounds_activations
-from toolkit.evaluate.rounded import PLAIN_BITS_PER_WEIGHT, PLAIN_NAME, plain_rounding
+from toolkit.evaluate.rounded import PLAIN_BITS_PER_WEIGHT, PLAIN_NAME
 from toolkit.evaluate.session import continuations
+from toolkit.pipeline.judge.reference import Reference
 from toolkit.pipeline.judge.subject import GREEDY_PROMPT, Subject
-from toolkit.reference.decoder import head_logits, reference_hidden
+from toolkit.reference.decoder import Array
 
 _REFERENCE: Final = "numpy float32 forward of the checkpoint"
 _WEIGHT_FIGURES: Final = ("mean_kld", "median_kld", "p99_kld", "p999_kld", "top1_agreement")
@@ -32,37 +32,52 @@ class Compared:
     placements: dict[str, dict[str, int]]
 
 
-def compare(subject: Subject) -> Compared:
-    """Compares the bundle with its checkpoint on the subject's sequences, token by token."""
-    config, source = subject.checkpoint.config, subject.checkpoint.source
-    sequences = subject.sequences
-    prompt = sequences[0][:GREEDY_PROMPT]
+@dataclass(frozen=True)
+class Greedy:
+    """A prompt, and what a bundle makes of it greedily, as token ids."""
+
+    prompt: list[int]
+    made: list[int]
+
+    def matching(self, logits: Array) -> int:
+        """How many of its first tokens are the best of the checkpoint's logits [T, V] on prompt and tokens."""
+        best = logits[len(self.prompt) - 1 : -1].argmax(axis=-1)
+        return matching_prefix(best.tolist(), self.made)
+
+
+def greedy_tokens(subject: Subject) -> Greedy:
+    """The first words of the text, continued by the bundle through onnxruntime-genai."""
+    prompt = subject.sequences[0][:GREEDY_PROMPT]
     subject.progress("greedy tokens through onnxruntime-genai")
     (made,) = continuations(subject.bundle, [prompt], _GREEDY_NEW, not subject.here)
-    hidden = reference_hidden(config, source, [*sequences, prompt + made], subject.progress)
-    greedy = head_logits(config, source, hidden.pop()[len(prompt) - 1 : -1]).argmax(axis=-1)
-    plain = plain_rounding(source) if subject.wants_baseline else None
-    plain_hidden = reference_hidden(config, plain, sequences) if plain else None
+    return Greedy(prompt, made)
+
+
+def compare(subject: Subject, reference: Reference, greedy: Greedy) -> Compared:
+    """Compares the bundle with its checkpoint on the subject's sequences, token by token.
+
+    The logits of the greedy tokens are the first that stand `beside` the text in the reference.
+    """
     session, ours, theirs = open_positions(subject.bundle), Comparison(), Comparison()
     cached_error = 0.0
     subject.progress("logits of the bundle")
-    for k, ids in enumerate(sequences):
-        expected, actual = head_logits(config, source, hidden[k]), session.logits(ids)
+    for k, (ids, (expected, plain)) in enumerate(zip(subject.sequences, reference.text(), strict=True)):
+        actual = session.logits(ids)
         ours.add(expected, actual, ids)
         if k == 0:
             decoded = session.logits(ids[:_DECODED_TOKENS], prompt=min(len(ids), _DECODED_TOKENS // 2))
             cached_error = float(np.abs(decoded - expected[:_DECODED_TOKENS]).max())
-        if plain and plain_hidden:
-            theirs.add(expected, head_logits(config, plain, plain_hidden[k]), ids)
+        if plain is not None:
+            theirs.add(expected, plain, ids)
     placements = session.placements()
     del session
     parity = {"reference": _REFERENCE, **ours.figures()}
     parity["max_abs_logit_error"] = max(parity["max_abs_logit_error"], cached_error)
-    parity |= {"greedy_match_tokens": matching_prefix(greedy.tolist(), made), "greedy_tokens": len(made)}
+    parity |= {"greedy_match_tokens": greedy.matching(reference.beside[0]), "greedy_tokens": len(greedy.made)}
     if rounds_activations(subject.bundle):
         subject.progress("logits of the bundle's weights alone")
-        parity["weights_alone"] = _weights_alone(subject, hidden)
-    return Compared(parity, _baseline(theirs) if plain else None, placements)
+        parity["weights_alone"] = _weights_alone(subject, reference)
+    return Compared(parity, _baseline(theirs) if subject.wants_baseline else None, placements)
 
 
 def _baseline(comparison: Comparison) -> dict[str, Any]:
@@ -71,11 +86,10 @@ def _baseline(comparison: Comparison) -> dict[str, Any]:
     return {"name": PLAIN_NAME, "bits_per_weight": PLAIN_BITS_PER_WEIGHT, **figures}
 
 
-def _weights_alone(subject: Subject, hidden: list[NDArray[np.float32]]) -> dict[str, float]:
+def _weights_alone(subject: Subject, reference: Reference) -> dict[str, float]:
     """The divergence that is left where products take their inputs as they are: what the weights themselves cost."""
     session, comparison = open_positions(subject.bundle, exact=True), Comparison()
-    config, source = subject.checkpoint.config, subject.checkpoint.source
-    for ids, last in zip(subject.sequences, hidden, strict=True):
-        comparison.add(head_logits(config, source, last), session.logits(ids), ids)
+    for ids, (expected, _) in zip(subject.sequences, reference.text(), strict=True):
+        comparison.add(expected, session.logits(ids), ids)
     figures = comparison.figures()
     return {name: figures[name] for name in _WEIGHT_FIGURES}

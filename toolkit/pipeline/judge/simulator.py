@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 from toolkit import names
 from toolkit.epcontext.htp import htp_version
 from toolkit.errors import MachineError
 from toolkit.evaluate.answers import Asked, first_of, simulated_answers
-from toolkit.evaluate.parity import matching_prefix
 from toolkit.evaluate.simulated_loop import simulated_continuations
 from toolkit.evaluate.simulator import simulate, simulated_divergence
 from toolkit.pipeline.judge.answers import ReferenceAnswers, task_row
+from toolkit.pipeline.judge.parity import Greedy
+from toolkit.pipeline.judge.reference import Reference
 from toolkit.pipeline.judge.subject import GREEDY_PROMPT, Subject
-from toolkit.reference.decoder import head_logits, reference_hidden
+from toolkit.reference.decoder import Array
 from toolkit.report.sections import NotMeasured
 
 # Tokens made through onnxruntime-genai with the transformer in the simulator.
@@ -22,8 +25,23 @@ _SIMULATED_NEW: Final = 8
 _SIMULATED_BYTES: Final = 64 << 20
 
 
-def run_simulator(subject: Subject) -> dict[str, Any] | NotMeasured | None:
-    """The section, or why there is none; None for a target without a simulator."""
+@dataclass(frozen=True)
+class Simulation:
+    """What goes through the simulator: `cut` of the text, of which the last `decoded` ids each by itself; and the
+    `greedy` continuation that was made in it, where the transformer is small."""
+
+    cut: list[int]
+    decoded: int
+    greedy: Greedy | None
+
+    @property
+    def sequences(self) -> list[list[int]]:
+        """What the checkpoint's logits are wanted of."""
+        return [self.cut, *([self.greedy.prompt + self.greedy.made] if self.greedy else [])]
+
+
+def plan_simulation(subject: Subject) -> Simulation | NotMeasured | None:
+    """What to simulate, or why nothing is; None for a target without a simulator."""
     wanted, recipe = subject.effort.simulate, subject.manifest.recipe
     if not recipe.soc:
         return None
@@ -36,14 +54,23 @@ def run_simulator(subject: Subject) -> dict[str, Any] | NotMeasured | None:
         htp_version()
     except MachineError as problem:
         return NotMeasured("simulator", str(problem))
-    config, source = subject.checkpoint.config, subject.checkpoint.source
     windows, decoded = (1, 1) if large else (2, 8)
     cut = [token for ids in subject.sequences for token in ids][: windows * recipe.window + decoded]
-    logits = head_logits(config, source, reference_hidden(config, source, [cut])[0])
-    section = simulate(subject.bundle, cut, max(len(cut) - decoded, 1), logits, subject.progress)
+    return Simulation(cut, decoded, None if large else _greedy(subject, cut[:GREEDY_PROMPT]))
+
+
+def run_simulation(
+    subject: Subject, simulation: Simulation, reference: Reference, logits: Sequence[Array]
+) -> dict[str, Any]:
+    """The section; `logits` are the checkpoint's of the simulation's sequences."""
+    cut = simulation.cut
+    section = simulate(subject.bundle, cut, max(len(cut) - simulation.decoded, 1), logits[0], subject.progress)
     if subject.effort.simulated_tokens:
-        section |= _divergence(subject)
-    return section if large else section | _greedy(subject, cut[:GREEDY_PROMPT])
+        section |= _divergence(subject, reference)
+    if simulation.greedy is None:
+        return section
+    matched = simulation.greedy.matching(logits[1])
+    return section | {"greedy_match_tokens": matched, "greedy_tokens": len(simulation.greedy.made)}
 
 
 def simulated_task_rows(
@@ -68,23 +95,20 @@ def _is_large(subject: Subject) -> bool:
     return not data.is_file() or data.stat().st_size > _SIMULATED_BYTES
 
 
-def _divergence(subject: Subject) -> dict[str, Any]:
+def _divergence(subject: Subject, reference: Reference) -> dict[str, Any]:
     """The divergence from the checkpoint on as many tokens as were asked for."""
     first = _first_tokens(subject.sequences, subject.effort.simulated_tokens)
     subject.progress(f"{sum(map(len, first))} tokens in the simulator")
-    config, source = subject.checkpoint.config, subject.checkpoint.source
-    expected = (head_logits(config, source, hidden) for hidden in reference_hidden(config, source, first))
+    # A position sees none after it, so those of a cut sequence are the whole one's.
+    expected = (logits[: len(ids)] for ids, (logits, _) in zip(first, reference.text(), strict=False))
     return simulated_divergence(subject.bundle, first, expected)
 
 
-def _greedy(subject: Subject, prompt: list[int]) -> dict[str, Any]:
-    """How many greedy tokens through onnxruntime-genai are the checkpoint's."""
+def _greedy(subject: Subject, prompt: list[int]) -> Greedy:
+    """What onnxruntime-genai makes of a prompt with the transformer in the simulator."""
     subject.progress("greedy tokens through onnxruntime-genai in the simulator")
     (made,) = simulated_continuations(subject.bundle, [prompt], _SIMULATED_NEW)
-    config, source = subject.checkpoint.config, subject.checkpoint.source
-    hidden = reference_hidden(config, source, [prompt + made])[0]
-    best = head_logits(config, source, hidden[len(prompt) - 1 : -1]).argmax(axis=-1)
-    return {"greedy_match_tokens": matching_prefix(best.tolist(), made), "greedy_tokens": len(made)}
+    return Greedy(prompt, made)
 
 
 def _first_tokens(sequences: list[list[int]], tokens: int) -> list[list[int]]:

@@ -10,11 +10,14 @@ from typing import Final
 from toolkit.bundle.genai_config import read_settings
 from toolkit.bundle.manifest import Manifest, read_manifest
 from toolkit.checkpoint.opened import Checkpoint
+from toolkit.checkpoint.weights import Tensors, parameter_count
 from toolkit.errors import BundleError
 from toolkit.evaluate.session import is_here
+from toolkit.machine import free_memory_bytes
 from toolkit.pipeline.judge.effort import Effort
 from toolkit.pipeline.text import token_sequences
 from toolkit.recipe import Recipe, data_folder
+from toolkit.reference.greedy import Resident
 
 # The prompt and the length of the greedy continuations through onnxruntime-genai.
 GREEDY_PROMPT: Final = 24
@@ -28,8 +31,9 @@ class Subject:
     """One validation's inputs, opened.
 
     `sequences` are the token ids that bundle and checkpoint are compared on, `task_files` the recipe's questions,
-    `here` says whether this machine has every execution provider of the bundle (else all runs on the CPU), and
-    `progress` takes a line for each step.
+    `source` has the checkpoint's tensors, which stay in memory once read where tasks are asked and they fit. `here`
+    says whether this machine has every execution provider of the bundle (else all runs on the CPU), and `progress`
+    takes a line for each step.
     """
 
     bundle: Path
@@ -38,6 +42,7 @@ class Subject:
     effort: Effort
     sequences: list[list[int]]
     task_files: tuple[Path, ...]
+    source: Tensors
     here: bool
     progress: Callable[[str], None]
 
@@ -57,7 +62,10 @@ def open_subject(bundle: Path, checkpoint: Checkpoint, effort: Effort, progress:
     text = effort.text or (*task_files, data_folder("models") / _TEXT_FILE)[0]
     sequences = token_sequences(checkpoint, text, effort.tokens, _SHORTEST)
     here = is_here(read_settings(bundle))
-    return Subject(bundle, manifest, checkpoint, effort, sequences, task_files, here, progress)
+    asks = bool(effort.own_tasks or (effort.tasks and task_files))
+    fits = 8 * parameter_count(checkpoint.config) < free_memory_bytes()
+    source = Resident(checkpoint.source) if asks and fits else checkpoint.source
+    return Subject(bundle, manifest, checkpoint, effort, sequences, task_files, source, here, progress)
 
 
 def _check_same(manifest: Manifest, checkpoint: Checkpoint) -> None:

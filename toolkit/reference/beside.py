@@ -1,0 +1,101 @@
+"""A checkpoint and variants of its weights through the same forward pass, side by side: each weight is read once for
+all of them.
+
+T positions, D hidden, V vocab.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from toolkit.checkpoint.anatomy import describe
+from toolkit.checkpoint.config import ModelConfig
+from toolkit.checkpoint.weights import Tensors
+from toolkit.reference.decoder import Array, embed, head_rows, read_layer, rms_norm
+
+# What a variant makes of the checkpoint's tensors; the checkpoint itself is `exact`.
+Variant = Callable[[Tensors], Tensors]
+
+
+def exact(source: Tensors) -> Tensors:
+    """The checkpoint's tensors as they are."""
+    return source
+
+
+@dataclass(frozen=True)
+class Run:
+    """A variant and the sequences of token ids that go through it."""
+
+    variant: Variant
+    sequences: Sequence[list[int]]
+
+
+class _Remembered:
+    """`Tensors` that reads each piece from its source once, until it is told to forget."""
+
+    def __init__(self, source: Tensors) -> None:
+        self._source = source
+        self._whole: dict[str, Array] = {}
+        self._rows: dict[tuple[str, int, int], Array] = {}
+
+    def names(self) -> list[str]:
+        """As the source's."""
+        return self._source.names()
+
+    def read(self, name: str) -> Array:
+        """A whole tensor."""
+        if name not in self._whole:
+            self._whole[name] = self._source.read(name)
+        return self._whole[name]
+
+    def read_rows(self, name: str, start: int, stop: int) -> Array:
+        """Rows of a tensor."""
+        if (name, start, stop) not in self._rows:
+            self._rows[name, start, stop] = self._source.read_rows(name, start, stop)
+        return self._rows[name, start, stop]
+
+    def forget(self) -> None:
+        """Frees what was read so far."""
+        self._whole, self._rows = {}, {}
+
+
+def hidden_beside(
+    config: ModelConfig, source: Tensors, runs: Sequence[Run], progress: Callable[[str], None] = lambda _: None
+) -> list[list[Array]]:
+    """The final norm's output [T, D] of each sequence of each run, one layer of each variant in memory at a time.
+
+    `progress` is called with the name of each finished layer.
+    """
+    read = _Remembered(source)
+    variants = [run.variant(read) for run in runs]
+    hidden = [[embed(tensors, ids) for ids in run.sequences] for tensors, run in zip(variants, runs, strict=True)]
+    read.forget()
+    for layer_index in range(config.num_hidden_layers):
+        for k, tensors in enumerate(variants):
+            layer = read_layer(config, tensors, layer_index)
+            hidden[k] = [layer(x) for x in hidden[k]]
+        read.forget()
+        progress(f"layer {layer_index}")
+    norm = describe(config).norm.weight
+    return [
+        [rms_norm(x, tensors.read(norm), config.rms_norm_eps) for x in states]
+        for tensors, states in zip(variants, hidden, strict=True)
+    ]
+
+
+def logits_beside(
+    config: ModelConfig, source: Tensors, variants: Sequence[Variant], hidden: Sequence[Array]
+) -> list[Array]:
+    """[T, V] of each variant's hidden states [T, D], the head going by once for all, some rows at a time."""
+    read = _Remembered(source)
+    made = [np.empty((states.shape[0], config.vocab_size), np.float32) for states in hidden]
+    start = 0
+    for blocks in zip(*(head_rows(config, variant(read)) for variant in variants), strict=True):
+        for logits, states, rows in zip(made, hidden, blocks, strict=True):
+            logits[:, start : start + rows.shape[0]] = states @ rows.T
+        start += blocks[0].shape[0]
+        read.forget()
+    return made
