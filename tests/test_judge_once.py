@@ -18,7 +18,7 @@ from toolkit.pipeline.judge.reference import Reference
 from toolkit.pipeline.judge.subject import open_subject
 from toolkit.recipe import load_recipe
 from toolkit.reference import decoder
-from toolkit.reference.beside import Run, exact, hidden_beside, logits_beside
+from toolkit.reference.beside import Forward, exact, hidden_beside, logits_beside
 from toolkit.reference.decoder import head_logits, reference_hidden, reference_logits
 
 SEQUENCES = [[5, 6, 7, 8, 9, 5, 5], [900, 3], [int(i) for i in np.random.default_rng(1).integers(0, 1024, 40)]]
@@ -45,7 +45,7 @@ def test_side_by_side_is_one_after_the_other(
 ) -> None:
     monkeypatch.setattr(decoder, "_HEAD_ROWS", 300)
     config, source = checkpoint.config, checkpoint.source
-    runs = [Run(exact, SEQUENCES), Run(plain_rounding, SEQUENCES[1:])]
+    runs = [Forward(exact, SEQUENCES), Forward(plain_rounding, SEQUENCES[1:])]
     hidden = hidden_beside(config, source, runs)
     logits = logits_beside(config, source, [exact, plain_rounding], [np.concatenate(states) for states in hidden])
     # Rows of the embedding and, once each, everything else.

@@ -26,7 +26,7 @@ def exact(source: Tensors) -> Tensors:
 
 
 @dataclass(frozen=True)
-class Run:
+class Forward:
     """A variant and the sequences of token ids that go through it."""
 
     variant: Variant
@@ -63,7 +63,7 @@ class _Remembered:
 
 
 def hidden_beside(
-    config: ModelConfig, source: Tensors, runs: Sequence[Run], progress: Callable[[str], None] = lambda _: None
+    config: ModelConfig, source: Tensors, runs: Sequence[Forward], progress: Callable[[str], None] = lambda _: None
 ) -> list[list[Array]]:
     """The final norm's output [T, D] of each sequence of each run, one layer of each variant in memory at a time.
 

@@ -13,7 +13,7 @@ import numpy as np
 from toolkit.evaluate.rounded import plain_rounding
 from toolkit.machine import free_memory_bytes
 from toolkit.pipeline.judge.subject import Subject
-from toolkit.reference.beside import Run, exact, hidden_beside, logits_beside
+from toolkit.reference.beside import Forward, exact, hidden_beside, logits_beside
 from toolkit.reference.decoder import Array
 
 # The part of the free memory that the logits of one group of sequences may take; the first group's are kept.
@@ -30,8 +30,8 @@ class Reference:
     def __init__(self, subject: Subject, beside: Sequence[list[int]], logits_bytes: int | None = None) -> None:
         self._config, self._source = subject.checkpoint.config, subject.source
         self._variants = [exact, plain_rounding] if subject.wants_baseline else [exact]
-        runs = [Run(variant, subject.sequences) for variant in self._variants]
-        runs[0] = Run(exact, [*beside, *subject.sequences])
+        runs = [Forward(variant, subject.sequences) for variant in self._variants]
+        runs[0] = Forward(exact, [*beside, *subject.sequences])
         hidden = hidden_beside(self._config, self._source, runs, subject.progress)
         others, hidden[0] = hidden[0][: len(beside)], hidden[0][len(beside) :]
         self._hidden = hidden
