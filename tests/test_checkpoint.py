@@ -172,6 +172,7 @@ def with_extras(model: torch.nn.Module, tmp_path_factory: pytest.TempPathFactory
     tensors = _store(model, "fp32", folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}), encoding="utf-8")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     inside, end = "model.layers.0.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq"
     save_file({**tensors, inside: torch.rand(8), end: torch.rand(2003)}, folder / "model.safetensors")
     in_order = sorted((refs := read_header(folder / "model.safetensors")), key=lambda name: refs[name].offset)

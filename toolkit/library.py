@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.bundle.manifest import read_manifest, verify_manifest
+from toolkit.checkpoint.adapter import merge_adapter
 from toolkit.checkpoint.download import is_hub_id, resolve_checkpoint
 from toolkit.checkpoint.opened import Checkpoint, synthetic_checkpoint
 from toolkit.checkpoint.opened import open_checkpoint as open_folder
@@ -33,19 +34,26 @@ def _silent(_: str) -> None:
 
 
 def open_checkpoint(
-    place: str | Path, *, revision: str | None = None, synthetic: bool = False, headers_alone: bool = False
+    place: str | Path,
+    *,
+    revision: str | None = None,
+    synthetic: bool = False,
+    headers_alone: bool = False,
+    adapter: str | Path | None = None,
 ) -> Checkpoint:
     """Opens the checkpoint in a folder, of an embedded model, or of a hub id, which is downloaded first.
 
     Every header is checked against the config. `revision` is a branch, tag or commit of a hub id. `synthetic` makes
     seeded random weights of the shapes in its config instead. With `headers_alone` the weights of a hub id stay there:
-    enough for a plan, and reading one is an error. Raises CheckpointError for what is incomplete, damaged or no
-    checkpoint.
+    enough for a plan, and reading one is an error. `adapter` is the folder of a LoRA adapter to merge into the weights.
+    Raises CheckpointError for what is incomplete, damaged or no checkpoint.
     """
     if headers_alone and not synthetic:
-        return open_headers(str(place), revision)
-    folder = resolve_checkpoint(str(place), revision, weights=not synthetic)
-    return synthetic_checkpoint(folder) if synthetic else open_folder(folder)
+        opened = open_headers(str(place), revision)
+    else:
+        folder = resolve_checkpoint(str(place), revision, weights=not synthetic)
+        opened = synthetic_checkpoint(folder) if synthetic else open_folder(folder)
+    return merge_adapter(opened, Path(adapter)) if adapter else opened
 
 
 def plan(
@@ -59,6 +67,7 @@ def plan(
     synthetic: bool = False,
     shapes_alone: bool = False,
     revision: str | None = None,
+    adapter: str | Path | None = None,
     note: Progress = _silent,
 ) -> list[ExportPlan]:
     """Decides everything about exports of one checkpoint and writes nothing: a plan for each recipe, in order.
@@ -70,7 +79,8 @@ def plan(
     random weights in for the checkpoint's, which get the quality `fast` unless another is named: they have no salient
     channels. With `shapes_alone` no weights are downloaded: the shapes are the model's published ones, or those in the
     headers of `checkpoint`, and the plan is not one to export. `revision` is a branch, tag or commit of a hub id.
-    `note` is told in one line which recipe a hub id means.
+    `adapter` is the folder of a LoRA adapter to merge into the checkpoint. `note` is told, a line each, which recipe a
+    hub id means and what there is to know of the checkpoint's files.
 
     Raises RecipeError or CheckpointError for what does not exist or does not belong together, UnsupportedError for what
     the target cannot do.
@@ -90,7 +100,9 @@ def plan(
     # Published shapes serve where no numbers are needed, unless the model itself is on this machine.
     if facts is None or revision or Path(model).is_dir() or not (synthetic or shapes_alone):
         place = place or model
-    opened = _opened(place, facts, synthetic, shapes_alone, revision)
+    opened = _opened(place, facts, synthetic, shapes_alone, revision, adapter)
+    for line in opened.notes:
+        note(line)
     if not any(change.startswith("context_length=") for change in changes):
         loaded = [
             shorten_context(recipe, opened.config) if name in TARGETS else recipe
@@ -202,12 +214,17 @@ def recipes(model: str | None = None, target: str | None = None) -> list[dict[st
     return recipe_rows(model, target)
 
 
-def made_from(bundle: str | Path, place: str | Path | None = None, revision: str | None = None) -> Checkpoint:
-    """Opens the checkpoint that a bundle's manifest names, or the same one at another place or hub revision."""
+def made_from(
+    bundle: str | Path, place: str | Path | None = None, revision: str | None = None, adapter: str | Path | None = None
+) -> Checkpoint:
+    """Opens the checkpoint that a bundle's manifest names, or the same one at another place or hub revision.
+
+    `adapter` is the folder of the LoRA adapter that was merged into it, if one was.
+    """
     manifest = read_manifest(Path(bundle))
     recipe, synthetic = manifest.recipe, manifest.synthetic
     named = str(place) if place else None if synthetic else recipe.model
-    return _opened(named, recipe.facts(), synthetic, False, revision)
+    return _opened(named, recipe.facts(), synthetic, False, revision, adapter)
 
 
 def _check_one_checkpoint(recipes: Sequence[Recipe], place: str | None) -> None:
@@ -223,11 +240,20 @@ def _check_one_checkpoint(recipes: Sequence[Recipe], place: str | None) -> None:
 
 
 def _opened(
-    place: str | None, facts: Path | None, synthetic: bool, headers_alone: bool, revision: str | None
+    place: str | None,
+    facts: Path | None,
+    synthetic: bool,
+    headers_alone: bool,
+    revision: str | None,
+    adapter: str | Path | None,
 ) -> Checkpoint:
     """The checkpoint at `place`, or else random weights of the shapes of the model's facts."""
+    if adapter and synthetic:
+        raise RecipeError("--adapter is merged into a checkpoint's weights, and --synthetic has none: leave one out")
     if place:
-        return open_checkpoint(place, revision=revision, synthetic=synthetic, headers_alone=headers_alone)
+        return open_checkpoint(
+            place, revision=revision, synthetic=synthetic, headers_alone=headers_alone, adapter=adapter
+        )
     if facts is None:
         raise RecipeError("--synthetic needs the shapes: name a folder with a config.json with --checkpoint")
     return synthetic_checkpoint(facts)

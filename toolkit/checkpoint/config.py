@@ -97,6 +97,17 @@ def read_checkpoint_json(path: Path, max_bytes: int) -> dict[str, Any]:
     return read_json(path, max_bytes, CheckpointError, "a checkpoint folder in Hugging Face layout has one")
 
 
+def _quantized_by(raw: Mapping[str, Any]) -> str | None:
+    """How a config says its weights were quantized, as words to go on with; None where it does not."""
+    if isinstance(raw.get("quantization"), dict):
+        return " by MLX"
+    given = raw.get("quantization_config")
+    if given is None:
+        return None
+    method = given.get("quant_method") if isinstance(given, dict) else None
+    return f" by {str(method)[:40]}" if method else ""
+
+
 def parse_config(raw: Mapping[str, Any], path: Path) -> ModelConfig:
     """`raw` resolved; `path` appears in messages only. Raises as `read_config` does."""
     family = FAMILIES.get(str(raw.get("model_type")))
@@ -107,8 +118,10 @@ def parse_config(raw: Mapping[str, Any], path: Path) -> ModelConfig:
     read = Fields(raw, path, family.defaults)
     if raw.get("hidden_act", "silu") != "silu":
         raise UnsupportedError(f"{path}: hidden_act {raw['hidden_act']!r} is not supported, expected 'silu'")
-    if raw.get("quantization_config") is not None:
-        raise UnsupportedError(f"{path}: the checkpoint is already quantized, expected bf16, fp16 or fp32 weights")
+    if (method := _quantized_by(raw)) is not None:
+        raise UnsupportedError(
+            f"{path}: the checkpoint is already quantized{method}: name the original in bf16, fp16 or fp32"
+        )
     heads = read.count("num_attention_heads")
     hidden = read.count("hidden_size")
     head_dim = read.count("head_dim", hidden // heads)

@@ -78,9 +78,9 @@ def open_headers(place: str, revision: str | None = None) -> Checkpoint:
             raise hub_error(place, revision, problem) from None
         return refs
 
-    refs = find_tensors(folder, config, read)
+    found = find_tensors(folder, config, read)
     side = read_side_files(folder, config.vocab_size)
-    source = HeadersAlone(place, refs, sizes)
+    source = HeadersAlone(place, found.refs, sizes)
     return Checkpoint(folder, config, source, False, side, download_bytes=sum(sizes.values()))
 
 

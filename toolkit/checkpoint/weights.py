@@ -8,9 +8,9 @@ every file once from end to end.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Final, Protocol
 
 import numpy as np
@@ -18,13 +18,15 @@ from numpy.typing import NDArray
 
 from toolkit import names
 from toolkit.checkpoint.anatomy import describe
-from toolkit.checkpoint.config import ModelConfig, read_checkpoint_json
+from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.safetensors import ITEM_BYTES, TensorRef, read_header
 from toolkit.checkpoint.scan import ReadBytes, Rows, read_exactly, scan_file
+from toolkit.checkpoint.which_tensors import choose_files, module_tensors
 from toolkit.errors import CheckpointError, NonFiniteError
 from toolkit.machine import fits_the_page_cache
 
-_MAX_INDEX_BYTES: Final = 64 << 20
+# A head that is not the embedding differs from it everywhere: so many rows are looked at.
+_COMPARED_ROWS: Final = 64
 # Buffers old checkpoints carry that are computed, not learned.
 _COMPUTED_SUFFIXES: Final = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias")
 
@@ -81,10 +83,10 @@ class WeightSource(Tensors, Protocol):
 
 
 class SafetensorsWeights:
-    """A `WeightSource` over the safetensors files of one folder."""
+    """A `WeightSource` over the safetensors files of one folder; `notes` say which of them were chosen, and how."""
 
-    def __init__(self, refs: dict[str, TensorRef], files: list[Path]) -> None:
-        self._refs, self._files = refs, sorted(files)
+    def __init__(self, refs: dict[str, TensorRef], files: list[Path], notes: tuple[str, ...] = ()) -> None:
+        self._refs, self._files, self.notes = refs, sorted(files), notes
         self._digests: dict[str, str] = {}
         self._read = ReadBytes()
 
@@ -131,6 +133,10 @@ class SafetensorsWeights:
         """The stored dtype of a tensor: BF16, F16 or F32."""
         return self._refs[name].dtype
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor."""
+        return self._refs[name].shape
+
     def read(self, name: str) -> NDArray[np.float32]:
         """A whole tensor as float32; raises NonFiniteError if it holds NaN or infinity."""
         shape = self._refs[name].shape
@@ -139,7 +145,10 @@ class SafetensorsWeights:
     def read_rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
         """Rows as float32, exact for every accepted dtype; raises NonFiniteError on NaN or infinity in them."""
         ref = self._refs[name]
-        row_bytes = ref.nbytes // max(ref.shape[0], 1) if ref.shape else ref.nbytes
+        rows = ref.shape[0] if ref.shape else 1
+        if not 0 <= start <= stop <= rows:
+            raise CheckpointError(f"{name} has {rows} rows, and rows {start} to {stop} were asked for")
+        row_bytes = ref.nbytes // max(rows, 1)
         raw = read_exactly(ref.path, ref.offset + start * row_bytes, (stop - start) * row_bytes, self._read)
         values = widen(raw, ref.dtype)
         check_finite(values, name)
@@ -164,7 +173,9 @@ def check_finite(values: NDArray[np.float32], name: str) -> None:
     bad = int(values.size - np.count_nonzero(np.isfinite(values)))
     if bad == 0:
         return
-    raise NonFiniteError(f"{name} holds {bad} NaN or infinite values: the checkpoint is damaged, download it again")
+    raise NonFiniteError(
+        f"{name} holds {bad} NaN or infinite values: it was published so, or is damaged: compare its hash"
+    )
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -178,35 +189,49 @@ def parameter_count(config: ModelConfig) -> int:
 
 
 def open_weights(folder: Path, config: ModelConfig) -> SafetensorsWeights:
-    """The checkpoint's tensors, every header read and checked; raises CheckpointError naming what is wrong."""
-    return SafetensorsWeights(find_tensors(folder, config, read_header), weight_files(folder))
+    """Opens the checkpoint's tensors, every header read and checked; raises CheckpointError naming what is wrong."""
+    found = find_tensors(folder, config, read_header)
+    source = SafetensorsWeights(found.refs, list(weight_files(folder)), found.notes)
+    if found.other_head is not None:
+        _check_tied(source, found.other_head, folder)
+    return source
 
 
-def weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> tuple[Path, ...]:
     """The files of weights that a checkpoint's folder must have, by its index, whether or not they are there."""
-    return [folder / file for file in sorted(set(_read_index(folder).values())) or [names.SAFETENSORS_FILE]]
+    return choose_files(folder).files
 
 
-def find_tensors(
-    folder: Path, config: ModelConfig, read: Callable[[Path], dict[str, TensorRef]]
-) -> dict[str, TensorRef]:
-    """Each tensor the config calls for and where it lies; `read` gives the tensors of a file.
+@dataclass(frozen=True)
+class FoundTensors:
+    """Each tensor that a config calls for, and a line for each choice that was made.
 
-    Raises CheckpointError for what is missing, stands twice, is not called for, or has another shape.
+    `other_head` is a head that a config with tied embeddings does not call for.
     """
-    found: dict[str, TensorRef] = {}
-    weight_map = _read_index(folder)
-    for file in weight_files(folder):
+
+    refs: dict[str, TensorRef]
+    notes: tuple[str, ...] = ()
+    other_head: TensorRef | None = None
+
+
+def find_tensors(folder: Path, config: ModelConfig, read: Callable[[Path], dict[str, TensorRef]]) -> FoundTensors:
+    """Finds each tensor the config calls for; `read` gives the tensors of a file.
+
+    Raises CheckpointError for what is missing, stands twice, is not called for, or has another shape, UnsupportedError
+    for a quantized checkpoint.
+    """
+    chosen = choose_files(folder)
+    stored: dict[str, TensorRef] = {}
+    for file in chosen.files:
         refs = read(file)
-        for name in refs.keys() & found.keys():
-            raise CheckpointError(f"{name} stands in {found[name].path.name} and in {file.name}: expected one of them")
-        found |= refs
-    if weight_map and (missing := sorted(weight_map.keys() - found.keys())):
-        raise CheckpointError(f"{missing[0]} is named by {names.SAFETENSORS_INDEX_FILE} but no shard holds it")
+        for name in refs.keys() & stored.keys():
+            raise CheckpointError(f"{name} stands in {stored[name].path.name} and in {file.name}: expected one of them")
+        stored |= refs
+    found, renamed = module_tensors(stored, folder)
     expected = expected_tensors(config)
-    if missing := sorted(expected.keys() - found.keys()):
-        raise CheckpointError(f"{folder} lacks {len(missing)} tensors, the first is {missing[0]}: download it again")
-    ignorable = {names.weight(names.LM_HEAD)} if config.tie_word_embeddings else set()
+    _check_complete(found, expected, folder)
+    head = names.weight(names.LM_HEAD)
+    ignorable = {head} if config.tie_word_embeddings else set()
     extra = [n for n in found.keys() - expected.keys() - ignorable if not n.endswith(_COMPUTED_SUFFIXES)]
     if extra:
         raise CheckpointError(f"{folder} holds {len(extra)} tensors its config does not call for, such as {min(extra)}")
@@ -216,24 +241,32 @@ def find_tensors(
             raise CheckpointError(
                 f"{name} is {ref.dtype} {list(ref.shape)}, expected {'/'.join(ITEM_BYTES)} {list(shape)}"
             )
-    return {name: found[name] for name in expected}
+    other = found.get(head) if config.tie_word_embeddings else None
+    return FoundTensors({name: found[name] for name in expected}, (*chosen.notes, *renamed), other)
 
 
-def _read_index(folder: Path) -> dict[str, str]:
-    """`weight_map` of the shard index, empty for a single file; names may not leave the folder."""
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a folder: name a checkpoint in Hugging Face layout")
-    path = folder / names.SAFETENSORS_INDEX_FILE
-    if not path.exists():
-        if not (folder / names.SAFETENSORS_FILE).exists() and list(folder.glob("*.bin")):
-            raise CheckpointError(f"{folder} holds .bin pickles, which are never loaded: convert to safetensors first")
-        return {}
-    weight_map = read_checkpoint_json(path, _MAX_INDEX_BYTES).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{path} has no weight_map")
-    for file in weight_map.values():
-        if not isinstance(file, str) or PurePosixPath(file).name != file or "\\" in file or ":" in file:
-            raise CheckpointError(f"{path} names {file!r}: a shard must be a plain file name inside the folder")
-        if not file.endswith(".safetensors"):
-            raise CheckpointError(f"{path} names {file!r}: only safetensors are loaded")
-    return weight_map
+def _check_complete(found: Mapping[str, TensorRef], expected: Mapping[str, tuple[int, ...]], folder: Path) -> None:
+    """Raises CheckpointError for tensors that are missing, a head alone with what that may mean."""
+    missing = sorted(expected.keys() - found.keys())
+    if missing == [names.weight(names.LM_HEAD)]:
+        raise CheckpointError(
+            f"{folder} has no {missing[0]}, and its config.json does not tie it to the embedding: if it was saved "
+            "without its head, name the original; if the embedding is the head, set tie_word_embeddings to true"
+        )
+    if missing:
+        raise CheckpointError(f"{folder} lacks {len(missing)} tensors, the first is {missing[0]}: download it again")
+
+
+def _check_tied(source: SafetensorsWeights, head: TensorRef, folder: Path) -> None:
+    """Raises CheckpointError for a head that is not the embedding it is said to be tied to."""
+    name = names.weight(names.EMBED_TOKENS)
+    own = SafetensorsWeights({head.name: head}, [head.path])
+    rows = source.shape(name)[0]
+    same = head.shape == source.shape(name) and head.dtype in ITEM_BYTES
+    for row in range(0, rows, max(1, rows // _COMPARED_ROWS)) if same else ():
+        same &= bool(np.array_equal(source.read_rows(name, row, row + 1), own.read_rows(head.name, row, row + 1)))
+    if not same:
+        raise CheckpointError(
+            f"{folder} holds {head.name} with other weights than the embedding, and its config.json says they are "
+            "tied: set tie_word_embeddings to false to use it, or remove it from the file"
+        )

@@ -10,7 +10,7 @@ import click
 
 from toolkit.cli.effort import effort_of, effort_options
 from toolkit.cli.judge import validate_bundles
-from toolkit.cli.options import AS_JSON, BUNDLE, CHECKPOINT_HELP, REVISION
+from toolkit.cli.options import ADAPTER, AS_JSON, BUNDLE, CHECKPOINT_HELP, REVISION
 from toolkit.cli.printing import print_costs, print_exported, print_plans
 from toolkit.soc import SOCS
 
@@ -19,6 +19,7 @@ from toolkit.soc import SOCS
 @click.argument("recipes", nargs=-1, required=True, metavar="RECIPE...")
 @click.option("--checkpoint", help=CHECKPOINT_HELP)
 @REVISION
+@ADAPTER
 @click.option("--out", type=click.Path(path_type=Path), help="Where the bundle goes, or several [build/RECIPE].")
 @click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="Change the recipe: quantize.0.bits=8.")
 @click.option("--precision", type=click.Choice(["int4", "fp32"]), default="int4", help="fp32 keeps every weight.")
@@ -34,6 +35,7 @@ def export(
     recipes: tuple[str, ...],
     checkpoint: str | None,
     revision: str | None,
+    adapter: Path | None,
     out: Path | None,
     changes: tuple[str, ...],
     precision: str,
@@ -66,6 +68,7 @@ def export(
         synthetic=synthetic,
         shapes_alone=dry_run,
         revision=revision,
+        adapter=adapter,
         note=_note,
     )
     described = [describe(plan) for plan in plans]

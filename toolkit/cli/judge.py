@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from toolkit.cli.effort import effort_of, effort_options
-from toolkit.cli.options import AS_JSON, BUNDLE, ON_CPU, REVISION
+from toolkit.cli.options import ADAPTER, AS_JSON, BUNDLE, ON_CPU, REVISION
 from toolkit.cli.printing import one_document, print_problems, print_verdict
 
 if TYPE_CHECKING:
@@ -22,14 +22,17 @@ if TYPE_CHECKING:
 @BUNDLE
 @click.option("--checkpoint", help="What the bundle was made from, a folder or a hub id [its recipe's model].")
 @REVISION
+@ADAPTER
 @AS_JSON
 @effort_options
-def validate(bundle: Path, checkpoint: str | None, revision: str | None, as_json: bool, **effort: Any) -> None:
+def validate(
+    bundle: Path, checkpoint: str | None, revision: str | None, adapter: Path | None, as_json: bool, **effort: Any
+) -> None:
     """Compare BUNDLE with its checkpoint, token by token and answer by answer; rewrite its report."""
     from toolkit import library
 
     wanted = effort_of(effort)
-    validate_bundles([bundle], library.made_from(bundle, checkpoint, revision), wanted, as_json)
+    validate_bundles([bundle], library.made_from(bundle, checkpoint, revision, adapter), wanted, as_json)
 
 
 def validate_bundles(bundles: list[Path], checkpoint: Checkpoint, wanted: Effort, as_json: bool) -> None:

@@ -15,4 +15,7 @@ AS_JSON: Final = click.option(
     "--json", "as_json", is_flag=True, help="One JSON document on stdout, the rest on stderr."
 )
 REVISION: Final = click.option("--revision", help="A branch, tag or commit of a hub id [main].")
+ADAPTER: Final = click.option(
+    "--adapter", type=click.Path(path_type=Path), help="A LoRA adapter's folder, merged into the checkpoint."
+)
 CHECKPOINT_HELP: Final = "A folder in Hugging Face layout, or a hub id [the recipe's model]."

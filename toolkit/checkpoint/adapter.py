@@ -1,0 +1,179 @@
+"""A checkpoint with a LoRA adapter merged in: W + B A alpha / r, as its rows are read (arXiv 2106.09685, section 4.1).
+
+Reads what PEFT writes: adapter_config.json beside adapter_model.safetensors, whose tensors are named after the modules
+they change. Nothing is written; the merged weights are a `WeightSource` like any other.
+r rank, V vocab, D hidden.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from toolkit.checkpoint.opened import Checkpoint
+from toolkit.checkpoint.safetensors import ITEM_BYTES, TensorRef, read_header
+from toolkit.checkpoint.scan import Rows
+from toolkit.checkpoint.weights import Origin, SafetensorsWeights, WeightSource, expected_tensors
+from toolkit.errors import CheckpointError, UnsupportedError
+from toolkit.files import file_sha256, read_json
+from toolkit.names import EMBED_TOKENS, weight
+
+Floats = NDArray[np.float32]
+CONFIG_FILE: Final = "adapter_config.json"
+WEIGHTS_FILE: Final = "adapter_model.safetensors"
+_MAX_CONFIG_BYTES: Final = 4 << 20
+_MERGE: Final = "merge it with PEFT first"
+_PREFIX: Final = "base_model.model."
+_FACTOR: Final = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(\.default)?(\.weight)?")
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """What is added to one matrix [N, K]: `scale` times `b` [N, r] by `a` [r, K]."""
+
+    a: Floats
+    b: Floats
+    scale: float
+
+    def rows(self, start: int, stop: int) -> Floats:
+        """Rows [start, stop) of the sum's second part."""
+        return np.asarray(np.float32(self.scale) * (self.b[start:stop] @ self.a), np.float32)
+
+
+def merge_adapter(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
+    """The checkpoint with the adapter in `folder` merged into it.
+
+    Raises CheckpointError for a folder without an adapter, or one for other shapes; UnsupportedError for what is no
+    plain LoRA.
+    """
+    config = read_json(folder / CONFIG_FILE, _MAX_CONFIG_BYTES, CheckpointError, "a LoRA adapter's folder has one")
+    _check_kind(config, folder)
+    path = folder / WEIGHTS_FILE
+    shapes = expected_tensors(checkpoint.config)
+    factors: dict[str, dict[str, TensorRef]] = {}
+    whole: dict[str, TensorRef] = {}
+    for name, ref in read_header(path).items():
+        local = name.removeprefix(_PREFIX).replace(".base_layer.", ".").replace(".modules_to_save.", ".")
+        if found := _FACTOR.fullmatch(local):
+            factors.setdefault(weight(found["module"]), {})[found["side"]] = ref
+        elif local in shapes:
+            whole[local] = ref
+        else:
+            raise CheckpointError(f"{path}: {name} fits nothing in the checkpoint: another model's adapter")
+    reader = SafetensorsWeights({ref.name: ref for pair in factors.values() for ref in pair.values()}, [path])
+    added = {name: _low_rank(name, pair, shapes, reader, config, path) for name, pair in sorted(factors.items())}
+    for name, ref in whole.items():
+        if ref.shape != shapes[name] or ref.dtype not in ITEM_BYTES:
+            raise CheckpointError(f"{path}: {ref.name} is {ref.dtype} {list(ref.shape)}, expected {list(shapes[name])}")
+    source = MergedTensors(checkpoint.source, added, SafetensorsWeights(whole, [path]) if whole else None, path)
+    return replace(checkpoint, source=source)
+
+
+def _check_kind(config: Mapping[str, Any], folder: Path) -> None:
+    """Raises UnsupportedError for an adapter that is not W + B A alpha / r."""
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise UnsupportedError(
+            f"{folder / CONFIG_FILE}: peft_type is {kind!r}, expected 'LORA': merge it with PEFT first"
+        )
+    for key in ("use_dora", "fan_in_fan_out", "lora_bias", "megatron_config", "trainable_token_indices"):
+        if config.get(key):
+            raise UnsupportedError(
+                f"{folder / CONFIG_FILE}: {key} is set, which is no plain LoRA: merge it with PEFT first"
+            )
+    if config.get("bias") not in (None, "none"):
+        raise UnsupportedError(
+            f"{folder / CONFIG_FILE}: bias is {config['bias']!r}, expected 'none': merge it with PEFT first"
+        )
+
+
+def _low_rank(
+    name: str,
+    pair: Mapping[str, TensorRef],
+    shapes: Mapping[str, tuple[int, ...]],
+    reader: SafetensorsWeights,
+    config: Mapping[str, Any],
+    path: Path,
+) -> LowRank:
+    """The two factors of one matrix, checked against its shape. An embedding's stand the other way round."""
+    if name not in shapes or len(shapes[name]) != 2 or len(pair) != 2:
+        raise CheckpointError(
+            f"{path}: the factors of {name} fit no matrix of the checkpoint: it is another model's adapter"
+        )
+    a, b = reader.read(pair["A"].name), reader.read(pair["B"].name)
+    if name == weight(EMBED_TOKENS) and "embedding" in pair["A"].name:
+        a, b = np.ascontiguousarray(b.T), np.ascontiguousarray(a.T)
+    rows, columns = shapes[name]
+    if a.ndim != 2 or b.ndim != 2 or b.shape[0] != rows or a.shape[1] != columns or a.shape[0] != b.shape[1]:
+        raise CheckpointError(
+            f"{path}: the factors of {name} are {list(b.shape)} and {list(a.shape)}, the matrix is [{rows}, {columns}]"
+        )
+    module, rank = name.removesuffix(".weight"), a.shape[0]
+    alpha = _by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", rank))
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise CheckpointError(f"{path.with_name(CONFIG_FILE)}: lora_alpha is {alpha!r}, expected a number")
+    return LowRank(a, b, alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
+
+
+def _by_pattern(patterns: object, module: str, default: object) -> object:
+    """The value of the first pattern that is the end of a module's name, as PEFT matches them; the default else."""
+    for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
+        if module == pattern or module.endswith(f".{pattern}"):
+            return value
+    return default
+
+
+class MergedTensors:
+    """A `WeightSource` over another; `added` has what is added to matrices, `whole` tensors that replace others."""
+
+    def __init__(
+        self, source: WeightSource, added: Mapping[str, LowRank], whole: SafetensorsWeights | None, path: Path
+    ) -> None:
+        self._source, self._added, self._whole, self._path = source, added, whole, path
+        self._replaced = frozenset(whole.names()) if whole else frozenset()
+        self.names, self.bytes_read = source.names, source.bytes_read
+
+    def read(self, name: str) -> Floats:
+        """A whole tensor, merged."""
+        if self._whole and name in self._replaced:
+            return self._whole.read(name)
+        values = self._source.read(name)
+        return self._merged(name, values, 0) if values.ndim == 2 else values
+
+    def read_rows(self, name: str, start: int, stop: int) -> Floats:
+        """Rows of a merged tensor."""
+        if self._whole and name in self._replaced:
+            return self._whole.read_rows(name, start, stop)
+        return self._merged(name, self._source.read_rows(name, start, stop), start)
+
+    def scan(self, chunk_bytes: int) -> Iterator[Rows]:
+        """Every row once, in the order of the checkpoint's files."""
+        return self._source.scan(chunk_bytes)
+
+    def decode(self, rows: Rows, start: int, stop: int) -> Floats:
+        """Some rows of a merged tensor."""
+        if self._whole and rows.name in self._replaced:
+            return self._whole.read_rows(rows.name, start, stop)
+        return self._merged(rows.name, self._source.decode(rows, start, stop), start)
+
+    def identity(self) -> tuple[Origin, ...]:
+        """Name, size and time of change of the checkpoint's files and of the adapter's."""
+        stat = self._path.stat()
+        return (*self._source.identity(), Origin(self._path.name, stat.st_size, mtime_ns=stat.st_mtime_ns))
+
+    def digests(self) -> tuple[Origin, ...]:
+        """Name, size and SHA-256 of the checkpoint's files and of the adapter's."""
+        own = Origin(self._path.name, self._path.stat().st_size, file_sha256(self._path))
+        return (*self._source.digests(), own)
+
+    def _merged(self, name: str, values: Floats, start: int) -> Floats:
+        if name not in self._added:
+            return values
+        return values + self._added[name].rows(start, start + values.shape[0])
