@@ -141,14 +141,14 @@ class MergedTensors:
         self.names, self.bytes_read = source.names, source.bytes_read
 
     def read(self, name: str) -> Floats:
-        """A whole tensor, merged."""
+        """Reads a whole tensor as float32, the adapter's share added."""
         if self._whole and name in self._replaced:
             return self._whole.read(name)
         values = self._source.read(name)
         return self._merged(name, values, 0) if values.ndim == 2 else values
 
     def read_rows(self, name: str, start: int, stop: int) -> Floats:
-        """Rows of a merged tensor."""
+        """Reads rows [start, stop) as float32, the adapter's share added."""
         if self._whole and name in self._replaced:
             return self._whole.read_rows(name, start, stop)
         return self._merged(name, self._source.read_rows(name, start, stop), start)

@@ -134,7 +134,7 @@ class SafetensorsWeights:
         return self._refs[name].dtype
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor."""
+        """Returns the shape that a tensor is stored in."""
         return self._refs[name].shape
 
     def read(self, name: str) -> NDArray[np.float32]:
