@@ -67,7 +67,7 @@ def main(folder: Path, text: Path | None) -> None:
                     rounded = reference_logits(config, Resident(RoundedTensors(source, spec_of)), sequences)
                     for expected, actual, ids in zip(reference, rounded, sequences, strict=True):
                         comparison.add(expected, actual, ids)
-                    rows.append(comparison.figures()["mean_kld"])
+                    rows.append(comparison.figures().mean_kld)
                 form = "sym" if symmetric else "asym"
                 print(f"{algorithm:6} {block_size:3} {form:4}  all {rows[0]:.4f}  8-bit head {rows[1]:.4f}", flush=True)
 

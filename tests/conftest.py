@@ -6,11 +6,14 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import jsonschema
 import pytest
 
 from tests.tiers import Tiers
+from toolkit.files import write_json
+from toolkit.report.schema import SCHEMA_FILE
 
 if TYPE_CHECKING:
     from tests.exports import Exports
@@ -57,3 +60,30 @@ def exports(tiny_r1: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 def test_questions() -> list[dict[str, str]]:
     text = (ROOT / "models" / "tiny-r1" / "arithmetic.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _every_report_keeps_to_its_schema() -> Iterator[None]:
+    """Every report that a test of this process writes, whatever the test is about."""
+    schema: dict[str, Any] = json.loads(SCHEMA_FILE.read_text(encoding="utf-8"))
+    checker = jsonschema.Draft202012Validator(schema)
+
+    def checked(path: Path, value: Any) -> None:
+        checker.validate(value)
+        write_json(path, value)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("toolkit.report.summary.write_json", checked)
+        yield
+
+
+@pytest.fixture(scope="session")
+def validated_bundle(tiny_r1: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """tiny-r1 for cpu, exported without text and validated on a few tokens and questions."""
+    import toolkit
+
+    out = tmp_path_factory.mktemp("validated") / "tiny-r1-cpu"
+    (bundle,) = toolkit.export(toolkit.plan("tiny-r1-cpu", quality="fast", out=out, changes=["bits_per_weight=0"]))
+    effort = toolkit.Effort(tokens=200, examples=6, max_new_tokens=60, baseline=True)
+    toolkit.validate(bundle, effort=effort)
+    return bundle

@@ -230,7 +230,7 @@ def test_a_manifest_of_another_toolkit_is_named(
     manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
     manifest["recipe"].pop("window")  # as older ones are
     (bundle / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
-    assert check_bundle(bundle, run=False)["passed"] and read_manifest(bundle).recipe.window == 64
+    assert check_bundle(bundle, run=False).passed and read_manifest(bundle).recipe.window == 64
     edit(manifest)
     (bundle / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     with pytest.raises(BundleError, match=message):
@@ -243,4 +243,4 @@ def test_settings_that_are_not_whole_are_named(text: str, exports: Exports, tmp_
     (bundle / "genai_config.json").write_text(text, encoding="utf-8")
     with pytest.raises(BundleError, match="is not whole: see `toolkit check"):
         open_model(bundle)
-    assert not check_bundle(bundle, run=False)["passed"]
+    assert not check_bundle(bundle, run=False).passed

@@ -76,7 +76,7 @@ def _mean_kld(checkpoint: Checkpoint, changed: Any, sequences: list[list[int]]) 
     others = reference_logits(checkpoint.config, changed, sequences)
     for ids, expected, actual in zip(sequences, plain, others, strict=True):
         compared.add(expected, actual, ids)
-    return float(compared.figures()["mean_kld"])
+    return float(compared.figures().mean_kld)
 
 
 @pytest.mark.parametrize("case", ["qwen2", "qwen2-tied", "qwen3"])
@@ -357,7 +357,7 @@ def _bundle_kld(bundle: Path, checkpoint: Checkpoint, sequences: list[list[int]]
     compared, positions = Comparison(), open_positions(bundle, exact=exact)
     for ids, expected in zip(sequences, reference_logits(checkpoint.config, checkpoint.source, sequences), strict=True):
         compared.add(expected, positions.logits(ids), ids)
-    return float(compared.figures()["mean_kld"])
+    return float(compared.figures().mean_kld)
 
 
 def _reasoning(checkpoint: Checkpoint) -> list[list[int]]:

@@ -40,7 +40,6 @@ from toolkit.pipeline.plan import plan_export
 from toolkit.pipeline.text import token_sequences
 from toolkit.recipe import load_recipe
 from toolkit.reference.decoder import reference_logits
-from toolkit.report.summary import figures_of
 from toolkit.soc import SOCS
 
 STAGES = ("context_0", "context_1", "iterator_0", "iterator_1")
@@ -144,7 +143,7 @@ def test_manifest_and_report_know_the_binaries(compiled: Path, uncompiled: Path)
 @needs_compiler
 def test_compiling_again_does_nothing(compiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _put_in_place(monkeypatch, ["no such program"])
-    assert [row["compiled"] for row in compile_bundle(compiled)] == [False, True, True, True, True, False]
+    assert [row.compiled for row in compile_bundle(compiled)] == [False, True, True, True, True, False]
 
 
 @needs_compiler
@@ -163,7 +162,7 @@ def test_a_bundle_is_compiled_for_another_soc(compiled_copy: Path) -> None:
         (options,) = pipeline[stage]["session_options"]["provider_options"]
         assert (options["qnn"]["soc_model"], options["qnn"]["htp_arch"]) == ("88", "81")
     assert read_manifest(compiled_copy).recipe.soc == "x2-elite" and verify_manifest(compiled_copy) == []
-    assert lint_compiled(compiled_copy, "x2-elite") == [] and check_bundle(compiled_copy, run=False)["passed"]
+    assert lint_compiled(compiled_copy, "x2-elite") == [] and check_bundle(compiled_copy, run=False).passed
     (ceiling,) = _report(compiled_copy)["ceiling"]
     assert ceiling["device"] == SOCS["x2-elite"].device
     assert ceiling["decode_tokens_per_s"] == pytest.approx(152e9 / ceiling["weight_bytes_per_token"])
@@ -172,7 +171,7 @@ def test_a_bundle_is_compiled_for_another_soc(compiled_copy: Path) -> None:
 
 @needs_compiler
 def test_check_passes_and_knows_another_soc(compiled: Path) -> None:
-    assert check_bundle(compiled, run=False)["problems"] == []
+    assert check_bundle(compiled, run=False).problems == ()
     problems = lint_compiled(compiled, "x2-elite")
     words = "compiled for HTP arch and SoC model 73 and 60, the recipe's soc x2-elite has 81 and 88"
     assert len(problems) == 4 and all(words in line for line in problems)
@@ -270,7 +269,7 @@ def test_a_childs_end_is_told_and_finished_parts_are_kept(
     first = (work / BINARIES[0]).stat()
     rows = compile_bundle(bundle)
     assert (bundle / BINARIES[0]).stat().st_mtime_ns == first.st_mtime_ns
-    assert all(row["compiled"] for row in rows[1:5]) and not work.exists() and verify_manifest(bundle) == []
+    assert all(row.compiled for row in rows[1:5]) and not work.exists() and verify_manifest(bundle) == []
 
 
 @needs_compiler
@@ -424,16 +423,13 @@ def test_the_simulator_computes_what_the_cpu_computes(uncompiled: Path, tiny_r1:
     ids = token_sequences(checkpoint, tiny_r1 / "arithmetic.jsonl", 104, 104)[0]
     (reference,) = reference_logits(checkpoint.config, checkpoint.source, [ids])
     found = simulate(uncompiled, ids, len(ids) - 4, reference)
-    assert (found["ep"], found["stage"], found["parts"]) == ("QNNExecutionProvider", "transformer", 2)
-    assert found["tokens"] == len(ids)
-    assert 0 < found["hidden_rms_error"] < 0.02 and found["top1_agreement"] > 0.95
-    figures = figures_of({"simulator": found})
-    assert figures["hidden_rms_error"] == found["hidden_rms_error"]
-    assert figures["simulator_mean_kld"] == found["mean_kld"]
+    assert (found.ep, found.stage, found.parts) == ("QNNExecutionProvider", "transformer", 2)
+    assert found.tokens == len(ids)
+    assert 0 < found.hidden_rms_error < 0.02 and found.top1_agreement > 0.95
     on_cpu = Comparison()
     on_cpu.add(reference, open_positions(uncompiled, exact=True).logits(ids, len(ids) - 4), ids)
-    assert found["mean_kld"] == pytest.approx(on_cpu.figures()["mean_kld"], rel=0.5, abs=1e-4)
-    assert found["compared_tokens"] == len(ids)
+    assert found.mean_kld == pytest.approx(on_cpu.figures().mean_kld, rel=0.5, abs=1e-4)
+    assert found.compared_tokens == len(ids)
     # Two texts in one pass through the simulator, window by window.
     half = len(ids) // 2
     halves, positions, on_cpu = [ids[:half], ids[half:]], open_positions(uncompiled, exact=True), Comparison()
@@ -441,8 +437,8 @@ def test_the_simulator_computes_what_the_cpu_computes(uncompiled: Path, tiny_r1:
     for some, logits in zip(halves, exact, strict=True):
         on_cpu.add(logits, positions.logits(some), some)
     windows = simulated_divergence(uncompiled, halves, exact)
-    assert windows["compared_tokens"] == len(ids)
-    assert windows["mean_kld"] == pytest.approx(on_cpu.figures()["mean_kld"], rel=0.5, abs=1e-4)
+    assert windows.compared_tokens == len(ids)
+    assert windows.mean_kld == pytest.approx(on_cpu.figures().mean_kld, rel=0.5, abs=1e-4)
 
 
 def test_the_simulators_error_is_the_hidden_states_own(uncompiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -458,11 +454,11 @@ def test_the_simulators_error_is_the_hidden_states_own(uncompiled: Path, monkeyp
     monkeypatch.setattr(simulator, "_run_apart", exact)
     logits = pipeline.logits(ids, 130)
     found = simulate(uncompiled, ids, 130, logits)
-    assert found["hidden_rms_error"] == 0 and found["top1_agreement"] == 1
-    assert found["mean_kld"] == pytest.approx(0, abs=1e-9) and found["reference_top1_agreement"] == 1
+    assert found.hidden_rms_error == 0 and found.top1_agreement == 1
+    assert found.mean_kld == pytest.approx(0, abs=1e-9) and found.reference_top1_agreement == 1
     monkeypatch.setattr(simulator, "_run_apart", lambda *args: [1.1 * array for array in exact(*args)])
     moved = simulate(uncompiled, ids, 130, logits)
-    assert 0.09 < moved["hidden_rms_error"] < 0.12 and moved["mean_kld"] > 1e-4
+    assert 0.09 < moved.hidden_rms_error < 0.12 and moved.mean_kld > 1e-4
 
 
 @needs_compiler

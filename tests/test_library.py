@@ -131,11 +131,12 @@ def test_an_answer_that_was_cut_does_not_enter_the_conversation(bundle: Path) ->
 def test_validate_check_verify_and_inspect(bundle: Path) -> None:
     effort = toolkit.Effort(tokens=64, tasks=False, speed=False, baseline=False)
     report = toolkit.validate(bundle, effort=effort)
-    assert report["parity"]["tokens"] >= 64 and report["verdict"]["passed"]
-    assert toolkit.check(bundle)["passed"] and toolkit.verify(bundle) == []
+    assert report.parity is not None and report.parity.tokens >= 64
+    assert report.verdict is not None and report.verdict.passed
+    assert toolkit.check(bundle).passed and toolkit.verify(bundle) == []
     assert toolkit.inspect(bundle)["kind"] == "bundle"
     speed = toolkit.bench(bundle, prompt_tokens=8, new_tokens=4, repeat=1)
-    assert speed["decode_tokens_per_s"] > 0
+    assert speed.decode_tokens_per_s > 0
     with pytest.raises(toolkit.UnsupportedError, match="no ahead-of-time compiler"):
         toolkit.compile(bundle)
 

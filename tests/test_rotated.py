@@ -129,7 +129,7 @@ def test_without_data_salient_channels_are_rotated_away(tiny_r1: Path, tmp_path:
         compared, positions = Comparison(), open_positions(bundle, exact=True)
         for ids, logits in zip(sequences, expected, strict=True):
             compared.add(logits, positions.logits(ids), ids)
-        klds[name] = compared.figures()["mean_kld"]
+        klds[name] = compared.figures().mean_kld
         sections[name] = json.loads((bundle / "report.json").read_text(encoding="utf-8"))["quantization"]
     assert klds["by itself"] < 0.5 * klds["left"]
     assert sections["by itself"]["rotated"] and "rotated" not in sections["left"]

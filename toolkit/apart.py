@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from toolkit.files import write_text
+from toolkit.typed_json import JsonObject
 
 _ERROR: Final = "error: "
 _REASON_CHARACTERS: Final = 300
@@ -63,7 +64,7 @@ def python_module(module: str) -> list[str]:
     return [sys.executable, "-m", module]
 
 
-def answer(work: Callable[[dict[str, Any]], object]) -> None:
+def answer(work: Callable[[JsonObject], object]) -> None:
     """In the child: does the job and ends the process. An error becomes the line that the parent shows."""
     given, made = map(Path, sys.argv[1:])
     try:

@@ -17,13 +17,14 @@ from toolkit.errors import RecipeError
 from toolkit.evaluate.conversation import Answer, Conversation
 from toolkit.evaluate.speed import measure_speed
 from toolkit.pipeline.catalogue import recipe_rows
-from toolkit.pipeline.check import check_bundle
+from toolkit.pipeline.check import CheckResult, check_bundle
 from toolkit.pipeline.compile import compile_bundle, compile_exported
 from toolkit.pipeline.export import Order, export_planned, plan_exports
 from toolkit.pipeline.inspect import inspect_checkpoint, inspect_path
 from toolkit.pipeline.judge import Effort, judge_bundle
 from toolkit.pipeline.plan import ExportPlan, shorten_context
 from toolkit.recipe import Recipe, load_recipe, meant_recipe
+from toolkit.report.sections import PartitionRow, Report, Speed
 from toolkit.target import TARGETS
 
 Progress = Callable[[str], None]
@@ -137,7 +138,7 @@ def validate(
     effort: Effort | None = None,
     *,
     progress: Progress = _silent,
-) -> dict[str, Any]:
+) -> Report:
     """Compares a bundle with the checkpoint it was made from, rewrites its report and returns it; `verdict` is in it.
 
     The checkpoint is the one the manifest names unless another place of the same files is given; `effort` says how much
@@ -149,7 +150,7 @@ def validate(
     return judge_bundle(bundle, checkpoint, effort or Effort(), progress)
 
 
-def check(bundle: str | Path, *, run: bool = False) -> dict[str, Any]:
+def check(bundle: str | Path, *, run: bool = False) -> CheckResult:
     """Holds a bundle's settings against its graphs, and each node against what its execution provider takes.
 
     `passed` and `problems` say what was found; `run` also runs the stages in their vendor's software, if it is here.
@@ -157,7 +158,7 @@ def check(bundle: str | Path, *, run: bool = False) -> dict[str, Any]:
     return check_bundle(Path(bundle), run)
 
 
-def compile(bundle: str | Path, soc: str | None = None, *, progress: Progress = _silent) -> list[dict[str, Any]]:
+def compile(bundle: str | Path, soc: str | None = None, *, progress: Progress = _silent) -> tuple[PartitionRow, ...]:
     """Compiles the transformer of a bundle ahead of time for its SoC, or for another; returns the report's `partition`.
 
     Raises UnsupportedError for a target without such a compiler, MachineError if the compiler is not installed.
@@ -187,7 +188,7 @@ def verify(bundle: str | Path) -> list[str]:
 
 def bench(
     bundle: str | Path, *, prompt_tokens: int = 128, new_tokens: int = 64, repeat: int = 5, on_cpu: bool = False
-) -> dict[str, Any]:
+) -> Speed:
     """Measures a bundle's speed through onnxruntime-genai: the report's `speed`, medians over `repeat` runs.
 
     Raises BundleError or MachineError if the bundle cannot be run here.

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import psutil
 
@@ -14,16 +15,28 @@ _OWN_DISTRIBUTION: Final = "onnx-distill-toolkit"
 _VERSIONS: Final = (_OWN_DISTRIBUTION, "onnxruntime", "onnxruntime-genai", "onnx-ir", "numpy", "tokenizers")
 
 
-def machine_facts() -> dict[str, Any]:
-    """report.json's `machine`: cpu, cores (logical), ram_bytes, os, python, versions."""
-    return {
-        "cpu": _cpu_name(),
-        "cores": psutil.cpu_count() or 1,
-        "ram_bytes": ram_bytes(),
-        "os": f"{platform.system()} {platform.release()}",
-        "python": platform.python_version(),
-        "versions": package_versions(),
-    }
+@dataclass(frozen=True)
+class Machine:
+    """What measured: its processor, logical cores, memory, system, Python, and the versions of packages."""
+
+    cpu: str
+    cores: int
+    ram_bytes: int
+    os: str
+    python: str
+    versions: dict[str, str]
+
+
+def this_machine() -> Machine:
+    """Describes the machine that runs this."""
+    return Machine(
+        cpu=_cpu_name(),
+        cores=psutil.cpu_count() or 1,
+        ram_bytes=ram_bytes(),
+        os=f"{platform.system()} {platform.release()}",
+        python=platform.python_version(),
+        versions=package_versions(),
+    )
 
 
 def package_versions() -> dict[str, str]:

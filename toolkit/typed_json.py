@@ -11,9 +11,11 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 Json = object
+# A JSON object as a file or another process spells it, where no dataclass stands for it.
+JsonObject = dict[str, Any]
 Kind = TypeVar("Kind")
 _SCALARS: dict[object, str] = {str: "string", int: "integer", float: "number", bool: "boolean"}
 _WORDS = {"string": "text", "integer": "a whole number", "number": "a number", "boolean": "true or false"}
@@ -29,6 +31,11 @@ def to_json(value: object) -> Json:
     if isinstance(value, tuple | list):
         return [to_json(entry) for entry in value]
     return value
+
+
+def read_value(kind: object, value: Json, where: str) -> object:
+    """What a field of type `kind` holds for a JSON value; `where` begins the message of the ValueError if nothing."""
+    return _read(kind, value, where)
 
 
 def from_json(kind: type[Kind], value: Json, where: str = "the file") -> Kind:

@@ -16,9 +16,10 @@ from toolkit.checkpoint.opened import Checkpoint, open_checkpoint
 from toolkit.errors import ToolkitError
 from toolkit.evaluate.answers import reference_answers
 from toolkit.evaluate.tasks import Task, read_task
-from toolkit.machine import machine_facts
+from toolkit.machine import this_machine
 from toolkit.pipeline.text import token_sequences
 from toolkit.progress import progress_line
+from toolkit.typed_json import to_json
 
 ROOT: Final = Path(__file__).resolve().parent.parent.parent
 _COLUMNS: Final = ("mean_kld", "median_kld", "p99_kld", "p999_kld", "top1_agreement")
@@ -109,7 +110,7 @@ def _document(
         "calibration_tokens": sum(map(len, material.calibration)),
         "questions": len(material.task.questions) if material.task else 0,
         "reference_accuracy": own,
-        "machine": machine_facts(),
+        "machine": to_json(this_machine()),
         "rows": [dataclasses.asdict(row) for row in rows],
         "left_out": left_out,
     }

@@ -84,7 +84,7 @@ class Bench:
         comparison, config = Comparison(), self.checkpoint.config
         for k, ids in enumerate(self.material.sequences):
             comparison.add(head_logits(config, self.checkpoint.source, self._hidden[k]), logits_of(k), ids)
-        return comparison.figures()
+        return vars(comparison.figures())
 
     def weights_alone(self, weights: _Weights) -> tuple[dict[str, Any], float | None]:
         """Figures and accuracy of the reference with a peer's weights."""

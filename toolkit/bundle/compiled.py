@@ -52,25 +52,6 @@ def binary_of(compiled: GraphInterface) -> str:
     return next((str(node.attributes.get("ep_cache_context", "")) for node in compiled.nodes), "")
 
 
-def partition_rows(rows: Sequence[Mapping[str, Any]], bundle: Path, stages: Sequence[str]) -> list[dict[str, Any]]:
-    """report.json's `partition` with what became of these stages: EPContext took every node, or they would not be."""
-    changed = []
-    for row in map(dict, rows):
-        if row["stage"] in stages:
-            binary = binary_of(read_interface(bundle / names.compiled_file(row["stage"])))
-            row |= {
-                "file": names.compiled_file(row["stage"]),
-                "compiled": True,
-                "bin": binary,
-                "bin_bytes": (bundle / binary).stat().st_size,
-                "nodes_on_ep": row["nodes"],
-                "nodes_run": row["nodes"],
-                "conditions": [],
-            }
-        changed.append(row)
-    return changed
-
-
 def lint_compiled(bundle: Path, soc_name: str) -> list[str]:
     """One line for each thing wrong with a bundle's EPContext files; none if it has none.
 

@@ -13,6 +13,7 @@ from toolkit.cli.judge import validate_bundles
 from toolkit.cli.options import ADAPTER, AS_JSON, BUNDLE, CHECKPOINT_HELP, REVISION
 from toolkit.cli.printing import print_costs, print_exported, print_plans
 from toolkit.soc import SOCS
+from toolkit.typed_json import to_json
 
 
 @click.command()
@@ -99,12 +100,12 @@ def compile_(bundle: Path, soc: str | None, as_json: bool) -> None:
     with progress_line(None) as progress:
         rows = library.compile(bundle, soc, progress=progress)
     if as_json:
-        click.echo(json.dumps(rows, indent=2, ensure_ascii=False))
+        click.echo(json.dumps(to_json(rows), indent=2, ensure_ascii=False))
         return
     for row in rows:
-        if row["compiled"]:
-            size = f"{row['bin']}, {row['bin_bytes'] / 2**20:.1f} MiB"
-            click.echo(f"{row['file']}: {row['nodes']} nodes in EPContext, {size}")
+        if row.compiled:
+            size = f"{row.bin}, {(row.bin_bytes or 0) / 2**20:.1f} MiB"
+            click.echo(f"{row.file}: {row.nodes} nodes in EPContext, {size}")
 
 
 @click.command()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,7 +47,7 @@ def validate_bundles(bundles: list[Path], checkpoint: Checkpoint, wanted: Effort
             print_verdict(bundle, reports[-1])
     if as_json:
         click.echo(one_document(reports))
-    if not all(report["verdict"]["passed"] for report in reports):
+    if not all(report.verdict and report.verdict.passed for report in reports):
         sys.exit(1)
 
 
@@ -62,19 +61,19 @@ def check(bundle: Path, run: bool, as_json: bool) -> None:
 
     found = library.check(bundle, run=run)
     if as_json:
-        click.echo(json.dumps(found, indent=2, ensure_ascii=False))
+        click.echo(one_document([found]))
     else:
-        for stage in found["stages"]:
-            outside = f", {stage['nodes_outside']} are the CPU's on purpose" if stage["nodes_outside"] else ""
-            ep = stage["execution_provider"]
-            click.echo(f"{stage['file']}: {stage['nodes_legal']} of {stage['nodes']} nodes fit {ep}{outside}")
-            for condition in stage["conditions"]:
+        for stage in found.stages:
+            outside = f", {stage.nodes_outside} are the CPU's on purpose" if stage.nodes_outside else ""
+            ep = stage.execution_provider
+            click.echo(f"{stage.file}: {stage.nodes_legal} of {stage.nodes} nodes fit {ep}{outside}")
+            for condition in stage.conditions:
                 click.echo(f"note: {condition}")
-        for entry in found["runs"]:
-            taken = "".join(f", {count} nodes on {ep}" for ep, count in entry["nodes"].items())
-            click.echo(f"{entry['file']}: {entry['software']} differs from the CPU by {entry['error']:.2g}{taken}")
-        click.echo("\n".join(found["problems"]) or "genai_config.json fits the graphs, and genai 0.12.2 and later")
-    if not found["passed"]:
+        for entry in found.runs:
+            taken = "".join(f", {count} nodes on {ep}" for ep, count in entry.nodes.items())
+            click.echo(f"{entry.file}: {entry.software} differs from the CPU by {entry.error:.2g}{taken}")
+        click.echo("\n".join(found.problems) or "genai_config.json fits the graphs, and genai 0.12.2 and later")
+    if not found.passed:
         sys.exit(1)
 
 
@@ -101,13 +100,13 @@ def bench(bundle: Path, prompt_tokens: int, new_tokens: int, repeat: int, on_cpu
 
     speed = library.bench(bundle, prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeat=repeat, on_cpu=on_cpu)
     if as_json:
-        click.echo(json.dumps(speed, indent=2))
+        click.echo(one_document([speed]))
         return
-    prefill, decode = speed["prefill_tokens_per_s"], speed["decode_tokens_per_s"]
-    click.echo(f"prefill {prefill:.1f} tokens/s, decode {decode:.1f} tokens/s, {speed['threads']} threads")
+    prefill, decode = speed.prefill_tokens_per_s, speed.decode_tokens_per_s
+    click.echo(f"prefill {prefill:.1f} tokens/s, decode {decode:.1f} tokens/s, {speed.threads} threads")
     click.echo(
-        f"first token {speed['ttft_s']:.3f} s, load {speed['load_s']:.2f} s, "
-        f"peak RSS {speed['peak_rss_bytes'] / 2**20:.0f} MiB, {repeat} runs"
+        f"first token {speed.ttft_s:.3f} s, load {speed.load_s:.2f} s, "
+        f"peak RSS {speed.peak_rss_bytes / 2**20:.0f} MiB, {repeat} runs"
     )
 
 

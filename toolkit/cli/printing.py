@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+from toolkit.typed_json import to_json
+
+if TYPE_CHECKING:
+    from toolkit.report.sections import BaselineTaskRow, Check, Report, TaskRow
 
 
 def print_problems(problems: list[str], all_well: str, as_json: bool) -> None:
@@ -29,14 +36,17 @@ def print_plans(plans: list[dict[str, Any]], as_json: bool) -> None:
         _print_plan(plan)
 
 
-def one_document(parts: list[dict[str, Any]]) -> str:
-    """One plan or report as itself, several as a list."""
-    return json.dumps(parts[0] if len(parts) == 1 else parts, indent=2, ensure_ascii=False)
+def one_document(parts: Sequence[object]) -> str:
+    """One plan or report as a JSON document of its own, several as a list."""
+    made = to_json(tuple(parts))
+    return json.dumps(made[0] if isinstance(made, list) and len(made) == 1 else made, indent=2, ensure_ascii=False)
 
 
 def print_exported(bundles: list[Path], as_json: bool) -> None:
     """Bundles that were made and not validated."""
-    reports = [json.loads((bundle / "report.json").read_text(encoding="utf-8")) for bundle in bundles]
+    from toolkit.report.summary import load_report
+
+    reports = [load_report(bundle) for bundle in bundles]
     for bundle, report in zip(bundles, reports, strict=True):
         click.echo(f"bundle: {bundle}", err=as_json)
         if not as_json:
@@ -93,71 +103,78 @@ def _rough_time(seconds: float) -> str:
     return f"{round(seconds / 60)} min" if seconds >= 120 else f"{max(round(seconds), 1)} s"
 
 
-def print_verdict(bundle: Path, report: dict[str, Any]) -> None:
+def print_verdict(bundle: Path, report: Report) -> None:
     """Parity, answers, speed, notes, checks, and where the report is."""
-    parity, plain = report["parity"], report.get("baseline")
-    beside = f", plain 4-bit {plain['mean_kld']:.3g} and {plain['top1_agreement']:.1%}" if plain else ""
-    click.echo(
-        f"parity on {parity['tokens']} tokens: mean KLD {parity['mean_kld']:.3g}, "
-        f"top-1 {parity['top1_agreement']:.1%}{beside}"
-    )
-    if alone := parity.get("weights_alone"):
-        click.echo(f"the weights alone: mean KLD {alone['mean_kld']:.3g}, top-1 {alone['top1_agreement']:.1%}")
-    for k, task in enumerate(report.get("tasks", [])):
-        _print_task(task, plain["tasks"][k] if plain and "tasks" in plain else {})
-    if simulated := report.get("simulator"):
-        error, agree = simulated["hidden_rms_error"], simulated["top1_agreement"]
+    parity, plain = report.parity, report.baseline
+    if parity:
+        beside = f", plain 4-bit {plain.mean_kld:.3g} and {plain.top1_agreement:.1%}" if plain else ""
         click.echo(
-            f"{simulated['software']}'s simulator beside the CPU on {simulated['tokens']} tokens: "
-            f"hidden states differ by {error:.2g}, top-1 {agree:.1%}; beside the checkpoint on "
-            f"{simulated['compared_tokens']}: mean KLD {simulated['mean_kld']:.3g}"
+            f"parity on {parity.tokens} tokens: mean KLD {parity.mean_kld:.3g}, "
+            f"top-1 {parity.top1_agreement:.1%}{beside}"
         )
-        for task in simulated.get("tasks", []):
-            _print_task({**task, "name": f"{task['name']} in the simulator"}, {})
-    if speed := report.get("speed"):
-        prefill, decode = speed["prefill_tokens_per_s"], speed["decode_tokens_per_s"]
-        click.echo(f"speed: {prefill:.0f} prefill, {decode:.1f} decode tokens/s, {speed['threads']} threads")
+        if alone := parity.weights_alone:
+            click.echo(f"the weights alone: mean KLD {alone.mean_kld:.3g}, top-1 {alone.top1_agreement:.1%}")
+    rounded = {row.name: row for row in plain.tasks or ()} if plain else {}
+    for task in report.tasks or ():
+        _print_task(task, task.name, rounded.get(task.name))
+    if simulated := report.simulator:
+        click.echo(
+            f"{simulated.software}'s simulator beside the CPU on {simulated.tokens} tokens: "
+            f"hidden states differ by {simulated.hidden_rms_error:.2g}, top-1 {simulated.top1_agreement:.1%}; beside "
+            f"the checkpoint on {simulated.compared_tokens}: mean KLD {simulated.mean_kld:.3g}"
+        )
+        for task in simulated.tasks or ():
+            _print_task(task, f"{task.name} in the simulator", None)
+    if speed := report.speed:
+        prefill, decode = speed.prefill_tokens_per_s, speed.decode_tokens_per_s
+        click.echo(f"speed: {prefill:.0f} prefill, {decode:.1f} decode tokens/s, {speed.threads} threads")
     _print_notes(report)
-    for check in report["verdict"]["checks"]:
-        word = "pass" if check["passed"] else "FAIL"
-        value = f"{check['value']:.3g}" if "value" in check else "was not measured"
-        click.echo(f"{word}: {check['name']} {value} (threshold {check['threshold']:g})")
+    for check in report.verdict.checks if report.verdict else ():
+        _print_check(check)
     click.echo(f"report: {bundle / 'report.html'}")
 
 
-def _print_task(task: dict[str, Any], plain: dict[str, Any]) -> None:
+def _print_check(check: Check) -> None:
+    """One line: the figure, what a sampled one is held to, and the threshold."""
+    value = f"{check.value:.3g}" if check.value is not None else "was not measured"
+    if check.bound is not None:
+        error = f" ± {check.standard_error:.2g}" if check.standard_error is not None else ""
+        side = "at most" if check.relation == ">=" else "at least"
+        value += f"{error}, {side} {check.bound:.3g} with 95% confidence"
+    click.echo(f"{'pass' if check.passed else 'FAIL'}: {check.name} {value} (threshold {check.threshold:g})")
+
+
+def _print_task(task: TaskRow, name: str, plain: BaselineTaskRow | None) -> None:
     """Accuracy with its standard error and length of answers, the checkpoint's and plain 4-bit rounding's beside."""
-    error = f" (± {task['accuracy_se']:.1%})" if "accuracy_se" in task else ""
-    reference = f", checkpoint {task['reference_accuracy']:.1%}" if "reference_accuracy" in task else ""
-    rounded = f", plain 4-bit {plain['accuracy']:.1%}" if plain else ""
-    click.echo(f"{task['name']}, {task['examples']} questions: {task['accuracy']:.1%}{error} right{reference}{rounded}")
-    beside = f", checkpoint {task['reference_mean_answer_tokens']:.0f}" if reference else ""
-    click.echo(f"{task['name']}, tokens of an answer: {task['mean_answer_tokens']:.0f}{beside}")
-    if task["truncated"]:
-        share = f", checkpoint {task['reference_truncated']:.1%}" if reference else ""
-        limit = f"at {task['max_new_tokens']} tokens (--max-new-tokens) or the context's end"
-        click.echo(f"{task['name']}, cut {limit}: {task['truncated']:.1%}{share}")
+    theirs = task.reference()
+    error = f" (± {task.accuracy_se:.1%})" if task.accuracy_se is not None else ""
+    reference = f", checkpoint {theirs.accuracy:.1%}" if theirs else ""
+    rounded = f", plain 4-bit {plain.accuracy:.1%}" if plain else ""
+    click.echo(f"{name}, {task.examples} questions: {task.accuracy:.1%}{error} right{reference}{rounded}")
+    beside = f", checkpoint {theirs.mean_answer_tokens:.0f}" if theirs else ""
+    click.echo(f"{name}, tokens of an answer: {task.mean_answer_tokens:.0f}{beside}")
+    if task.truncated:
+        share = f", checkpoint {theirs.truncated:.1%}" if theirs else ""
+        limit = f"at {task.max_new_tokens} tokens (--max-new-tokens) or the context's end"
+        click.echo(f"{name}, cut {limit}: {task.truncated:.1%}{share}")
 
 
-def _print_notes(report: dict[str, Any]) -> None:
+def _print_notes(report: Report) -> None:
     """What a reader of the verdict has to know of weights, memory, and of where the stages run."""
-    quantization = report.get("quantization", {})
-    if salient := quantization.get("salient_inputs"):
-        spoils = "spoils, rotated as they are" if quantization.get("rotated") else "spoils"
+    weights = report.quantization
+    if weights and weights.salient_inputs:
+        spoils = "spoils, rotated as they are" if weights.rotated else "spoils"
         click.echo(
-            f"note: {len(salient)} norms have gains many times their median, which rounding without data "
-            f"{spoils}: export with --quality balanced"
+            f"note: {len(weights.salient_inputs)} norms have gains many times their median, which rounding without "
+            f"data {spoils}: export with --quality balanced"
         )
-    fallen: dict[str, int] = {}
-    for fallback in quantization.get("calibration", {}).get("fallbacks", []):
-        fallen[fallback["reason"]] = fallen.get(fallback["reason"], 0) + 1
-    for reason, count in fallen.items():
-        click.echo(f"note: {count} matrices were searched, not solved by GPTQ: {reason}")
-    if cache := report.get("kv_cache"):
-        click.echo(f"KV cache: {cache['bytes'] / 2**20:.0f} MiB for {cache['context_length']} tokens when run")
-    for row in report.get("partition", []):
-        for line in [*row.get("illegal", []), *row.get("conditions", [])]:
+    fallbacks = weights.calibration.fallbacks if weights and weights.calibration else ()
+    for why, count in Counter(row.reason for row in fallbacks).items():
+        click.echo(f"note: {count} matrices were searched, not solved by GPTQ: {why}")
+    if cache := report.kv_cache:
+        click.echo(f"KV cache: {cache.bytes / 2**20:.0f} MiB for {cache.context_length} tokens when run")
+    for row in report.partition or ():
+        for line in (*row.illegal, *row.conditions):
             click.echo(f"note: {line}")
-    for entry in report["not_measured"]:
-        if entry["name"] == "partition.nodes_on_ep":
-            click.echo(f"note: {entry['reason']}")
+    if reason := report.reason("partition.nodes_on_ep"):
+        click.echo(f"note: {reason}")

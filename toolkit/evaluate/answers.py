@@ -23,6 +23,7 @@ from toolkit.evaluate.simulated_answers import drafted_answers, simulator_judge
 from toolkit.evaluate.tasks import Task
 from toolkit.evaluate.thought import after_thought
 from toolkit.reference.greedy import greedy_continuations
+from toolkit.report.sections import Answered
 
 # What the reference may take for the cache of the questions it answers side by side.
 _CACHE_BYTES: Final = 4 << 30
@@ -53,13 +54,12 @@ class Answers:
     tokens: NDArray[np.int64]
     truncated: NDArray[np.bool_]
 
-    def figures(self, prefix: str = "") -> dict[str, float]:
-        """`accuracy`, its standard error where there are two questions, `mean_answer_tokens`, share `truncated`."""
+    def figures(self) -> Answered:
+        """Accuracy, its standard error where there are two questions, mean tokens, and the share that was cut."""
         n, accuracy = self.right.size, float(self.right.mean())
         # As lm-evaluation-harness has it: the sample's deviation over the root of n.
-        error = {"accuracy_se": math.sqrt(accuracy * (1 - accuracy) / (n - 1))} if n > 1 else {}
-        length = {"mean_answer_tokens": float(self.tokens.mean()), "truncated": float(self.truncated.mean())}
-        return {f"{prefix}{name}": value for name, value in {"accuracy": accuracy, **error, **length}.items()}
+        error = math.sqrt(accuracy * (1 - accuracy) / (n - 1)) if n > 1 else None
+        return Answered(accuracy, float(self.tokens.mean()), float(self.truncated.mean()), error)
 
     def first(self, count: int) -> Answers:
         """The answers to the first `count` questions alone."""
@@ -124,14 +124,25 @@ def reference_answers(config: ModelConfig, source: Tensors, asked: Asked) -> Ans
     return _judged(asked, [ids[:room] for ids, room in zip(made, asked.rooms, strict=True)])
 
 
-def compared(ours: Answers, theirs: Answers) -> dict[str, float]:
-    """Questions that became wrong, and right, and the standard error of the drop in accuracy between such pairs."""
+@dataclass(frozen=True)
+class Pairs:
+    """The same questions answered twice: how many became wrong, and right, and the standard error of the drop in
+    accuracy between such pairs, where there are two questions."""
+
+    right_to_wrong: int
+    wrong_to_right: int
+    accuracy_drop_se: float | None
+
+
+def compared(ours: Answers, theirs: Answers) -> Pairs:
+    """A bundle's answers beside those of its checkpoint."""
     lost, won = int((theirs.right & ~ours.right).sum()), int((ours.right & ~theirs.right).sum())
     n = ours.right.size
+    if n < 2:
+        return Pairs(lost, won, None)
     # The variance of -1, 0 and 1 over the pairs (McNemar's setting): what both get right, or wrong, adds nothing.
-    spread = (lost + won - (lost - won) ** 2 / n) / (n - 1) if n > 1 else math.nan
-    error = {"accuracy_drop_se": math.sqrt(spread / n)} if n > 1 else {}
-    return {"right_to_wrong": lost, "wrong_to_right": won, **error}
+    spread = (lost + won - (lost - won) ** 2 / n) / (n - 1)
+    return Pairs(lost, won, math.sqrt(spread / n))
 
 
 def room_after(config: Mapping[str, Any], prompt_tokens: int, new_tokens: int) -> int:

@@ -5,10 +5,12 @@ T positions, V vocab.
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
+
+from toolkit.report.sections import Divergence, Histogram
 
 Logits = NDArray[np.float32]
 # Positions are compared a few at a time: float64 copies of a 152k vocabulary are large.
@@ -43,24 +45,32 @@ class Comparison:
         self._losses.append(-log_q[rows, targets])
         self._reference_losses.append(-log_p[rows, targets])
 
-    def figures(self) -> dict[str, Any]:
-        """report.json's `parity`, but for `reference` and `greedy_match_tokens`."""
+    @property
+    def tokens(self) -> int:
+        """How many positions were compared."""
+        return sum(kld.size for kld in self._kld)
+
+    @property
+    def reference_perplexity(self) -> float:
+        """The perplexity of the reference's own distributions on the tokens."""
+        return float(np.exp(np.concatenate(self._reference_losses).mean()))
+
+    def figures(self) -> Divergence:
+        """How far the bundle's distributions are from the reference's."""
         kld = np.concatenate(self._kld)
         counts, _ = np.histogram(
             np.log10(np.clip(kld, 10 ** _HISTOGRAM_EDGES[0], 10 ** _HISTOGRAM_EDGES[-1])), _HISTOGRAM_EDGES
         )
-        return {
-            "tokens": int(kld.size),
-            "max_abs_logit_error": self._max_error,
-            "mean_kld": float(kld.mean()),
-            "median_kld": float(np.median(kld)),
-            "p99_kld": float(np.quantile(kld, 0.99)),
-            "p999_kld": float(np.quantile(kld, 0.999)),
-            "top1_agreement": float(np.concatenate(self._agree).mean()),
-            "perplexity": float(np.exp(np.concatenate(self._losses).mean())),
-            "reference_perplexity": float(np.exp(np.concatenate(self._reference_losses).mean())),
-            "kld_histogram": {"log10_edges": _HISTOGRAM_EDGES.tolist(), "counts": counts.tolist()},
-        }
+        return Divergence(
+            max_abs_logit_error=self._max_error,
+            mean_kld=float(kld.mean()),
+            median_kld=float(np.median(kld)),
+            p99_kld=float(np.quantile(kld, 0.99)),
+            p999_kld=float(np.quantile(kld, 0.999)),
+            top1_agreement=float(np.concatenate(self._agree).mean()),
+            perplexity=float(np.exp(np.concatenate(self._losses).mean())),
+            kld_histogram=Histogram(tuple(_HISTOGRAM_EDGES.tolist()), tuple(counts.tolist())),
+        )
 
 
 def matching_prefix(expected: list[int], actual: list[int]) -> int:

@@ -22,8 +22,19 @@ from toolkit.epcontext.htp import PACKAGE, PROVIDER, htp_version, open_htp
 from toolkit.errors import BundleError
 from toolkit.evaluate.parity import Comparison
 from toolkit.evaluate.positions import Pipeline
+from toolkit.report.sections import Simulator
 
 _NUMPY: Final[dict[str, type[np.floating[Any]]]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+
+
+@dataclass(frozen=True)
+class SimulatedDivergence:
+    """The bundle in the simulator beside its checkpoint, on `compared_tokens` tokens."""
+
+    compared_tokens: int
+    mean_kld: float
+    p999_kld: float
+    reference_top1_agreement: float
 
 
 @dataclass(frozen=True)
@@ -42,7 +53,7 @@ def simulate(
     prompt: int,
     reference: NDArray[np.float32],
     progress: Callable[[str], None] = lambda _: None,
-) -> dict[str, Any]:
+) -> Simulator:
     """report.json's `simulator`: the first `prompt` of `ids` in windows, each later one by itself.
 
     Beside the same graphs on the CPU, `hidden_rms_error` is the rms difference of the normalized hidden states over
@@ -74,21 +85,25 @@ def simulate(
     agree = logits.argmax(axis=-1) == pipeline.head(ids, on_cpu).argmax(axis=-1)
     comparison = Comparison()
     comparison.add(reference, logits, ids)
-    return {
-        "ep": PROVIDER,
-        "software": f"{PACKAGE} {version}",
-        "stage": "transformer",
-        "parts": len(parts),
-        "hidden_rms_error": float(error),
-        "top1_agreement": float(agree.mean()),
-        "tokens": len(ids),
-        **_divergence(comparison),
-    }
+    found = _divergence(comparison)
+    return Simulator(
+        ep=PROVIDER,
+        software=f"{PACKAGE} {version}",
+        stage="transformer",
+        parts=len(parts),
+        hidden_rms_error=float(error),
+        top1_agreement=float(agree.mean()),
+        tokens=len(ids),
+        compared_tokens=found.compared_tokens,
+        mean_kld=found.mean_kld,
+        p999_kld=found.p999_kld,
+        reference_top1_agreement=found.reference_top1_agreement,
+    )
 
 
 def simulated_divergence(
     bundle: Path, sequences: Sequence[list[int]], expected: Iterable[NDArray[np.float32]]
-) -> dict[str, Any]:
+) -> SimulatedDivergence:
     """`mean_kld`, `p999_kld` and `reference_top1_agreement` of the bundle in the simulator, window by window, beside
     the checkpoint's logits [T, V] of each sequence; `compared_tokens` says on how many. Raises as `simulate`."""
     pipeline, comparison = Pipeline(bundle, exact=True), Comparison()
@@ -98,14 +113,9 @@ def simulated_divergence(
     return _divergence(comparison)
 
 
-def _divergence(comparison: Comparison) -> dict[str, Any]:
+def _divergence(comparison: Comparison) -> SimulatedDivergence:
     figures = comparison.figures()
-    return {
-        "compared_tokens": figures["tokens"],
-        "mean_kld": figures["mean_kld"],
-        "p999_kld": figures["p999_kld"],
-        "reference_top1_agreement": figures["top1_agreement"],
-    }
+    return SimulatedDivergence(comparison.tokens, figures.mean_kld, figures.p999_kld, figures.top1_agreement)
 
 
 def simulated_hidden(bundle: Path, pipeline: Pipeline, sequences: Sequence[list[int]]) -> list[NDArray[Any]]:

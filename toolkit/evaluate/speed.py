@@ -4,29 +4,18 @@ from __future__ import annotations
 
 import statistics
 import time
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from toolkit.apart import ChildFailed, answer, run_apart
 from toolkit.bundle.genai_config import max_length, stage_sections
 from toolkit.errors import BundleError
 from toolkit.evaluate.session import open_model
 from toolkit.machine import peak_rss_bytes, physical_cores
+from toolkit.report.sections import Speed, SpeedRun
+from toolkit.typed_json import JsonObject, from_json, to_json
 
 
-@dataclass(frozen=True)
-class Run:
-    """One prompt and its continuation. `ttft_s` ends with the first token; decoding is timed after it."""
-
-    ttft_s: float
-    prefill_tokens_per_s: float
-    decode_tokens_per_s: float
-
-
-def measure_speed(
-    bundle: Path, prompt_tokens: int, new_tokens: int, repeat: int, on_cpu: bool = False
-) -> dict[str, Any]:
+def measure_speed(bundle: Path, prompt_tokens: int, new_tokens: int, repeat: int, on_cpu: bool = False) -> Speed:
     """report.json's `speed`: medians over `repeat` runs, after one that warms up and is not counted.
 
     Raises BundleError if prompt and continuation do not fit the bundle's context.
@@ -54,36 +43,36 @@ def measure_speed(
         for _ in range(new_tokens - 1):
             generator.generate_next_token()
         decode_s = time.perf_counter() - first
-        runs.append(Run(first - start, prompt_tokens / (prefilled - start), (new_tokens - 1) / decode_s))
-    counted = [asdict(run) for run in runs[1:]]
-    medians = {key: statistics.median(run[key] for run in counted) for key in counted[0]}
-    return {
-        "runtime": "onnxruntime-genai",
-        "threads": _threads(settings),
-        "load_s": opened.load_s,
-        "prompt_tokens": prompt_tokens,
-        **medians,
-        "peak_rss_bytes": peak_rss_bytes(),
-        "runs": counted,
-    }
+        runs.append(SpeedRun(first - start, prompt_tokens / (prefilled - start), (new_tokens - 1) / decode_s))
+    counted = runs[1:]
+    return Speed(
+        runtime="onnxruntime-genai",
+        threads=_threads(settings),
+        load_s=opened.load_s,
+        prompt_tokens=prompt_tokens,
+        ttft_s=statistics.median(run.ttft_s for run in counted),
+        prefill_tokens_per_s=statistics.median(run.prefill_tokens_per_s for run in counted),
+        decode_tokens_per_s=statistics.median(run.decode_tokens_per_s for run in counted),
+        peak_rss_bytes=peak_rss_bytes(),
+        runs=tuple(counted),
+    )
 
 
-def measure_speed_apart(bundle: Path, prompt_tokens: int, new_tokens: int, repeat: int) -> dict[str, Any]:
+def measure_speed_apart(bundle: Path, prompt_tokens: int, new_tokens: int, repeat: int) -> Speed:
     """`measure_speed` in a process of its own, so that `peak_rss_bytes` is the runtime's alone."""
     job = {"bundle": str(bundle), "sizes": [prompt_tokens, new_tokens, repeat]}
     try:
-        measured: dict[str, Any] = run_apart("toolkit.evaluate.speed", job)
+        return from_json(Speed, run_apart("toolkit.evaluate.speed", job), "the measured speed")
     except ChildFailed as failed:
         raise BundleError(f"the speed of {bundle} could not be measured: {failed.reason}") from None
-    return measured
 
 
-def _measure(job: dict[str, Any]) -> dict[str, Any]:
+def _measure(job: JsonObject) -> object:
     """In the child."""
-    return measure_speed(Path(job["bundle"]), *job["sizes"])
+    return to_json(measure_speed(Path(job["bundle"]), *job["sizes"]))
 
 
-def _threads(config: dict[str, Any]) -> int:
+def _threads(config: JsonObject) -> int:
     """The most threads ORT uses for a stage; 0 in the file means one for each physical core."""
     threads = [int(s["session_options"].get("intra_op_num_threads", 0)) for s in stage_sections(config)]
     return max(count or physical_cores() for count in threads)

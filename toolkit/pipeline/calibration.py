@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +35,7 @@ from toolkit.quant.blockwise import QuantSpec
 from toolkit.quant.formats import floats_of, planned_specs
 from toolkit.quant.ranges import ActivationRange
 from toolkit.recipe import Recipe
+from toolkit.report.sections import ActivationRanges, Calibration, FallbackRow, Fold
 from toolkit.target import CPU_FORM, Form
 
 Floats = NDArray[np.float32]
@@ -57,7 +58,7 @@ class Calibrated:
 
     plan: ExportPlan
     importance: Mapping[str, Floats]
-    section: dict[str, Any]
+    section: Calibration
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class StoredRanges:
     were read."""
 
     ranges: dict[str, ActivationRange]
-    section: dict[str, Any]
+    section: Calibration
     packed_bytes_read: int
 
 
@@ -78,8 +79,7 @@ def calibrate(
 
     Raises NonFiniteError for activations that are not numbers.
     """
-    plan, importance, made = _weights(plan, text.sequences, partial, work, progress)
-    return Calibrated(plan, importance, _text_section(plan, text) | made)
+    return _weights(plan, text.sequences, _read_text(plan, text), partial, work, progress)
 
 
 def stored_ranges(
@@ -92,21 +92,25 @@ def stored_ranges(
     start, percentile = time.perf_counter(), plan.recipe.activation_percentile
     stored = StoredTensors(plan.layout, partial)
     ranges = activation_ranges(plan.checkpoint.config, stored, text.sequences, percentile, work / "ranges", progress)
-    described = {"dtype": "uint16", "tensors": len(ranges), "percentile": percentile}
+    described = ActivationRanges("uint16", len(ranges), percentile)
     seconds = time.perf_counter() - start
-    section = {**_text_section(plan, text), "activations": described, "ranges_s": seconds}
+    section = replace(_read_text(plan, text), activations=described, ranges_s=seconds)
     return StoredRanges(ranges, section, stored.bytes_read)
 
 
-def _text_section(plan: ExportPlan, text: TokenizedText) -> dict[str, Any]:
+def _read_text(plan: ExportPlan, text: TokenizedText) -> Calibration:
     """What was read, and nothing made of it yet."""
-    read = {"quality": plan.recipe.quality, "text": text.origin.name, "tokens": sum(map(len, text.sequences))}
-    return {**read, "inputs": 0, "folded": [], "fallbacks": []}
+    return Calibration(plan.recipe.quality, text.origin.name, sum(map(len, text.sequences)))
 
 
 def _weights(
-    plan: ExportPlan, sequences: list[list[int]], partial: Path, work: Path, progress: Callable[[str], None]
-) -> tuple[ExportPlan, Mapping[str, Floats], dict[str, Any]]:
+    plan: ExportPlan,
+    sequences: list[list[int]],
+    read: Calibration,
+    partial: Path,
+    work: Path,
+    progress: Callable[[str], None],
+) -> Calibrated:
     """The plan with its final formats and folded weights, the importance of columns, and what there is to report."""
     start = time.perf_counter()
     recipe, checkpoint, config = plan.recipe, plan.checkpoint, plan.checkpoint.config
@@ -137,8 +141,9 @@ def _weights(
             values = {name: facts.values for name, facts in found.inputs.items()}
             problem = Problem(formats, importance, rounding, head_rounding, values)
             fallbacks = solve(config, folded, sequences, problem, writer, work / "solve", progress)
-    section = _section(recipe, found, fallbacks)
-    return plan, importance, section | {"survey_s": surveyed - start, "solve_s": time.perf_counter() - surveyed}
+    decided = _decided(read, recipe, found, fallbacks)
+    took = replace(decided, survey_s=surveyed - start, solve_s=time.perf_counter() - surveyed)
+    return Calibrated(plan, importance, took)
 
 
 def calibration_text(plan: ExportPlan) -> TokenizedText:
@@ -195,17 +200,18 @@ def _rounding(form: Form) -> Rounding:
     return Rounding.INT8 if form.accuracy_level == 4 else Rounding.NONE
 
 
-def _section(recipe: Recipe, found: Survey, fallbacks: list[Fallback]) -> dict[str, Any]:
-    folds = []
-    for name, facts in found.inputs.items():
-        if facts.fold.scales is not None:
-            figures = {key: value for key, value in asdict(facts.fold).items() if key != "scales"}
-            folds.append({"input": name, **figures})
-    section: dict[str, Any] = {
-        "inputs": len(found.inputs),
-        "folded": folds,
-        "fallbacks": [asdict(fallback) for fallback in fallbacks],
-    }
-    if recipe.bits_per_weight:
-        section |= {"budget_bits_per_weight": recipe.bits_per_weight, "divergences": found.divergences}
-    return section
+def _decided(made: Calibration, recipe: Recipe, found: Survey, fallbacks: list[Fallback]) -> Calibration:
+    """What the text decided: folds, the matrices that could not be solved, and what a budget was spent by."""
+    folds = [
+        Fold(name, fold.alpha, fold.beta, fold.plain_loss, fold.loss)
+        for name, fold in ((name, facts.fold) for name, facts in found.inputs.items())
+        if fold.scales is not None
+    ]
+    return replace(
+        made,
+        inputs=len(found.inputs),
+        folded=tuple(folds),
+        fallbacks=tuple(FallbackRow(row.tensor, row.reason) for row in fallbacks),
+        budget_bits_per_weight=recipe.bits_per_weight or None,
+        divergences=found.divergences if recipe.bits_per_weight else None,
+    )

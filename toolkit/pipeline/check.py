@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from toolkit.bundle.compiled import lint_compiled
 from toolkit.bundle.lint import lint_bundle
 from toolkit.bundle.manifest import read_manifest
-from toolkit.bundle.operators import place_bundle
+from toolkit.bundle.operators import Placement, place_bundle
 from toolkit.epcontext.htp import PROVIDER
 from toolkit.errors import MachineError
 from toolkit.evaluate.vendors import MAX_ERROR, VendorRun, run_vendor_apart
@@ -17,8 +16,19 @@ from toolkit.graph.htp_faults import htp_faults
 from toolkit.target import CPU_EP, TARGETS
 
 
-def check_bundle(bundle: Path, run: bool) -> dict[str, Any]:
-    """`problems`, one line each; `stages` beside their tables; `runs` in the vendor's software, if asked for.
+@dataclass(frozen=True)
+class CheckResult:
+    """What `toolkit check` found: `problems`, one line each, the `stages` beside their providers' tables, and what
+    became of those that were run in their vendor's software."""
+
+    passed: bool
+    problems: tuple[str, ...]
+    stages: tuple[Placement, ...]
+    runs: tuple[VendorRun, ...]
+
+
+def check_bundle(bundle: Path, run: bool) -> CheckResult:
+    """Holds a bundle's settings against its graphs and its nodes against the tables; `run` also runs its stages.
 
     Raises BundleError for a folder that is no bundle, MachineError if the vendor's software is asked for and missing.
     """
@@ -32,12 +42,7 @@ def check_bundle(bundle: Path, run: bool) -> dict[str, Any]:
         problems += placement.problems
     runs = _run(bundle, recipe.target) if run else []
     problems += [line for entry in runs for line in _problems(entry)]
-    return {
-        "passed": not problems,
-        "problems": problems,
-        "stages": [asdict(placement) for placement in placements],
-        "runs": [asdict(entry) for entry in runs],
-    }
+    return CheckResult(not problems, tuple(problems), tuple(placements), tuple(runs))
 
 
 def _run(bundle: Path, target_name: str) -> list[VendorRun]:

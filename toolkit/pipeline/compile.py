@@ -7,10 +7,9 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from toolkit import names
-from toolkit.bundle.compiled import compiled_settings, partition_rows
+from toolkit.bundle.compiled import compiled_settings
 from toolkit.bundle.genai_config import read_settings, soc_options, tell_soc
 from toolkit.bundle.manifest import Manifest, read_manifest, save_manifest
 from toolkit.epcontext.htp import PACKAGE, htp_version
@@ -18,10 +17,12 @@ from toolkit.epcontext.parts import CompiledPart, Part, compile_parts, part_key
 from toolkit.errors import BundleError, MachineError, UnsupportedError
 from toolkit.files import file_entry, replacing, write_json, write_text
 from toolkit.recipe import Recipe
+from toolkit.report.sections import CompiledPartCost, NotMeasured, PartitionRow, Report, StepTime
 from toolkit.report.summary import amend_report
-from toolkit.report.weights import ceiling_row
+from toolkit.report.weights import ceiling_row, compiled_rows
 from toolkit.soc import SOCS, Soc
 from toolkit.target import TARGETS
+from toolkit.typed_json import JsonObject
 
 
 def compile_exported(bundle: Path, wanted: bool, progress: Callable[[str], None] = lambda _: None) -> str:
@@ -43,13 +44,14 @@ def compile_exported(bundle: Path, wanted: bool, progress: Callable[[str], None]
     if not reason:
         compile_bundle(bundle, progress)
         return ""
-    amend_report(bundle, lambda report: None, {"partition.bin_bytes": f"not compiled ahead of time: {reason}"})
+    said = NotMeasured("partition.bin_bytes", f"not compiled ahead of time: {reason}")
+    amend_report(bundle, lambda report: report, [said])
     return f"not compiled ahead of time: {reason}; `toolkit compile {bundle}` does it"
 
 
 def compile_bundle(
     bundle: Path, progress: Callable[[str], None] = lambda _: None, soc: str | None = None
-) -> list[dict[str, Any]]:
+) -> tuple[PartitionRow, ...]:
     """Compiles what is not compiled yet, points settings, manifest and report at it; returns the report's `partition`.
 
     `soc` makes the bundle one for another SoC than its recipe's. The work is done in `<bundle>.compile` and goes on
@@ -71,8 +73,7 @@ def compile_bundle(
     if work.exists() or manifest.compiled != _keys(parts) or not _sizes_fit(bundle, manifest):
         made = compile_parts(bundle, parts, work, progress)
         _install(bundle, manifest, config, parts, made, work)
-    rows: list[dict[str, Any]] = amend_report(bundle, lambda report: None, {})["partition"]
-    return rows
+    return amend_report(bundle, lambda report: report).partition or ()
 
 
 def _keys(parts: Sequence[Part]) -> dict[str, str]:
@@ -101,7 +102,7 @@ def _parts(recipe: Recipe, options: dict[str, str], hashes: Mapping[str, str], s
 def _install(
     bundle: Path,
     manifest: Manifest,
-    config: dict[str, Any],
+    config: JsonObject,
     parts: Sequence[Part],
     made: Sequence[CompiledPart],
     work: Path,
@@ -120,29 +121,31 @@ def _install(
         named = replace(file_entry(settings), name=names.GENAI_CONFIG_FILE)
         changed = replace(manifest.with_files((*entries, named)), compiled=_keys(parts))
         save_manifest(bundle / names.MANIFEST_FILE, changed)
-    amend_report(bundle, lambda report: _describe(report, bundle, parts, made, soc), {})
+    amend_report(bundle, lambda report: _described(report, bundle, parts, made, soc))
     shutil.rmtree(work)
 
 
-def _describe(
-    report: dict[str, Any], bundle: Path, parts: Sequence[Part], made: Sequence[CompiledPart], soc: Soc
-) -> None:
-    """What compiling took, and what became of each stage."""
+def _described(report: Report, bundle: Path, parts: Sequence[Part], made: Sequence[CompiledPart], soc: Soc) -> Report:
+    """The report with what compiling took, and what became of each stage."""
     stages = [stage for part in parts for stage in part.stages]
-    report["partition"] = partition_rows(report.get("partition", []), bundle, stages)
-    if "ceiling" in report:
-        report["ceiling"] = [ceiling_row(row["weight_bytes_per_token"], soc) for row in report["ceiling"]]
-    if (conversion := report.get("conversion")) is None:
-        return
-    earlier = sum(stage["wall_s"] for stage in conversion["stages"] if stage["name"] == "compile")
+    ceiling = report.ceiling and tuple(ceiling_row(row.weight_bytes_per_token, soc) for row in report.ceiling)
+    report = replace(report, partition=compiled_rows(report.partition or (), bundle, stages), ceiling=ceiling)
+    conversion = report.conversion
+    if conversion is None:
+        return report
+    kept = [step for step in conversion.stages if step.name != "compile"]
+    earlier = sum(step.wall_s for step in conversion.stages if step.name == "compile")
     seconds = sum(part.wall_s for part in made)
-    conversion["wall_s"] += seconds - earlier
-    conversion["stages"] = [stage for stage in conversion["stages"] if stage["name"] != "compile"]
-    conversion["stages"].append({"name": "compile", "wall_s": seconds})
-    conversion["compiled_parts"] = [
-        {"stages": list(part.stages), "wall_s": done.wall_s, "peak_rss_bytes": done.peak_rss_bytes}
-        for part, done in zip(parts, made, strict=True)
-    ]
+    costs = (
+        CompiledPartCost(part.stages, done.wall_s, done.peak_rss_bytes) for part, done in zip(parts, made, strict=True)
+    )
+    changed = replace(
+        conversion,
+        wall_s=conversion.wall_s + seconds - earlier,
+        stages=(*kept, StepTime("compile", seconds)),
+        compiled_parts=tuple(costs),
+    )
+    return replace(report, conversion=changed)
 
 
 def _text(path: Path) -> str:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +29,7 @@ from toolkit.pipeline.plan import ExportPlan, check_machine, plan_export
 from toolkit.quant.kernel import require_compiler
 from toolkit.quant.ranges import ActivationRange
 from toolkit.recipe import Recipe
+from toolkit.report.sections import Calibration, Conversion, KvCache, StepTime
 from toolkit.report.summary import begin_report, write_report
 from toolkit.report.weights import ceiling_section, partition_section, quantization_section
 from toolkit.soc import SOCS
@@ -45,14 +45,14 @@ class _Clock:
 
     def __init__(self) -> None:
         self.start = time.perf_counter()
-        self.stages: list[dict[str, Any]] = []
+        self.stages: list[StepTime] = []
 
     @contextmanager
-    def stage(self, name: str, stages: list[dict[str, Any]] | None = None) -> Iterator[None]:
+    def stage(self, name: str, stages: list[StepTime] | None = None) -> Iterator[None]:
         """Adds a step to those all bundles share, or to the `stages` of one."""
         begin = time.perf_counter()
         yield
-        (self.stages if stages is None else stages).append({"name": name, "wall_s": time.perf_counter() - begin})
+        (self.stages if stages is None else stages).append(StepTime(name, time.perf_counter() - begin))
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class _Begun:
     text: TokenizedText | None = None
     importance: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
     ranges: Mapping[str, ActivationRange] | None = None
-    calibration: dict[str, Any] = field(default_factory=dict)
+    calibration: Calibration | None = None
     packed_bytes_read: int = 0
 
 
@@ -158,8 +158,10 @@ def _ranged(packed: _Begun, clock: _Clock, progress: Callable[[str], None]) -> _
     with clock.stage(f"ranges {plan.recipe.name}"):
         work = packed.partial / _CALIBRATION_FOLDER
         made = stored_ranges(plan, packed.text, packed.partial, work, progress)
-    calibration = made.section | packed.calibration
-    return replace(packed, ranges=made.ranges, calibration=calibration, packed_bytes_read=made.packed_bytes_read)
+    known = made.section
+    if packed.calibration:
+        known = replace(packed.calibration, activations=known.activations, ranges_s=known.ranges_s)
+    return replace(packed, ranges=made.ranges, calibration=known, packed_bytes_read=made.packed_bytes_read)
 
 
 def _pack(ready: Sequence[_Begun], progress: Callable[[str], None]) -> list[PackResult]:
@@ -203,27 +205,28 @@ def _finish(
         graph_files = [graph.stage.file for graph in graphs]
         made = [*graph_files, *packed.sha256, names.GENAI_CONFIG_FILE, *tokenizer_files]
         manifest = write_manifest(partial, begun.manifest, plan.checkpoint, made, packed.sha256)
-    report = begin_report(manifest)
-    report["quantization"] = quantization_section(plan.layout, packed.errors)
-    if begun.calibration:
-        report["quantization"]["calibration"] = begun.calibration
-    if plan.salient_inputs:
-        report["quantization"]["salient_inputs"] = plan.salient_inputs
-    if plan.recipe.rotate:
-        report["quantization"]["rotated"] = True
-    report["partition"] = partition_section(graphs)
-    if plan.recipe.soc:
-        report["ceiling"] = ceiling_section(plan.layout, SOCS[plan.recipe.soc])
-    report["kv_cache"] = {"context_length": plan.recipe.context_length, "bytes": plan.kv_cache_bytes}
-    report["conversion"] = {
-        "wall_s": time.perf_counter() - clock.start,
-        "peak_rss_bytes": peak_rss_bytes(),
-        "bytes_read": plan.checkpoint.source.bytes_read() - begun.read_before,
-        "packed_bytes_read": packed.bytes_read + begun.packed_bytes_read,
-        "bytes_written": sum(entry.bytes for entry in manifest.files),
-        "stages": stages,
-        **({"in_one_pass_with": beside} if beside else {}),
-    }
+    bandwidth = ceiling_section(plan.layout, SOCS[plan.recipe.soc]) if plan.recipe.soc else None
+    report = replace(
+        begin_report(manifest),
+        quantization=replace(
+            quantization_section(plan.layout, packed.errors),
+            calibration=begun.calibration,
+            salient_inputs=tuple(plan.salient_inputs) or None,
+            rotated=True if plan.recipe.rotate else None,
+        ),
+        partition=partition_section(graphs),
+        ceiling=bandwidth,
+        kv_cache=KvCache(plan.recipe.context_length, plan.kv_cache_bytes),
+        conversion=Conversion(
+            wall_s=time.perf_counter() - clock.start,
+            peak_rss_bytes=peak_rss_bytes(),
+            bytes_read=plan.checkpoint.source.bytes_read() - begun.read_before,
+            packed_bytes_read=packed.bytes_read + begun.packed_bytes_read,
+            bytes_written=sum(entry.bytes for entry in manifest.files),
+            stages=tuple(stages),
+            in_one_pass_with=tuple(beside) or None,
+        ),
+    )
     write_report(partial, report)
 
 

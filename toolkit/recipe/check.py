@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from toolkit.algorithms import ALGORITHMS, AUTO
 from toolkit.errors import RecipeError
+from toolkit.figures import threshold_names
 from toolkit.quality import QUALITIES
 from toolkit.recipe.recipe import QuantRule, Recipe
 from toolkit.recipe.words import nearest
@@ -16,27 +17,7 @@ from toolkit.target import TARGETS
 RULE_ALGORITHMS: Final = (AUTO, *ALGORITHMS)
 BITS: Final = (4, 8)
 BLOCK_SIZES: Final = (16, 32, 64, 128, 256)
-# Figures of report.json that a recipe may set a threshold on.
-FIGURES: Final = (
-    "max_abs_logit_error",
-    "mean_kld",
-    "median_kld",
-    "p99_kld",
-    "p999_kld",
-    "top1_agreement",
-    "perplexity",
-    "greedy_match_tokens",
-    "accuracy",
-    "accuracy_drop",
-    "ttft_s",
-    "prefill_tokens_per_s",
-    "decode_tokens_per_s",
-    "peak_rss_bytes",
-    "hidden_rms_error",
-    "simulator_mean_kld",
-    "simulator_accuracy",
-    "simulator_accuracy_drop",
-)
+FIGURES: Final = threshold_names()
 
 
 def check_rule(rule: QuantRule, where: str) -> None:

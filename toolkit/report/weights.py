@@ -5,14 +5,25 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any, Protocol
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol, TypedDict
 
 from toolkit import names
+from toolkit.bundle.compiled import binary_of
 from toolkit.bundle.operators import place, support_of
 from toolkit.graph.builder import StageGraph
-from toolkit.graph.interface import interface_of
+from toolkit.graph.interface import interface_of, read_interface
 from toolkit.graph.layout import Layout, Unit
+from toolkit.report.sections import CeilingRow, Format, PartitionRow, Quantization, RoleRow, TensorRow
 from toolkit.soc import Soc
+
+
+class _Noise(TypedDict, total=False):
+    """The error of a row: one of the two."""
+
+    sqnr_db: float
+    exact: bool
 
 
 class SquaredError(Protocol):
@@ -26,39 +37,33 @@ class SquaredError(Protocol):
     def noise(self) -> float: ...
 
 
-def quantization_section(layout: Layout, errors: Sequence[SquaredError]) -> dict[str, Any]:
+def quantization_section(layout: Layout, errors: Sequence[SquaredError]) -> Quantization:
     """Bits, bytes and signal-to-noise (dB, of the weights, unweighted) by role and by tensor."""
     sums = {error.tensor: (error.signal, error.noise) for error in errors}
     tensors = []
-    groups: dict[tuple[Any, ...], list[tuple[str, int]]] = defaultdict(list)
+    groups: dict[tuple[str, Format], list[tuple[str, int]]] = defaultdict(list)
     for unit in layout.matrices():
-        unit_bytes = sum(slot.nbytes for slot in unit.slots)
+        unit_bytes, form = sum(slot.nbytes for slot in unit.slots), _format(unit)
         for source, rows in zip(unit.sources, unit.rows, strict=True):
-            entry = {"name": source, "role": names.role_of(source), **_format(unit)}
-            if (layer := names.layer_of(source)) is not None:
-                entry["layer"] = layer
-            if unit.spec is not None:
-                entry |= _decibel(*sums[source])
-            tensors.append(entry)
-            key = (entry["role"], tuple(_format(unit).items()))
-            groups[key].append((source, unit_bytes * rows // sum(unit.rows)))
+            role = names.role_of(source)
+            row = TensorRow(**vars(form), name=source, role=role, layer=names.layer_of(source))
+            tensors.append(row if unit.spec is None else replace(row, **_decibel(*sums[source])))
+            groups[role, form].append((source, unit_bytes * rows // sum(unit.rows)))
     by_role = []
-    for (role, spec), members in groups.items():
-        row = {"role": role, **dict(spec)}
-        row |= {"tensors": len(members), "bytes": sum(nbytes for _, nbytes in members)}
-        if row["bits"] < 32:
-            row |= _decibel(*(sum(sums[source][k] for source, _ in members) for k in (0, 1)))
-        by_role.append(row)
-    weight_bytes = sum(row["bytes"] for row in by_role)
-    return {
-        "bits_per_weight": layout.bits_per_weight(),
-        "weight_bytes": weight_bytes,
-        "by_role": by_role,
-        "tensors": tensors,
-    }
+    for (role, form), members in groups.items():
+        nbytes = sum(nbytes for _, nbytes in members)
+        summed = RoleRow(**vars(form), role=role, tensors=len(members), bytes=nbytes)
+        noise = _decibel(*(sum(sums[source][k] for source, _ in members) for k in (0, 1))) if form.bits < 32 else {}
+        by_role.append(replace(summed, **noise))
+    return Quantization(
+        bits_per_weight=layout.bits_per_weight(),
+        weight_bytes=sum(row.bytes for row in by_role),
+        by_role=tuple(by_role),
+        tensors=tuple(tensors),
+    )
 
 
-def partition_section(graphs: Sequence[StageGraph]) -> list[dict[str, Any]]:
+def partition_section(graphs: Sequence[StageGraph]) -> tuple[PartitionRow, ...]:
     """Each stage beside the table of what its execution provider takes.
 
     `nodes_legal` is what the table allows, `nodes_outside` what is left to the CPU on purpose; `illegal` has a line for
@@ -66,26 +71,47 @@ def partition_section(graphs: Sequence[StageGraph]) -> list[dict[str, Any]]:
     """
     rows = []
     for graph in graphs:
-        placement = place(interface_of(graph.model), graph.stage)
+        stage, placement = graph.stage, place(interface_of(graph.model), graph.stage)
         rows.append(
-            {
-                "stage": graph.stage.name,
-                "file": graph.stage.file,
-                "ep": graph.stage.execution_provider,
-                "device": graph.stage.device,
-                "nodes": placement.nodes,
-                "nodes_legal": placement.nodes_legal,
-                "nodes_outside": placement.nodes_outside,
-                "illegal": list(placement.problems),
-                "conditions": list(placement.conditions),
-                "table": support_of(graph.stage.execution_provider)["source"],
-                "compiled": False,
-            }
+            PartitionRow(
+                stage=stage.name,
+                file=stage.file,
+                ep=stage.execution_provider,
+                device=stage.device,
+                nodes=placement.nodes,
+                nodes_legal=placement.nodes_legal,
+                nodes_outside=placement.nodes_outside,
+                illegal=placement.problems,
+                conditions=placement.conditions,
+                table=support_of(stage.execution_provider)["source"],
+                compiled=False,
+            )
         )
-    return rows
+    return tuple(rows)
 
 
-def ceiling_section(layout: Layout, soc: Soc) -> list[dict[str, Any]]:
+def compiled_rows(rows: Sequence[PartitionRow], bundle: Path, stages: Sequence[str]) -> tuple[PartitionRow, ...]:
+    """The rows of a partition with what became of these stages: EPContext took every node, or they would not be."""
+    changed = []
+    for row in rows:
+        if row.stage in stages:
+            file = names.compiled_file(row.stage)
+            binary = binary_of(read_interface(bundle / file))
+            row = replace(
+                row,
+                file=file,
+                compiled=True,
+                bin=binary,
+                bin_bytes=(bundle / binary).stat().st_size,
+                nodes_on_ep=row.nodes,
+                nodes_run=row.nodes,
+                conditions=(),
+            )
+        changed.append(row)
+    return tuple(changed)
+
+
+def ceiling_section(layout: Layout, soc: Soc) -> tuple[CeilingRow, ...]:
     """What memory bandwidth allows: each token reads every matrix but the embedding, of which it reads a row.
 
     A tied embedding is read as the LM head. The KV cache comes on top, and what a device measures lies below.
@@ -94,28 +120,28 @@ def ceiling_section(layout: Layout, soc: Soc) -> list[dict[str, Any]]:
     tied = not any(names.role_of(unit.name) == "lm_head" for unit in matrices)
     read = [unit for unit in matrices if tied or names.role_of(unit.name) != "embed_tokens"]
     nbytes = sum(slot.nbytes for unit in read for slot in unit.slots)
-    return [ceiling_row(nbytes, soc)]
+    return (ceiling_row(nbytes, soc),)
 
 
-def ceiling_row(weight_bytes_per_token: int, soc: Soc) -> dict[str, Any]:
+def ceiling_row(weight_bytes_per_token: int, soc: Soc) -> CeilingRow:
     """The bound that one SoC's memory bandwidth sets on decoding, as a row of `ceiling`."""
-    return {
-        "device": soc.device,
-        "memory_bytes_per_s": soc.memory_bytes_per_s,
-        "source": soc.memory_source,
-        "weight_bytes_per_token": weight_bytes_per_token,
-        "decode_tokens_per_s": soc.memory_bytes_per_s / weight_bytes_per_token,
-        "basis": "an upper bound by memory bandwidth over the bytes of weights a token reads, not a measurement",
-    }
+    return CeilingRow(
+        device=soc.device,
+        memory_bytes_per_s=soc.memory_bytes_per_s,
+        source=soc.memory_source,
+        weight_bytes_per_token=weight_bytes_per_token,
+        decode_tokens_per_s=soc.memory_bytes_per_s / weight_bytes_per_token,
+        basis="an upper bound by memory bandwidth over the bytes of weights a token reads, not a measurement",
+    )
 
 
-def _format(unit: Unit) -> dict[str, Any]:
-    if unit.spec is None:
-        return {"algorithm": "none", "bits": 32}
+def _format(unit: Unit) -> Format:
     spec = unit.spec
-    return {"algorithm": spec.algorithm, "bits": spec.bits, "block_size": spec.block_size, "symmetric": spec.symmetric}
+    return Format("none", 32) if spec is None else Format(spec.algorithm, spec.bits, spec.block_size, spec.symmetric)
 
 
-def _decibel(signal: float, noise: float) -> dict[str, Any]:
+def _decibel(signal: float, noise: float) -> _Noise:
     """10 log10(signal / noise), or that the tensor is exact."""
-    return {"sqnr_db": 10 * math.log10(signal / noise)} if noise > 0 and signal > 0 else {"exact": True}
+    if noise > 0 and signal > 0:
+        return {"sqnr_db": 10 * math.log10(signal / noise)}
+    return {"exact": True}

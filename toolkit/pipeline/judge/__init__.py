@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from toolkit.bundle.genai_config import read_settings
 from toolkit.checkpoint.opened import Checkpoint
@@ -17,8 +18,9 @@ from toolkit.pipeline.judge.reference import Reference
 from toolkit.pipeline.judge.simulator import Simulation, plan_simulation, run_simulation, simulated_task_rows
 from toolkit.pipeline.judge.subject import Subject, open_subject
 from toolkit.pipeline.judge.verdict import thresholds
-from toolkit.report.sections import NotMeasured
-from toolkit.report.summary import judge, read_report, write_report
+from toolkit.report.sections import NotMeasured, PartitionRow, Report, Speed
+from toolkit.report.summary import read_report, write_report
+from toolkit.report.verdict import judge
 from toolkit.target import CPU_EP
 
 __all__ = ["Effort", "judge_bundle"]
@@ -28,7 +30,7 @@ _BENCH: Final = (128, 64, 3)
 
 def judge_bundle(
     bundle: Path, checkpoint: Checkpoint, effort: Effort, progress: Callable[[str], None] = lambda _: None
-) -> dict[str, Any]:
+) -> Report:
     """Measures, rewrites report.json and report.html, returns the report.
 
     Raises BundleError or CheckpointError if either cannot be read or they do not belong together.
@@ -41,45 +43,50 @@ def judge_bundle(
     simulated_ids = simulation.sequences if isinstance(simulation, Simulation) else []
     reference = Reference(subject, [greedy.prompt + greedy.made, *simulated_ids])
     compared = compare(subject, reference, greedy)
-    report |= {"parity": compared.parity} | ({"baseline": compared.baseline} if compared.baseline else {})
-    reasons = []
-    if "partition" in report:
-        report["partition"] = _partition(report["partition"], compared)
-        reasons += _not_seen(report["partition"], subject)
+    parity, baseline, reasons = compared.parity, compared.baseline, list[NotMeasured]()
+    if report.partition is not None:
+        report = replace(report, partition=_partition(report.partition, compared))
+        reasons += _not_seen(report.partition or (), subject)
     if isinstance(simulation, NotMeasured):
         reasons.append(simulation)
     elif simulation:
         simulated = run_simulation(subject, simulation, reference, reference.beside[1:])
         rows = simulated_task_rows(subject, asked, answers)
         reasons += [rows] if isinstance(rows, NotMeasured) else []
-        report["simulator"] = simulated if isinstance(rows, NotMeasured) else {**simulated, "tasks": rows}
+        answered = None if isinstance(rows, NotMeasured) else rows
+        report = replace(report, simulator=replace(simulated, tasks=answered))
     if effort.baseline is False:
         reasons.append(NotMeasured("baseline", "left out by --no-baseline"))
     if asked:
-        report["tasks"] = task_rows(subject, asked, answers)
-        if compared.baseline and (plain := baseline_rows(subject, asked, answers)):
-            report["baseline"]["tasks"] = plain
-    reasons += answers_not_measured(subject, report.get("tasks", []))
+        report = replace(report, tasks=task_rows(subject, asked, answers))
+        if baseline and (plain := baseline_rows(subject, asked, answers)):
+            baseline = replace(baseline, tasks=plain)
+    reasons += answers_not_measured(subject, report.tasks or ())
     speed = _speed(subject)
     if isinstance(speed, NotMeasured):
         reasons.append(speed)
     else:
-        report["speed"] = speed
-    report["parity"]["bytes_read"] = checkpoint.source.bytes_read() - read_before
-    report["verdict"] = judge(report, thresholds(subject.manifest, report))
-    return write_report(bundle, report, {entry.name: entry.reason for entry in reasons})
+        report = replace(report, speed=speed)
+    parity = replace(parity, bytes_read=checkpoint.source.bytes_read() - read_before)
+    report = replace(report, parity=parity, baseline=baseline)
+    verdict = judge(report, thresholds(subject.manifest, report))
+    return write_report(bundle, replace(report, verdict=verdict), reasons)
 
 
-def _partition(rows: list[dict[str, Any]], compared: Compared) -> list[dict[str, Any]]:
+def _partition(rows: Sequence[PartitionRow], compared: Compared) -> tuple[PartitionRow, ...]:
     """The stages with where ORT put the nodes of those that are the CPU's."""
-    counts = {row["stage"]: compared.placements[row["stage"]] for row in rows if row["ep"] == CPU_EP}
-    seen = {stage: {"nodes_run": sum(by.values()), "nodes_on_ep": by.get(CPU_EP, 0)} for stage, by in counts.items()}
-    return [{**row, **seen.get(row["stage"], {})} for row in rows]
+    seen = []
+    for row in rows:
+        if row.ep == CPU_EP:
+            counts = compared.placements[row.stage]
+            row = replace(row, nodes_run=sum(counts.values()), nodes_on_ep=counts.get(CPU_EP, 0))
+        seen.append(row)
+    return tuple(seen)
 
 
-def _not_seen(rows: list[dict[str, Any]], subject: Subject) -> list[NotMeasured]:
+def _not_seen(rows: Sequence[PartitionRow], subject: Subject) -> list[NotMeasured]:
     """Why it is not known where the nodes of an accelerator's stages run, and why there is no compiled binary."""
-    others = sorted({row["ep"] for row in rows if row["ep"] != CPU_EP and not row["compiled"]})
+    others = sorted({row.ep for row in rows if row.ep != CPU_EP and not row.compiled})
     if not others:
         return []
     ran = "ran" if subject.here else "is not on this machine: every stage ran on the CPU"
@@ -88,7 +95,7 @@ def _not_seen(rows: list[dict[str, Any]], subject: Subject) -> list[NotMeasured]
     return [*(compiled if PROVIDER in others else []), NotMeasured("partition.nodes_on_ep", reason)]
 
 
-def _speed(subject: Subject) -> dict[str, Any] | NotMeasured:
+def _speed(subject: Subject) -> Speed | NotMeasured:
     """The medians of a few runs, measured in a process of its own; or why there are none."""
     if not subject.effort.speed:
         return NotMeasured("speed", "left out by --no-speed")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
 
 from toolkit.errors import RecipeError
 from toolkit.evaluate.answers import Answers, Asked, ask, bundle_answers, compared, reference_answers
@@ -10,7 +11,7 @@ from toolkit.evaluate.rounded import plain_rounding
 from toolkit.evaluate.tasks import read_task
 from toolkit.pipeline.judge.subject import Subject
 from toolkit.reference.greedy import Resident
-from toolkit.report.sections import NotMeasured
+from toolkit.report.sections import BaselineTaskRow, NotMeasured, TaskRow
 
 
 def asked_tasks(subject: Subject) -> list[Asked]:
@@ -39,37 +40,50 @@ class ReferenceAnswers:
         return self._made.get(name)
 
 
-def task_rows(subject: Subject, tasks: list[Asked], reference: ReferenceAnswers) -> list[dict[str, Any]]:
+def task_rows(subject: Subject, tasks: list[Asked], reference: ReferenceAnswers) -> tuple[TaskRow, ...]:
     """Accuracy and length of the bundle's answers to each task, and the checkpoint's where it answers too."""
     rows = []
     for asked in tasks:
         subject.progress(f"task {asked.task.name}: {len(asked.ids)} questions")
         ours = bundle_answers(subject.bundle, asked, not subject.here)
         rows.append(task_row(asked, ours, reference.to(asked, subject)))
-    return rows
+    return tuple(rows)
 
 
-def task_row(asked: Asked, ours: Answers, theirs: Answers | None) -> dict[str, Any]:
+def task_row(asked: Asked, ours: Answers, theirs: Answers | None) -> TaskRow:
     """One task's row: the bundle's answers, and the checkpoint's to the same questions."""
-    identity = {"name": asked.task.name, "examples": len(asked.ids), "max_new_tokens": asked.new_tokens}
-    beside = {**theirs.figures("reference_"), **compared(ours, theirs)} if theirs else {}
-    return {**identity, **ours.figures(), **beside}
+    row = TaskRow(
+        **vars(ours.figures()), name=asked.task.name, examples=len(asked.ids), max_new_tokens=asked.new_tokens
+    )
+    if theirs is None:
+        return row
+    figures, pairs = theirs.figures(), compared(ours, theirs)
+    return replace(
+        row,
+        reference_accuracy=figures.accuracy,
+        reference_accuracy_se=figures.accuracy_se,
+        reference_mean_answer_tokens=figures.mean_answer_tokens,
+        reference_truncated=figures.truncated,
+        right_to_wrong=pairs.right_to_wrong,
+        wrong_to_right=pairs.wrong_to_right,
+        accuracy_drop_se=pairs.accuracy_drop_se,
+    )
 
 
-def baseline_rows(subject: Subject, tasks: list[Asked], reference: ReferenceAnswers) -> list[dict[str, Any]]:
+def baseline_rows(subject: Subject, tasks: list[Asked], reference: ReferenceAnswers) -> tuple[BaselineTaskRow, ...]:
     """What plain 4-bit rounding of the checkpoint answers, each task that the checkpoint itself can be asked."""
     rounded, rows = Resident(plain_rounding(subject.source)), []
     for asked in tasks:
         if reference.to(asked, subject):
             subject.progress(f"task {asked.task.name}: plain 4-bit rounding")
-            plain = reference_answers(subject.checkpoint.config, rounded, asked)
-            rows.append({"name": asked.task.name, "examples": len(asked.ids), **plain.figures()})
-    return rows
+            figures = reference_answers(subject.checkpoint.config, rounded, asked).figures()
+            rows.append(BaselineTaskRow(**vars(figures), name=asked.task.name, examples=len(asked.ids)))
+    return tuple(rows)
 
 
-def answers_not_measured(subject: Subject, rows: list[dict[str, Any]]) -> list[NotMeasured]:
+def answers_not_measured(subject: Subject, rows: Sequence[TaskRow]) -> list[NotMeasured]:
     """Why there are no tasks, or no answers of the checkpoint to them."""
-    if any("reference_accuracy" not in row for row in rows):
+    if any(row.reference_accuracy is None for row in rows):
         reason = "the checkpoint as float32 does not fit into this machine's memory"
         return [NotMeasured("tasks.reference_accuracy", reason)]
     return [] if subject.effort.tasks else [NotMeasured("tasks", "left out by --no-tasks")]

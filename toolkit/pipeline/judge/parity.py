@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Final
+from dataclasses import dataclass, replace
+from typing import Final
 
 import numpy as np
 
@@ -14,9 +14,9 @@ from toolkit.evaluate.session import continuations
 from toolkit.pipeline.judge.reference import Reference
 from toolkit.pipeline.judge.subject import GREEDY_PROMPT, Subject
 from toolkit.reference.decoder import Array
+from toolkit.report.sections import Baseline, Parity, WeightsAlone
 
 _REFERENCE: Final = "numpy float32 forward of the checkpoint"
-_WEIGHT_FIGURES: Final = ("mean_kld", "median_kld", "p99_kld", "p999_kld", "top1_agreement")
 _GREEDY_NEW: Final = 32
 # The bundle's logits are taken from one run over this many tokens, and again with the cache over the first of them.
 _DECODED_TOKENS: Final = 48
@@ -27,8 +27,8 @@ class Compared:
     """`parity` and, where it was wanted, `baseline` as the report has them; `placements` counts by stage and execution
     provider the nodes that ORT put there."""
 
-    parity: dict[str, Any]
-    baseline: dict[str, Any] | None
+    parity: Parity
+    baseline: Baseline | None
     placements: dict[str, dict[str, int]]
 
 
@@ -71,25 +71,31 @@ def compare(subject: Subject, reference: Reference, greedy: Greedy) -> Compared:
             theirs.add(expected, plain, ids)
     placements = session.placements()
     del session
-    parity = {"reference": _REFERENCE, **ours.figures()}
-    parity["max_abs_logit_error"] = max(parity["max_abs_logit_error"], cached_error)
-    parity |= {"greedy_match_tokens": greedy.matching(reference.beside[0]), "greedy_tokens": len(greedy.made)}
+    alone = None
     if rounds_activations(subject.bundle):
         subject.progress("logits of the bundle's weights alone")
-        parity["weights_alone"] = _weights_alone(subject, reference)
+        alone = _weights_alone(subject, reference)
+    figures = ours.figures()
+    parity = Parity(
+        **vars(replace(figures, max_abs_logit_error=max(figures.max_abs_logit_error, cached_error))),
+        reference=_REFERENCE,
+        tokens=ours.tokens,
+        reference_perplexity=ours.reference_perplexity,
+        greedy_match_tokens=greedy.matching(reference.beside[0]),
+        greedy_tokens=len(greedy.made),
+        weights_alone=alone,
+    )
     return Compared(parity, _baseline(theirs) if subject.wants_baseline else None, placements)
 
 
-def _baseline(comparison: Comparison) -> dict[str, Any]:
-    figures = comparison.figures()
-    del figures["tokens"], figures["reference_perplexity"]
-    return {"name": PLAIN_NAME, "bits_per_weight": PLAIN_BITS_PER_WEIGHT, **figures}
+def _baseline(comparison: Comparison) -> Baseline:
+    return Baseline(**vars(comparison.figures()), name=PLAIN_NAME, bits_per_weight=PLAIN_BITS_PER_WEIGHT)
 
 
-def _weights_alone(subject: Subject, reference: Reference) -> dict[str, float]:
+def _weights_alone(subject: Subject, reference: Reference) -> WeightsAlone:
     """The divergence that is left where products take their inputs as they are: what the weights themselves cost."""
     session, comparison = open_positions(subject.bundle, exact=True), Comparison()
     for ids, (expected, _) in zip(subject.sequences, reference.text(), strict=True):
         comparison.add(expected, session.logits(ids), ids)
-    figures = comparison.figures()
-    return {name: figures[name] for name in _WEIGHT_FIGURES}
+    found = comparison.figures()
+    return WeightsAlone(found.mean_kld, found.median_kld, found.p99_kld, found.p999_kld, found.top1_agreement)

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Final
+from dataclasses import dataclass, replace
+from typing import Final
 
 from toolkit import names
 from toolkit.epcontext.htp import htp_version
 from toolkit.errors import MachineError
 from toolkit.evaluate.answers import Asked, first_of, simulated_answers
 from toolkit.evaluate.simulated_loop import simulated_continuations
-from toolkit.evaluate.simulator import simulate, simulated_divergence
+from toolkit.evaluate.simulator import SimulatedDivergence, simulate, simulated_divergence
 from toolkit.pipeline.judge.answers import ReferenceAnswers, task_row
 from toolkit.pipeline.judge.parity import Greedy
 from toolkit.pipeline.judge.reference import Reference
 from toolkit.pipeline.judge.subject import GREEDY_PROMPT, Subject
 from toolkit.reference.decoder import Array
-from toolkit.report.sections import NotMeasured
+from toolkit.report.sections import NotMeasured, Simulator, TaskRow
 
 # Tokens made through onnxruntime-genai with the transformer in the simulator.
 _SIMULATED_NEW: Final = 8
@@ -61,21 +61,21 @@ def plan_simulation(subject: Subject) -> Simulation | NotMeasured | None:
 
 def run_simulation(
     subject: Subject, simulation: Simulation, reference: Reference, logits: Sequence[Array]
-) -> dict[str, Any]:
+) -> Simulator:
     """The section; `logits` are the checkpoint's of the simulation's sequences."""
     cut = simulation.cut
     section = simulate(subject.bundle, cut, max(len(cut) - simulation.decoded, 1), logits[0], subject.progress)
     if subject.effort.simulated_tokens:
-        section |= _divergence(subject, reference)
+        section = replace(section, **vars(_divergence(subject, reference)))
     if simulation.greedy is None:
         return section
     matched = simulation.greedy.matching(logits[1])
-    return section | {"greedy_match_tokens": matched, "greedy_tokens": len(simulation.greedy.made)}
+    return replace(section, greedy_match_tokens=matched, greedy_tokens=len(simulation.greedy.made))
 
 
 def simulated_task_rows(
     subject: Subject, tasks: list[Asked], reference: ReferenceAnswers
-) -> list[dict[str, Any]] | NotMeasured:
+) -> tuple[TaskRow, ...] | NotMeasured:
     """The first questions of each task, answered in the simulator; or that none were asked."""
     count = subject.effort.simulated_examples
     if not count:
@@ -87,7 +87,7 @@ def simulated_task_rows(
         theirs = reference.to(asked, subject)
         ours = simulated_answers(subject.bundle, some)
         rows.append(task_row(some, ours, theirs.first(len(some.ids)) if theirs else None))
-    return rows
+    return tuple(rows)
 
 
 def _is_large(subject: Subject) -> bool:
@@ -95,7 +95,7 @@ def _is_large(subject: Subject) -> bool:
     return not data.is_file() or data.stat().st_size > _SIMULATED_BYTES
 
 
-def _divergence(subject: Subject, reference: Reference) -> dict[str, Any]:
+def _divergence(subject: Subject, reference: Reference) -> SimulatedDivergence:
     """The divergence from the checkpoint on as many tokens as were asked for."""
     first = _first_tokens(subject.sequences, subject.effort.simulated_tokens)
     subject.progress(f"{sum(map(len, first))} tokens in the simulator")

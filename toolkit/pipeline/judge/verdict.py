@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Final
+from typing import Final
 
 from toolkit.bundle.manifest import Manifest
-from toolkit.report.summary import section_of
+from toolkit.figures import FIGURES
+from toolkit.report.sections import Report
 
 _FP32_THRESHOLDS: Final = {"max_abs_logit_error": 1e-3, "accuracy_drop": 0.005}
 
 
-def thresholds(manifest: Manifest, report: Mapping[str, Any]) -> dict[str, float]:
+def thresholds(manifest: Manifest, report: Report) -> dict[str, float]:
     """The recipe's, or those of an unquantized bundle; what was left out on request is not checked, and said to be."""
     wanted = _FP32_THRESHOLDS if manifest.precision == "fp32" else manifest.recipe.validate
-    left_out = {section for section in ("tasks", "speed", "simulator") if section not in report}
-    if "tasks" not in report.get("simulator", {}):
+    left_out = {name for name in ("tasks", "speed", "simulator") if getattr(report, name) is None}
+    if report.simulator is None or report.simulator.tasks is None:
         left_out.add("simulator.tasks")
-    return {name: limit for name, limit in wanted.items() if section_of(name) not in left_out}
+    return {name: limit for name, limit in wanted.items() if FIGURES[name].section not in left_out}

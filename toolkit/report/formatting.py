@@ -4,22 +4,11 @@ from __future__ import annotations
 
 import datetime
 import math
+from collections.abc import Callable
 from typing import Final
 
+from toolkit.figures import FIGURES
 from toolkit.report.charts import power_of_ten
-
-LABELS: Final = {
-    "accuracy_drop": "Task accuracy drop",
-    "mean_kld": "Mean KLD",
-    "median_kld": "Median KLD",
-    "p99_kld": "99th percentile KLD",
-    "p999_kld": "99.9th percentile KLD",
-    "top1_agreement": "Top-1 agreement",
-    "max_abs_logit_error": "Max abs logit error",
-    "greedy_match_tokens": "Greedy tokens in agreement",
-    "perplexity": "Perplexity",
-    "reference_perplexity": "Perplexity of the reference",
-}
 
 
 def format_bytes(nbytes: float) -> str:
@@ -76,15 +65,29 @@ def format_date(created: str) -> str:
 
 def label_of(name: str) -> str:
     """A key of report.json in words."""
-    return LABELS.get(name) or (name[:1].upper() + name[1:]).replace("_", " ")
+    return FIGURES[name].label if name in FIGURES else (name[:1].upper() + name[1:]).replace("_", " ")
 
 
 def format_figure(name: str, value: float) -> str:
-    """A figure in the format its key asks for."""
-    if name.endswith("drop"):
-        return format_percent(value).replace("%", " points")
-    if name.endswith(("accuracy", "agreement")):
-        return format_percent(value)
-    if name.endswith("perplexity"):
-        return f"{value:,.3f}"
-    return format_kld(value) if name.endswith("kld") else format_number(value)
+    """A figure in its own form; `bits_per_weight` too, which is none that is judged."""
+    form = FIGURES[name].form if name in FIGURES else "number"
+    return _FORMS[form](value)
+
+
+def _format_points(value: float) -> str:
+    return format_percent(value).replace("%", " points")
+
+
+def _format_perplexity(value: float) -> str:
+    return f"{value:,.3f}"
+
+
+_FORMS: Final[dict[str, Callable[[float], str]]] = {
+    "number": format_number,
+    "kld": format_kld,
+    "share": format_percent,
+    "points": _format_points,
+    "perplexity": _format_perplexity,
+    "seconds": format_seconds,
+    "bytes": format_bytes,
+}
