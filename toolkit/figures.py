@@ -11,7 +11,7 @@ from typing import Final
 
 @dataclass(frozen=True)
 class Figure:
-    """One number of a report.
+    """One number of a report, and all that is known of it without measuring.
 
     `name` is what a recipe and a check call it, `section` where the report has it (`simulator.tasks` are the tasks of
     `simulator`) and `key` under which key there, the name itself unless given. `label` are the words for it. `form`

@@ -47,7 +47,7 @@ class Comparison:
 
     @property
     def tokens(self) -> int:
-        """How many positions were compared."""
+        """The number of positions that were compared, over all sequences."""
         return sum(kld.size for kld in self._kld)
 
     @property

@@ -51,7 +51,7 @@ _METER_END: Final = 1.5
 
 
 def render_report(report: Report) -> str:
-    """The page as HTML text.
+    """Returns the page of a report as HTML text.
 
     What UTF-8 cannot hold (a lone surrogate in a name) becomes `?`, so the text can always be written.
     """

@@ -1,4 +1,4 @@
-"""Figures beside their thresholds.
+"""Whether a bundle passes: the figures of its report beside their thresholds.
 
 A share of questions is known to within its standard error alone, so a gate on one asks whether the sample shows the
 bundle to be worse than the threshold, at 95% confidence one-sided: one question lost of ten shows nothing, thirty of

@@ -30,11 +30,16 @@ class SquaredError(Protocol):
     """Sums of squares of one checkpoint tensor and of its quantization error."""
 
     @property
-    def tensor(self) -> str: ...
+    def tensor(self) -> str:
+        """The name of the tensor in the checkpoint."""
+
     @property
-    def signal(self) -> float: ...
+    def signal(self) -> float:
+        """The sum of the squares of its weights."""
+
     @property
-    def noise(self) -> float: ...
+    def noise(self) -> float:
+        """The sum of the squares of what quantizing changed."""
 
 
 def quantization_section(layout: Layout, errors: Sequence[SquaredError]) -> Quantization:

@@ -28,7 +28,7 @@ _SHORTEST: Final = 160
 
 @dataclass(frozen=True)
 class Subject:
-    """One validation's inputs, opened.
+    """The inputs of one validation, opened and found to belong together.
 
     `sequences` are the token ids that bundle and checkpoint are compared on, `task_files` the recipe's questions,
     `source` has the checkpoint's tensors, which stay in memory once read where tasks are asked and they fit. `here`
