@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -117,3 +118,42 @@ def test_inspect_reads_checkpoints_and_bundles(tiny_r1: Path, exports: Exports, 
 def test_harness_says_what_it_lacks(tmp_path: Path) -> None:
     done = called("harness", str(tmp_path), "--tasks", "gsm8k", "--limit", "1")
     assert done.returncode == 2 and "error: lm_eval is not installed: pip install lm_eval" in done.stderr
+
+
+def test_recipes_are_filtered_by_model_and_target() -> None:
+    def names(*words: str) -> list[str]:
+        return [row["recipe"] for row in json.loads(called("recipes", *words, "--json").stdout)]
+
+    assert names("--model", "14b", "--target", "cpu*") == ["14b-cpu", "14b-cpu-split"]
+    assert names("--model", "deepseek-ai/deepseek-r1-distill-llama-8b", "--target", "qnn") == ["8b-qnn"]
+    assert names("--model", "*-70B", "--target", "dml") == ["70b-dml"]
+    refused = called("recipes", "--model", "15b")
+    assert refused.returncode == 2 and "no recipe is of that: models are 0528-8b, 1.5b" in refused.stderr
+
+
+def test_a_hub_id_of_a_known_model_is_said_to_be_its_recipe(tmp_path: Path) -> None:
+    words = ["--dry-run", "--json", "--out", str(tmp_path / "b")]
+    done = called("export", "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", *words)
+    assert json.loads(done.stdout)["recipe"] == "1.5b-cpu"
+    assert "note: deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B has a recipe of its own: 1.5b-cpu" in done.stderr
+    refused = called("export", "tiny-r1", *words)
+    assert refused.returncode == 2 and "name its target too: tiny-r1-cpu, " in refused.stderr
+
+
+def test_a_recipes_model_may_be_a_folder_beside_it(tiny_r1: Path, tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "checkpoint", tmp_path / "elsewhere"
+    folder.mkdir()
+    elsewhere.mkdir()
+    shutil.copy(tiny_r1 / "config.json", folder)
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("name: mine-cpu\nmodel: checkpoint\ntarget: cpu\ncontext_length: 256\n", encoding="utf-8")
+    out = str(tmp_path / "b")
+    # Shapes need the config alone; a plan of a folder looks at the weights that it is for.
+    done = called("export", str(recipe), "--synthetic", "--no-validate", "--out", out)
+    assert done.returncode == 0, done.stderr
+    refused = called("export", str(recipe), "--dry-run", "--out", out)
+    assert refused.returncode == 2 and "model.safetensors is missing" in refused.stderr
+    for name in ("model.safetensors", "tokenizer.json"):
+        shutil.copy(tiny_r1 / name, folder)
+    plan = json.loads(called("export", str(recipe), "--dry-run", "--json", "--out", out).stdout)
+    assert Path(plan["model"]) == folder and plan["weights"] == 3_670_016
