@@ -31,6 +31,10 @@ _PROVIDERS: Final = {
 }
 
 
+# Asked before any plugin is registered: onnxruntime then lists that as available too, device or not.
+_BUILT_IN: Final = frozenset(ort.get_available_providers())
+
+
 @dataclass(frozen=True)
 class OpenModel:
     """The onnxruntime_genai module, the bundle's Model, its genai_config, and the seconds it took to load.
@@ -114,7 +118,7 @@ def provider_is_here(name: str) -> bool:
     Without the device a plugin is a compiler or a simulator, and would leave the nodes to the CPU without a word.
     """
     execution_provider, row = _execution_provider(name), _PROVIDERS.get(name.lower())
-    if execution_provider in ort.get_available_providers():
+    if execution_provider in _BUILT_IN:
         return True
     if name.lower() == "dml" and _genai_has_dml():
         return True
@@ -158,7 +162,7 @@ def _register(og: Any, name: str) -> bool:
     if not provider_is_here(name):
         return False
     row = _PROVIDERS.get(name.lower())
-    if row and row.plugin and row.execution_provider not in ort.get_available_providers():
+    if row and row.plugin and row.execution_provider not in _BUILT_IN:
         library = importlib.import_module(row.plugin).get_library_path()
         og.register_execution_provider_library(row.execution_provider, str(library))
     return True

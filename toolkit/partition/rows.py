@@ -86,6 +86,8 @@ class RowWriter:
         step = _TURNED * bits // 8
         for start in range(0, rows.shape[1], step):
             turned = signed_integers(rows[:, start : start + step], bits)
+            # The last column of an odd number is not stored.
+            turned = turned[: integers.nbytes - start * rows.shape[0]]
             file.write(integers.offset + start * rows.shape[0], turned.data.cast("B"))
         stored = _narrowed(np.ascontiguousarray(scales.T), scale, name)
         file.write(scale.offset, stored.data.cast("B"))

@@ -68,7 +68,11 @@ class StoredTensors:
         weight = np.empty((N, K), np.float32)
         for start in range(0, K, _TURNED):
             stop = min(K, start + _TURNED)
-            levels = signed_levels(self._bytes(integers, start, stop), unit.spec.bits).reshape(-1, N)
+            # A row of an odd number of 4-bit values ends within a byte; an even number of rows does not.
+            first, end = start * N * unit.spec.bits // 8, -(-stop * N * unit.spec.bits // 8)
+            levels = signed_levels(self._read(integers, first, end), unit.spec.bits)[: (stop - start) * N].reshape(
+                -1, N
+            )
             weight[:, start:stop] = (levels * scales[np.arange(start, stop) // unit.spec.block_size]).T
         return weight
 
@@ -80,7 +84,11 @@ class StoredTensors:
     def _bytes(self, slot: Slot, start: int, stop: int) -> NDArray[np.uint8]:
         """Of entries [start, stop) along the first axis, each a whole number of bytes."""
         each = slot.nbytes // slot.shape[0]
+        return self._read(slot, start * each, stop * each)
+
+    def _read(self, slot: Slot, start: int, stop: int) -> NDArray[np.uint8]:
+        """Bytes [start, stop) of an array."""
         with (self._folder / slot.file).open("rb") as file:
-            file.seek(slot.offset + start * each)
-            self.bytes_read += (stop - start) * each
-            return np.frombuffer(file.read((stop - start) * each), np.uint8)
+            file.seek(slot.offset + start)
+            self.bytes_read += stop - start
+            return np.frombuffer(file.read(stop - start), np.uint8)

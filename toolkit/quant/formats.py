@@ -179,7 +179,11 @@ def use_of(tensor: str, config: ModelConfig) -> MatrixUse:
 
 
 def _signed(spec: QuantSpec, columns: int, form: Form) -> QuantSpec:
-    """The same for DequantizeLinear: blocks that divide the row, or the row as one."""
+    """The same for DequantizeLinear: blocks that divide the row, or the row as one.
+
+    A row of an odd number of 4-bit values ends in one that is not stored: while it is made, two share a byte.
+    """
     sizes = [size for size in (spec.block_size, *_SIGNED_BLOCKS) if columns % size == 0]
     whole = form.row_scales or spec.bits == 8 or not sizes
-    return replace(spec, block_size=columns if whole else sizes[0], symmetric=True, signed=True)
+    row = columns + columns % 2 if spec.bits == 4 else columns
+    return replace(spec, block_size=row if whole else sizes[0], symmetric=True, signed=True)

@@ -172,8 +172,10 @@ class _StandingScales:
 def _assembled(
     weight: Floats, levels: NDArray[np.uint8], scales: Floats, zeros: NDArray[np.uint8], spec: QuantSpec
 ) -> QuantizedBlocks:
-    N, K = weight.shape
-    blocks = levels.reshape(N, scales.shape[1], spec.block_size)
+    (N, K), J = weight.shape, scales.shape[1]
+    beyond = J * spec.block_size - levels.shape[1]
+    levels = np.pad(levels, ((0, 0), (0, beyond)), constant_values=1 << (spec.bits - 1))
+    blocks = levels.reshape(N, J, spec.block_size)
     noise = 0.0
     for row in range(N):
         steps = blocks[row].astype(np.float32) - zeros[row][:, None]

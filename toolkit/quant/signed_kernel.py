@@ -25,7 +25,8 @@ _PIECE: Final = 64
 
 @compiled
 def range_signed_scales(weight: Any, importance: Any, bits: int, block_size: int, scales: Any) -> None:
-    """Fills scales [N, J] float32 from the range of each block of `weight` [N, K] float32, K being J whole blocks.
+    """Fills scales [N, J] float32 from the range of each block of `weight` [N, K] float32, K being J whole blocks, or
+    one that is not.
     `importance` is not looked at."""
     _choose(weight, importance, False, bits, block_size, scales)
 
@@ -41,7 +42,9 @@ def searched_signed_scales(weight: Any, importance: Any, bits: int, block_size: 
 def round_signed_rows(weight: Any, bits: int, block_size: int, scales: Any, packed: Any) -> float:
     """Rounds `weight` [N, K] by scales [N, J] that stand: fills packed [N, J, block_size*bits/8] uint8 with levels
     0 … 2^bits - 1 around 2^(bits-1), and returns the sum of squared errors."""
-    half, levels, noise = _F(1 << (bits - 1)), np.empty(block_size, np.uint8), 0.0
+    half, noise = _F(1 << (bits - 1)), 0.0
+    # Zeros where a row of one block is shorter than that.
+    levels = np.full(block_size, np.uint8(1 << (bits - 1)), np.uint8)
     for row in range(weight.shape[0]):
         for j in range(scales.shape[1]):
             noise += _round(weight[row, j * block_size : (j + 1) * block_size], scales[row, j], half, levels)
