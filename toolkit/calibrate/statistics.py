@@ -45,6 +45,11 @@ class InputStatistics:
         self._seen += x.shape[0]
         return x
 
+    @staticmethod
+    def sampled(tokens: int) -> int:
+        """How many of a text's tokens a sample has, about."""
+        return tokens // max(1, tokens // _SAMPLE)
+
     def sample(self) -> InputSample:
         """What was seen; zero counts as seen in every channel."""
         moments = (self._squares / max(self._seen, 1)).astype(np.float32)

@@ -242,14 +242,18 @@ class _RoundedHead:
         return mean_divergences(config, self._source, exact, {"": x}, self)[""]
 
 
+def probe_tokens(tokens: int, layers: int) -> int:
+    """How much of a text of so many tokens a probe has: about as many go through the layers as the text itself has,
+    with probes of all inputs, half the depth each."""
+    least, most = _PROBE_TOKENS
+    return min(max(2 * tokens // (4 * layers), least), most)
+
+
 def _first_probes(
     config: ModelConfig, source: Tensors, sequences: Sequence[Sequence[int]], wish: Wish
 ) -> dict[str, list[Floats]]:
     """The exact probe under no name, and one with the embedding rounded."""
-    least, most = _PROBE_TOKENS
-    # About as many tokens through the layers as the text itself has: probes of all inputs, half the depth each.
-    room = 2 * sum(map(len, sequences)) // (4 * config.num_hidden_layers)
-    left, exact = min(max(room, least), most), []
+    left, exact = probe_tokens(sum(map(len, sequences)), config.num_hidden_layers), []
     for ids in sequences:
         if left > 1:
             exact.append(embed(source, list(ids)[:left]))

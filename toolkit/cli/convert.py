@@ -55,7 +55,7 @@ def export(
     Several recipes of one model are made in one pass over its checkpoint, and share what is equal on the disk.
     """
     from toolkit import library
-    from toolkit.pipeline.plan import describe
+    from toolkit.pipeline.forecast import described_with_costs
     from toolkit.progress import progress_line
 
     plans = library.plan(
@@ -72,12 +72,12 @@ def export(
         adapter=adapter,
         note=_note,
     )
-    described = [describe(plan) for plan in plans]
+    wanted = None if no_validate or synthetic else effort_of(effort)
+    described = described_with_costs(plans, wanted, not no_compile)
     if dry_run:
         print_plans(described, as_json)
         return
     print_costs(described)
-    wanted = None if no_validate or synthetic else effort_of(effort)
     with progress_line(None) as progress:
         bundles = library.export(plans, compile=not no_compile, progress=progress, note=_note)
     if wanted is None:

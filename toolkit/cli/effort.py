@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def effort_options(command: Callable[..., None]) -> Callable[..., None]:
     """How much `validate` measures; `export` takes the same options."""
     for option in (
-        click.option("--tokens", type=click.IntRange(min=2), default=2000, show_default=True, help="Tokens compared."),
+        click.option("--tokens", type=click.IntRange(min=2), help="Tokens compared [500 to 2000, as fit]."),
         click.option("--text", type=click.Path(path_type=Path), help="Text to compare on, or JSONL with `text`."),
         click.option(
             "--task",
@@ -25,7 +25,9 @@ def effort_options(command: Callable[..., None]) -> Callable[..., None]:
             metavar="FILE",
             help="Questions of your own beside the recipe's: JSONL of `question` or `prompt`, `answer`, `checker`.",
         ),
-        click.option("--examples", type=click.IntRange(min=1), help="Questions of each task [all]."),
+        click.option(
+            "--examples", type=click.IntRange(min=1), help="Questions of each recipe's task [as fit, 60 or more]."
+        ),
         click.option(
             "--max-new-tokens",
             type=click.IntRange(min=1),

@@ -58,11 +58,24 @@ def print_exported(bundles: list[Path], as_json: bool) -> None:
 
 
 def print_costs(plans: list[dict[str, Any]]) -> None:
-    """What the recipes' qualities are about to take, where that is time."""
+    """What the exports are about to take, a line each, as an export begins."""
     for plan in plans:
-        if "calibration" in plan:
-            less = "for ranges alone" if plan["quality"] == "fast" else "--quality fast: none"
-            click.echo(f"{plan['recipe']}, quality {plan['quality']}: {_cost(plan)} ({less})", err=True)
+        phases, kind = plan["forecast"], f"quality {plan['quality']}: {_cost(plan)}"
+        steps = ", ".join(f"{row['phase']} {_rough_time(row['forecast_s'])}" for row in phases)
+        whole = _rough_time(sum(row["forecast_s"] for row in phases))
+        memory = max(row.get("memory_bytes", 0) for row in phases)
+        click.echo(
+            f"{plan['recipe']}, {kind}; about {whole} here ({steps}), {memory / 2**20:.0f} MiB of memory and "
+            f"{plan['disk_needed_bytes'] / 2**20:.0f} MiB of disk",
+            err=True,
+        )
+
+
+def _print_phase(row: dict[str, Any]) -> None:
+    """One phase of a plan: its time, its peak of memory, what it adds on the disk, and what the time stands on."""
+    sizes = {"memory_bytes": "of memory", "disk_bytes": "of disk"}
+    needs = "".join(f", {row[key] / 2**20:.0f} MiB {what}" for key, what in sizes.items() if key in row)
+    click.echo(f"{row['phase']}: about {_rough_time(row['forecast_s'])}{needs} ({row['basis']})")
 
 
 def _print_plan(plan: dict[str, Any]) -> None:
@@ -77,6 +90,8 @@ def _print_plan(plan: dict[str, Any]) -> None:
     if "outside" in plan:
         click.echo(f"note: {plan['outside']}")
     click.echo(f"quality {plan['quality']}: {_cost(plan)}")
+    for row in plan["forecast"]:
+        _print_phase(row)
     click.echo(f"KV cache at {plan['context_length']} tokens: {plan['kv_cache_bytes'] / 2**20:.0f} MiB when run")
     click.echo(f"peak memory of the export: about {plan['peak_memory_bytes'] / 2**20:.0f} MiB")
     if "compile_memory_bytes" in plan:
@@ -93,7 +108,7 @@ def _cost(plan: dict[str, Any]) -> str:
         return "rounding without data"
     cost = plan["calibration"]
     budget = f", up to {cost['bits_per_weight']:g} bits per weight" if "bits_per_weight" in cost else ""
-    return f"{cost['tokens']} tokens of text{budget}, about {_rough_time(cost['forecast_s'])} here"
+    return f"{cost['tokens']} tokens of text{budget}"
 
 
 def _rough_time(seconds: float) -> str:
@@ -176,5 +191,6 @@ def _print_notes(report: Report) -> None:
     for row in report.partition or ():
         for line in (*row.illegal, *row.conditions):
             click.echo(f"note: {line}")
-    if reason := report.reason("partition.nodes_on_ep"):
-        click.echo(f"note: {reason}")
+    for name in ("partition.nodes_on_ep", "tasks.examples"):
+        if reason := report.reason(name):
+            click.echo(f"note: {reason}")

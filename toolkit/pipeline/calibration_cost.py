@@ -1,44 +1,34 @@
-"""What calibrating will take, known from shapes alone: tokens, operations, memory, disk; and time on this machine."""
+"""What calibrating will take, known from shapes alone: tokens, work, memory, disk."""
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from typing import Final
-
-import numpy as np
 
 from toolkit.calibrate.solve import TOKENS_PER_CHANNEL
 from toolkit.checkpoint.anatomy import LinearInput, describe
 from toolkit.checkpoint.config import ModelConfig
-from toolkit.checkpoint.weights import expected_tensors
 from toolkit.names import weight
+from toolkit.pipeline.calibration_work import layer_weights, ranges_work, solving_work, survey_work
 from toolkit.pipeline.text import LONGEST
+from toolkit.pipeline.work import Work
 from toolkit.quality import QUALITIES
 from toolkit.quant.formats import planned_specs
 from toolkit.recipe import Recipe
 from toolkit.target import Form
 
-# Attention, norms, rounding and the disk take time that products do not: measured, see LOG.md.
-_OVERHEAD: Final = 1.5
-_SCALES_PER_INPUT: Final = 60
-_SAMPLE: Final = 256
 # What the ranges of activations are taken from where nothing else needs text.
 _RANGE_TOKENS: Final = 1024
 
 
 @dataclass(frozen=True)
 class CalibrationCost:
-    """A forecast; `operations` are floating-point ones of matrix products."""
+    """What reading a recipe's text takes: `tokens` of it, and `work`, `memory_bytes` and `disk_bytes` foreseen."""
 
     tokens: int
-    operations: float
+    work: Work
     memory_bytes: int
     disk_bytes: int
-
-    def seconds(self) -> float:
-        """On this machine, by the speed of a product now."""
-        return _OVERHEAD * self.operations / operations_per_s()
 
 
 def calibration_tokens(recipe: Recipe, config: ModelConfig, form: Form) -> int:
@@ -53,35 +43,24 @@ def calibration_tokens(recipe: Recipe, config: ModelConfig, form: Form) -> int:
 
 
 def calibration_cost(recipe: Recipe, config: ModelConfig, form: Form) -> CalibrationCost | None:
-    """Of `calibrate` for a recipe; None where nothing is read."""
+    """What calibrating takes for a recipe, the ranges of its activations included; None where nothing is read."""
     if not (recipe.calibrated or form.qdq):
         return None
-    shapes, tokens = expected_tensors(config), calibration_tokens(recipe, config, form)
-    inputs, head = describe(config).inputs, describe(config).head_input
-    layers = [given for given in inputs if given is not head and given.name != head.name]
-    rows = {given.name: sum(shapes[weight(reader)][0] for reader in given.readers) for given in inputs}
-    weights = sum(rows[given.name] * given.width for given in layers)
-    passes = recipe.calibrated + form.qdq
-    operations = 2.0 * weights * tokens * passes
-    if recipe.calibrated and recipe.fold:
-        operations += sum(
-            2.0 * _SCALES_PER_INPUT * _SAMPLE * 2 * _SAMPLE * len(given.readers) * given.width for given in layers
-        )
-    if recipe.bits_per_weight:
-        # Probes: as much again through the layers, and two tokens in all for each of the text's through the head.
-        operations += 2.0 * weights * tokens + 4.0 * tokens * config.vocab_size * config.hidden_size
-    solved = _solved(recipe, config, form)
+    tokens, solved = calibration_tokens(recipe, config, form), _solved(recipe, config, form)
+    work = ranges_work(config, tokens) if form.qdq else Work()
+    if recipe.calibrated:
+        specs = planned_specs(config, recipe, form)
+        work += survey_work(config, specs, tokens, recipe.fold, recipe.bits_per_weight > 0)
     if solved:
-        operations += 2.0 * 2 * weights * tokens * 1.6
-        operations += sum(_solving(rows[given.name], given.width, tokens) for given in solved)
-    layer_bytes = 4 * weights // config.num_hidden_layers
+        work += solving_work(config, solved, tokens)
+    layer_bytes = 4 * layer_weights(config) // config.num_hidden_layers
     widest = max((given.width for given in solved), default=0)
     wide = 4 * LONGEST * config.intermediate_size * 4
     streams = 4 * tokens * config.hidden_size
     spills = 4 * tokens * (config.q_size + config.hidden_size + config.intermediate_size)
     return CalibrationCost(
         tokens=tokens,
-        operations=operations,
+        work=work,
         memory_bytes=int(_layers_held(recipe, bool(solved)) * layer_bytes) + 18 * widest**2 + wide,
         disk_bytes=2 * streams + (2 * (streams + spills) if solved else 0),
     )
@@ -95,27 +74,9 @@ def _layers_held(recipe: Recipe, solves: bool) -> float:
     return 2.5 if recipe.bits_per_weight else 1.5
 
 
-def operations_per_s() -> float:
-    """Of a float32 product of numpy's, the best of a few."""
-    side, best = 1024, float("inf")
-    a = np.ones((side, side), np.float32)
-    for _ in range(5):
-        start = time.perf_counter()
-        a @ a
-        best = min(best, time.perf_counter() - start)
-    return 2.0 * side**3 / best
-
-
 def _solved(recipe: Recipe, config: ModelConfig, form: Form) -> list[LinearInput]:
     """Inputs that a matrix reads which is to be solved."""
     specs = planned_specs(config, recipe, form)
     return [
         given for given in describe(config).inputs if any(specs[weight(r)].rounded_by.solves for r in given.readers)
     ]
-
-
-def _solving(rows: int, width: int, tokens: int) -> float:
-    """Both products, the factor, the corrected target and the updates (quant/gptq.py, calibrate/solve.py)."""
-    few = rows < width
-    products = 1.0 * tokens * width**2 + (4.0 * tokens * rows * width if few else 2.0 * tokens * width**2)
-    return products + 1.4 * width**3 + (5.0 if few else 7.0) * rows * width**2

@@ -238,7 +238,7 @@ def _check_cache(plan: ExportPlan) -> None:
 
 def _described(cost: CalibrationCost, recipe: Recipe) -> dict[str, object]:
     budget = {"bits_per_weight": recipe.bits_per_weight} if recipe.bits_per_weight else {}
-    return {"tokens": cost.tokens, **budget, "operations": cost.operations, "forecast_s": cost.seconds()}
+    return {"tokens": cost.tokens, **budget, "products": cost.work.products}
 
 
 def _outside(plan: ExportPlan) -> str:

@@ -25,6 +25,8 @@ _BETAS: Final = (0.0, 0.5, 1.0)
 # Wider scales leave what float16 can hold of a norm's gain.
 _LIMIT: Final = 256.0
 _ROWS: Final = 256
+# How many scales of an input are judged, leaving it alone included.
+CANDIDATES: Final = 1 + len(_ALPHAS) * len(_BETAS)
 
 
 @dataclass(frozen=True)
@@ -111,3 +113,8 @@ def _pooled(values: NDArray[np.floating], shared: NDArray[np.int64]) -> NDArray[
 def thinned_rows(weight: Floats) -> Floats:
     """Some hundreds of rows, evenly spaced: enough to judge an error by."""
     return weight[:: max(1, weight.shape[0] // _ROWS)]
+
+
+def thinned_count(rows: int) -> int:
+    """How many of so many rows `thinned_rows` leaves."""
+    return -(-rows // max(1, rows // _ROWS))

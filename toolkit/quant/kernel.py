@@ -3,6 +3,7 @@
 A row of toolkit/algorithms.py names the function here that chooses its scales; `round_rows` rounds by them.
 
 numpy needs some twenty passes for what is one here: 1.0 ns a weight against 2.3 for round to nearest (LOG.md).
+Slices are filled by loops: an assignment to one takes numba ten seconds more, all for the words of an error.
 Sums are taken in the order written: letting the compiler reorder them makes the search twice as fast, and its last bit
 a matter of the processor, and even of whether the code came from numba's cache.
 """
@@ -278,7 +279,8 @@ def _round(block: Any, scale: Any, zero: Any, top: Any, levels: Any) -> Any:
 def pack_levels(levels: Any, bits: int, packed: Any) -> None:
     """Fills `packed` with levels of one block. 4 bits: two levels a byte, the even one in the low nibble."""
     if bits == 8:
-        packed[:] = levels
+        for k in range(packed.size):
+            packed[k] = levels[k]
     else:
         for k in range(packed.size):
             packed[k] = levels[2 * k] | (levels[2 * k + 1] << np.uint8(4))

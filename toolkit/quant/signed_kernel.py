@@ -102,14 +102,16 @@ def _range(block: Any, half: Any) -> Any:
 def _weigh(block: Any, importance: Any, first: int, worth: Any, terms: Any) -> None:
     """What an error of each column weighs: as given, or its size plus the block's root mean square."""
     if importance.size:
-        worth[:] = importance[first : first + block.size]
+        for k in range(block.size):
+            worth[k] = importance[first + k]
         return
     total, width = 0.0, terms.shape[1]
     for start in range(0, block.size, width):
         n = min(width, block.size - start)
         for k in range(n):
             terms[0, k] = block[start + k] * block[start + k]
-        terms[0, n:] = _F(0)
+        for k in range(n, width):
+            terms[0, k] = _F(0)
         total += _D(tree_sum(terms[0]))
     rms = _F(np.sqrt(total / block.size))
     for k in range(block.size):
@@ -141,8 +143,8 @@ def _products(block: Any, worth: Any, scale: Any, half: Any, terms: Any) -> Any:
             weighted = weighs[k] * level
             crosses[k] = weighted * x[k]
             squares[k] = weighted * level
-        crosses[n:] = _F(0)
-        squares[n:] = _F(0)
+        for k in range(n, crosses.size):
+            crosses[k], squares[k] = _F(0), _F(0)
         cross += _D(tree_sum(crosses))
         square += _D(tree_sum(squares))
     return cross, square
@@ -188,7 +190,8 @@ def _error(block: Any, worth: Any, scale: Any, half: Any, terms: Any) -> Any:
             level = _near(x[k], inverse, bottom, top)
             miss = x[k] - level * scale
             terms[k] = weighs[k] * miss * miss
-        terms[n:] = _F(0)
+        for k in range(n, terms.size):
+            terms[k] = _F(0)
         total += _D(tree_sum(terms))
     return total
 

@@ -11,7 +11,14 @@ from toolkit.bundle.genai_config import read_settings
 from toolkit.checkpoint.opened import Checkpoint
 from toolkit.epcontext.htp import PROVIDER
 from toolkit.evaluate.speed import measure_speed_apart
-from toolkit.pipeline.judge.answers import ReferenceAnswers, answers_not_measured, asked_tasks, baseline_rows, task_rows
+from toolkit.pipeline.judge.answers import (
+    ReferenceAnswers,
+    answers_not_measured,
+    asked_tasks,
+    baseline_rows,
+    questions_left_out,
+    task_rows,
+)
 from toolkit.pipeline.judge.effort import Effort
 from toolkit.pipeline.judge.parity import Compared, compare, greedy_tokens
 from toolkit.pipeline.judge.reference import Reference
@@ -62,6 +69,7 @@ def judge_bundle(
         if baseline and (plain := baseline_rows(subject, asked, answers)):
             baseline = replace(baseline, tasks=plain)
     reasons += answers_not_measured(subject, report.tasks or ())
+    reasons += questions_left_out(subject.task_files, subject.effort)
     speed = _speed(subject)
     if isinstance(speed, NotMeasured):
         reasons.append(speed)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from toolkit.errors import RecipeError
 from toolkit.evaluate.answers import Answers, Asked, ask, bundle_answers, compared, reference_answers
 from toolkit.evaluate.rounded import plain_rounding
 from toolkit.evaluate.tasks import read_task
+from toolkit.pipeline.judge.effort import Effort
 from toolkit.pipeline.judge.subject import Subject
 from toolkit.reference.greedy import Resident
 from toolkit.report.sections import BaselineTaskRow, NotMeasured, TaskRow
@@ -23,6 +25,18 @@ def asked_tasks(subject: Subject) -> list[Asked]:
         if any(task.name == other.name for other in tasks[:k]):
             raise RecipeError(f"two tasks are called {task.name!r}: rename the file of one, rows go by its name")
     return [ask(subject.bundle, task, effort.max_new_tokens, not subject.here) for task in tasks]
+
+
+def questions_left_out(task_files: Sequence[Path], effort: Effort) -> list[NotMeasured]:
+    """What of the recipe's tasks was not asked, where a sample of their questions was."""
+    asked = effort.examples
+    counts = [(path, len(read_task(path).questions)) for path in task_files] if effort.tasks else []
+    said = [
+        f"{path.stem}: the first {asked} of {count} questions (all: --examples {count})"
+        for path, count in counts
+        if asked is not None and asked < count
+    ]
+    return [NotMeasured("tasks.examples", "; ".join(said))] if said else []
 
 
 class ReferenceAnswers:

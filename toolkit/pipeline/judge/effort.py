@@ -10,14 +10,15 @@ from toolkit.evaluate.tasks import Task
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is measured. `examples` None asks every question of a task; `baseline` None leaves it to the recipe, and
-    `simulate` None to the transformer's size.
+    """How much is measured. `tokens` and `examples`, questions of each of the recipe's tasks, are by default as many as
+    fit less than a minute of a typical machine, the same for a bundle everywhere (`pipeline/judge/work.py`).
+    `baseline` None leaves it to the recipe, and `simulate` None to the transformer's size.
 
     `tasks` asks the recipe's own, beside `own_tasks`; an answer may have `max_new_tokens`. `simulated_examples` of each
     task are asked in the simulator too, and `simulated_tokens` compared there, 0 for two windows.
     """
 
-    tokens: int = 2000
+    tokens: int | None = None
     examples: int | None = None
     tasks: bool = True
     own_tasks: tuple[Task, ...] = ()

@@ -22,7 +22,7 @@ from toolkit.report.sections import NotMeasured, Simulator, TaskRow
 # Tokens made through onnxruntime-genai with the transformer in the simulator.
 _SIMULATED_NEW: Final = 8
 # The simulator takes seconds a token at the width of the 1.5B, so a larger transformer is simulated on request.
-_SIMULATED_BYTES: Final = 64 << 20
+SIMULATED_BYTES: Final = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def simulated_task_rows(
 
 def _is_large(subject: Subject) -> bool:
     data = subject.bundle / names.TRANSFORMER_DATA_FILE
-    return not data.is_file() or data.stat().st_size > _SIMULATED_BYTES
+    return not data.is_file() or data.stat().st_size > SIMULATED_BYTES
 
 
 def _divergence(subject: Subject, reference: Reference) -> SimulatedDivergence:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -15,9 +15,11 @@ from toolkit.errors import BundleError
 from toolkit.evaluate.session import is_here
 from toolkit.machine import free_memory_bytes
 from toolkit.pipeline.judge.effort import Effort
+from toolkit.pipeline.judge.work import sample
 from toolkit.pipeline.text import token_sequences
 from toolkit.recipe import Recipe, data_folder
 from toolkit.reference.greedy import Resident
+from toolkit.target import TARGETS
 
 # The prompt and the length of the greedy continuations through onnxruntime-genai.
 GREEDY_PROMPT: Final = 24
@@ -58,9 +60,13 @@ def open_subject(bundle: Path, checkpoint: Checkpoint, effort: Effort, progress:
     manifest = read_manifest(bundle)
     _check_same(manifest, checkpoint)
     recipe = manifest.recipe
-    task_files = tuple(_task_file(name, recipe, checkpoint) for name in recipe.tasks)
+    task_files = tuple(task_file(name, recipe, checkpoint) for name in recipe.tasks)
     text = effort.text or (*task_files, data_folder("models") / _TEXT_FILE)[0]
-    sequences = token_sequences(checkpoint, text, effort.tokens, _SHORTEST)
+    baseline = bool(recipe.baseline if effort.baseline is None else effort.baseline)
+    form = TARGETS[recipe.target].in_profile(recipe.profile).in_precision(manifest.precision).form
+    taken = sample(effort, checkpoint.config, form, baseline)
+    effort = replace(effort, tokens=taken.tokens, examples=taken.examples)
+    sequences = token_sequences(checkpoint, text, taken.tokens, _SHORTEST)
     here = is_here(read_settings(bundle))
     asks = bool(effort.own_tasks or (effort.tasks and task_files))
     fits = 8 * parameter_count(checkpoint.config) < free_memory_bytes()
@@ -79,7 +85,7 @@ def _check_same(manifest: Manifest, checkpoint: Checkpoint) -> None:
         )
 
 
-def _task_file(task: str, recipe: Recipe, checkpoint: Checkpoint) -> Path:
+def task_file(task: str, recipe: Recipe, checkpoint: Checkpoint) -> Path:
     """The file of a task's questions: the checkpoint's own, or the one beside the model's facts."""
     own = checkpoint.folder / f"{task}.jsonl"
     facts = recipe.facts()

@@ -1,0 +1,132 @@
+"""What a forecast counts, beside shapes counted another way; and how much is measured where nobody says."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from toolkit.checkpoint.config import ModelConfig, read_config
+from toolkit.checkpoint.opened import synthetic_checkpoint
+from toolkit.checkpoint.weights import expected_tensors
+from toolkit.pipeline.calibration_work import forward_work, solving_work, survey_work
+from toolkit.pipeline.forecast import described_with_costs, forecast
+from toolkit.pipeline.judge import Effort
+from toolkit.pipeline.judge.answers import questions_left_out
+from toolkit.pipeline.judge.work import FEWEST_QUESTIONS, FEWEST_TOKENS, sample
+from toolkit.pipeline.plan import ExportPlan, plan_export
+from toolkit.pipeline.work import TYPICAL, MachineSpeed, Work, measure_speed
+from toolkit.quant.formats import planned_specs
+from toolkit.recipe import load_recipe
+from toolkit.target import CPU_FORM, TARGETS, Form
+
+MODELS: Final = Path(__file__).parent.parent / "models"
+
+
+def _form(recipe_name: str) -> tuple[ModelConfig, Form]:
+    recipe = load_recipe(recipe_name)
+    facts = recipe.facts()
+    assert facts is not None
+    return read_config(facts), TARGETS[recipe.target].in_profile(recipe.profile).form
+
+
+def _plan(recipe_name: str, tmp_path: Path) -> ExportPlan:
+    recipe = load_recipe(recipe_name)
+    facts = recipe.facts()
+    assert facts is not None
+    return plan_export(recipe, synthetic_checkpoint(facts), tmp_path / "bundle", "int4")
+
+
+def test_seconds_are_each_kind_of_work_over_its_rate() -> None:
+    work = Work(products=6.0, elements=20.0) + Work(steps=3.0, nbytes=8.0) * 2
+    assert work.seconds(MachineSpeed(2.0, 4.0, 3.0, 16.0)) == 6 / 2 + 20 / 4 + 6 / 3 + 16 / 16
+
+
+@pytest.mark.parametrize("model", ["1.5b", "8b", "tiny-r1"])
+def test_products_of_a_forward_pass_are_two_for_each_weight_of_a_layer_and_token(model: str) -> None:
+    config = read_config(MODELS / model)
+    shapes = expected_tensors(config)
+    weights = sum(a * b for name, (a, b) in ((n, s) for n, s in shapes.items() if len(s) == 2) if ".layers." in name)
+    scores = config.num_hidden_layers * config.num_attention_heads * config.head_dim * 2
+    assert forward_work(config, 1000, 500, 2).products == 1000 * 2 * (weights + 500 * scores)
+
+
+def test_calibrating_grows_with_folds_probes_and_solving() -> None:
+    config, form = _form("1.5b-cpu")
+    recipe = replace(load_recipe("1.5b-cpu"), quality="best")
+    specs = planned_specs(config, recipe, form)
+    plain, folded, probed = (
+        survey_work(config, specs, 4096, folds, probes).seconds(TYPICAL)
+        for folds, probes in ((False, False), (True, False), (True, True))
+    )
+    assert plain < folded < probed
+    assert solving_work(config, [], 4096).seconds(TYPICAL) > forward_work(config, 4096, 512, 8).seconds(TYPICAL)
+
+
+def test_the_1_5b_takes_what_it_took() -> None:
+    """52 min 18 s on two quiet cores, the survey 9 min 41 s of them (LOG.md, 2026-11-26)."""
+    plan_of = load_recipe("1.5b-cpu")
+    config, form = _form("1.5b-cpu")
+    recipe = replace(plan_of, quality="best")
+    specs = planned_specs(config, recipe, form)
+    assert survey_work(config, specs, 18432, True, False).seconds(TYPICAL) == pytest.approx(581, rel=0.3)
+
+
+def test_a_sample_is_what_fits_and_the_same_everywhere() -> None:
+    config, form = _form("tiny-r1-cpu")
+    on_cpu = sample(Effort(), config, form, True)
+    assert on_cpu.tokens == 2000 and FEWEST_QUESTIONS < on_cpu.examples < 500
+    # QDQ graphs restore each weight for each token on the CPU.
+    assert sample(Effort(), config, _form("tiny-r1-qnn")[1], True).examples == FEWEST_QUESTIONS
+    large = sample(Effort(), read_config(MODELS / "14b"), CPU_FORM, False)
+    assert (large.tokens, large.examples) == (FEWEST_TOKENS, FEWEST_QUESTIONS)
+    named = sample(Effort(tokens=77, examples=444), read_config(MODELS / "14b"), CPU_FORM, False)
+    assert (named.tokens, named.examples) == (77, 444)
+
+
+def test_phases_come_in_order_and_only_where_they_happen(tmp_path: Path) -> None:
+    plan = _plan("1.5b-qnn", tmp_path)
+    assert [p.name for p in forecast(plan, TYPICAL, Effort())] == ["calibrate", "pack", "compile", "validate"]
+    assert [p.name for p in forecast(plan, TYPICAL, None, compiles=False)] == ["calibrate", "pack"]
+    away = replace(plan, opened=replace(plan.opened, download_bytes=10**9))
+    download = forecast(away, TYPICAL, None)[0]
+    assert (download.name, download.seconds, download.disk_bytes) == ("download", 40.0, 10**9)
+    assert "assumed" in download.basis
+
+
+def test_a_slower_machine_takes_longer_by_as_much(tmp_path: Path) -> None:
+    plan = _plan("1.5b-cpu", tmp_path)
+    half = MachineSpeed(
+        *(
+            rate / 2
+            for rate in (TYPICAL.products_per_s, TYPICAL.elements_per_s, TYPICAL.steps_per_s, TYPICAL.bytes_per_s)
+        )
+    )
+    for fast, slow in zip(forecast(plan, TYPICAL, Effort()), forecast(plan, half, Effort()), strict=True):
+        assert slow.seconds == pytest.approx(2 * fast.seconds)
+
+
+def test_a_plan_says_each_phase_and_what_is_sampled(tmp_path: Path) -> None:
+    (shown,) = described_with_costs([_plan("tiny-r1-cpu", tmp_path)], Effort())
+    rows = json.loads(json.dumps(shown))["forecast"]
+    assert [row["phase"] for row in rows] == ["calibrate", "pack", "validate"]
+    assert all(row["forecast_s"] > 0 for row in rows)
+    assert "2000 tokens, 200 of 500 questions" in rows[-1]["basis"]
+
+
+def test_the_machine_is_measured_in_a_second() -> None:
+    speed = measure_speed()
+    assert min(speed.products_per_s, speed.elements_per_s, speed.steps_per_s, speed.bytes_per_s) > 1e3
+
+
+def test_questions_that_were_not_asked_are_named(tmp_path: Path) -> None:
+    task = tmp_path / "sums.jsonl"
+    task.write_text("\n".join(json.dumps({"prompt": f"{k}+1=", "answer": str(k + 1)}) for k in range(7)), "utf-8")
+
+    (left,) = questions_left_out([task], Effort(examples=3))
+    assert left.name == "tasks.examples" and left.reason == "sums: the first 3 of 7 questions (all: --examples 7)"
+    assert questions_left_out([task], Effort(examples=7)) == []
+    assert questions_left_out([task], Effort(examples=3, tasks=False)) == []

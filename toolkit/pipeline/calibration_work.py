@@ -1,0 +1,130 @@
+"""How much there is to do when a recipe's text goes through its checkpoint, counted from shapes.
+
+Counts of elements are passes of numpy or of a compiled loop over an array, in units of what `np.exp` takes for one
+value (pipeline/work.py). They were set by profiles of tiny-r1 and of two layers of the 1.5B (LOG.md).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Final
+
+from toolkit.calibrate.statistics import InputStatistics
+from toolkit.calibrate.survey import probe_tokens
+from toolkit.checkpoint.anatomy import LinearInput, describe
+from toolkit.checkpoint.config import ModelConfig
+from toolkit.checkpoint.weights import expected_tensors
+from toolkit.names import weight
+from toolkit.pipeline.text import LONGEST
+from toolkit.pipeline.work import Work
+from toolkit.quant.awq import CANDIDATES, thinned_count
+from toolkit.quant.blockwise import QuantSpec
+from toolkit.quant.formats import other_formats
+
+# Passes over a weight: to search its scale and round it, to restore it, to solve its column.
+PASSES_TO_SEARCH: Final = 26.0
+PASSES_TO_RESTORE: Final = 6.0
+_SOLVED: Final = 45.0
+# Over a value of an input: to round it as the bundle does, and what a survey keeps of it.
+_ROUNDED: Final = 14.0
+_KEPT: Final = 4.0
+# Calls of numpy in a layer's forward, and in judging a scale.
+_LAYER_STEPS: Final = 150.0
+_SCALE_STEPS: Final = 45.0
+# Streams of GPTQ go through some of a layer's steps twice.
+_STREAMS: Final = 2 * 1.6
+
+
+def forward_work(config: ModelConfig, tokens: float, length: int, sequences: float) -> Work:
+    """One pass of so many tokens, in sequences of `length`, through every layer of the reference."""
+    layers, heads = config.num_hidden_layers, config.num_attention_heads
+    weights = layer_weights(config)
+    products = 2.0 * weights * tokens + 4.0 * layers * tokens * length * config.q_size
+    a_token = 25.0 * config.hidden_size + 15.0 * config.intermediate_size + 20.0 * (config.q_size + config.kv_size)
+    elements = layers * tokens * (a_token + 15.0 * heads * length)
+    return Work(products, elements, _LAYER_STEPS * layers * sequences)
+
+
+def layer_weights(config: ModelConfig) -> int:
+    """The weights of all layers' matrices."""
+    head = describe(config).head_input.name
+    return sum(_weights(config, given) for given in describe(config).inputs if given.name != head)
+
+
+def survey_work(config: ModelConfig, specs: dict[str, QuantSpec], tokens: int, folds: bool, probes: bool) -> Work:
+    """The survey: the text through the layers, scales of channels tried, and the probes of a budget."""
+    length = min(LONGEST, tokens)
+    done = forward_work(config, tokens, length, tokens / length)
+    sampled = InputStatistics.sampled(tokens)
+    for given in describe(config).inputs:
+        done += Work(elements=_KEPT * given.width * tokens)
+        formats = len(other_formats(specs[weight(given.readers[0])], given.width)) if probes else 0
+        tried = (CANDIDATES if folds and given.writers else 0) + formats
+        for reader in given.readers:
+            done += _judged(thinned_count(_rows(config, reader)), given.width, sampled) * tried
+    return done + _probes(config, tokens) if probes else done
+
+
+def solving_work(config: ModelConfig, solved: Sequence[LinearInput], tokens: int) -> Work:
+    """GPTQ: both streams through the layers, the products of each input, and its columns one after the other."""
+    length = min(LONGEST, tokens)
+    done = forward_work(config, tokens, length, tokens / length) * _STREAMS
+    for given in solved:
+        rows, weights = _weights(config, given) // given.width, _weights(config, given)
+        done += Work(
+            products=_factor_products(rows, given.width, tokens),
+            elements=_SOLVED * weights / (os.cpu_count() or 1)
+            + 2 * PASSES_TO_RESTORE * weights
+            + _ROUNDED * given.width * tokens * (1 + len(given.readers)),
+        )
+    return done
+
+
+def ranges_work(config: ModelConfig, tokens: int) -> Work:
+    """The ranges of uint16 activations: the text through the weights read back from the packed files."""
+    length = min(LONGEST, tokens)
+    widths = sum(given.width for given in describe(config).inputs)
+    return forward_work(config, tokens, length, tokens / length) + Work(
+        elements=2 * PASSES_TO_RESTORE * layer_weights(config) + 4 * _KEPT * widths * tokens
+    )
+
+
+def _judged(rows: int, width: int, sampled: int) -> Work:
+    """One format or scale of one reader judged by the error of its output on the sample."""
+    rounded = (PASSES_TO_SEARCH + PASSES_TO_RESTORE) * rows * width
+    return Work(
+        products=2.0 * rows * width * sampled,
+        elements=rounded + _ROUNDED * width * sampled + 3.0 * rows * sampled,
+        steps=_SCALE_STEPS,
+    )
+
+
+def _probes(config: ModelConfig, tokens: int) -> Work:
+    """Copies of some of the text that start at each input and go on to the model's end, the head's rounding too."""
+    layers, some = config.num_hidden_layers, probe_tokens(tokens, config.num_hidden_layers)
+    pieces = max(1.0, some / LONGEST)
+    # Each layer is passed by the exact probe, by four that start in it, and by those that came before.
+    passed = sum(6 + 4 * k for k in range(layers)) / layers
+    table = config.vocab_size * config.hidden_size
+    ended = (4 * layers + 3) * some
+    return (
+        forward_work(config, some, min(some, LONGEST), pieces) * passed
+        + Work(elements=(PASSES_TO_SEARCH + PASSES_TO_RESTORE) * (layer_weights(config) + table))
+        + Work(products=2.0 * ended * table, elements=8.0 * ended * config.vocab_size)
+    )
+
+
+def _factor_products(rows: int, width: int, tokens: int) -> float:
+    """Both products, the factor, the corrected target and the updates (quant/gptq.py, calibrate/solve.py)."""
+    few = rows < width
+    products = 1.0 * tokens * width**2 + (4.0 * tokens * rows * width if few else 2.0 * tokens * width**2)
+    return products + 1.4 * width**3 + (5.0 if few else 7.0) * rows * width**2
+
+
+def _weights(config: ModelConfig, given: LinearInput) -> int:
+    return sum(_rows(config, reader) for reader in given.readers) * given.width
+
+
+def _rows(config: ModelConfig, reader: str) -> int:
+    return expected_tensors(config)[weight(reader)][0]

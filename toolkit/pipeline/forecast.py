@@ -1,0 +1,125 @@
+"""What an export takes, phase by phase, before it begins: seconds on this machine, memory and disk.
+
+Each phase's work is counted from shapes and divided by what the machine does in a second (pipeline/work.py). What no
+shape tells says so: the rate of a download is assumed, and a compiler's was measured elsewhere.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from toolkit.checkpoint.weights import parameter_count
+from toolkit.pipeline.calibration_work import PASSES_TO_SEARCH
+from toolkit.pipeline.judge.effort import Effort
+from toolkit.pipeline.judge.simulator import SIMULATED_BYTES
+from toolkit.pipeline.judge.subject import task_file
+from toolkit.pipeline.judge.work import Sample, sample, validation_work
+from toolkit.pipeline.plan import ExportPlan, describe
+from toolkit.pipeline.work import TYPICAL, MachineSpeed, Work, measure_speed
+from toolkit.target import CPU_EP
+
+# Bytes a second of a download: 200 megabits.
+_DOWNLOAD_RATE: Final = 25e6
+# Qualcomm's compiler, on a typical machine: seconds a part, and a byte of weights (LOG.md).
+_COMPILE_PART: Final = 5.0
+_COMPILE_BYTE: Final = 3.3e-7
+# The simulator of a small transformer: two windows and some tokens of it.
+_SIMULATED_SECONDS: Final = 40.0
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One phase of an export. `memory_bytes` is its peak and `disk_bytes` what it adds, 0 where it adds nothing worth
+    naming; `basis` says what the seconds stand on."""
+
+    name: str
+    seconds: float
+    memory_bytes: int = 0
+    disk_bytes: int = 0
+    basis: str = "this machine's speed now"
+
+
+def forecast(plan: ExportPlan, speed: MachineSpeed, effort: Effort | None, compiles: bool = True) -> list[Phase]:
+    """The phases of one export in their order; validation is one where an `effort` is given."""
+    phases = []
+    if nbytes := plan.opened.download_bytes:
+        assumed = f"{_DOWNLOAD_RATE / 1e6:.0f} MB a second assumed"
+        phases.append(Phase("download", nbytes / _DOWNLOAD_RATE, 0, nbytes, assumed))
+    if cost := plan.calibration:
+        phases.append(Phase("calibrate", cost.work.seconds(speed), cost.memory_bytes, cost.disk_bytes))
+    written = sum(plan.files.values())
+    phases.append(Phase("pack", _packing(plan).seconds(speed), plan.peak_memory_bytes, written))
+    if plan.compile_memory_bytes and compiles:
+        slower = TYPICAL.elements_per_s / speed.elements_per_s
+        seconds = (_COMPILE_PART * plan.recipe.parts + _COMPILE_BYTE * plan.layout.nbytes) * slower
+        phases.append(Phase("compile", seconds, plan.compile_memory_bytes, plan.layout.nbytes, "rates in LOG.md"))
+    if effort is not None:
+        phases.append(_validation(plan, speed, effort))
+    return phases
+
+
+def _packing(plan: ExportPlan) -> Work:
+    """Reading, widening, searching and writing each weight once, on every core."""
+    weights = parameter_count(plan.checkpoint.config)
+    passes = 3.0 + (PASSES_TO_SEARCH if plan.precision == "int4" else 0.0)
+    return Work(elements=passes * weights / (os.cpu_count() or 1), nbytes=2.0 * weights + 2.0 * plan.layout.nbytes)
+
+
+def _validation(plan: ExportPlan, speed: MachineSpeed, effort: Effort) -> Phase:
+    """Judging: the reference, the bundle's logits, its answers and its speed, as much of each as `sample` says."""
+    recipe, config, form = plan.recipe, plan.checkpoint.config, plan.target.form
+    baseline = bool(recipe.baseline if effort.baseline is None else effort.baseline)
+    files = [task_file(name, recipe, plan.opened) for name in recipe.tasks] if effort.tasks else []
+    counts = [*(_lines(path) for path in files), *(len(task.questions) for task in effort.own_tasks)]
+    here = plan.target.accelerator.execution_provider == CPU_EP
+    taken = sample(effort, config, form, baseline)
+    work = validation_work(config, form, effort, counts, baseline, here)
+    simulated = bool(recipe.soc) and effort.simulate is not False and plan.layout.nbytes < SIMULATED_BYTES
+    seconds = work.seconds(speed)
+    seconds += _SIMULATED_SECONDS * TYPICAL.elements_per_s / speed.elements_per_s if simulated else 0.0
+    # onnxruntime's weights; to answer, the reference's as float32, where they fit.
+    resident = 4 * parameter_count(config) if counts else 0
+    memory = max(int(1.2 * plan.layout.nbytes), resident)
+    return Phase("validate", seconds, memory, 0, f"this machine's speed now; {_said(taken, counts)}")
+
+
+def _said(taken: Sample, counts: Sequence[int]) -> str:
+    asked = [f"{min(count, taken.examples)} of {count} questions" for count in counts]
+    return ", ".join([f"{taken.tokens} tokens", *asked])
+
+
+def _lines(path: Path) -> int:
+    """The questions of a task's file; none where there is no such file, which the judging will say."""
+    try:
+        return sum(1 for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    except (OSError, UnicodeDecodeError):
+        return 0
+
+
+def described_with_costs(
+    plans: Sequence[ExportPlan], effort: Effort | None, compiles: bool = True
+) -> list[dict[str, object]]:
+    """Each plan as `--dry-run` shows it, with the forecast of its phases; the machine is measured once for all."""
+    speed, shown = measure_speed(), []
+    for plan in plans:
+        phases = forecast(plan, speed, effort, compiles)
+        shown.append({**describe(plan), "forecast": phase_rows(phases)})
+    return shown
+
+
+def phase_rows(phases: Sequence[Phase]) -> list[dict[str, object]]:
+    """The phases as `--json` has them."""
+    return [
+        {
+            "phase": phase.name,
+            "forecast_s": round(phase.seconds, 2),
+            **({"memory_bytes": phase.memory_bytes} if phase.memory_bytes else {}),
+            **({"disk_bytes": phase.disk_bytes} if phase.disk_bytes else {}),
+            "basis": phase.basis,
+        }
+        for phase in phases
+    ]
