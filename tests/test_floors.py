@@ -62,7 +62,7 @@ MAX_FUNCTION_LINES: Final = 60
 MIN_DOCSTRING_WORDS: Final = 6
 MAX_FMT_SKIPS: Final = 3
 # Ceilings that only fall: to 1.5, 0, and none.
-MAX_ANY_PER_1000_LINES: Final = 12
+MAX_ANY_PER_1000_LINES: Final = 1.5
 MAX_POOR_DOCSTRINGS: Final = 6
 KNOWN_DUPLICATE_CLASSES: Final[set[str]] = set()
 

@@ -84,9 +84,11 @@ def test_a_validation_reads_each_weight_once_and_finds_what_it_always_found(
     """The oracle is the old way: the reference on each sequence by itself, the bundle beside it."""
     effort = Effort(**{**vars(EFFORT), "tasks": tasks})
     report = judge_bundle(bundle, checkpoint, effort)
-    read = report["parity"]["bytes_read"]
+    assert report.parity is not None and report.baseline is not None and report.parity.weights_alone is not None
+    read = report.parity.bytes_read
+    assert read is not None
     assert 0.9 * _weight_bytes(tiny_r1) < read <= _weight_bytes(tiny_r1)
-    assert ("tasks" in report) == tasks
+    assert (report.tasks is not None) == tasks
     config, source = checkpoint.config, checkpoint.source
     subject, session, alone = open_subject(bundle, checkpoint, effort, print), open_positions(bundle), Comparison()
     plain, weights, other = Comparison(), Comparison(), open_positions(bundle, exact=True)
@@ -96,16 +98,16 @@ def test_a_validation_reads_each_weight_once_and_finds_what_it_always_found(
         weights.add(expected, other.logits(ids), ids)
         plain.add(expected, rounded, ids)
     for section, comparison in (
-        (report["parity"], alone),
-        (report["baseline"], plain),
-        (report["parity"]["weights_alone"], weights),
+        (report.parity, alone),
+        (report.baseline, plain),
+        (report.parity.weights_alone, weights),
     ):
         figures = comparison.figures()
         for name in ("mean_kld", "median_kld", "p99_kld", "top1_agreement"):
-            assert section[name] == pytest.approx(figures[name], rel=2e-3, abs=1e-7), name
-    assert report["parity"]["perplexity"] == pytest.approx(alone.figures()["perplexity"], rel=1e-5)
+            assert getattr(section, name) == pytest.approx(getattr(figures, name), rel=2e-3, abs=1e-7), name
+    assert report.parity.perplexity == pytest.approx(alone.figures().perplexity, rel=1e-5)
     prompt = subject.sequences[0][:24]
     (made,) = continuations(bundle, [prompt], 32, on_cpu=True)
     (logits,) = reference_logits(config, source, [prompt + made])
     matched = matching_prefix(logits[len(prompt) - 1 : -1].argmax(axis=-1).tolist(), made)
-    assert (report["parity"]["greedy_match_tokens"], report["parity"]["greedy_tokens"]) == (matched, len(made))
+    assert (report.parity.greedy_match_tokens, report.parity.greedy_tokens) == (matched, len(made))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -154,5 +153,5 @@ def test_errors_are_the_toolkits_own(tmp_path: Path) -> None:
 
 
 def test_the_catalogue_has_rows() -> None:
-    rows = {row["recipe"]: row for row in toolkit.recipes()}
-    assert json.loads(json.dumps(rows["tiny-r1-cpu"]))["target"] == "cpu"
+    rows = {row.recipe: row for row in toolkit.recipes()}
+    assert rows["tiny-r1-cpu"].target == "cpu" and rows["tiny-r1-cpu"].bundle_bytes > 1 << 20

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from toolkit.bundle.manifest import read_manifest, verify_manifest
 from toolkit.checkpoint.adapter import merge_adapter
@@ -16,7 +15,7 @@ from toolkit.checkpoint.remote import open_headers
 from toolkit.errors import RecipeError
 from toolkit.evaluate.conversation import Answer, Conversation
 from toolkit.evaluate.speed import measure_speed
-from toolkit.pipeline.catalogue import recipe_rows
+from toolkit.pipeline.catalogue import RecipeRow, recipe_rows
 from toolkit.pipeline.check import CheckResult, check_bundle
 from toolkit.pipeline.compile import compile_bundle, compile_exported
 from toolkit.pipeline.export import Order, export_planned, plan_exports
@@ -26,6 +25,7 @@ from toolkit.pipeline.plan import ExportPlan, shorten_context
 from toolkit.recipe import Recipe, load_recipe, meant_recipe
 from toolkit.report.sections import PartitionRow, Report, Speed
 from toolkit.target import TARGETS
+from toolkit.typed_json import JsonObject
 
 Progress = Callable[[str], None]
 
@@ -196,7 +196,7 @@ def bench(
     return measure_speed(Path(bundle), prompt_tokens, new_tokens, repeat, on_cpu)
 
 
-def inspect(path: str | Path, *, revision: str | None = None) -> dict[str, Any]:
+def inspect(path: str | Path, *, revision: str | None = None) -> JsonObject:
     """What a checkpoint, here or on the hub, or a bundle is, read from headers alone: no weights are downloaded.
 
     `revision` is a branch, tag or commit of a hub id. Raises CheckpointError for what is neither.
@@ -207,7 +207,7 @@ def inspect(path: str | Path, *, revision: str | None = None) -> dict[str, Any]:
     return inspect_path(Path(path))
 
 
-def recipes(model: str | None = None, target: str | None = None) -> list[dict[str, Any]]:
+def recipes(model: str | None = None, target: str | None = None) -> list[RecipeRow]:
     """The recipes that come with the toolkit: a row each with model, target, size and what this machine can do.
 
     `model`, a name or hub id, and `target` leave the others out; both may be globs. Raises RecipeError if none is left.

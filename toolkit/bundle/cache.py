@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from toolkit import names
 from toolkit.bundle.genai_config import stage_sections
 from toolkit.graph.interface import read_interface
+from toolkit.typed_json import JsonObject
 
 _ITEM_BYTES: Final = {"FLOAT": 4, "FLOAT16": 2, "UINT8": 1}
 
 
-def cache_bytes(bundle: Path, config: dict[str, Any], length: int) -> int:
+def cache_bytes(bundle: Path, config: JsonObject, length: int) -> int:
     """Of a cache for `length` tokens, or for as many as the graph fixes. 0 if no graph of the bundle has one."""
     for section in stage_sections(config):
         path = bundle / str(section.get("filename"))

@@ -15,24 +15,25 @@ from toolkit import names
 from toolkit.bundle.genai_config import read_genai_config, stage_sections
 from toolkit.graph.interface import GraphInterface, read_interface
 from toolkit.soc import SOCS, Soc
+from toolkit.typed_json import JsonObject
 
 _COMPATIBILITY: Final = "ep_compatibility_info.QNNExecutionProvider"
 # Where a SoC stands in it: version, …, HTP arch, SoC model, …
 _ARCH_FIELD, _SOC_FIELD = 4, 5
 
 
-def compiled_settings(config: Mapping[str, Any], stages: Sequence[str]) -> dict[str, Any]:
+def compiled_settings(config: Mapping[str, Any], stages: Sequence[str]) -> JsonObject:
     """A bundle's whole genai_config with these stages run from their EPContext files."""
-    changed: dict[str, Any] = json.loads(json.dumps(config))
+    changed: JsonObject = json.loads(json.dumps(config))
     for group in changed["model"]["decoder"]["pipeline"]:
         for name in stages:
             group[name]["filename"] = names.compiled_file(name)
     return changed
 
 
-def uncompiled_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+def uncompiled_settings(config: Mapping[str, Any]) -> JsonObject:
     """The same with every stage run from its graph: what a machine without the device can run."""
-    changed: dict[str, Any] = json.loads(json.dumps(config))
+    changed: JsonObject = json.loads(json.dumps(config))
     for group in changed["model"]["decoder"].get("pipeline", []):
         for name, section in group.items():
             if section.get("filename") == names.compiled_file(name):

@@ -14,6 +14,7 @@ from toolkit.errors import BundleError, UnsupportedError
 from toolkit.files import read_json
 from toolkit.graph.builder import StageGraph
 from toolkit.target import Stage
+from toolkit.typed_json import JsonObject
 
 # Reserved tokens that never stand in text. The distills ship pad = eos, and eos stands between turns.
 _PAD_TOKENS: Final = ("<|fim_pad|>", "<|finetune_right_pad_id|>")
@@ -56,7 +57,7 @@ _RUNS: Final[dict[str, dict[str, bool]]] = {
 
 def genai_config(
     config: ModelConfig, side: SideFiles, stop_ids: Sequence[int], context_length: int, graphs: Sequence[StageGraph]
-) -> dict[str, Any]:
+) -> JsonObject:
     """Composes the whole file as an object; `stop_ids` end an answer, `side` has how text is to be sampled."""
     bos = side.generation.bos_token_id
     model = {
@@ -110,7 +111,7 @@ def genai_type(config: ModelConfig) -> str:
     return found
 
 
-def _one_graph(graph: StageGraph) -> dict[str, Any]:
+def _one_graph(graph: StageGraph) -> JsonObject:
     known = (names.INPUT_IDS, names.ATTENTION_MASK, names.POSITION_IDS)
     return {
         "filename": graph.stage.file,
@@ -120,7 +121,7 @@ def _one_graph(graph: StageGraph) -> dict[str, Any]:
     }
 
 
-def _pipeline(graphs: Sequence[StageGraph]) -> dict[str, Any]:
+def _pipeline(graphs: Sequence[StageGraph]) -> JsonObject:
     """Stages with a shared cache. The default session options name no provider: the cache lives with the CPU."""
     stages = {}
     for graph in graphs:
@@ -142,7 +143,7 @@ def _pipeline(graphs: Sequence[StageGraph]) -> dict[str, Any]:
     }
 
 
-def _session_options(stage: Stage) -> dict[str, Any]:
+def _session_options(stage: Stage) -> JsonObject:
     provider = [{stage.provider: dict(stage.provider_options)}] if stage.provider else []
     # 0 threads lets ORT choose one per core; genai's own default is half of the logical ones.
     return {
@@ -163,13 +164,13 @@ def max_length(config: Mapping[str, Any], prompt_tokens: int, new_tokens: int) -
     return int(min(padded + new_tokens, config["model"]["context_length"]))
 
 
-def read_genai_config(bundle: Path) -> dict[str, Any]:
+def read_genai_config(bundle: Path) -> JsonObject:
     """The file of a bundle; raises BundleError if it is missing or is not a JSON object."""
     path = bundle / names.GENAI_CONFIG_FILE
     return read_json(path, _MAX_CONFIG_BYTES, BundleError, "a bundle has one")
 
 
-def read_settings(bundle: Path) -> dict[str, Any]:
+def read_settings(bundle: Path) -> JsonObject:
     """`read_genai_config` for those who run a bundle: raises BundleError too if what every runtime needs is missing."""
     config = read_genai_config(bundle)
     try:
@@ -191,7 +192,7 @@ def soc_options(config: Mapping[str, Any]) -> dict[str, str]:
     return {key: value for key, value in given if key in _SOC}
 
 
-def tell_soc(config: dict[str, Any], options: Mapping[str, str]) -> None:
+def tell_soc(config: JsonObject, options: Mapping[str, str]) -> None:
     """Changes a bundle's settings to those for another SoC."""
     for section in stage_sections(config):
         for entry in section["session_options"]["provider_options"]:
@@ -199,7 +200,7 @@ def tell_soc(config: dict[str, Any], options: Mapping[str, str]) -> None:
                 given |= {key: value for key, value in options.items() if key in given}
 
 
-def stage_sections(config: Mapping[str, Any]) -> list[dict[str, Any]]:
+def stage_sections(config: Mapping[str, Any]) -> list[JsonObject]:
     """The part of each graph in a genai_config: the stages of a pipeline in their order, or the decoder itself."""
     decoder = config["model"]["decoder"]
     stages = [stage for group in decoder.get("pipeline", []) for stage in group.values()]

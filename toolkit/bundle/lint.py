@@ -13,6 +13,7 @@ from toolkit import names
 from toolkit.bundle.genai_config import GENAI_TYPES, read_genai_config
 from toolkit.bundle.lint_pipeline import lint_pipeline
 from toolkit.graph.interface import GraphInterface, read_interface
+from toolkit.typed_json import JsonObject
 
 # What every version from 0.12.2 on reads, by object, `*` for any stage (src/config.cpp of onnxruntime-genai).
 _KEYS: Final = {
@@ -151,7 +152,7 @@ def lint_bundle(bundle: Path) -> list[str]:
     return problems
 
 
-def _malformed(config: dict[str, Any]) -> list[str]:
+def _malformed(config: JsonObject) -> list[str]:
     """Values of a type that no rule after this one could read."""
     problems = []
     for path in ("model", "search", "model.decoder", *(path for path in _KEYS if path.startswith("model.decoder."))):
@@ -181,7 +182,7 @@ def _is_pattern(name: Any) -> bool:
     return isinstance(name, str) and name.count("%") == name.count("%d") <= 1
 
 
-def _unknown_keys(config: dict[str, Any]) -> list[str]:
+def _unknown_keys(config: JsonObject) -> list[str]:
     problems = []
     for path, known in _KEYS.items():
         for place, found in _objects(config, path):
@@ -193,7 +194,7 @@ def _unknown_keys(config: dict[str, Any]) -> list[str]:
     return problems
 
 
-def _objects(config: dict[str, Any], path: str) -> list[tuple[str, dict[str, Any]]]:
+def _objects(config: JsonObject, path: str) -> list[tuple[str, JsonObject]]:
     """(path, object) for each place a path means; arrays are looked through, `*` is every key."""
     found: list[tuple[str, Any]] = [("", config)]
     for part in filter(None, path.split(".")):
@@ -208,7 +209,7 @@ def _objects(config: dict[str, Any], path: str) -> list[tuple[str, dict[str, Any
     return [(place, entry) for place, entry in spread if isinstance(entry, dict)]
 
 
-def _named(decoder: dict[str, Any], graphs: list[GraphInterface]) -> list[str]:
+def _named(decoder: JsonObject, graphs: list[GraphInterface]) -> list[str]:
     """Every name given is some graph's."""
     problems = []
     for side in ("inputs", "outputs"):
@@ -219,7 +220,7 @@ def _named(decoder: dict[str, Any], graphs: list[GraphInterface]) -> list[str]:
     return problems
 
 
-def _unnamed(decoder: dict[str, Any], graph: GraphInterface) -> list[str]:
+def _unnamed(decoder: JsonObject, graph: GraphInterface) -> list[str]:
     """Inputs and outputs of a single graph that have no name given."""
     problems = []
     for side, values in (("inputs", graph.inputs), ("outputs", graph.outputs)):
@@ -229,12 +230,12 @@ def _unnamed(decoder: dict[str, Any], graph: GraphInterface) -> list[str]:
     return problems
 
 
-def _expanded(decoder: dict[str, Any], key: str, name: str) -> list[str]:
+def _expanded(decoder: JsonObject, key: str, name: str) -> list[str]:
     layers = range(int(decoder.get("num_hidden_layers", 0)))
     return [name % i for i in layers] if key in _LAYERED and "%d" in name else [name]
 
 
-def _shapes(model: dict[str, Any], decoder: dict[str, Any], interface: GraphInterface) -> list[str]:
+def _shapes(model: JsonObject, decoder: JsonObject, interface: GraphInterface) -> list[str]:
     """The cache's and the logits' fixed dimensions against the numbers of the file."""
     problems = []
     logits = interface.outputs.get(str(decoder.get("outputs", {}).get("logits")))
@@ -249,7 +250,7 @@ def _shapes(model: dict[str, Any], decoder: dict[str, Any], interface: GraphInte
     return problems
 
 
-def _lengths(model: dict[str, Any], search: dict[str, Any]) -> list[str]:
+def _lengths(model: JsonObject, search: JsonObject) -> list[str]:
     problems = []
     context, longest = model.get("context_length", 0), search.get("max_length", 0)
     if not isinstance(context, int) or context < 1:
@@ -261,7 +262,7 @@ def _lengths(model: dict[str, Any], search: dict[str, Any]) -> list[str]:
     return problems
 
 
-def _pad(model: dict[str, Any], bundle: Path) -> list[str]:
+def _pad(model: JsonObject, bundle: Path) -> list[str]:
     """A pad id inside a prompt gives wrong tokens in silence, on every version."""
     pad, eos = model.get("pad_token_id"), model.get("eos_token_id")
     if isinstance(pad, bool) or not isinstance(pad, int):

@@ -10,13 +10,14 @@ from typing import Any, Final
 
 from toolkit.bundle.genai_config import PIPELINE_TYPE
 from toolkit.graph.interface import GraphInterface, ValueType
+from toolkit.typed_json import JsonObject
 
 _LENGTHS: Final = {
     "past_sequence_length": ValueType("INT32", (1, 1)),
     "total_sequence_length": ValueType("INT32", (1,)),
 }
 _PHASES: Final = {"run_on_prompt": "on prompts", "run_on_token_gen": "in decoding"}
-Stages = Mapping[str, tuple[dict[str, Any], GraphInterface]]
+Stages = Mapping[str, tuple[JsonObject, GraphInterface]]
 
 
 def lint_pipeline(config: Mapping[str, Any], stages: Stages) -> list[str]:
@@ -67,7 +68,7 @@ def _settings(model: Mapping[str, Any], search: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _runs(sections: Mapping[str, dict[str, Any]]) -> list[str]:
+def _runs(sections: Mapping[str, JsonObject]) -> list[str]:
     """Prompt and decoding each end in the one LM head."""
     heads = [name for name, section in sections.items() if section.get("is_lm_head")]
     if len(heads) != 1:
@@ -100,7 +101,7 @@ def _hand_over(decoder: Mapping[str, Any], stages: Stages) -> list[str]:
     """Each stage's names are its graph's; what it takes is managed by onnxruntime-genai or made, in each phase it runs
     in, by an earlier stage that runs there too, in the same dtype."""
     managed = _managed(decoder)
-    made: dict[str, list[tuple[dict[str, Any], str]]] = {}
+    made: dict[str, list[tuple[JsonObject, str]]] = {}
     problems = []
     for stage, (section, graph) in stages.items():
         for side, values in (("input", graph.inputs), ("output", graph.outputs)):

@@ -13,6 +13,7 @@ from typing import Any, Final
 from toolkit import names
 from toolkit.graph.interface import GraphInterface, NodeFacts, read_interface
 from toolkit.target import CPU_EP, TARGETS, Stage
+from toolkit.typed_json import JsonObject
 
 _TABLE: Final = Path(__file__).with_name("operators.json")
 
@@ -68,13 +69,13 @@ def place(graph: GraphInterface, stage: Stage) -> Placement:
 
 
 @functools.cache
-def support_of(execution_provider: str) -> dict[str, Any]:
+def support_of(execution_provider: str) -> JsonObject:
     """The table's row: source, checked_by, static, opset and operators."""
-    table: dict[str, dict[str, Any]] = json.loads(_TABLE.read_text(encoding="utf-8"))
+    table: dict[str, JsonObject] = json.loads(_TABLE.read_text(encoding="utf-8"))
     return table[execution_provider]
 
 
-def _refusal(node: NodeFacts, support: dict[str, Any]) -> str:
+def _refusal(node: NodeFacts, support: JsonObject) -> str:
     """Why the provider would not run a node as it stands, or nothing."""
     row = support["operators"].get(node.operator)
     if row is None:
@@ -94,7 +95,7 @@ def _refusal(node: NodeFacts, support: dict[str, Any]) -> str:
     return ""
 
 
-def _graph_problems(graph: GraphInterface, stage: Stage, support: dict[str, Any]) -> list[str]:
+def _graph_problems(graph: GraphInterface, stage: Stage, support: JsonObject) -> list[str]:
     problems = []
     low, high = support["opset"]
     if not low <= graph.opset <= high:
@@ -105,7 +106,7 @@ def _graph_problems(graph: GraphInterface, stage: Stage, support: dict[str, Any]
     return problems
 
 
-def _conditions(graph: GraphInterface, stage: Stage, support: dict[str, Any]) -> list[str]:
+def _conditions(graph: GraphInterface, stage: Stage, support: JsonObject) -> list[str]:
     rows = {node.operator: support["operators"].get(node.operator, {}) for node in graph.nodes}
     return [f"{stage.file}: {name} {row['condition']}" for name, row in rows.items() if "condition" in row]
 

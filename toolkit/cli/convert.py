@@ -139,16 +139,16 @@ def recipes(model: str | None, target: str | None, as_json: bool) -> None:
 
     rows = library.recipes(model, target)
     if as_json:
-        click.echo(json.dumps(rows, indent=2, ensure_ascii=False))
+        click.echo(json.dumps(to_json(rows), indent=2, ensure_ascii=False))
         return
-    width = max(len(row["recipe"]) for row in rows)
+    width = max(len(row.recipe) for row in rows)
     click.echo(f"{'recipe':{width}} {'target':9} {'bundle':>9} {'bits':>5} {'context':>8}  {'here':35} model")
     for row in rows:
-        mebibytes = row["bundle_bytes"] / 2**20
+        mebibytes = row.bundle_bytes / 2**20
         size = f"{mebibytes / 1024:.2f} GiB" if mebibytes >= 1024 else f"{mebibytes:.1f} MiB"
         click.echo(
-            f"{row['recipe']:{width}} {row['target']:9} {size:>9} {row['bits_per_weight']:5.2f} "
-            f"{row['context_length']:8}  {row['here']:35} {row['model']}"
+            f"{row.recipe:{width}} {row.target:9} {size:>9} {row.bits_per_weight:5.2f} "
+            f"{row.context_length:8}  {row.here:35} {row.model}"
         )
 
 

@@ -6,7 +6,6 @@ Context and iterator are compiled one after the other and share their weights in
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import onnx
 
@@ -14,6 +13,7 @@ from toolkit import names
 from toolkit.apart import answer
 from toolkit.epcontext.htp import open_htp
 from toolkit.machine import peak_rss_bytes
+from toolkit.typed_json import JsonObject
 
 _MS = "com.microsoft"
 
@@ -45,7 +45,7 @@ def _lower_versions(path: Path) -> None:
     onnx.save(model, path)
 
 
-def _compile(job: dict[str, Any]) -> dict[str, int]:
+def _compile(job: JsonObject) -> dict[str, int]:
     """Compiles; returns what it took in memory."""
     compile_stages(Path(job["bundle"]), job["stages"], job["options"], Path(job["out"]))
     return {"peak_rss_bytes": peak_rss_bytes()}

@@ -22,6 +22,7 @@ from toolkit.bundle.genai_config import max_length, read_settings, stage_section
 from toolkit.errors import BundleError, MachineError
 from toolkit.machine import free_memory_bytes
 from toolkit.target import TARGETS
+from toolkit.typed_json import JsonObject
 
 # The execution provider behind genai's name for it, and the package that carries it as a plugin.
 _PROVIDERS: Final = {
@@ -44,7 +45,7 @@ class OpenModel:
 
     og: Any
     model: Any
-    config: dict[str, Any]
+    config: JsonObject
     load_s: float
     folder: tempfile.TemporaryDirectory[str] | None
 
@@ -100,14 +101,14 @@ def continuations(bundle: Path, prompts: list[list[int]], new_tokens: int, on_cp
     return [list(opened.stream(prompt, new_tokens, do_sample=False)) for prompt in prompts]
 
 
-def providers_of(config: dict[str, Any]) -> list[str]:
+def providers_of(config: JsonObject) -> list[str]:
     """genai's names of the execution providers a bundle asks for besides the CPU."""
     sections = stage_sections(config)
     named = [name for s in sections for entry in s["session_options"]["provider_options"] for name in entry]
     return sorted(set(named))
 
 
-def is_here(config: dict[str, Any]) -> bool:
+def is_here(config: JsonObject) -> bool:
     """Whether this machine has every execution provider a bundle asks for."""
     return all(provider_is_here(name) for name in providers_of(config))
 
@@ -173,7 +174,7 @@ def _devices(execution_provider: str) -> set[Any]:
     return {found.device.type for found in ort.get_ep_devices() if found.ep_name == execution_provider}
 
 
-def _check_cache(bundle: Path, config: dict[str, Any]) -> None:
+def _check_cache(bundle: Path, config: JsonObject) -> None:
     length = int(config["search"]["max_length"])
     needed, free = cache_bytes(bundle, config, length), free_memory_bytes()
     if needed > free:
@@ -183,7 +184,7 @@ def _check_cache(bundle: Path, config: dict[str, Any]) -> None:
         )
 
 
-def _cpu_copy(bundle: Path, config: dict[str, Any]) -> tempfile.TemporaryDirectory[str]:
+def _cpu_copy(bundle: Path, config: JsonObject) -> tempfile.TemporaryDirectory[str]:
     """The bundle with settings that ask for no provider."""
     plain = uncompiled_settings(config)
     for section in stage_sections(plain):
@@ -191,7 +192,7 @@ def _cpu_copy(bundle: Path, config: dict[str, Any]) -> tempfile.TemporaryDirecto
     return linked_copy(bundle, plain)
 
 
-def linked_copy(bundle: Path, config: dict[str, Any]) -> tempfile.TemporaryDirectory[str]:
+def linked_copy(bundle: Path, config: JsonObject) -> tempfile.TemporaryDirectory[str]:
     """A folder beside the bundle with its files by other names, and settings of its own.
 
     Raises MachineError if it cannot be made.

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from toolkit import names
 from toolkit.apart import ChildFailed, answer, run_apart
@@ -17,6 +16,7 @@ from toolkit.bundle.genai_config import read_settings, stage_sections
 from toolkit.epcontext.htp import PACKAGE, PROVIDER, plugin_library, simulator_options
 from toolkit.errors import BundleError
 from toolkit.evaluate.session import OpenModel, linked_copy
+from toolkit.typed_json import JsonObject
 
 
 def simulated_continuations(bundle: Path, prompts: Sequence[list[int]], new_tokens: int) -> list[list[int]]:
@@ -33,7 +33,7 @@ def simulated_continuations(bundle: Path, prompts: Sequence[list[int]], new_toke
     return made
 
 
-def _continue(job: dict[str, Any]) -> list[list[int]]:
+def _continue(job: JsonObject) -> list[list[int]]:
     """In the child."""
     import onnxruntime_genai as og
 

@@ -23,6 +23,7 @@ from toolkit.errors import BundleError
 from toolkit.evaluate.parity import Comparison
 from toolkit.evaluate.positions import Pipeline
 from toolkit.report.sections import Simulator
+from toolkit.typed_json import JsonObject
 
 _NUMPY: Final[dict[str, type[np.floating[Any]]]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
@@ -175,7 +176,7 @@ def _run_apart(
             return [arrays[name] for name in arrays.files]
 
 
-def _run_part(job: dict[str, Any]) -> None:
+def _run_part(job: JsonObject) -> None:
     """In the child: context over its runs, then iterator with the cache they left."""
     bundle, options = Path(job["bundle"]), soc_options(read_settings(Path(job["bundle"])))
     with np.load(job["given"]) as arrays:

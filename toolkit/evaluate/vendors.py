@@ -21,6 +21,7 @@ from toolkit.bundle.genai_config import read_settings, soc_options
 from toolkit.epcontext.htp import open_htp
 from toolkit.errors import BundleError, MachineError
 from toolkit.evaluate.positions import Pipeline, placement, some_ids
+from toolkit.typed_json import JsonObject
 
 # The package behind an execution provider that can be tried without its device.
 PACKAGES: Final = {"OpenVINOExecutionProvider": "openvino", "QNNExecutionProvider": "onnxruntime-qnn"}
@@ -61,7 +62,7 @@ def run_vendor_apart(bundle: Path, execution_provider: str) -> list[VendorRun]:
     return [VendorRun(**entry) for entry in made]
 
 
-def _run(job: dict[str, Any]) -> list[dict[str, Any]]:
+def _run(job: JsonObject) -> list[JsonObject]:
     """In the child: both stages on one window of ids and the token after it, in turn with ORT."""
     bundle, execution_provider = Path(job["bundle"]), job["execution_provider"]
     vendor = _openvino if execution_provider == "OpenVINOExecutionProvider" else _qnn

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 from toolkit.checkpoint.opened import synthetic_checkpoint
 from toolkit.errors import RecipeError
@@ -15,8 +15,21 @@ from toolkit.recipe import Recipe, load_recipe, recipe_names
 from toolkit.target import TARGETS
 
 
-def recipe_rows(model: str | None = None, target: str | None = None) -> list[dict[str, Any]]:
-    """Returns one row a recipe: model, target, context_length, bundle_bytes, bits_per_weight, and `here`.
+@dataclass(frozen=True)
+class RecipeRow:
+    """A recipe of the tree, the size of its bundle, and in words what this machine can do with it (`here`)."""
+
+    recipe: str
+    model: str
+    target: str
+    context_length: int
+    bundle_bytes: int
+    bits_per_weight: float
+    here: str
+
+
+def recipe_rows(model: str | None = None, target: str | None = None) -> list[RecipeRow]:
+    """Returns one row a recipe, by its name.
 
     `model` (a name such as `14b`, or a hub id) and `target` keep those that they match, as globs and in any case.
     Raises RecipeError if there is none.
@@ -37,17 +50,17 @@ def _matches(word: str, glob: str | None) -> bool:
     return glob is None or fnmatchcase(word.lower(), glob.lower())
 
 
-def _row(recipe: Recipe, facts: Path) -> dict[str, Any]:
+def _row(recipe: Recipe, facts: Path) -> RecipeRow:
     plan = plan_export(recipe, synthetic_checkpoint(facts), Path("build") / recipe.name, "int4")
-    return {
-        "recipe": recipe.name,
-        "model": recipe.model,
-        "target": recipe.target,
-        "context_length": recipe.context_length,
-        "bundle_bytes": sum(plan.files.values()),
-        "bits_per_weight": plan.bits_per_weight,
-        "here": _here(plan),
-    }
+    return RecipeRow(
+        recipe=recipe.name,
+        model=recipe.model,
+        target=recipe.target,
+        context_length=recipe.context_length,
+        bundle_bytes=sum(plan.files.values()),
+        bits_per_weight=plan.bits_per_weight,
+        here=_here(plan),
+    )
 
 
 def _here(plan: ExportPlan) -> str:

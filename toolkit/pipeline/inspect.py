@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from toolkit import names
 from toolkit.bundle.cache import cache_bytes
@@ -18,10 +17,10 @@ from toolkit.checkpoint.opened import Checkpoint, open_checkpoint
 from toolkit.checkpoint.weights import SafetensorsWeights, parameter_count
 from toolkit.errors import CheckpointError
 from toolkit.graph.interface import read_interface
-from toolkit.typed_json import to_json
+from toolkit.typed_json import JsonObject, to_json
 
 
-def inspect_path(path: Path) -> dict[str, Any]:
+def inspect_path(path: Path) -> JsonObject:
     """A bundle (it has a manifest) or a checkpoint (it has a config.json); raises CheckpointError for neither."""
     if (path / names.MANIFEST_FILE).is_file():
         return _bundle(path)
@@ -32,7 +31,7 @@ def inspect_path(path: Path) -> dict[str, Any]:
     raise CheckpointError(f"{path} is neither a bundle ({names.MANIFEST_FILE}) nor a checkpoint ({names.CONFIG_FILE})")
 
 
-def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
+def inspect_checkpoint(checkpoint: Checkpoint) -> JsonObject:
     """The config's facts, the dtypes of the tensors, and the files that hold them, here or on the hub."""
     facts, source = _config_facts(checkpoint.config), checkpoint.source
     if isinstance(source, SafetensorsWeights):
@@ -43,8 +42,8 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     return facts
 
 
-def _config_facts(config: ModelConfig) -> dict[str, Any]:
-    facts: dict[str, Any] = {"kind": "checkpoint", "parameters": parameter_count(config)}
+def _config_facts(config: ModelConfig) -> JsonObject:
+    facts: JsonObject = {"kind": "checkpoint", "parameters": parameter_count(config)}
     facts |= asdict(config)
     facts["rope"] = {key: value for key, value in facts["rope"].items() if value is not None}
     structure = facts.pop("structure")
@@ -54,10 +53,10 @@ def _config_facts(config: ModelConfig) -> dict[str, Any]:
     return facts
 
 
-def _bundle(folder: Path) -> dict[str, Any]:
+def _bundle(folder: Path) -> JsonObject:
     manifest = read_manifest(folder)
     recipe = manifest.recipe
-    facts: dict[str, Any] = {
+    facts: JsonObject = {
         "kind": "bundle",
         "recipe": recipe.name,
         "model": recipe.model,

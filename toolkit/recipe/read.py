@@ -15,6 +15,7 @@ from toolkit.recipe.recipe import QuantRule, Recipe
 from toolkit.recipe.tree import find_recipe, meant_recipe
 from toolkit.recipe.words import is_path, nearest
 from toolkit.target import TARGETS
+from toolkit.typed_json import JsonObject
 
 # What has no default: a recipe is one model for one target.
 REQUIRED_KEYS: Final = ("name", "model", "target")
@@ -44,7 +45,7 @@ def load_recipe(name_or_path: str, changes: Sequence[str] = (), checkpoint: str 
     return parse_recipe(raw, where)
 
 
-def parse_recipe(raw: dict[str, Any], where: str) -> Recipe:
+def parse_recipe(raw: JsonObject, where: str) -> Recipe:
     """Returns the recipe that a YAML or JSON object spells, with its target's own values where it has none; `where`
     begins messages.
 
@@ -63,13 +64,13 @@ def parse_recipe(raw: dict[str, Any], where: str) -> Recipe:
     return recipe
 
 
-def _filled(raw: dict[str, Any]) -> dict[str, Any]:
+def _filled(raw: JsonObject) -> JsonObject:
     """The one place where a recipe gets what it does not say from its target."""
     target = raw.get("target")
     return {**TARGETS[target].defaults(), **raw} if isinstance(target, str) and target in TARGETS else raw
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> JsonObject:
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as problem:
@@ -79,7 +80,7 @@ def _read(path: Path) -> dict[str, Any]:
     return raw
 
 
-def _anchor(raw: dict[str, Any], folder: Path) -> None:
+def _anchor(raw: JsonObject, folder: Path) -> None:
     """Makes relative paths of a recipe's file relative to its folder: a calibration text, a model that is one."""
     calibration, model = raw.get("calibration"), raw.get("model")
     if isinstance(calibration, str) and is_path(calibration):
@@ -92,14 +93,14 @@ def _anchor(raw: dict[str, Any], folder: Path) -> None:
             raise RecipeError(f"the recipe's model {model} would be {place}, which is not a folder")
 
 
-def _of_target(target: str, checkpoint: str | None) -> dict[str, Any]:
+def _of_target(target: str, checkpoint: str | None) -> JsonObject:
     if not checkpoint:
         raise RecipeError(f"{target!r} is a bare target: name what to convert with --checkpoint FOLDER_OR_HUB_ID")
     stem = Path(checkpoint).resolve().name if Path(checkpoint).is_dir() else checkpoint.rsplit("/", 1)[-1]
     return {"name": f"{stem}-{target}", "model": checkpoint, "target": target}
 
 
-def _apply(raw: dict[str, Any], change: str) -> None:
+def _apply(raw: JsonObject, change: str) -> None:
     """Sets one value in place; a number in the path indexes a list, and one past its end appends."""
     key, equals, text = change.partition("=")
     if not equals or not key:
@@ -130,7 +131,7 @@ def _rule(raw: Any, where: str) -> QuantRule:
     return rule
 
 
-def _check_keys(raw: dict[str, Any], kind: type[Any], required: Sequence[str], where: str) -> None:
+def _check_keys(raw: JsonObject, kind: type[Any], required: Sequence[str], where: str) -> None:
     known = [field.name for field in fields(kind)]
     for key in raw:
         if key not in known:
