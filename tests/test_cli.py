@@ -76,14 +76,19 @@ def test_bare_target_converts_a_checkpoint_without_a_recipe(tiny_r1: Path, tmp_p
 
 
 def test_synthetic_weights_of_a_folder_without_a_recipe_can_be_validated(stories260k: Path, tmp_path: Path) -> None:
-    out = tmp_path / "b"
-    done = called("export", "cpu", "--synthetic", "--checkpoint", str(stories260k), "--out", str(out))
+    out, folder = tmp_path / "b", tmp_path / "c"
+    folder.mkdir()
+    shutil.copy(stories260k / "config.json", folder)
+    done = called("export", "cpu", "--synthetic", "--checkpoint", str(folder), "--out", str(out))
     assert done.returncode == 0, done.stderr
-    refused = called("validate", str(out))
-    assert refused.returncode == 2 and "name a folder with a config.json" in refused.stderr
-    words = ["--checkpoint", str(stories260k), "--tokens", "64", "--no-speed", "--json"]
+    words = ["--tokens", "64", "--no-speed", "--json"]
     report = json.loads(called("validate", str(out), *words).stdout)
     assert report["synthetic"] and report["parity"]["tokens"] >= 64
+    shutil.rmtree(folder)
+    refused = called("validate", str(out))
+    assert refused.returncode == 2 and "name a folder with a config.json" in refused.stderr
+    again = json.loads(called("validate", str(out), "--checkpoint", str(stories260k), *words).stdout)
+    assert again["parity"]["mean_kld"] == report["parity"]["mean_kld"]
 
 
 def test_set_changes_the_recipe(tiny_r1: Path, tmp_path: Path) -> None:

@@ -224,7 +224,10 @@ def made_from(
     """
     manifest = read_manifest(Path(bundle))
     recipe, synthetic = manifest.recipe, manifest.synthetic
-    named = str(place) if place else None if synthetic else recipe.model
+    # Random weights need the shapes alone: the model's facts have them, or the model itself where it is a folder.
+    named = recipe.model if Path(recipe.model).is_dir() or not synthetic else None
+    if place:
+        named = str(place)
     return _opened(named, recipe.facts(), synthetic, False, revision, adapter)
 
 

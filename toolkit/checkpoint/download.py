@@ -57,7 +57,9 @@ def hub_error(place: str, revision: str | None, problem: BaseException) -> Check
     if isinstance(problem, GatedRepoError):
         return CheckpointError(f"{place} asks for an agreement first: accept it on the hub, then `hf auth login`")
     if isinstance(problem, RepositoryNotFoundError):
-        return CheckpointError(f"{place} is not on the hub, or is private: check the name, or `hf auth login`")
+        return CheckpointError(
+            f"{place} is no folder, and not on the hub or private: check the name, or `hf auth login`"
+        )
     if isinstance(problem, RevisionNotFoundError):
         return CheckpointError(f"{place} has no revision {revision!r}: name a branch, a tag or a commit of it")
     return CheckpointError(
