@@ -19,7 +19,7 @@ from onnx import helper, numpy_helper
 from tests.random_models import CASES, make_checkpoint
 from toolkit.calibrate.ladder import SharedFormat, spend_budget
 from toolkit.calibrate.statistics import InputStatistics, Products
-from toolkit.checkpoint.anatomy import describe
+from toolkit.checkpoint.anatomy import decoder_of
 from toolkit.checkpoint.folded import FoldedTensors
 from toolkit.checkpoint.opened import open_checkpoint
 from toolkit.errors import NonFiniteError
@@ -220,13 +220,13 @@ def test_folding_changes_no_output(case: str, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(tmp_path)
     config, rng = checkpoint.config, np.random.default_rng(6)
     scales = {}
-    for given in describe(config).inputs:
+    for given in decoder_of(config).inputs:
         if given.writers:
             rows = np.exp(rng.standard_normal(given.width // given.shared)).astype(np.float32)
             heads = rows.reshape(-1, 1, given.head_dim).repeat(given.shared, axis=1)
             scales[given.name] = heads.reshape(-1)
     assert len(scales) == 4 * config.num_hidden_layers + (not config.tie_word_embeddings)
-    folded = FoldedTensors(checkpoint.source, describe(config).inputs, scales)
+    folded = FoldedTensors(checkpoint.source, decoder_of(config).inputs, scales)
     ids = rng.integers(3, 96, 40).tolist()
     (plain,), (other,) = (reference_logits(config, source, [ids]) for source in (checkpoint.source, folded))
     assert np.abs(plain - other).max() <= 1e-4 * np.abs(plain).max()
@@ -237,16 +237,18 @@ def test_folding_changes_no_output(case: str, tmp_path: Path) -> None:
         np.testing.assert_array_equal(folded.decode(rows, rows.start, rows.stop), whole[rows.start : rows.stop])
         np.testing.assert_array_equal(folded.read_rows(rows.name, count // 2, count), whole[count // 2 :])
     changed = [n for n in folded.names() if not np.array_equal(folded.read(n), checkpoint.source.read(n))]
-    assert set(changed) >= {weight_name(r) for given in describe(config).inputs if given.writers for r in given.readers}
+    assert set(changed) >= {
+        weight_name(r) for given in decoder_of(config).inputs if given.writers for r in given.readers
+    }
 
 
 def test_inputs_of_a_layer_are_what_its_linears_read(tiny_r1: Path) -> None:
     """Every linear of the checkpoint reads one input, and every scale has somewhere to go."""
     checkpoint = open_checkpoint(tiny_r1)
-    readers = [weight_name(r) for given in describe(checkpoint.config).inputs for r in given.readers]
+    readers = [weight_name(r) for given in decoder_of(checkpoint.config).inputs for r in given.readers]
     linears = [n for n in checkpoint.source.names() if checkpoint.source.read(n).ndim == 2 and "embed" not in n]
     assert sorted(readers) == sorted(linears)
-    for given in describe(checkpoint.config).layers[0].inputs:
+    for given in decoder_of(checkpoint.config).layers[0].inputs:
         for reader in given.readers:
             assert checkpoint.source.read(weight_name(reader)).shape[1] == given.width
 

@@ -21,7 +21,7 @@ from tests.sources import Changed
 from toolkit.calibrate import solve as solving
 from toolkit.calibrate.solve import Fallback, Problem, solve
 from toolkit.calibrate.survey import Survey, Wish, survey
-from toolkit.checkpoint.anatomy import describe
+from toolkit.checkpoint.anatomy import decoder_of
 from toolkit.checkpoint.folded import FoldedTensors
 from toolkit.checkpoint.opened import Checkpoint, open_checkpoint
 from toolkit.evaluate.parity import Comparison
@@ -66,7 +66,7 @@ def _checkpoint(case: str, folder: Path) -> tuple[Checkpoint, list[list[int]]]:
 
 
 def _specs(checkpoint: Checkpoint, algorithm: str) -> dict[str, QuantSpec]:
-    linears = [weight(r) for given in describe(checkpoint.config).inputs for r in given.readers]
+    linears = [weight(r) for given in decoder_of(checkpoint.config).inputs for r in given.readers]
     return {t: QuantSpec(4, BLOCK, algorithm=algorithm) for t in {*linears, "model.embed_tokens.weight"}}
 
 
@@ -85,7 +85,7 @@ def test_divergences_are_those_of_rounding_the_readers_alone(case: str, tmp_path
     specs = _specs(checkpoint, "imatrix")
     wish = Wish(specs, Rounding.NONE, Rounding.NONE, folds=True, probes=True)
     found = survey(checkpoint.config, checkpoint.source, sequences, wish, tmp_path / "work")
-    inputs = describe(checkpoint.config).inputs
+    inputs = decoder_of(checkpoint.config).inputs
     folded = FoldedTensors(checkpoint.source, inputs, found.scales())
     for given in inputs:
         facts = found.inputs[given.name]
@@ -130,7 +130,7 @@ def test_importance_is_the_second_moment_of_what_arrives_after_folding(tmp_path:
     found = survey(checkpoint.config, checkpoint.source, sequences, wish, tmp_path / "work")
     assert found.tokens == 120 and found.divergences == {}
     assert found.scales()
-    folded = FoldedTensors(checkpoint.source, describe(checkpoint.config).inputs, found.scales())
+    folded = FoldedTensors(checkpoint.source, decoder_of(checkpoint.config).inputs, found.scales())
     layer = read_layer(checkpoint.config, folded, 0)
     seen = np.concatenate([layer.normed(layer.anatomy.attention, embed(folded, ids)) for ids in sequences])
     facts = found.inputs["model.layers.0.self_attn.q_proj"]
@@ -178,7 +178,7 @@ WIDE = ActivationRange(-900.0, 300.0)
 def _problem(checkpoint: Checkpoint, rounding: Rounding) -> Problem:
     specs = _specs(checkpoint, "gptq")
     specs["model.embed_tokens.weight"] = QuantSpec(4, BLOCK, algorithm="imatrix")
-    values = {given.name: WIDE for given in describe(checkpoint.config).inputs}
+    values = {given.name: WIDE for given in decoder_of(checkpoint.config).inputs}
     return Problem(specs, {}, rounding, Rounding.NONE, values)
 
 
@@ -387,7 +387,7 @@ def test_a_budget_is_kept_and_the_bundle_is_close_both_ways(quality: str, tiny_r
     assert 4.8 < report["quantization"]["bits_per_weight"] <= 4.9
     calibration = report["quantization"]["calibration"]
     assert calibration["quality"] == quality and calibration["fallbacks"] == []
-    measured = {given.name for given in describe(checkpoint.config).inputs} | {"model.embed_tokens"}
+    measured = {given.name for given in decoder_of(checkpoint.config).inputs} | {"model.embed_tokens"}
     assert set(calibration["divergences"]) == measured
     most = 0.0005 if quality == "balanced" else 0.0002
     for exact in (True, False):

@@ -19,7 +19,7 @@ from tests.graphs import write_graphs
 from tests.random_models import CASES
 from toolkit.bundle.genai_config import GENAI_TYPES
 from toolkit.checkpoint import families
-from toolkit.checkpoint.anatomy import describe
+from toolkit.checkpoint.anatomy import decoder_of
 from toolkit.checkpoint.config import parse_config
 from toolkit.checkpoint.families import FAMILIES
 from toolkit.checkpoint.family import DECODER
@@ -78,7 +78,7 @@ def test_a_config_means_what_it_means_to_transformers(case: str, model_type: str
     if theirs.tie_word_embeddings:
         del tensors["lm_head.weight"]
     assert expected_tensors(ours) == tensors
-    for layer, module in zip(describe(ours).layers, model.model.layers, strict=True):
+    for layer, module in zip(decoder_of(ours).layers, model.model.layers, strict=True):
         attention = module.self_attn
         # Mistral's attention asks its config; Llama keeps the key and knows no windows.
         window = theirs.sliding_window if model_type == "mistral" else getattr(attention, "sliding_window", None)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from toolkit import names
 from toolkit.calibrate.activations import ActivationFile
 from toolkit.calibrate.statistics import Products
-from toolkit.checkpoint.anatomy import Linear, LinearInput, Sublayer, describe
+from toolkit.checkpoint.anatomy import Linear, LinearInput, Sublayer, decoder_of
 from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.weights import Tensors
 from toolkit.files import write_json
@@ -277,7 +277,7 @@ def _solve_head(
     writer: Writer,
     streams: tuple[ActivationFile, ActivationFile],
 ) -> list[Fallback]:
-    decoder = describe(config)
+    decoder = decoder_of(config)
     given, tensor = decoder.head_input, decoder.head.weight
     if not problem.specs[tensor].rounded_by.solves:
         return []

@@ -23,7 +23,7 @@ from toolkit.calibrate.activations import ActivationFile
 from toolkit.calibrate.facts import InputFacts, State, Survey, load_state, save_state, state_file
 from toolkit.calibrate.ladder import SharedFormat
 from toolkit.calibrate.statistics import InputStatistics
-from toolkit.checkpoint.anatomy import Linear, LinearInput, describe
+from toolkit.checkpoint.anatomy import Linear, LinearInput, decoder_of
 from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.weights import Tensors
 from toolkit.quant.activations import Rounding, rounded_input
@@ -94,7 +94,7 @@ def shared_formats(
     config: ModelConfig, specs: Mapping[str, QuantSpec], shapes: Mapping[str, tuple[int, ...]], found: Survey
 ) -> list[SharedFormat]:
     """Matrices that share a format, with what the survey measured of them."""
-    decoder = describe(config)
+    decoder = decoder_of(config)
     groups = [(given.name, tuple(linear.weight for linear in given.linears)) for given in decoder.inputs]
     if not config.tie_word_embeddings:
         groups.append((decoder.embedding.module, (decoder.embedding.weight,)))
@@ -138,7 +138,7 @@ class _Pass:
 
     def head(self, before: ActivationFile, state: State) -> dict[str, float]:
         """The head's facts; the divergence of every probe."""
-        config, source, decoder = self._config, self._source, describe(self._config)
+        config, source, decoder = self._config, self._source, decoder_of(self._config)
         norm = source.read(decoder.norm.weight)
         given = decoder.head_input
         statistics = InputStatistics(given.name, given.width, self._tokens)

@@ -218,7 +218,7 @@ class Decoder:
 
 
 @lru_cache(maxsize=64)
-def describe(config: ModelConfig) -> Decoder:
+def decoder_of(config: ModelConfig) -> Decoder:
     """Returns the decoder that a config means."""
     D, V = config.hidden_size, config.vocab_size
     embedding = Linear(names.EMBED_TOKENS, D, V)

@@ -14,7 +14,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from toolkit.checkpoint.anatomy import Decoder, describe
+from toolkit.checkpoint.anatomy import Decoder, decoder_of
 from toolkit.checkpoint.opened import Checkpoint
 from toolkit.checkpoint.scan import Rows, whole_tensors
 from toolkit.checkpoint.weights import WeightSource
@@ -28,7 +28,7 @@ def pad_heads(checkpoint: Checkpoint, multiple: int) -> Checkpoint:
 
     Raises UnsupportedError with q/k norm, whose mean would count the zeros.
     """
-    config, decoder = checkpoint.config, describe(checkpoint.config)
+    config, decoder = checkpoint.config, decoder_of(checkpoint.config)
     if config.head_dim % multiple == 0:
         return checkpoint
     if any(layer.attention.head_norms for layer in decoder.layers):

@@ -16,7 +16,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from toolkit.checkpoint.anatomy import Decoder, Norm, describe
+from toolkit.checkpoint.anatomy import Decoder, Norm, decoder_of
 from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.hadamard import Hadamard, is_known
 from toolkit.checkpoint.opened import Checkpoint
@@ -32,7 +32,7 @@ def salient_inputs(checkpoint: Checkpoint) -> list[str]:
     """Norms with gains many times their median, by the linear that reads them first: where such channels are read,
     rounding without data does harm."""
     found = []
-    for given in describe(checkpoint.config).inputs:
+    for given in decoder_of(checkpoint.config).inputs:
         if isinstance(given.writer, Norm):
             gains = np.abs(checkpoint.source.read(given.writer.weight))
             if float(gains.max()) >= _SALIENT * float(np.median(gains)):
@@ -84,7 +84,7 @@ class RotatedTensors:
     """A `WeightSource` over another. Rows of o_proj, down_proj and v_proj mix, so these come whole."""
 
     def __init__(self, source: WeightSource, config: ModelConfig, seed: int) -> None:
-        decoder = describe(config)
+        decoder = decoder_of(config)
         self._source = source
         self._turns = _turns(decoder, Hadamard(config.hidden_size, seed), Hadamard(config.head_dim, seed + 1))
         # Their gains stand in the linears behind them.

@@ -10,7 +10,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from toolkit.checkpoint.anatomy import describe
+from toolkit.checkpoint.anatomy import decoder_of
 from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.scan import Rows
 from toolkit.checkpoint.weights import Origin
@@ -28,7 +28,7 @@ class SyntheticWeights:
     """
 
     def __init__(self, config: ModelConfig, seed: int = 0) -> None:
-        decoder = describe(config)
+        decoder = decoder_of(config)
         self._shapes = decoder.tensors
         self._gains = {norm.weight for norm in decoder.norms}
         self._seed = seed

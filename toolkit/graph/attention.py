@@ -11,7 +11,7 @@ from typing import Final
 import numpy as np
 import onnx_ir as ir
 
-from toolkit.checkpoint.anatomy import DecoderLayer, describe
+from toolkit.checkpoint.anatomy import DecoderLayer, decoder_of
 from toolkit.checkpoint.config import ModelConfig
 from toolkit.errors import UnsupportedError
 from toolkit.graph.builder import MS, GraphBuilder
@@ -54,7 +54,7 @@ def check_attention(form: Form, config: ModelConfig, context_length: int) -> Non
         raise UnsupportedError(
             f"head_dim {config.head_dim} is not a multiple of {HEAD_DIM_MULTIPLE}, which GroupQueryAttention needs"
         )
-    windows = [layer.attention.window for layer in describe(config).layers if layer.attention.window is not None]
+    windows = [layer.attention.window for layer in decoder_of(config).layers if layer.attention.window is not None]
     if windows and not form.local_window and min(windows) < context_length:
         raise UnsupportedError(
             f"{config.model_type} looks back {min(windows)} tokens, and this target's attention knows no sliding "

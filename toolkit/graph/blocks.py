@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from toolkit import names
-from toolkit.checkpoint.anatomy import DecoderLayer, Linear, Norm, describe
+from toolkit.checkpoint.anatomy import DecoderLayer, Linear, Norm, decoder_of
 from toolkit.checkpoint.config import ModelConfig
 from toolkit.errors import UnsupportedError
 from toolkit.graph.attention import Lengths, check_attention, geometry, group_query_attention, plain_attention
@@ -56,7 +56,7 @@ def check_layers(form: Form, config: ModelConfig, context_length: int) -> None:
     """Raises UnsupportedError for a head_dim that ORT's GroupQueryAttention refuses, for a sliding window shorter than
     the context where the target's attention knows none, and for biases in an MLP of uint16."""
     check_attention(form, config, context_length)
-    if form.qdq and any(linear.has_bias for layer in describe(config).layers for linear in layer.mlp.linears):
+    if form.qdq and any(linear.has_bias for layer in decoder_of(config).layers for linear in layer.mlp.linears):
         raise UnsupportedError(f"{config.model_type} with mlp_bias has no form in uint16: set profile=float16")
 
 
@@ -74,7 +74,7 @@ def layers(
     Raises as `check_layers`.
     """
     check_layers(build.form, config, context_length)
-    decoder = describe(config)
+    decoder = decoder_of(config)
     stack = decoder.layers if cache.layers is None else decoder.layers[cache.layers.start : cache.layers.stop]
     dtype = np.float16 if build.dtype == ir.DataType.FLOAT16 else np.float32
     rotary = [
@@ -123,7 +123,7 @@ def lm_head(build: GraphBuilder, config: ModelConfig, hidden: ir.Value, index: i
     (last,) = build.op("/model/last_position/Unsqueeze", [row, axis])
     if build.dtype != ir.DataType.FLOAT:
         last = build.cast("/lm_head/Cast", last, ir.DataType.FLOAT)
-    return build.linear("/lm_head", last, describe(config).head.module, form=CPU_FORM)
+    return build.linear("/lm_head", last, decoder_of(config).head.module, form=CPU_FORM)
 
 
 def _path(module: str) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from toolkit import names
-from toolkit.checkpoint.anatomy import describe
+from toolkit.checkpoint.anatomy import decoder_of
 from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.weights import expected_tensors
 from toolkit.quant.blockwise import QuantSpec
@@ -100,7 +100,7 @@ def plan_layout(
 def _groups(config: ModelConfig, target: Target, specs: Mapping[str, QuantSpec]) -> list[tuple[str, tuple[str, ...]]]:
     """Unit names with their sources: q, k and v become one matrix where target, specs and no q/k norm allow it."""
     groups = {tensor: (tensor, (tensor,)) for tensor in expected_tensors(config)}
-    attentions = [layer.attention for layer in describe(config).layers] if target.form.packed_qkv else []
+    attentions = [layer.attention for layer in decoder_of(config).layers] if target.form.packed_qkv else []
     for attention in attentions:
         if attention.head_norms or len({specs.get(linear.weight) for linear in attention.qkv}) > 1:
             continue

@@ -18,7 +18,7 @@ from toolkit.calibrate.ladder import SharedFormat, spend_budget
 from toolkit.calibrate.ranges import activation_ranges
 from toolkit.calibrate.solve import Fallback, Problem, solve
 from toolkit.calibrate.survey import Wish, shared_formats, survey
-from toolkit.checkpoint.anatomy import describe
+from toolkit.checkpoint.anatomy import decoder_of
 from toolkit.checkpoint.folded import FoldedTensors
 from toolkit.checkpoint.weights import expected_tensors
 from toolkit.errors import RecipeError
@@ -119,7 +119,7 @@ def _weights(
     wish = Wish(specs, rounding, head_rounding, recipe.fold, recipe.bits_per_weight > 0)
     found = survey(config, checkpoint.source, sequences, wish, work / "survey", progress)
     surveyed = time.perf_counter()
-    folded = FoldedTensors(checkpoint.source, describe(config).inputs, found.scales())
+    folded = FoldedTensors(checkpoint.source, decoder_of(config).inputs, found.scales())
     formats = _formats(plan, specs, found)
     layout = plan_layout(config, plan.target, recipe, formats)
     graphs = {name: nbytes for name, nbytes in plan.files.items() if name not in plan.layout.files}
@@ -132,7 +132,7 @@ def _weights(
     )
     importance = {
         names.weight(reader): found.inputs[given.name].importance
-        for given in describe(config).inputs
+        for given in decoder_of(config).inputs
         for reader in given.readers
     }
     fallbacks: list[Fallback] = []

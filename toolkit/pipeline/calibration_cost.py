@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from toolkit.calibrate.solve import TOKENS_PER_CHANNEL
-from toolkit.checkpoint.anatomy import LinearInput, describe
+from toolkit.checkpoint.anatomy import LinearInput, decoder_of
 from toolkit.checkpoint.config import ModelConfig
 from toolkit.names import weight
 from toolkit.pipeline.calibration_work import layer_weights, ranges_work, solving_work, survey_work
@@ -78,5 +78,5 @@ def _solved(recipe: Recipe, config: ModelConfig, form: Form) -> list[LinearInput
     """Inputs that a matrix reads which is to be solved."""
     specs = planned_specs(config, recipe, form)
     return [
-        given for given in describe(config).inputs if any(specs[weight(r)].rounded_by.solves for r in given.readers)
+        given for given in decoder_of(config).inputs if any(specs[weight(r)].rounded_by.solves for r in given.readers)
     ]

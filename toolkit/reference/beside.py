@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from toolkit.checkpoint.anatomy import describe
+from toolkit.checkpoint.anatomy import decoder_of
 from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.weights import Tensors
 from toolkit.reference.decoder import Array, embed, head_rows, read_layer, rms_norm
@@ -79,7 +79,7 @@ def hidden_beside(
             hidden[k] = [layer(x) for x in hidden[k]]
         read.forget()
         progress(f"layer {layer_index}")
-    norm = describe(config).norm.weight
+    norm = decoder_of(config).norm.weight
     return [
         [rms_norm(x, tensors.read(norm), config.rms_norm_eps) for x in states]
         for tensors, states in zip(variants, hidden, strict=True)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toolkit import names
-from toolkit.checkpoint.anatomy import Attention, DecoderLayer, Linear, Mlp, Norm, Sublayer, describe
+from toolkit.checkpoint.anatomy import Attention, DecoderLayer, Linear, Mlp, Norm, Sublayer, decoder_of
 from toolkit.checkpoint.config import ModelConfig, RopeConfig
 from toolkit.checkpoint.weights import Tensors
 
@@ -40,7 +40,7 @@ def reference_hidden(
         layer = read_layer(config, source, layer_index)
         hidden = [layer(x) for x in hidden]
         progress(f"layer {layer_index}")
-    norm = source.read(describe(config).norm.weight)
+    norm = source.read(decoder_of(config).norm.weight)
     return [rms_norm(x, norm, config.rms_norm_eps) for x in hidden]
 
 
@@ -63,7 +63,7 @@ def head_logits(config: ModelConfig, source: Tensors, hidden: Array) -> Array:
 
 def head_rows(config: ModelConfig, source: Tensors) -> Iterator[Array]:
     """The head from its first row to its last, some [rows, D] at a time."""
-    name = describe(config).head.weight
+    name = decoder_of(config).head.weight
     for start in range(0, config.vocab_size, _HEAD_ROWS):
         yield source.read_rows(name, start, min(config.vocab_size, start + _HEAD_ROWS))
 
@@ -144,7 +144,7 @@ class Layer:
 
 def read_layer(config: ModelConfig, source: Tensors, layer_index: int) -> Layer:
     """Reads one layer's tensors, in the order of their file."""
-    anatomy = describe(config).layers[layer_index]
+    anatomy = decoder_of(config).layers[layer_index]
     tensors = {name: source.read(name) for name in source.names() if name.startswith(anatomy.prefix)}
     return Layer(config, anatomy, tensors)
 

@@ -5,13 +5,10 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
 
 from toolkit.report import charts
 from toolkit.report.charts import Cell
 from toolkit.report.sections import Quantization, RoleRow, TensorRow
-
-_ROLES: Final = ("qkv_proj", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -79,8 +76,8 @@ def _strip(row: RoleRow, tensors: Sequence[TensorRow], scale: charts.Scale) -> s
 
 
 def _heat_map(cells: list[Cell], scale: charts.Scale | None) -> HeatMap:
-    found = {cell.role for cell in cells}
-    roles = [role for role in _ROLES if role in found] + sorted(found.difference(_ROLES))
+    # In the order of the report, which is that of the data files.
+    roles = list(dict.fromkeys(cell.role for cell in cells))
     layers = max(cell.layer for cell in cells) + 1
     label = f"Signal to quantization noise of {len(cells)} weight tensors, {layers} layers by {len(roles)} roles"
     by_place = {(cell.layer, cell.role): cell for cell in cells}
