@@ -12,7 +12,7 @@ from typing import Final
 
 from toolkit.calibrate.statistics import InputStatistics
 from toolkit.calibrate.survey import probe_tokens
-from toolkit.checkpoint.anatomy import LinearInput, describe
+from toolkit.checkpoint.anatomy import LinearInput, decoder_of
 from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.weights import expected_tensors
 from toolkit.names import weight
@@ -48,8 +48,8 @@ def forward_work(config: ModelConfig, tokens: float, length: int, sequences: flo
 
 def layer_weights(config: ModelConfig) -> int:
     """The weights of all layers' matrices."""
-    head = describe(config).head_input.name
-    return sum(_weights(config, given) for given in describe(config).inputs if given.name != head)
+    head = decoder_of(config).head_input.name
+    return sum(_weights(config, given) for given in decoder_of(config).inputs if given.name != head)
 
 
 def survey_work(config: ModelConfig, specs: dict[str, QuantSpec], tokens: int, folds: bool, probes: bool) -> Work:
@@ -57,7 +57,7 @@ def survey_work(config: ModelConfig, specs: dict[str, QuantSpec], tokens: int, f
     length = min(LONGEST, tokens)
     done = forward_work(config, tokens, length, tokens / length)
     sampled = InputStatistics.sampled(tokens)
-    for given in describe(config).inputs:
+    for given in decoder_of(config).inputs:
         done += Work(elements=_KEPT * given.width * tokens)
         formats = len(other_formats(specs[weight(given.readers[0])], given.width)) if probes else 0
         tried = (CANDIDATES if folds and given.writers else 0) + formats
@@ -84,7 +84,7 @@ def solving_work(config: ModelConfig, solved: Sequence[LinearInput], tokens: int
 def ranges_work(config: ModelConfig, tokens: int) -> Work:
     """The ranges of uint16 activations: the text through the weights read back from the packed files."""
     length = min(LONGEST, tokens)
-    widths = sum(given.width for given in describe(config).inputs)
+    widths = sum(given.width for given in decoder_of(config).inputs)
     return forward_work(config, tokens, length, tokens / length) + Work(
         elements=2 * PASSES_TO_RESTORE * layer_weights(config) + 4 * _KEPT * widths * tokens
     )
