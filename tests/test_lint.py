@@ -46,7 +46,7 @@ CASES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "no shared buffer": (_set("search.past_present_share_buffer", False), "is not true"),
     "an unknown type": (_set("model.type", "qwen9"), "model.type is 'qwen9', expected one of"),
     "a pad id of text": (_set("model.pad_token_id", 300), "300 is a token of text"),
-    "pad is eos": (lambda c: _set("model.pad_token_id", c["model"]["eos_token_id"])(c), "is an end of sentence"),
+    "pad is eos": (lambda c: _set("model.pad_token_id", c["model"]["eos_token_id"][0])(c), "is an end of sentence"),
 }
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import fields, replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import jsonschema
 import numpy as np
@@ -19,7 +19,7 @@ from toolkit.report.schema import SCHEMA_FILE, schema_text
 from toolkit.report.sections import Report, TaskRow
 from toolkit.report.summary import load_report, read_report, write_report
 from toolkit.report.verdict import judge, value_of, wilson_interval
-from toolkit.typed_json import field_kinds, to_json
+from toolkit.typed_json import field_kinds, present_kind, to_json
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -187,3 +187,43 @@ def test_wilson_interval_holds_the_textbook_values() -> None:
     low, high = wilson_interval(0.5, 100) or (0, 0)
     assert (round(low, 3), round(high, 3)) == (0.404, 0.596)
     assert wilson_interval(0.5, 0) is None
+
+
+def described_fields() -> dict[str, list[str]]:
+    """By section, the fields that docs/report.md has a row for."""
+    found: dict[str, list[str]] = {}
+    section = None
+    for line in (ROOT / "docs" / "report.md").read_text(encoding="utf-8").splitlines():
+        if line.startswith("## "):
+            section = "" if line == "## The report as a whole" else line.removeprefix("## ").strip("`")
+        elif section is not None and line.startswith("| `"):
+            found.setdefault(section, []).append(line.split("`")[1])
+    return found
+
+
+def fields_by_section(kind: type, path: str = "") -> dict[str, list[str]]:
+    """By section, a dotted path with `[]` after what is a list, its fields."""
+    found = {path: list(field_kinds(kind))}
+    for name, (_, inner) in field_kinds(kind).items():
+        inner, _ = present_kind(inner)
+        listed = get_origin(inner) is tuple
+        inner = get_args(inner)[0] if listed else inner
+        if isinstance(inner, type) and is_dataclass(inner):
+            found |= fields_by_section(inner, f"{path}.{name}".lstrip(".") + "[]" * listed)
+    return found
+
+
+def test_the_docs_explain_every_field() -> None:
+    described, expected = described_fields(), fields_by_section(Report)
+    assert described.keys() == expected.keys()
+    for section, names in expected.items():
+        assert set(described[section]) == set(names), section
+
+
+def test_the_docs_example_of_a_gate_is_what_it_says(report: Report) -> None:
+    bounds = []
+    for row in (answered(10, 1, 0), answered(500, 30, 5)):
+        (check,) = judge(replace(report, tasks=(row,)), {"accuracy_drop": 0.015}).checks
+        bounds.append(f"{100 * (check.bound or 0):.1f}".replace("-", "−"))
+    text = (ROOT / "docs" / "report.md").read_text(encoding="utf-8")
+    assert [f"the bound is {bound} points" in text for bound in bounds] == [True, True], bounds
