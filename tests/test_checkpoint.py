@@ -96,6 +96,21 @@ def test_configs_of_transformers_4_and_5_are_equal(rope: str) -> None:
         assert old == _parse({"rope_theta": 5e5, "rope_scaling": elder, "torch_dtype": "bfloat16"})
 
 
+@pytest.mark.parametrize(
+    ("rope", "positions", "longest"),
+    [
+        ("default", 64, 64),
+        ("linear", 64, 64),
+        # Qwen3's model card: four times 32,768 tokens, and max_position_embeddings stays.
+        ("yarn", 40, 64),
+        ("yarn", 128, 128),
+    ],
+)
+def test_yarn_reads_factor_times_the_original_length(rope: str, positions: int, longest: int) -> None:
+    scaling, _ = ROPES[rope]
+    assert _parse({"rope_scaling": scaling, "max_position_embeddings": positions}).longest_context == longest
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> torch.nn.Module:
     """A random Qwen2 with numbers that are easily lost: a negative zero, subnormals, fp16's largest."""

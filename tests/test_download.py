@@ -107,6 +107,8 @@ def hub(tiny_r1: Path, tmp_path: Path) -> Iterator[Hub]:
     make_checkpoint("Qwen2", {"vocab_size": 20000, "hidden_size": 256}, folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "train.py", "arithmetic.jsonl"):
         shutil.copy(tiny_r1 / name, folder)
+    # Other formats of the same weights, as repositories hold them.
+    (folder / "consolidated.safetensors").write_bytes(b"not asked for")
     server = Hub(folder)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
@@ -145,7 +147,8 @@ def test_hub_id_is_downloaded_resumed_and_then_found_offline(hub: Hub, tmp_path:
     resumed = [int(wanted.removeprefix("bytes=").rstrip("-")) for _, wanted in weights if wanted]
     assert any(10 << 20 <= start <= len(data) // 2 for start in resumed), weights
     fetched = {path.rsplit("/", 1)[-1] for command, path, _ in hub.requests if command == "GET"}
-    assert "model.safetensors" in fetched and not any(name.endswith((".py", ".jsonl")) for name in fetched)
+    assert "model.safetensors" in fetched and "consolidated.safetensors" not in fetched
+    assert not any(name.endswith((".py", ".jsonl")) for name in fetched)
     manifest = json.loads((tmp_path / "b" / "manifest.json").read_text(encoding="utf-8"))
     entry = {"name": "model.safetensors", "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     assert manifest["checkpoint"] == [entry]
@@ -202,7 +205,7 @@ def test_a_revision_is_asked_for(hub: Hub, tmp_path: Path) -> None:
 
 def test_weights_that_are_not_here_cannot_be_read(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = read_config(hub.folder)
-    refs = find_tensors(hub.folder, config, read_header)
+    refs = find_tensors(hub.folder, config, read_header).refs
     source = HeadersAlone(REPO, refs, {hub.folder / "model.safetensors": 1})
     name = source.names()[0]
     reads = (lambda: source.read(name), lambda: source.read_rows(name, 0, 1), lambda: next(iter(source.scan(1 << 20))))

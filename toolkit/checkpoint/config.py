@@ -72,6 +72,14 @@ class ModelConfig:
     pad_token_id: int | None
 
     @property
+    def longest_context(self) -> int:
+        """How many tokens the model reads: under YaRN `factor` times the original length (arXiv 2309.00071), whatever
+        max_position_embeddings says, which Qwen's files leave as it was."""
+        if self.rope.rope_type != "yarn":
+            return self.max_position_embeddings
+        return max(self.max_position_embeddings, int(self.rope.factor * self.rope.original_max_position_embeddings))
+
+    @property
     def q_size(self) -> int:
         """Output features of q_proj: `num_attention_heads * head_dim`, which need not be `hidden_size`."""
         return self.num_attention_heads * self.head_dim

@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 from typing import Final
 
+from toolkit.checkpoint.weights import weight_files
 from toolkit.errors import CheckpointError, MachineError
 from toolkit.recipe import data_folder
 
 _SIDE_PATTERNS: Final = ("*.json", "*.jinja")
-_WEIGHT_PATTERNS: Final = ("*.safetensors",)
 _HUB_ID: Final = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _SENTENCE_END: Final = re.compile(r"(?<=[.!?])\s+(?=[A-Z])|\n")
 
@@ -43,9 +43,15 @@ def resolve_checkpoint(place: str, revision: str | None = None, *, weights: bool
         raise MachineError("huggingface_hub is not installed: pip install huggingface_hub") from None
     if not sys.stderr.isatty():
         disable_progress_bars()
-    patterns = [*_SIDE_PATTERNS, *(_WEIGHT_PATTERNS if weights else ())]
     try:
-        return Path(snapshot_download(place, revision=revision, allow_patterns=patterns))
+        folder = Path(snapshot_download(place, revision=revision, allow_patterns=list(_SIDE_PATTERNS)))
+        if not weights:
+            return folder
+        # Repositories hold other formats beside the files that are meant.
+        wanted = [path.name for path in weight_files(folder)]
+        return Path(snapshot_download(place, revision=folder.name, allow_patterns=[*_SIDE_PATTERNS, *wanted]))
+    except CheckpointError:
+        raise
     except Exception as problem:  # the client's errors have no common root short of Exception
         raise hub_error(place, revision, problem) from None
 

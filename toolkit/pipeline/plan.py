@@ -189,16 +189,17 @@ def check_match(recipe: Recipe, config: ModelConfig) -> None:
                 f"recipe {recipe.name} is for {recipe.model} with {field} {wanted}, the checkpoint has {found}: use "
                 f"its own recipe, or the target's defaults with `toolkit export {recipe.target} --checkpoint …`"
             )
-    if recipe.context_length > config.max_position_embeddings:
+    longest = config.longest_context
+    if recipe.context_length > longest:
         raise RecipeError(
-            f"context_length {recipe.context_length} is more than the checkpoint's max_position_embeddings "
-            f"{config.max_position_embeddings}: lower it with --set context_length={config.max_position_embeddings}"
+            f"context_length {recipe.context_length} is more than the {longest} tokens that the checkpoint reads: "
+            f"lower it with --set context_length={longest}"
         )
 
 
 def shorten_context(recipe: Recipe, config: ModelConfig) -> Recipe:
     """A target's default context, cut to what the checkpoint allows, in whole windows."""
-    length = min(recipe.context_length, config.max_position_embeddings)
+    length = min(recipe.context_length, config.longest_context)
     if recipe.window:
         length = length - length % recipe.window or length
     return replace(recipe, context_length=length)

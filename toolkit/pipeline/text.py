@@ -24,7 +24,7 @@ def token_sequences(checkpoint: Checkpoint, text: Path, tokens: int, shortest: i
     Each is cut so that they reach every passage of a short text, but not below `shortest`. Random weights get seeded
     random ids. Raises CheckpointError for a text that holds none.
     """
-    limit = min(checkpoint.config.max_position_embeddings, LONGEST)
+    limit = min(checkpoint.config.longest_context, LONGEST)
     if checkpoint.synthetic:
         generator = np.random.default_rng(0)
         ids: NDArray[np.int64] = generator.integers(0, checkpoint.config.vocab_size, max(tokens, 64))
