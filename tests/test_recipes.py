@@ -52,12 +52,6 @@ PARAMETERS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _known_speed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A forecast times a product on this machine; here that is time lost."""
-    monkeypatch.setattr("toolkit.pipeline.calibration_cost.operations_per_s", lambda: 1e9)
-
-
 @pytest.mark.parametrize("name", recipe_names())
 def test_recipe_plans_every_tensor_of_its_model_once(name: str, tmp_path: Path) -> None:
     recipe = load_recipe(name)
