@@ -108,7 +108,7 @@ def _read_bounded(path: Path, max_bytes: int, error: type[ToolkitError]) -> byte
 
 
 def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
+    """Returns the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -52,7 +52,7 @@ def package_versions() -> dict[str, str]:
 
 
 def ram_bytes() -> int:
-    """The memory of the whole machine."""
+    """Returns the memory of the whole machine."""
     return int(psutil.virtual_memory().total)
 
 
@@ -62,7 +62,7 @@ def fits_the_page_cache(nbytes: int) -> bool:
 
 
 def free_memory_bytes() -> int:
-    """What a program may take without swapping."""
+    """Returns the bytes that a program may take without swapping."""
     return int(psutil.virtual_memory().available)
 
 
@@ -72,7 +72,7 @@ def physical_cores() -> int:
 
 
 def peak_rss_bytes() -> int:
-    """The most memory this process ever held."""
+    """Returns the most bytes that this process ever held."""
     peak = getattr(psutil.Process().memory_info(), "peak_wset", None)
     if peak is not None:  # Windows
         return int(peak)

@@ -52,7 +52,7 @@ TOTAL_SEQ_LEN: Final = "total_seq_len"
 
 
 def stage_file(stage: str) -> str:
-    """The graph file of a stage."""
+    """Returns the name of a stage's graph file."""
     return f"{stage}.onnx"
 
 
@@ -67,7 +67,7 @@ def part_stage(stage: str, part: int, parts: int) -> str:
 
 
 def stage_kind(stage: str) -> str:
-    """What a stage does: `context` of `context_3`."""
+    """Returns what a stage does, such as `context` of `context_3`."""
     return re.sub(r"_\d+$", "", stage)
 
 
@@ -87,12 +87,12 @@ def layer_module(layer_index: int, module: str) -> str:
 
 
 def weight(module: str) -> str:
-    """The tensor name of a module's weight."""
+    """Returns the tensor name of a module's weight."""
     return f"{module}.weight"
 
 
 def bias(module: str) -> str:
-    """The tensor name of a module's bias."""
+    """Returns the tensor name of a module's bias."""
     return f"{module}.bias"
 
 

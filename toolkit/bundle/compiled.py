@@ -42,7 +42,7 @@ def uncompiled_settings(config: Mapping[str, Any]) -> JsonObject:
 
 
 def compiled_stages(config: Mapping[str, Any]) -> list[str]:
-    """The stages that run from EPContext files."""
+    """Returns the stages that run from EPContext files."""
     pipeline = config["model"]["decoder"].get("pipeline", [])
     stages = [(name, section) for group in pipeline for name, section in group.items()]
     return [name for name, section in stages if section.get("filename") == names.compiled_file(name)]

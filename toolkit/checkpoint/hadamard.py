@@ -28,7 +28,7 @@ class Hadamard:
         self._signs = np.random.default_rng(seed).choice(np.array([-1, 1], np.float32), n)
 
     def apply(self, x: Floats) -> Floats:
-        """x Q for x [..., n]."""
+        """Returns x Q for x [..., n]."""
         shape = x.shape
         y = x * self._signs
         for k, factor in enumerate(self._factors):

@@ -92,7 +92,7 @@ def ask(bundle: Path, task: Task, new_tokens: int, on_cpu: bool = False) -> Aske
 
 
 def bundle_answers(bundle: Path, asked: Asked, on_cpu: bool = False) -> Answers:
-    """What a bundle answers through onnxruntime-genai."""
+    """Returns what a bundle answers through onnxruntime-genai."""
     return _judged(asked, continuations(bundle, list(asked.ids), asked.new_tokens, on_cpu))
 
 
@@ -107,7 +107,7 @@ def simulated_answers(bundle: Path, asked: Asked) -> Answers:
 
 
 def first_of(asked: Asked, count: int) -> Asked:
-    """The first questions of a task."""
+    """Returns the task with its first questions alone."""
     task = replace(asked.task, questions=asked.task.questions[:count])
     return replace(asked, task=task, texts=asked.texts[:count], ids=asked.ids[:count], rooms=asked.rooms[:count])
 

@@ -87,7 +87,7 @@ class BundleLM(LM):  # type: ignore[misc]
         return self._template.render(chat_history, add_generation_prompt)
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """(log-likelihood, whether greedy) of each (context, continuation)."""
+        """Returns (log-likelihood, whether greedy) of each (context, continuation)."""
         scorer, results = self._scorer(), []
         for request in requests:
             results.append(scorer.of_continuation(*request.args))
@@ -95,7 +95,7 @@ class BundleLM(LM):  # type: ignore[misc]
         return results
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """The log-likelihood of each whole text."""
+        """Returns the log-likelihood of each whole text."""
         scorer, results = self._scorer(), []
         for request in requests:
             results.append(scorer.of_text(*request.args))

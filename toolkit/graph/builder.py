@@ -45,7 +45,7 @@ class GraphBuilder:
 
     @property
     def dtype(self) -> ir.DataType:
-        """Of activations and of the KV cache."""
+        """Returns the dtype of activations and of the KV cache."""
         return _DTYPES[self.form.activations]
 
     def op(
@@ -79,7 +79,7 @@ class GraphBuilder:
         return self.initializers[name]
 
     def scalar(self, name: str, number: float) -> ir.Value:
-        """A constant in the dtype of activations."""
+        """Adds a constant in the dtype of activations."""
         return self.constant(name, np.array(number, self.dtype.numpy()))
 
     def once(self, path: str, inputs: Sequence[ir.Value | None]) -> ir.Value:
@@ -88,7 +88,7 @@ class GraphBuilder:
         return made or self.op(path, inputs)[0]
 
     def slot(self, slot: Slot) -> ir.Value:
-        """An initializer in its data file."""
+        """Returns the initializer that lies in a data file, declared at the first call."""
         if slot.name not in self.initializers:
             tensor = ir.ExternalTensor(
                 slot.file, slot.offset, slot.nbytes, _DTYPES[slot.dtype], shape=ir.Shape(slot.shape), name=slot.name
@@ -179,7 +179,7 @@ class GraphBuilder:
 
 
 def value(name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
-    """A graph input; symbolic dimensions are names."""
+    """Returns a graph input of that shape; symbolic dimensions are names."""
     return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
 
 

@@ -59,7 +59,7 @@ def read_interface(path: Path) -> GraphInterface:
 
 
 def interface_of(model: ir.Model) -> GraphInterface:
-    """The same of a graph in memory."""
+    """Returns the same of a graph in memory."""
     graph = model.graph
     return GraphInterface(
         {str(value.name): _type(value) for value in graph.inputs},

@@ -23,7 +23,7 @@ def rotary_caches(config: ModelConfig, context_length: int) -> tuple[NDArray[np.
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> NDArray[np.float64]:
-    """[head_dim / 2] radians per position."""
+    """Returns the angles, [head_dim / 2], in radians per position."""
     plain = rope.rope_theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     if rope.rope_type == "linear":
         return plain / rope.factor

@@ -24,7 +24,7 @@ MEMORY_BUDGET_BYTES: Final = 8_000_000_000
 
 
 def layer_bytes(layout: Layout, num_layers: int) -> list[int]:
-    """The bytes of each layer's initializers."""
+    """Returns the bytes of each layer's initializers."""
     sums = [0] * num_layers
     for unit in layout.units.values():
         if (layer := names.layer_of(unit.name)) is not None:

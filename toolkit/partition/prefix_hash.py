@@ -45,7 +45,7 @@ class PrefixHash:
 
     @property
     def bytes_read(self) -> int:
-        """How much of the file was read."""
+        """Returns how many bytes of the file were read."""
         return self._hashed
 
     def hexdigest(self) -> str:
