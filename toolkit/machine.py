@@ -40,7 +40,8 @@ def this_machine() -> Machine:
 
 
 def package_versions() -> dict[str, str]:
-    """The installed versions of everything that decides what comes out, by package; this code's own is `toolkit`."""
+    """Returns the installed versions of everything that decides what comes out, by package; this code's own is
+    `toolkit`."""
     found = {}
     for package in _VERSIONS:
         try:
@@ -57,7 +58,7 @@ def ram_bytes() -> int:
 
 
 def fits_the_page_cache(nbytes: int) -> bool:
-    """Whether so many bytes of files may well lie in memory, or stay there: half of it would hold them."""
+    """Returns whether so many bytes of files may well lie in memory, or stay there: half of it would hold them."""
     return 2 * nbytes <= ram_bytes()
 
 

@@ -57,12 +57,12 @@ def stage_file(stage: str) -> str:
 
 
 def compiled_file(stage: str) -> str:
-    """The EPContext file of a stage that was compiled ahead of time."""
+    """Returns the EPContext file of a stage that was compiled ahead of time."""
     return f"{stage}_ctx.onnx"
 
 
 def part_stage(stage: str, part: int, parts: int) -> str:
-    """A transformer stage's name: `context`, or `context_3` where there are several parts of it."""
+    """Returns a transformer stage's name: `context`, or `context_3` where there are several parts of it."""
     return stage if parts == 1 else f"{stage}_{part}"
 
 
@@ -72,17 +72,18 @@ def stage_kind(stage: str) -> str:
 
 
 def part_input(part: int) -> str:
-    """The hidden states that one part of the transformer hands to the next, numbered by its taker."""
+    """Returns the hidden states that one part of the transformer hands to the next, numbered by its taker."""
     return EMBEDDED if part == 0 else f"hidden_states_{part}"
 
 
 def part_output(part: int, parts: int) -> str:
-    """The hidden states that a part of the transformer makes: the last part's are normalized, for the LM head."""
+    """Returns the hidden states that a part of the transformer makes: the last part's are normalized, for the LM
+    head."""
     return LAST_HIDDEN if part == parts - 1 else part_input(part + 1)
 
 
 def layer_module(layer_index: int, module: str) -> str:
-    """The checkpoint's name of a module of one layer: `model.layers.3.` + `mlp.down_proj`."""
+    """Returns the checkpoint's name of a module of one layer: `model.layers.3.` + `mlp.down_proj`."""
     return f"model.layers.{layer_index}.{module}"
 
 
@@ -97,41 +98,41 @@ def bias(module: str) -> str:
 
 
 def input_of(module: str) -> str:
-    """The activations that a module reads, as a point whose range is known."""
+    """Returns the activations that a module reads, as a point whose range is known."""
     return f"{module}.input"
 
 
 def output_of(module: str) -> str:
-    """The activations that a module makes, a linear's before its bias."""
+    """Returns the activations that a module makes, a linear's before its bias."""
     return f"{module}.output"
 
 
 def role_of(name: str) -> str:
-    """What a tensor or module is for: `q_proj`, `embed_tokens`, `lm_head`, `input_layernorm`, …"""
+    """Returns what a tensor or module is for: `q_proj`, `embed_tokens`, `lm_head`, `input_layernorm`, …"""
     return name.removesuffix(".weight").removesuffix(".bias").rsplit(".", 1)[-1]
 
 
 def layer_of(name: str) -> int | None:
-    """The layer a tensor or module belongs to, None outside the layers."""
+    """Returns the layer a tensor or module belongs to, None outside the layers."""
     parts = name.split(".")
     return int(parts[2]) if name.startswith("model.layers.") else None
 
 
 def past_key(layer_index: int | str) -> str:
-    """The graph input that carries one layer's keys; `%d` gives onnxruntime-genai's pattern."""
+    """Returns the graph input that carries one layer's keys; `%d` gives onnxruntime-genai's pattern."""
     return f"past_key_values.{layer_index}.key"
 
 
 def past_value(layer_index: int | str) -> str:
-    """The graph input that carries one layer's values."""
+    """Returns the graph input that carries one layer's values."""
     return f"past_key_values.{layer_index}.value"
 
 
 def present_key(layer_index: int | str) -> str:
-    """The graph output that returns one layer's keys."""
+    """Returns the graph output that returns one layer's keys."""
     return f"present.{layer_index}.key"
 
 
 def present_value(layer_index: int | str) -> str:
-    """The graph output that returns one layer's values."""
+    """Returns the graph output that returns one layer's values."""
     return f"present.{layer_index}.value"

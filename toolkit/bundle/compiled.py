@@ -23,7 +23,7 @@ _ARCH_FIELD, _SOC_FIELD = 4, 5
 
 
 def compiled_settings(config: Mapping[str, Any], stages: Sequence[str]) -> JsonObject:
-    """A bundle's whole genai_config with these stages run from their EPContext files."""
+    """Returns a bundle's whole genai_config with these stages run from their EPContext files."""
     changed: JsonObject = json.loads(json.dumps(config))
     for group in changed["model"]["decoder"]["pipeline"]:
         for name in stages:
@@ -32,7 +32,7 @@ def compiled_settings(config: Mapping[str, Any], stages: Sequence[str]) -> JsonO
 
 
 def uncompiled_settings(config: Mapping[str, Any]) -> JsonObject:
-    """The same with every stage run from its graph: what a machine without the device can run."""
+    """Returns the same with every stage run from its graph: what a machine without the device can run."""
     changed: JsonObject = json.loads(json.dumps(config))
     for group in changed["model"]["decoder"].get("pipeline", []):
         for name, section in group.items():
@@ -49,12 +49,12 @@ def compiled_stages(config: Mapping[str, Any]) -> list[str]:
 
 
 def binary_of(compiled: GraphInterface) -> str:
-    """The file with a compiled stage's weights and code, which its part's other stage shares."""
+    """Returns the file with a compiled stage's weights and code, which its part's other stage shares."""
     return next((str(node.attributes.get("ep_cache_context", "")) for node in compiled.nodes), "")
 
 
 def lint_compiled(bundle: Path, soc_name: str) -> list[str]:
-    """One line for each thing wrong with a bundle's EPContext files; none if it has none.
+    """Returns one line for each thing wrong with a bundle's EPContext files; none if it has none.
 
     Raises BundleError for a file that cannot be read.
     """

@@ -155,7 +155,7 @@ def _session_options(stage: Stage) -> JsonObject:
 
 
 def max_length(config: Mapping[str, Any], prompt_tokens: int, new_tokens: int) -> int:
-    """What to set so that so many new tokens fit: a pipeline's prompt takes up whole windows, pads included.
+    """Returns what to set so that so many new tokens fit: a pipeline's prompt takes up whole windows, pads included.
 
     Never more than the context; `config` is a bundle's whole genai_config.
     """
@@ -165,13 +165,14 @@ def max_length(config: Mapping[str, Any], prompt_tokens: int, new_tokens: int) -
 
 
 def read_genai_config(bundle: Path) -> JsonObject:
-    """The file of a bundle; raises BundleError if it is missing or is not a JSON object."""
+    """Reads the file of a bundle; raises BundleError if it is missing or is not a JSON object."""
     path = bundle / names.GENAI_CONFIG_FILE
     return read_json(path, _MAX_CONFIG_BYTES, BundleError, "a bundle has one")
 
 
 def read_settings(bundle: Path) -> JsonObject:
-    """`read_genai_config` for those who run a bundle: raises BundleError too if what every runtime needs is missing."""
+    """Reads settings as `read_genai_config` does, for those who run a bundle: raises BundleError too if what every
+    runtime needs is missing."""
     config = read_genai_config(bundle)
     try:
         sections = stage_sections(config)
@@ -186,7 +187,7 @@ def read_settings(bundle: Path) -> JsonObject:
 
 
 def soc_options(config: Mapping[str, Any]) -> dict[str, str]:
-    """What a bundle's settings tell QNNExecutionProvider of the SoC it is made for, and of its weights."""
+    """Returns what a bundle's settings tell QNNExecutionProvider of the SoC it is made for, and of its weights."""
     entries = [entry for s in stage_sections(config) for entry in s["session_options"]["provider_options"]]
     given = [option for entry in entries for options in entry.values() for option in options.items()]
     return {key: value for key, value in given if key in _SOC}
@@ -201,14 +202,16 @@ def tell_soc(config: JsonObject, options: Mapping[str, str]) -> None:
 
 
 def stage_sections(config: Mapping[str, Any]) -> list[JsonObject]:
-    """The part of each graph in a genai_config: the stages of a pipeline in their order, or the decoder itself."""
+    """Returns the part of each graph in a genai_config: the stages of a pipeline in their order, or the decoder
+    itself."""
     decoder = config["model"]["decoder"]
     stages = [stage for group in decoder.get("pipeline", []) for stage in group.values()]
     return stages or [decoder]
 
 
 def pad_token_id(config: ModelConfig, side: SideFiles) -> int:
-    """An id that cannot occur in text: a reserved token, else a row of the embedding that the tokenizer never emits."""
+    """Returns an id that cannot occur in text: a reserved token, else a row of the embedding that the tokenizer never
+    emits."""
     added = {} if side.vocabulary is None else side.vocabulary.added
     for token in _PAD_TOKENS:
         if token in added:

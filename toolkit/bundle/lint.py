@@ -119,7 +119,7 @@ _LAYERED: Final = ("past_key_names", "past_value_names", "present_key_names", "p
 
 
 def lint_bundle(bundle: Path) -> list[str]:
-    """One line for each thing wrong, empty when all is well.
+    """Returns one line for each thing wrong, empty when all is well.
 
     Raises BundleError if the file is missing or is not a JSON object, or a graph cannot be read.
     """

@@ -21,7 +21,8 @@ Stages = Mapping[str, tuple[JsonObject, GraphInterface]]
 
 
 def lint_pipeline(config: Mapping[str, Any], stages: Stages) -> list[str]:
-    """One line for each thing wrong with a pipeline whose graphs are there; `stages` is (section, graph) by name."""
+    """Returns one line for each thing wrong with a pipeline whose graphs are there; `stages` is (section, graph) by
+    name."""
     model = config["model"]
     decoder, window = model["decoder"], model["decoder"].get("sliding_window", {}).get("window_size")
     return [

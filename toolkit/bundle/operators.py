@@ -34,13 +34,14 @@ class Placement:
 
 
 def place_bundle(bundle: Path, target_name: str, window: int, parts: int = 1) -> list[Placement]:
-    """Every stage whose graph is there, which the linter sees to. Raises BundleError for a graph that is broken."""
+    """Returns the rows of every stage whose graph is there, which the linter sees to. Raises BundleError for a graph
+    that is broken."""
     stages = TARGETS[target_name].stages(window, parts)
     return [place(read_interface(bundle / s.file), s) for s in stages if (bundle / s.file).is_file()]
 
 
 def place(graph: GraphInterface, stage: Stage) -> Placement:
-    """One stage's nodes beside the table of what its execution provider takes."""
+    """Compares one stage's nodes with the table of what its execution provider takes."""
     support, cpu = support_of(stage.execution_provider), support_of(CPU_EP)
     reasons: dict[str, list[str]] = defaultdict(list)
     outside = legal = 0
@@ -70,7 +71,7 @@ def place(graph: GraphInterface, stage: Stage) -> Placement:
 
 @functools.cache
 def support_of(execution_provider: str) -> JsonObject:
-    """The table's row: source, checked_by, static, opset and operators."""
+    """Returns the table's row: source, checked_by, static, opset and operators."""
     table: dict[str, JsonObject] = json.loads(_TABLE.read_text(encoding="utf-8"))
     return table[execution_provider]
 

@@ -21,7 +21,8 @@ _AFFINITY: Final = {"op_type": {"GroupQueryAttention": "htp"}}
 
 
 def htp_version() -> str:
-    """The installed compiler's. Raises MachineError where there is none, or one that is known to be wrong."""
+    """Returns the version of the installed compiler. Raises MachineError where there is none, or one that is known to
+    be wrong."""
     if sys.platform != "linux" or platform.machine().lower() not in ("x86_64", "amd64"):
         here = f"{platform.system()} {platform.machine()}"
         raise MachineError(f"{PACKAGE} compiles for HTP on x86-64 Linux, this is {here}")
@@ -37,15 +38,15 @@ def htp_version() -> str:
 
 
 def plugin_library() -> str:
-    """The execution provider's library, for who registers it elsewhere than in ONNX Runtime."""
+    """Returns the execution provider's library, for who registers it elsewhere than in ONNX Runtime."""
     import onnxruntime_qnn as qnn
 
     return str(qnn.get_library_path())
 
 
 def simulator_options(provider_options: Mapping[str, str], folder: Path) -> dict[str, str]:
-    """A bundle's options for its device as they are here, where the compiler and the simulator are; `folder` is for a
-    file that is read when a graph is compiled."""
+    """Returns a bundle's options for its device as they are here, where the compiler and the simulator are; `folder` is
+    for a file that is read when a graph is compiled."""
     import onnxruntime_qnn as qnn
 
     affinity = folder / "op_affinity.json"
@@ -55,7 +56,7 @@ def simulator_options(provider_options: Mapping[str, str], folder: Path) -> dict
 
 
 def open_htp(graph: Path, provider_options: Mapping[str, str], entries: Mapping[str, str], folder: Path) -> Any:
-    """An InferenceSession of `graph`, compiled for HTP with no node left to the CPU; it runs in the simulator.
+    """Returns an InferenceSession of `graph`, compiled for HTP with no node left to the CPU; it runs in the simulator.
 
     `provider_options` say for which SoC, `entries` are session options; `folder` is for a file the compiler reads.
     Call it in a process of its own: native code of vendors may crash.

@@ -48,7 +48,7 @@ class Part:
 
     @property
     def log(self) -> str:
-        """The name of the file that holds the compiler's output."""
+        """Returns the name of the file that holds the compiler's output."""
         return f"part_{self.index}.log"
 
 
@@ -66,7 +66,8 @@ class CompiledPart:
 def compile_parts(
     bundle: Path, parts: Sequence[Part], work: Path, progress: Callable[[str], None] = lambda _: None
 ) -> list[CompiledPart]:
-    """Each part in a process of its own; those whose files are whole, in `work` or already in the bundle, are kept.
+    """Compiles each part in a process of its own; those whose files are whole, in `work` or already in the bundle, are
+    kept.
 
     Raises MachineError if the memory will not do, BundleError if the compiler crashes, refuses a graph, or leaves nodes
     outside EPContext. What was finished stays finished.
@@ -86,7 +87,7 @@ def compile_parts(
 
 
 def part_key(sources: Sequence[str], options: dict[str, str], software: str) -> str:
-    """A digest of the SHA-256s of what a part is made from, its options and the compiler."""
+    """Returns a digest of the SHA-256s of what a part is made from, its options and the compiler."""
     return hashlib.sha256(json.dumps([list(sources), options, software]).encode()).hexdigest()
 
 

@@ -55,20 +55,22 @@ class Checker:
     found: Callable[[str], Hashable | None]
 
     def is_right(self, text: str, answer: str) -> bool:
-        """Whether a text gives the answer; a text that gives none is wrong."""
+        """Returns whether a text gives the answer; a text that gives none is wrong."""
         value = self.found(text)
         return value is not None and value == self.expected(answer)
 
 
 def default_checker(answer: str) -> str:
-    r"""For a published answer without a checker: GSM8K's `#### 42` is a number, MATH's solution is boxed."""
+    r"""Returns the checker for a published answer that names none: GSM8K's `#### 42` is a number, MATH's solution is
+    boxed."""
     if _GSM8K.search(answer):
         return "number"
     return "boxed" if last_boxed(answer) is not None else "exact"
 
 
 def last_number(text: str) -> Fraction | None:
-    r"""The last number: 1,234 and 1{,}234, -3/4 and \frac34, 2 1/2, .5, each with or without currency or percent."""
+    r"""Returns the last number: 1,234 and 1{,}234, -3/4 and \frac34, 2 1/2, .5, each with or without currency or
+    percent."""
     text = text.replace("\\!", "").replace("\\,", "").replace("{,}", ",").replace("−", "-")
     text = _CURRENCY.sub(lambda sign: "" if text[max(sign.start() - 1, 0)] == "-" else " ", text)
     text = _LATEX_FRACTION.sub(_as_slash, text)
@@ -77,7 +79,7 @@ def last_number(text: str) -> Fraction | None:
 
 
 def last_boxed(text: str) -> str | None:
-    r"""The content of the last \boxed{…} or \fbox{…}, braces inside it matched, escaped ones aside.
+    r"""Returns the content of the last \boxed{…} or \fbox{…}, braces inside it matched, escaped ones aside.
 
     None if there is no box, or if the last one never closes, as in a text that was cut.
     """
@@ -98,7 +100,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def normal_form(latex: str) -> str:
-    r"""One spelling for what graders of MATH take as equal; numbers by value.
+    r"""Returns one spelling for what graders of MATH take as equal; numbers by value.
 
     Spaces, \left and \right, units in \text, degrees, percent, dollars, a final full stop and `x =` go; \dfrac, \frac12
     and 1/2 are one, \sqrt3 and \sqrt{3}. After Hendrycks et al., Measuring Mathematical Problem Solving (2021).
@@ -117,7 +119,8 @@ def normal_form(latex: str) -> str:
 
 
 def stated_choice(text: str) -> str | None:
-    r"""The letter A to D a text settles on: in its box, after `answer is`, heading its one line, or the last alone."""
+    r"""Returns the letter A to D a text settles on: in its box, after `answer is`, heading its one line, or the last
+    alone."""
     if (box := last_boxed(text)) is not None:
         text = box
         if letter := _LETTER.fullmatch(_WRAPPED.sub(r"\1", box)):

@@ -64,7 +64,7 @@ class BundleLM(LM):  # type: ignore[misc]
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: Any = None) -> BundleLM:
-        """From `bundle=PATH,on_cpu=True`; the harness's own batch size and device mean nothing here."""
+        """Opens the bundle of `bundle=PATH,on_cpu=True`; the harness's own batch size and device mean nothing here."""
         return cls.create_from_arg_obj(dict(pair.split("=", 1) for pair in arg_string.split(",")))
 
     @classmethod
@@ -77,11 +77,11 @@ class BundleLM(LM):  # type: ignore[misc]
 
     @property
     def tokenizer_name(self) -> str:
-        """What the harness keys its request cache by."""
+        """Returns what the harness keys its request cache by."""
         return str(self._bundle.resolve())
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A conversation as one prompt, by the bundle's chat template."""
+        """Returns a conversation as one prompt, by the bundle's chat template."""
         if self._template is None:
             self._template = ChatTemplate(self._bundle, self._model())
         return self._template.render(chat_history, add_generation_prompt)
@@ -103,7 +103,7 @@ class BundleLM(LM):  # type: ignore[misc]
         return results
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """What each context is answered with, up to the first stop string.
+        """Returns what each context is answered with, up to the first stop string.
 
         Without `max_gen_toks` an answer has what the context leaves. Raises RecipeError for an option that cannot be
         honoured or a context that leaves no room.

@@ -34,7 +34,7 @@ class Likelihood:
         self._last: tuple[list[int], NDArray[np.float32]] | None = None
 
     def of_continuation(self, context: str, continuation: str) -> tuple[float, bool]:
-        """(log-likelihood in nats, whether greedy decoding would say it) of a continuation after a context.
+        """Returns (log-likelihood in nats, whether greedy decoding would say it) of a continuation after a context.
 
         A context that is too long loses its beginning. Raises RecipeError for a continuation longer than `length`.
         """
@@ -46,7 +46,8 @@ class Likelihood:
         return self._scored([*before, *targets][:-1][-self._length :], targets)
 
     def of_text(self, text: str) -> float:
-        """The log-likelihood in nats of a whole text, each token once, in windows with all the context they hold."""
+        """Returns the log-likelihood in nats of a whole text, each token once, in windows with all the context they
+        hold."""
         ids = self._encode(text, special=False)
         return sum(self._scored(fed, targets)[0] for fed, targets in self.windows(ids))
 
@@ -64,7 +65,8 @@ class Likelihood:
         return before or [self._prefix_id], after or self._encode(continuation, special=False)
 
     def windows(self, ids: list[int]) -> Iterator[tuple[list[int], list[int]]]:
-        """(what is fed, the last ids it predicts), each of `ids` predicted once; the last window is a full one too."""
+        """Returns (what is fed, the last ids it predicts), each of `ids` predicted once; the last window is a full one
+        too."""
         before = [self._prefix_id, *ids]
         for start in range(0, len(ids), self._length):
             stop = min(start + self._length, len(ids))

@@ -32,16 +32,17 @@ class Positions(Protocol):
     """A bundle that gives logits of every position."""
 
     def placements(self) -> dict[str, dict[str, int]]:
-        """By stage and execution provider, how many nodes run there, as ORT assigned them after its own fusions."""
+        """Returns, by stage and execution provider, how many nodes run there, as ORT assigned them after its own
+        fusions."""
 
     def logits(self, ids: list[int], prompt: int | None = None) -> NDArray[np.float32]:
-        """[T, V] for one sequence: the first `prompt` tokens (default all) as a prompt, each later one with the
+        """Returns [T, V] for one sequence: the first `prompt` tokens (default all) as a prompt, each later one with the
         cache."""
 
 
 def open_positions(bundle: Path, exact: bool = False) -> Positions:
-    """The bundle's graphs on the CPU. `exact` keeps activations as they are where the bundle rounds them to int8, so
-    that a graph's errors stand apart from rounding.
+    """Opens the bundle's graphs on the CPU. `exact` keeps activations as they are where the bundle rounds them to int8,
+    so that a graph's errors stand apart from rounding.
 
     Raises BundleError for a folder without the graphs its genai_config.json names.
     """
@@ -50,7 +51,7 @@ def open_positions(bundle: Path, exact: bool = False) -> Positions:
 
 
 def rounds_activations(bundle: Path) -> bool:
-    """Whether any graph of a bundle lets a product round its input to int8 (accuracy_level 4)."""
+    """Returns whether any graph of a bundle lets a product round its input to int8 (accuracy_level 4)."""
     return any(
         attribute.name == "accuracy_level" and attribute.i == 4
         for path in bundle.glob("*.onnx")
@@ -67,11 +68,11 @@ class OneGraph:
         self._has_positions = any(value.name == names.POSITION_IDS for value in self._session.get_inputs())
 
     def placements(self) -> dict[str, dict[str, int]]:
-        """How many nodes of each graph every provider took, as Positions says."""
+        """Returns how many nodes of each graph every provider took, as Positions says."""
         return {names.MODEL: placement(self._session)}
 
     def logits(self, ids: list[int], prompt: int | None = None) -> NDArray[np.float32]:
-        """[T, V] of every position of a sequence, as Positions says."""
+        """Returns [T, V] of every position of a sequence, as Positions says."""
         stops = [len(ids)] if prompt is None else [prompt, *range(prompt + 1, len(ids) + 1)]
         cache = _empty_cache(self._session, 0)
         pieces, start = [], 0
@@ -113,11 +114,11 @@ class Pipeline:
         self._pad_token_id, self.context_length = int(model["pad_token_id"]), int(model["context_length"])
 
     def placements(self) -> dict[str, dict[str, int]]:
-        """How many nodes of each graph every provider took, as Positions says."""
+        """Returns how many nodes of each graph every provider took, as Positions says."""
         return {stage: placement(session) for stage, session in self._sessions.items()}
 
     def logits(self, ids: list[int], prompt: int | None = None) -> NDArray[np.float32]:
-        """[T, V] of every position of a sequence, as Positions says."""
+        """Returns [T, V] of every position of a sequence, as Positions says."""
         hidden = [step.hidden[:, :kept] for step, kept in self.steps(ids, prompt) if step.output == names.LAST_HIDDEN]
         return self.head(ids, np.concatenate(hidden, axis=1))
 
@@ -128,8 +129,8 @@ class Pipeline:
         return logits
 
     def windows(self, ids: list[int]) -> Iterator[tuple[NDArray[Any], int, int]]:
-        """What a context stage is given of a sequence: embedded tokens [1, S, D], padded at the end of the last, the
-        position of their last, and how many are no pads."""
+        """Returns what a context stage is given of a sequence: embedded tokens [1, S, D], padded at the end of the
+        last, the position of their last, and how many are no pads."""
         for start in range(0, len(ids), self._window):
             chunk = ids[start : start + self._window]
             padded = chunk + [self._pad_token_id] * (self._window - len(chunk))
@@ -138,8 +139,8 @@ class Pipeline:
             yield embedded, start + self._window - 1, len(chunk)
 
     def steps(self, ids: list[int], prompt: int | None = None) -> Iterator[tuple[Step, int]]:
-        """Each run of a transformer stage with how many of its positions are no pads: the first `prompt` ids (default
-        all) in windows, each later one by itself."""
+        """Yields each run of a transformer stage with how many of its positions are no pads: the first `prompt` ids
+        (default all) in windows, each later one by itself."""
         prompt = len(ids) if prompt is None else prompt
         length = self._cache_length(prompt, len(ids))
         kinds = {kind: [s for s in self._sessions if names.stage_kind(s) == kind] for kind in _KINDS}
@@ -181,7 +182,7 @@ class Pipeline:
 
 
 def some_ids(bundle: Path, extra: int) -> list[int]:
-    """Seeded random ids, none of them the pad: one window and `extra` more."""
+    """Returns seeded random ids, none of them the pad: one window and `extra` more."""
     model = read_settings(bundle)["model"]
     window = int(model["decoder"]["sliding_window"]["window_size"])
     return [int(i) for i in np.random.default_rng(0).integers(0, model["pad_token_id"], window + extra)]

@@ -50,7 +50,7 @@ class OpenModel:
     folder: tempfile.TemporaryDirectory[str] | None
 
     def generator(self, prompt: Any, new_tokens: int, **options: Any) -> Any:
-        """A fresh generator that has read the prompt, with room for `new_tokens` where the context has it."""
+        """Returns a fresh generator that has read the prompt, with room for `new_tokens` where the context has it."""
         params = self.og.GeneratorParams(self.model)
         length = max_length(self.config, len(prompt), new_tokens)
         params.set_search_options(max_length=length, **options)
@@ -59,7 +59,8 @@ class OpenModel:
         return generator
 
     def stream(self, prompt: list[int], new_tokens: int, **options: Any) -> Iterator[int]:
-        """The tokens after a prompt as they come, ended by (and including) eos, by `new_tokens` or by the context."""
+        """Yields the tokens after a prompt as they come, ended by (and including) eos, by `new_tokens` or by the
+        context."""
         generator = self.generator(prompt, new_tokens, **options)
         for _ in range(new_tokens):
             if generator.is_done():
@@ -96,7 +97,7 @@ def open_model(bundle: Path, on_cpu: bool = False) -> OpenModel:
 
 
 def continuations(bundle: Path, prompts: list[list[int]], new_tokens: int, on_cpu: bool = False) -> list[list[int]]:
-    """What onnxruntime-genai makes of each prompt, greedily, ended by eos or after `new_tokens`."""
+    """Returns what onnxruntime-genai makes of each prompt, greedily, ended by eos or after `new_tokens`."""
     opened = open_model(bundle, on_cpu)
     return [list(opened.stream(prompt, new_tokens, do_sample=False)) for prompt in prompts]
 
@@ -109,12 +110,12 @@ def providers_of(config: JsonObject) -> list[str]:
 
 
 def is_here(config: JsonObject) -> bool:
-    """Whether this machine has every execution provider a bundle asks for."""
+    """Returns whether this machine has every execution provider a bundle asks for."""
     return all(provider_is_here(name) for name in providers_of(config))
 
 
 def provider_is_here(name: str) -> bool:
-    """Whether onnxruntime has a provider of genai's `name` built in, or as a plugin that finds its device.
+    """Returns whether onnxruntime has a provider of genai's `name` built in, or as a plugin that finds its device.
 
     Without the device a plugin is a compiler or a simulator, and would leave the nodes to the CPU without a word.
     """
@@ -144,7 +145,7 @@ def _genai_has_dml() -> bool:
 
 
 def missing_provider(name: str) -> str:
-    """What to say of an execution provider this machine lacks."""
+    """Returns what to say of an execution provider this machine lacks."""
     row = _PROVIDERS.get(name.lower())
     install = f"install {row.package}, or " if row and row.package else ""
     return (
@@ -193,7 +194,7 @@ def _cpu_copy(bundle: Path, config: JsonObject) -> tempfile.TemporaryDirectory[s
 
 
 def linked_copy(bundle: Path, config: JsonObject) -> tempfile.TemporaryDirectory[str]:
-    """A folder beside the bundle with its files by other names, and settings of its own.
+    """Returns a folder beside the bundle with its files by other names, and settings of its own.
 
     Raises MachineError if it cannot be made.
     """

@@ -59,7 +59,7 @@ def measure_speed(bundle: Path, prompt_tokens: int, new_tokens: int, repeat: int
 
 
 def measure_speed_apart(bundle: Path, prompt_tokens: int, new_tokens: int, repeat: int) -> Speed:
-    """`measure_speed` in a process of its own, so that `peak_rss_bytes` is the runtime's alone."""
+    """Runs `measure_speed` in a process of its own, so that `peak_rss_bytes` is the runtime's alone."""
     job = {"bundle": str(bundle), "sizes": [prompt_tokens, new_tokens, repeat]}
     try:
         return from_json(Speed, run_apart("toolkit.evaluate.speed", job), "the measured speed")

@@ -28,7 +28,7 @@ class Question:
     checker: str
 
     def is_right(self, text: str | None) -> bool:
-        """Whether the text after the thought gives the answer; None, a thought that never ended, does not."""
+        """Returns whether the text after the thought gives the answer; None, a thought that never ended, does not."""
         return text is not None and CHECKERS[self.checker].is_right(text.strip(), self.answer)
 
 
@@ -41,7 +41,7 @@ class Task:
 
 
 def read_task(path: Path, examples: int | None = None) -> Task:
-    """The first `examples` lines of a JSONL file.
+    """Returns the first `examples` lines of a JSONL file.
 
     A line has a `prompt`, whole, or a plain `question` (or `problem`); an `answer` (or `solution`); and it may have a
     `checker`: without one it is exact, but a number after GSM8K's `####`, and boxed where MATH's solution has a box.

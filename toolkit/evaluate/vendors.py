@@ -42,7 +42,7 @@ class VendorRun:
 
 
 def run_vendor_apart(bundle: Path, execution_provider: str) -> list[VendorRun]:
-    """Each accelerator stage of a pipeline, run in a process of its own.
+    """Runs each accelerator stage of a pipeline in a process of its own.
 
     Raises MachineError if the package is missing or there is none for this provider, BundleError for what the vendor's
     software would not take.

@@ -49,7 +49,7 @@ class GraphInterface:
     metadata: dict[str, str]
 
     def operators(self) -> dict[str, int]:
-        """How often each op type stands in the graph."""
+        """Returns how often each op type stands in the graph."""
         return dict(sorted(Counter(node.operator.rsplit(":", 1)[-1] for node in self.nodes).items()))
 
 
@@ -71,13 +71,15 @@ def interface_of(model: ir.Model) -> GraphInterface:
 
 
 def external_bytes(path: Path) -> int:
-    """How many bytes of its data file a graph's initializers are. Raises BundleError if the file is not a graph."""
+    """Returns how many bytes of its data file a graph's initializers are. Raises BundleError if the file is not a
+    graph."""
     tensors = [value.const_value for value in load_graph(path).graph.initializers.values()]
     return sum(int(tensor.length or 0) for tensor in tensors if isinstance(tensor, ir.ExternalTensor))
 
 
 def load_graph(path: Path) -> ir.Model:
-    """The graph itself, its weights left where they are. Raises BundleError if the file is not an ONNX graph."""
+    """Returns the graph itself, its weights left where they are. Raises BundleError if the file is not an ONNX
+    graph."""
     try:
         return ir.load(path)
     except Exception as problem:  # protobuf's errors have no common root short of Exception

@@ -54,7 +54,7 @@ def _yarn(rope: RopeConfig, head_dim: int, plain: NDArray[np.float64]) -> NDArra
 
 
 def attention_factor(rope: RopeConfig) -> float:
-    """What cos and sin are multiplied by: 1 unless YaRN (arXiv 2309.00071 section 3.4)."""
+    """Returns what cos and sin are multiplied by: 1 unless YaRN (arXiv 2309.00071 section 3.4)."""
     if rope.rope_type != "yarn":
         return 1.0
     if rope.attention_factor is not None:
