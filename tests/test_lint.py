@@ -45,6 +45,9 @@ CASES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "too long": (_set("search.max_length", 4096), "max_length 4096 is more than model.context_length 1024"),
     "no shared buffer": (_set("search.past_present_share_buffer", False), "is not true"),
     "an unknown type": (_set("model.type", "qwen9"), "model.type is 'qwen9', expected one of"),
+    "no end": (_set("model.eos_token_id", []), "model.eos_token_id is [], expected"),
+    "an end without a type": (_set("model.eos_token_id", "764"), "model.eos_token_id is '764', expected"),
+    "an end beyond the vocabulary": (_set("model.eos_token_id", [1, 1024]), "eos_token_id 1024 is no id"),
     "a pad id of text": (_set("model.pad_token_id", 300), "300 is a token of text"),
     "pad is eos": (lambda c: _set("model.pad_token_id", c["model"]["eos_token_id"][0])(c), "is an end of sentence"),
 }

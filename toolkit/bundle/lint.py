@@ -148,6 +148,7 @@ def lint_bundle(bundle: Path) -> list[str]:
     for _, graph in graphs.values():
         problems += _shapes(model, decoder, graph)
     problems += _lengths(model, search)
+    problems += _stops(model)
     problems += _pad(model, bundle)
     return problems
 
@@ -260,6 +261,17 @@ def _lengths(model: JsonObject, search: JsonObject) -> list[str]:
     if search.get("past_present_share_buffer") is not True:
         problems.append("search.past_present_share_buffer is not true: the cache would be copied at every token")
     return problems
+
+
+def _stops(model: JsonObject) -> list[str]:
+    """Without an id that ends an answer, or with one beyond the logits, a bundle writes on to its limit."""
+    eos, rows = model.get("eos_token_id"), model.get("vocab_size")
+    given = eos if isinstance(eos, list) else [eos]
+    ids = [one for one in given if isinstance(one, int) and not isinstance(one, bool)]
+    if not ids or len(ids) < len(given):
+        return [f"model.eos_token_id is {eos!r:.60}, expected an id that ends an answer, or a list of them"]
+    beyond = [one for one in ids if one < 0 or (isinstance(rows, int) and one >= rows)]
+    return [f"model.eos_token_id {one} is no id of the vocabulary's {rows}" for one in beyond]
 
 
 def _pad(model: JsonObject, bundle: Path) -> list[str]:

@@ -141,10 +141,10 @@ def plan_export(recipe: Recipe, checkpoint: Checkpoint, out: Path, precision: st
 
 
 def _stop_tokens(checkpoint: Checkpoint) -> list[StopToken]:
-    """The ids that end an answer. Random weights answer nothing, and may have none."""
+    """The ids that end an answer; random weights, which answer nothing, may do with any."""
     config = checkpoint.config
     if checkpoint.synthetic and not (config.eos_token_ids or checkpoint.side.generation.eos_token_ids):
-        return []
+        return [StopToken(0, "", ("random weights",))]
     return stop_tokens(checkpoint.side, config.eos_token_ids, config.vocab_size)
 
 
