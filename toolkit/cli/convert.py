@@ -78,7 +78,7 @@ def export(
         print_plans(described, as_json)
         return
     print_costs(described)
-    with progress_line(None) as progress:
+    with progress_line() as progress:
         bundles = library.export(plans, compile=not no_compile, progress=progress, note=_note)
     if wanted is None:
         print_exported(bundles, as_json)
@@ -97,7 +97,7 @@ def compile_(bundle: Path, soc: str | None, as_json: bool) -> None:
     from toolkit import library
     from toolkit.progress import progress_line
 
-    with progress_line(None) as progress:
+    with progress_line() as progress:
         rows = library.compile(bundle, soc, progress=progress)
     if as_json:
         click.echo(json.dumps(to_json(rows), indent=2, ensure_ascii=False))

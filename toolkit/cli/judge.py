@@ -41,7 +41,7 @@ def validate_bundles(bundles: list[Path], checkpoint: Checkpoint, wanted: Effort
 
     reports = []
     for bundle in bundles:
-        with progress_line(None) as progress:
+        with progress_line() as progress:
             reports.append(library.validate(bundle, checkpoint, wanted, progress=progress))
         if not as_json:
             print_verdict(bundle, reports[-1])

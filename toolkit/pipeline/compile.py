@@ -16,6 +16,7 @@ from toolkit.epcontext.htp import PACKAGE, htp_version
 from toolkit.epcontext.parts import CompiledPart, Part, compile_parts, part_key
 from toolkit.errors import BundleError, MachineError, UnsupportedError
 from toolkit.files import file_entry, replacing, write_json, write_text
+from toolkit.progress import counted
 from toolkit.recipe import Recipe
 from toolkit.report.sections import CompiledPartCost, NotMeasured, PartitionRow, Report, StepTime
 from toolkit.report.summary import amend_report
@@ -71,7 +72,7 @@ def compile_bundle(
     parts = _parts(recipe, soc_options(config), hashes, f"{PACKAGE} {htp_version()}")
     work = bundle.with_name(bundle.name + ".compile")
     if work.exists() or manifest.compiled != _keys(parts) or not _sizes_fit(bundle, manifest):
-        made = compile_parts(bundle, parts, work, progress)
+        made = compile_parts(bundle, parts, work, counted(progress, "compile"))
         _install(bundle, manifest, config, parts, made, work)
     return amend_report(bundle, lambda report: report).partition or ()
 

@@ -26,6 +26,7 @@ from toolkit.partition.lower import lower
 from toolkit.partition.pack import PackResult, pack_weights
 from toolkit.pipeline.calibration import TokenizedText, calibrate, calibration_text, stored_ranges
 from toolkit.pipeline.plan import ExportPlan, check_machine, plan_export
+from toolkit.progress import counted
 from toolkit.quant.kernel import require_compiler
 from toolkit.quant.ranges import ActivationRange
 from toolkit.recipe import Recipe
@@ -146,7 +147,10 @@ def _calibrated(begun: _Begun, clock: _Clock, progress: Callable[[str], None]) -
     if begun.text is None or not plan.recipe.calibrated:
         return begun
     with clock.stage(f"calibrate {plan.recipe.name}"):
-        made = calibrate(plan, begun.text, begun.partial, begun.partial / _CALIBRATION_FOLDER, progress)
+        passes = 1 + any(unit.spec.rounded_by.solves for unit in plan.layout.matrices() if unit.spec)
+        steps = passes * (plan.checkpoint.config.num_hidden_layers + 1)
+        counting = counted(progress, "calibrate", steps)
+        made = calibrate(plan, begun.text, begun.partial, begun.partial / _CALIBRATION_FOLDER, counting)
     return replace(begun, plan=made.plan, importance=made.importance, calibration=made.section)
 
 
@@ -157,7 +161,8 @@ def _ranged(packed: _Begun, clock: _Clock, progress: Callable[[str], None]) -> _
         return packed
     with clock.stage(f"ranges {plan.recipe.name}"):
         work = packed.partial / _CALIBRATION_FOLDER
-        made = stored_ranges(plan, packed.text, packed.partial, work, progress)
+        counting = counted(progress, "ranges", plan.checkpoint.config.num_hidden_layers)
+        made = stored_ranges(plan, packed.text, packed.partial, work, counting)
     known = made.section
     if packed.calibration:
         known = replace(packed.calibration, activations=known.activations, ranges_s=known.ranges_s)
@@ -172,7 +177,8 @@ def _pack(ready: Sequence[_Begun], progress: Callable[[str], None]) -> list[Pack
     for group in [*together, *([bundle] for bundle in ready if bundle.calibration)]:
         if group:
             destinations = [Destination(bundle.plan.layout, bundle.partial) for bundle in group]
-            made = pack_weights(group[0].plan.checkpoint.source, destinations, progress, group[0].importance)
+            source, importance = group[0].plan.checkpoint.source, group[0].importance
+            made = pack_weights(source, destinations, counted(progress, "pack", len(source.names())), importance)
             results |= {bundle.out: result for bundle, result in zip(group, made, strict=True)}
     return [results[bundle.out] for bundle in ready]
 

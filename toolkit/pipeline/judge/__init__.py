@@ -25,6 +25,7 @@ from toolkit.pipeline.judge.reference import Reference
 from toolkit.pipeline.judge.simulator import Simulation, plan_simulation, run_simulation, simulated_task_rows
 from toolkit.pipeline.judge.subject import Subject, open_subject
 from toolkit.pipeline.judge.verdict import thresholds
+from toolkit.progress import counted
 from toolkit.report.sections import NotMeasured, PartitionRow, Report, Speed
 from toolkit.report.summary import read_report, write_report
 from toolkit.report.verdict import judge
@@ -42,7 +43,7 @@ def judge_bundle(
 
     Raises BundleError or CheckpointError if either cannot be read or they do not belong together.
     """
-    subject = open_subject(bundle, checkpoint, effort, progress)
+    subject = open_subject(bundle, checkpoint, effort, counted(progress, "validate"))
     report = read_report(bundle, subject.manifest)
     asked, answers = asked_tasks(subject), ReferenceAnswers()
     read_before = checkpoint.source.bytes_read()
