@@ -28,10 +28,8 @@ class Tiers:
 
     def __init__(self, measure: bool) -> None:
         self._measure = measure
-        self._known: dict[str, float] = {}
+        self._known = _read_seconds()
         self._measured: defaultdict[str, float] = defaultdict(float)
-        if SECONDS_FILE.is_file():
-            self._known = json.loads(SECONDS_FILE.read_text(encoding="utf-8"))
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         """Marks each test that is fast, and so is every fixture it needs."""
@@ -56,7 +54,7 @@ class Tiers:
         """Writes what was measured over what was known of the same tests."""
         if not self._measure:
             return
-        known = {name: seconds for name, seconds in self._known.items() if name not in self._measured}
+        known = {name: seconds for name, seconds in _read_seconds().items() if name not in self._measured}
         worth = {name: round(s, 1) for name, s in self._measured.items() if s >= WORTH_A_LINE_CPU_S}
         text = json.dumps(known | worth, indent=0, sort_keys=True, ensure_ascii=False)
         SECONDS_FILE.write_text(text + "\n", encoding="utf-8")
@@ -68,6 +66,14 @@ class Tiers:
             yield
         finally:
             self._measured[name] += _cpu_s() - begin
+
+
+def _read_seconds() -> dict[str, float]:
+    """CPU seconds by test function and fixture, as they were measured last."""
+    known: dict[str, float] = {}
+    if SECONDS_FILE.is_file():
+        known = json.loads(SECONDS_FILE.read_text(encoding="utf-8"))
+    return known
 
 
 def _cpu_s() -> float:
