@@ -115,17 +115,23 @@ def plan(
 
 
 def export(
-    plans: str | Sequence[ExportPlan], *, compile: bool = True, progress: Progress = _silent, note: Progress = _silent
+    plans: str | Sequence[ExportPlan],
+    *,
+    compile: bool = True,
+    force: bool = False,
+    progress: Progress = _silent,
+    note: Progress = _silent,
 ) -> list[Path]:
     """Makes the bundle of each plan, or of one recipe by its name, in one pass over the checkpoint; returns folders.
 
-    An interrupted export goes on where it was. A transformer that has an ahead-of-time compiler is compiled unless
-    `compile` is false; `note` is told in one line why one was not. `progress` is called with the name of each finished
-    step. Raises ToolkitError before anything is written if checkpoint or machine will not do.
+    An interrupted export goes on where it was. A finished bundle of equal inputs is not made again, and a validated one
+    of others is not replaced, unless `force` is true. A transformer that has an ahead-of-time compiler is compiled
+    unless `compile` is false. `note` is told in one line what was left out and why; `progress` is called with the name
+    of each finished step. Raises ToolkitError before anything is written if checkpoint or machine will not do.
     """
     if isinstance(plans, str):
         plans = plan(plans)
-    bundles = export_planned(plans, progress)
+    bundles = export_planned(plans, progress, force, note)
     for bundle in bundles:
         if said := compile_exported(bundle, compile, progress):
             note(said)

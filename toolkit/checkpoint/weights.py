@@ -23,6 +23,7 @@ from toolkit.checkpoint.safetensors import ITEM_BYTES, TensorRef, read_header
 from toolkit.checkpoint.scan import ReadBytes, Rows, read_exactly, scan_file
 from toolkit.checkpoint.which_tensors import choose_files, module_tensors
 from toolkit.errors import CheckpointError, NonFiniteError
+from toolkit.files import file_sha256
 from toolkit.machine import fits_the_page_cache
 
 # A head that is not the embedding differs from it everywhere: so many rows are looked at.
@@ -74,7 +75,7 @@ class WeightSource(Tensors, Protocol):
         ...
 
     def digests(self) -> tuple[Origin, ...]:
-        """What they come from, in full: name, bytes and SHA-256 of each file. Known once `scan` is through."""
+        """What they come from, in full: name, bytes and SHA-256 of each file, which `scan` finds on its way."""
         ...
 
     def bytes_read(self) -> int:
@@ -122,7 +123,11 @@ class SafetensorsWeights:
         return tuple(Origin(name, stat.st_size, mtime_ns=stat.st_mtime_ns) for name, stat in stats)
 
     def digests(self) -> tuple[Origin, ...]:
-        """Name, size and SHA-256 of each file, once `scan` is through."""
+        """Name, size and SHA-256 of each file; one that no `scan` went through is read for it."""
+        for path in self.files():
+            if path.name not in self._digests:
+                self._digests[path.name] = file_sha256(path)
+                self._read.add(path.stat().st_size)
         return tuple(Origin(path.name, path.stat().st_size, self._digests[path.name]) for path in self.files())
 
     def bytes_read(self) -> int:

@@ -30,6 +30,7 @@ from toolkit.typed_json import to_json
 @click.option("--synthetic", is_flag=True, help="Random weights of the recipe's true shapes; nothing is downloaded.")
 @click.option("--no-validate", is_flag=True, help="Skip the comparison with the checkpoint.")
 @click.option("--no-compile", is_flag=True, help="Leave qnn's compiling out; `toolkit compile` does it.")
+@click.option("--force", is_flag=True, help="Make it anew though it is there, validated or not.")
 @AS_JSON
 @effort_options
 def export(
@@ -46,6 +47,7 @@ def export(
     synthetic: bool,
     no_validate: bool,
     no_compile: bool,
+    force: bool,
     as_json: bool,
     **effort: Any,
 ) -> None:
@@ -79,13 +81,13 @@ def export(
         return
     print_costs(described)
     with progress_line() as progress:
-        bundles = library.export(plans, compile=not no_compile, progress=progress, note=_note)
+        bundles = library.export(plans, compile=not no_compile, force=force, progress=progress, note=_note)
     if wanted is None:
         print_exported(bundles, as_json)
         return
     for bundle in bundles:
         click.echo(f"bundle: {bundle}", err=as_json)
-    validate_bundles(bundles, plans[0].opened, wanted, as_json)
+    validate_bundles(bundles, plans[0].opened, wanted, as_json, anew=False)
 
 
 @click.command(name="compile")

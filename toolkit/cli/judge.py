@@ -34,15 +34,26 @@ def validate(
     validate_bundles([bundle], library.made_from(bundle, checkpoint, revision, adapter), wanted, as_json)
 
 
-def validate_bundles(bundles: list[Path], checkpoint: Checkpoint, wanted: Effort, as_json: bool) -> None:
-    """Judges each bundle beside its checkpoint and prints the verdicts; leaves with 1 unless all of them pass."""
+def validate_bundles(
+    bundles: list[Path], checkpoint: Checkpoint, wanted: Effort, as_json: bool, anew: bool = True
+) -> None:
+    """Judges each bundle beside its checkpoint and prints the verdicts; leaves with 1 unless all of them pass.
+
+    One that was validated before is measured again only if `anew` is true.
+    """
     from toolkit import library
     from toolkit.progress import progress_line
+    from toolkit.report.summary import validated_report
 
     reports = []
     for bundle in bundles:
-        with progress_line() as progress:
-            reports.append(library.validate(bundle, checkpoint, wanted, progress=progress))
+        standing = None if anew else validated_report(bundle)
+        if standing:
+            click.echo(f"note: {bundle} was validated before: `toolkit validate {bundle}` measures again", err=True)
+            reports.append(standing)
+        else:
+            with progress_line() as progress:
+                reports.append(library.validate(bundle, checkpoint, wanted, progress=progress))
         if not as_json:
             print_verdict(bundle, reports[-1])
     if as_json:

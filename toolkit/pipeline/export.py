@@ -26,6 +26,7 @@ from toolkit.partition.lower import lower
 from toolkit.partition.pack import PackResult, pack_weights
 from toolkit.pipeline.calibration import TokenizedText, calibrate, calibration_text, stored_ranges
 from toolkit.pipeline.plan import ExportPlan, check_machine, plan_export
+from toolkit.pipeline.standing import check_replaceable, is_made
 from toolkit.progress import counted
 from toolkit.quant.kernel import require_compiler
 from toolkit.quant.ranges import ActivationRange
@@ -99,8 +100,16 @@ def export_bundles(
     return export_planned(plan_exports(orders, checkpoint, precision), progress)
 
 
-def export_planned(plans: Sequence[ExportPlan], progress: Callable[[str], None] = lambda _: None) -> list[Path]:
+def export_planned(
+    plans: Sequence[ExportPlan],
+    progress: Callable[[str], None] = lambda _: None,
+    force: bool = False,
+    note: Callable[[str], None] = lambda _: None,
+) -> list[Path]:
     """Each plan's bundle, resumed from `<out>.partial` if an earlier run left one.
+
+    A bundle of equal inputs that is there already stays, and `note` is told so; a validated one of others is not
+    replaced. `force` makes and replaces them all.
 
     The checkpoint is read and quantized once for all, and data files that are equal are one on the disk. A bundle ends
     with a report of the conversion; `judge` adds the proof. Raises ToolkitError before anything is written if the
@@ -114,10 +123,13 @@ def export_planned(plans: Sequence[ExportPlan], progress: Callable[[str], None] 
         checkpoint = plans[0].checkpoint
         tokenizer_files = _tokenizer_files(checkpoint)
         pad = pad_token_id(checkpoint.config, checkpoint.side)
-        texts = [calibration_text(plan) if plan.calibration else None for plan in plans]
-        check_machine(plans, _written_bytes([_partial(plan.out) for plan in plans]))
+        asked = [(plan, calibration_text(plan) if plan.calibration else None) for plan in plans]
+        wanted = asked if force else _missing(asked, tokenizer_files, note)
+        if not wanted:
+            return [plan.out for plan in plans]
+        check_machine([plan for plan, _ in wanted], _written_bytes([_partial(plan.out) for plan, _ in wanted]))
         with _disk_errors():
-            begun = [_begin(plan, text) for plan, text in zip(plans, texts, strict=True)]
+            begun = [_begin(plan, text) for plan, text in wanted]
     with _disk_errors():
         ready = [_calibrated(bundle, clock, progress) for bundle in begun]
         with clock.stage("pack"):
@@ -129,7 +141,22 @@ def export_planned(plans: Sequence[ExportPlan], progress: Callable[[str], None] 
         # Last, so that whatever stops one of them leaves the others to go on from here.
         for bundle in begun:
             _replace(bundle.out, bundle.partial)
-    return [bundle.out for bundle in begun]
+    return [plan.out for plan in plans]
+
+
+def _missing(
+    asked: Sequence[tuple[ExportPlan, TokenizedText | None]], tokenizer_files: list[str], note: Callable[[str], None]
+) -> list[tuple[ExportPlan, TokenizedText | None]]:
+    """Those whose bundle does not stand there yet. Raises RecipeError for a validated one that would be lost."""
+    missing = []
+    for plan, text in asked:
+        side_files = [plan.checkpoint.folder / name for name in (*tokenizer_files, names.CONFIG_FILE)]
+        if is_made(plan, text.origin if text else None, side_files):
+            note(f"{plan.out} was made of the same recipe, checkpoint and versions: kept (--force makes it anew)")
+        else:
+            check_replaceable(plan)
+            missing.append((plan, text))
+    return missing
 
 
 @contextmanager

@@ -70,6 +70,15 @@ def load_report(bundle: Path) -> Report:
         raise BundleError(f"{problem}: {again}") from None
 
 
+def validated_report(bundle: Path) -> Report | None:
+    """The report of a bundle that was compared with its checkpoint; None where it was not, or has none to read."""
+    try:
+        report = load_report(bundle)
+    except BundleError:
+        return None
+    return report if report.parity and report.verdict else None
+
+
 def amend_report(bundle: Path, change: Callable[[Report], Report], reasons: Iterable[NotMeasured] = ()) -> Report:
     """The bundle's report with `change` made to it and nothing measured anew; returns it as written.
 

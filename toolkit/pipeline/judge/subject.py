@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from toolkit.bundle.genai_config import read_settings
-from toolkit.bundle.manifest import Manifest, read_manifest
+from toolkit.bundle.manifest import Manifest, read_manifest, verify_manifest
 from toolkit.checkpoint.opened import Checkpoint
 from toolkit.checkpoint.weights import Tensors, parameter_count
 from toolkit.errors import BundleError
@@ -58,6 +58,9 @@ def open_subject(bundle: Path, checkpoint: Checkpoint, effort: Effort, progress:
     """A bundle beside its checkpoint. Raises BundleError if it cannot be read or was not made from the checkpoint,
     CheckpointError for a text that holds none."""
     manifest = read_manifest(bundle)
+    if problems := verify_manifest(bundle):
+        more = f" and {len(problems) - 1} more" if problems[1:] else ""
+        raise BundleError(f"{bundle} is not as it was made: {problems[0]}{more}: `toolkit verify {bundle}` names all")
     _check_same(manifest, checkpoint)
     recipe = manifest.recipe
     task_files = tuple(task_file(name, recipe, checkpoint) for name in recipe.tasks)
