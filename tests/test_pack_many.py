@@ -438,12 +438,14 @@ def test_killed_between_two_bundles_the_finished_one_stays_whole(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dml", "qnn.partial"]
     before, name = _files(tmp_path / "dml"), "transformer.onnx.data"
     assert os.path.samefile(tmp_path / "dml" / name, tmp_path / "qnn.partial" / name)
+    plans = export.plan_exports(orders, open_checkpoint(tiny_r1))
     with pytest.raises(KeyboardInterrupt):
-        export_bundles(orders, open_checkpoint(tiny_r1), progress=_raise_after(5, []))
+        export.export_planned(plans, _raise_after(5, []), force=True)
     assert _files(tmp_path / "dml") == before and verify_manifest(tmp_path / "dml") == []
-    for bundle in export_bundles(orders, open_checkpoint(tiny_r1)):
+    kept: list[str] = []
+    for bundle in export.export_planned(plans, note=kept.append):
         assert verify_manifest(bundle) == []
-    assert _files(tmp_path / "dml") == before
+    assert _files(tmp_path / "dml") == before and [str(tmp_path / "dml") in line for line in kept] == [True]
 
 
 def test_bytes_of_a_shared_file_are_counted_once_when_space_is_checked(
