@@ -298,3 +298,21 @@ def test_the_formatter_is_hardly_ever_switched_off() -> None:
     switch = "# fmt: " + "skip"
     assert len(files) > 100
     assert sum(path.read_text(encoding="utf-8").count(switch) for path in files) <= MAX_FMT_SKIPS
+
+
+def imports_of_tests(sources: Sources) -> list[str]:
+    """`path: import` for each import from a test file: what several of them need stands in a module of its own."""
+    return [
+        f"{path}: {name}"
+        for path, text in sources.items()
+        for name in imported(path, text)
+        if re.match(r"tests\.(slow\.)?test_", name)
+    ]
+
+
+def test_no_test_file_imports_another() -> None:
+    assert len(imports_of_tests({"tests/x.py": "from tests.test_y import run\nfrom tests.slow import test_z\n"})) == 2
+    assert imports_of_tests({"tests/x.py": "from tests.graphs import write_graphs\nimport tests.conftest\n"}) == []
+    folder = ROOT / "tests"
+    files = {p.relative_to(ROOT).as_posix(): p.read_text(encoding="utf-8") for p in sorted(folder.rglob("*.py"))}
+    assert imports_of_tests(files) == []
