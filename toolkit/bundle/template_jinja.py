@@ -1,0 +1,76 @@
+"""A chat template rendered by jinja2 as transformers sets it up: the measure for every other engine.
+
+The sandbox keeps a template from Python's insides; time and memory are bounded by the process that calls this.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from typing import Any
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+Message = Mapping[str, Any]
+
+
+class _Generation(Extension):
+    """`{% generation %}`, which marks for training what a model says, puts out its body."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        """The body as a block that is called, so that variables in it are its own."""
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_said"), [], [], body).set_lineno(line)
+
+    def _said(self, caller: Callable[[], str]) -> str:
+        return caller()
+
+
+def compile_template(source: str) -> jinja2.Template:
+    """The template in transformers' environment. Raises jinja2.TemplateError for one that is none."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
+    return environment.from_string(source)
+
+
+def render(
+    template: jinja2.Template,
+    messages: list[Message],
+    special_tokens: Mapping[str, str],
+    tools: list[Message] | None = None,
+    add_generation_prompt: bool = True,
+) -> str:
+    """One prompt, as `apply_chat_template` of transformers makes it. Raises whatever the template does."""
+    return template.render(
+        {**special_tokens},
+        messages=messages,
+        tools=tools,
+        documents=None,
+        add_generation_prompt=add_generation_prompt,
+    )
+
+
+def _tojson(
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
