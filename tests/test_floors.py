@@ -41,7 +41,7 @@ FLOORS: Final = (
 DEPENDENCIES: Final[dict[str, set[str]]] = {
     "click": {"cli"},
     "huggingface_hub": {"checkpoint"},
-    "jinja2": {"report"},
+    "jinja2": {"bundle", "report"},
     "lm_eval": {"evaluate"},
     "numba": {"quant"},
     "onnx": {"epcontext", "evaluate"},

@@ -39,10 +39,11 @@ class ChildFailed(Exception):
         super().__init__(self.reason)
 
 
-def run_apart(module: str, job: object, log: Path | None = None) -> Any:
+def run_apart(module: str, job: object, log: Path | None = None, timeout_s: float | None = None) -> Any:
     """What `python -m module` answers to `job`, both as JSON; raises ChildFailed if it does not.
 
-    `log` keeps what it writes to stdout and stderr; its name is free to hold a file already, which is replaced.
+    `log` keeps what it writes to stdout and stderr; its name is free to hold a file already, which is replaced. A child
+    without an answer after `timeout_s` is ended.
     """
     with tempfile.TemporaryDirectory() as folder:
         given, made, said = Path(folder) / "job.json", Path(folder) / "answer.json", log or Path(folder) / "log"
@@ -51,9 +52,12 @@ def run_apart(module: str, job: object, log: Path | None = None) -> Any:
             command = [*python_module(module), str(given), str(made)]
             # UTF-8 whatever the system's code page says: the last line may name a file.
             environment = {**os.environ, "PYTHONUTF8": "1"}
-            code = subprocess.run(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment
-            ).returncode
+            try:
+                code = subprocess.run(
+                    command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment, timeout=timeout_s
+                ).returncode
+            except subprocess.TimeoutExpired:
+                raise ChildFailed(1, f"{_ERROR}no answer within {timeout_s:.0f} s") from None
         if code or not made.is_file():
             raise ChildFailed(code, said.read_text(encoding="utf-8", errors="replace"))
         return json.loads(made.read_text(encoding="utf-8"))

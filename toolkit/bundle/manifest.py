@@ -31,13 +31,22 @@ class CalibrationText:
 
 
 @dataclass(frozen=True)
+class ChangedFile:
+    """A file that is not the checkpoint's own: what in it is changed, and why."""
+
+    name: str
+    what: str
+    why: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What a bundle was made from and consists of.
 
     `recipe` is the recipe as it was resolved, `precision` int4 or fp32, `versions` those of the packages that decide
     what comes out. `checkpoint` names the files that the weights were read from. `compiled` has, by the context stage
     of each part that was compiled ahead of time, a digest of all that its binary was made from. `stop_tokens` end an
-    answer, each with where that is said.
+    answer, each with where that is said. `changed` names the files of the checkpoint that the bundle has otherwise.
     """
 
     schema_version: int
@@ -50,6 +59,7 @@ class Manifest:
     calibration: CalibrationText | None = None
     compiled: dict[str, str] | None = None
     stop_tokens: tuple[StopToken, ...] = ()
+    changed: tuple[ChangedFile, ...] = ()
 
     def with_files(self, changed: Iterable[FileEntry]) -> Manifest:
         """The manifest with these entries added, or put in place of those of the same name."""
@@ -70,6 +80,7 @@ class _WrittenManifest:
     calibration: CalibrationText | None = None
     compiled: dict[str, str] | None = None
     stop_tokens: tuple[StopToken, ...] = ()
+    changed: tuple[ChangedFile, ...] = ()
 
 
 def begin_manifest(

@@ -1,4 +1,4 @@
-"""Filters, functions and methods in a chat template: what onnxruntime-genai's engine has, and what makes up for the rest.
+"""Filters, functions and methods in a chat template: what onnxruntime-genai's engine has, and what stands for the rest.
 
 Text is replaced, joined and cut by splitting it; a filter over a list that the engine does not have becomes a loop
 before the statement that holds it.
@@ -11,19 +11,37 @@ from typing import Final
 
 from jinja2 import nodes
 
-from toolkit.bundle.template_expressions import Expressions, constant_key, quoted, type_of, whole_number
+from toolkit.bundle.template_expressions import Expressions, Node, constant_key, quoted, type_of, whole_number
 from toolkit.bundle.template_names import Scope
 from toolkit.errors import UnsupportedError
 
 # Filters that the engine has as jinja2 has them, with how many arguments beside the value.
 _FILTERS: Final = {
-    **{"items": 0, "lower": 0, "count": 0, "length": 0, "safe": 0, "string": 0},
-    **{"dictsort": 0, "join": 1, "unique": 0, "sort": 0, "int": 0, "escape": 0, "e": 0},
+    "items": 0,
+    "lower": 0,
+    "count": 0,
+    "length": 0,
+    "safe": 0,
+    "string": 0,
+    "dictsort": 0,
+    "join": 1,
+    "unique": 0,
+    "sort": 0,
+    "int": 0,
+    "escape": 0,
+    "e": 0,
 }
 # Methods of texts and dictionaries that the engine has, with the fewest and the most arguments.
 _METHODS: Final = {
-    **{"strip": (0, 1), "lstrip": (0, 1), "rstrip": (0, 1), "title": (0, 0), "items": (0, 0), "get": (1, 2)},
-    **{"startswith": (1, 1), "endswith": (1, 1), "split": (1, 1)},
+    "strip": (0, 1),
+    "lstrip": (0, 1),
+    "rstrip": (0, 1),
+    "title": (0, 0),
+    "items": (0, 0),
+    "get": (1, 2),
+    "startswith": (1, 1),
+    "endswith": (1, 1),
+    "split": (1, 1),
 }
 _FUNCTIONS: Final = ("range", "namespace", "raise_exception", "strftime_now", "joiner")
 _LETTERS: Final = "abcdefghijklmnopqrstuvwxyz"
@@ -37,7 +55,7 @@ class EngineExpressions(Expressions):
 
     # Filters
 
-    def _filter(self, node: nodes.Filter, scope: Scope) -> str:
+    def _filter(self, node: Node, scope: Scope) -> str:
         if node.node is None:
             raise UnsupportedError(f"the chat template has the filter {node.name} where no value stands before it")
         if node.dyn_args is not None or node.dyn_kwargs is not None:
@@ -61,7 +79,7 @@ class EngineExpressions(Expressions):
     def _native(self, value: str, name: str, arguments: list[str]) -> str:
         return f"({value}|{name}({', '.join(arguments)}))" if arguments else f"({value}|{name})"
 
-    def _trim_filter(self, node: nodes.Filter, scope: Scope) -> str:
+    def _trim_filter(self, node: Node, scope: Scope) -> str:
         value = self.part(node.node, scope)
         if node.args:
             return f"{value}.strip({self.part(node.args[0], scope)})"
@@ -69,30 +87,30 @@ class EngineExpressions(Expressions):
             value = f"({value}|default(''))"
         return self._native(value, "trim", [])
 
-    def _list_filter(self, node: nodes.Filter, scope: Scope) -> str:
+    def _list_filter(self, node: Node, scope: Scope) -> str:
         """A list. Lists, which are most of what it is asked for, are lists already."""
         self.changes.add("lists are lists already")
         return self.part(node.node, scope)
 
-    def _first_filter(self, node: nodes.Filter, scope: Scope) -> str:
+    def _first_filter(self, node: Node, scope: Scope) -> str:
         self.changes.add("the filter `first`")
         value = self.part(node.node, scope)
         if type_of(node.node) == "string":
             return f"{value}[0:1]"
         return f"({value}[0] if ({value}|length) > 0 else None)"
 
-    def _last_filter(self, node: nodes.Filter, scope: Scope) -> str:
+    def _last_filter(self, node: Node, scope: Scope) -> str:
         self.changes.add("the filter `last`")
         value = self.part(node.node, scope)
         if type_of(node.node) == "string":
             return f"{value}[-1:]"
         return f"({value}[-1] if ({value}|length) > 0 else None)"
 
-    def _reverse_filter(self, node: nodes.Filter, scope: Scope) -> str:
+    def _reverse_filter(self, node: Node, scope: Scope) -> str:
         self.changes.add("the filter `reverse`")
         return f"{self.part(node.node, scope)}[::-1]"
 
-    def _default_filter(self, node: nodes.Filter, scope: Scope) -> str:
+    def _default_filter(self, node: Node, scope: Scope) -> str:
         given = [*node.args, *(keyword.value for keyword in node.kwargs)]
         otherwise = self.part(given[0], scope) if given else "''"
         boolean = len(given) > 1 and not (isinstance(given[1], nodes.Const) and not given[1].value)
@@ -103,7 +121,7 @@ class EngineExpressions(Expressions):
             return f"({value} if {self.condition(node.node, scope)} else {otherwise})"
         return self._native(value, "default", [otherwise])
 
-    def _tojson_filter(self, node: nodes.Filter, scope: Scope) -> str:
+    def _tojson_filter(self, node: Node, scope: Scope) -> str:
         value, indent = self.part(node.node, scope), ""
         for keyword in [*(nodes.Keyword("indent", value) for value in node.args), *node.kwargs]:
             is_plain = isinstance(keyword.value, nodes.Const) and not keyword.value.value
@@ -129,7 +147,7 @@ class EngineExpressions(Expressions):
                 text = _replaced(text, quoted(f"{begin}\n{inner}\n{outer}{end}"), quoted(begin + end))
         return text
 
-    def _indent_filter(self, node: nodes.Filter, scope: Scope) -> str:
+    def _indent_filter(self, node: Node, scope: Scope) -> str:
         names = dict(zip(("width", "first", "blank"), node.args, strict=False))
         names |= {keyword.key: keyword.value for keyword in node.kwargs}
         width = whole_number(names["width"]) if "width" in names else 4
@@ -146,7 +164,7 @@ class EngineExpressions(Expressions):
 
     # Filters over lists
 
-    def _over_list(self, node: nodes.Filter, scope: Scope) -> str:
+    def _over_list(self, node: Node, scope: Scope) -> str:
         attribute = next((k.value for k in node.kwargs if k.key == "attribute"), None)
         if node.name == "map" and attribute is not None and len(node.kwargs) == 1 and not node.args:
             key = attribute.value if isinstance(attribute, nodes.Const) else ""
@@ -170,7 +188,7 @@ class EngineExpressions(Expressions):
         )
         return f"{found}.items"
 
-    def _kept(self, node: nodes.Filter, element: nodes.Name, scope: Scope) -> tuple[str, str]:
+    def _kept(self, node: Node, element: nodes.Name, scope: Scope) -> tuple[str, str]:
         """What a loop keeps of each element of a list, and under which condition; empty for always."""
         arguments = list(node.args)
         if node.name == "map":
@@ -178,7 +196,7 @@ class EngineExpressions(Expressions):
                 raise UnsupportedError("the chat template maps a list by what is not a constant, which is not known")
             applied = nodes.Filter(element, arguments[0].value, arguments[1:], node.kwargs, None, None)
             return self.part(applied, scope), ""
-        value: nodes.Expr = element
+        value: Node = element
         if node.name.endswith("attr"):
             if not arguments or not isinstance(arguments[0], nodes.Const):
                 raise UnsupportedError(f"the chat template's {node.name} names no constant, which is not known")
@@ -229,13 +247,13 @@ class EngineExpressions(Expressions):
             return self._formatted(method.node, call, scope)
         return self._text_method(method, name, arguments, scope)
 
-    def _text_method(self, method: nodes.Getattr, name: str, arguments: list[nodes.Expr], scope: Scope) -> str:
+    def _text_method(self, method: nodes.Getattr, name: str, arguments: list[Node], scope: Scope) -> str:
         """A method that the engine lacks, by what it has."""
         value, given = self._base(method.node, scope), [self.part(argument, scope) for argument in arguments]
         whole = [whole_number(argument) for argument in arguments]
         self.changes.add(f"the method `{name}`")
         match name, given:
-            case ("append" | "extend" | "insert" | "pop" | "update"), _:
+            case (("append" | "extend" | "insert" | "pop" | "update"), _):
                 # What a sandbox answers to who would change a list or dictionary.
                 return f"(raise_exception({quoted(name + ' changes what a template is given')}))"
             case "lower", []:
@@ -274,19 +292,19 @@ class EngineExpressions(Expressions):
             case "rsplit", [part, _] if whole[1] == 1:
                 parts = f"{value}.split({part})"
                 return f"([{parts}[:-1]|join({part}), {parts}[-1]] if ({parts}|length) > 1 else [{value}])"
-            case ("startswith" | "endswith"), [_] if isinstance(arguments[0], nodes.Tuple):
+            case (("startswith" | "endswith"), [_]) if isinstance(arguments[0], nodes.Tuple):
                 calls = (f"{value}.{name}({self.part(item, scope)})" for item in arguments[0].items)
                 return "(" + " or ".join(calls) + ")"
         raise UnsupportedError(f"the chat template calls the method {name} with {len(given)} arguments, not known")
 
-    def _formatted(self, pattern: nodes.Expr, call: nodes.Call, scope: Scope) -> str:
+    def _formatted(self, pattern: Node, call: nodes.Call, scope: Scope) -> str:
         """`'… {} …'.format(…)` of a constant pattern with plain placeholders, as pieces joined."""
         text = pattern.value if isinstance(pattern, nodes.Const) else None
         pieces = _PLACEHOLDER.split(text) if isinstance(text, str) else []
         if not pieces or any("{" in piece or "}" in piece for piece in pieces[::2]):
             raise UnsupportedError("the chat template formats text in a way that onnxruntime-genai cannot")
         self.changes.add("the method `format`")
-        named = {keyword.key: keyword.value for keyword in call.kwargs}
+        named: dict[Node, Node] = {keyword.key: keyword.value for keyword in call.kwargs}
         parts, turn = [quoted(pieces[0])], 0
         for name, after in zip(pieces[1::2], pieces[2::2], strict=True):
             place, turn = (turn, turn + 1) if not name else (int(name) if name.isdigit() else -1, turn)

@@ -1,25 +1,37 @@
 """Expressions of a chat template, written so that onnxruntime-genai's engine gives what jinja2 gives.
 
-The engine is like minja: it knows part of jinja2's filters, tests and methods, has no `in` for strings and no difference
-between none and undefined, makes truth values of `and`, and takes an empty dictionary for true.
+The engine is like minja: it knows part of jinja2's filters, tests and methods, has no `in` for strings, keeps none and
+undefined apart in few places, makes truth values of `and`, and takes an empty dictionary for true.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Final
+from typing import Any, Final
 
 from jinja2 import nodes
 
 from toolkit.bundle.template_names import INPUTS, Names, Scope
 from toolkit.errors import UnsupportedError
 
+# A node that is known by what it is asked for: jinja2 types the parts of nodes as any node, or none.
+Node = Any
+
 MAX_CHARACTERS: Final = 1 << 20
 _COMPARISONS: Final = {"eq": "==", "ne": "!=", "lt": "<", "lteq": "<=", "gt": ">", "gteq": ">="}
 _TEST_COMPARISONS: Final = {
     **{name: name for name in _COMPARISONS},
-    **{"equalto": "eq", "==": "eq", "!=": "ne", "<": "lt", "lessthan": "lt", "<=": "lteq", "le": "lteq"},
-    **{">": "gt", "greaterthan": "gt", ">=": "gteq", "ge": "gteq"},
+    "equalto": "eq",
+    "==": "eq",
+    "!=": "ne",
+    "<": "lt",
+    "lessthan": "lt",
+    "<=": "lteq",
+    "le": "lteq",
+    ">": "gt",
+    "greaterthan": "gt",
+    ">=": "gteq",
+    "ge": "gteq",
 }
 _OPERATORS: Final = {
     nodes.Add: "+",
@@ -34,6 +46,7 @@ _IDENTIFIER: Final = re.compile(r"(?!(?:not|is|and|or|del)\b)[a-zA-Z_][a-zA-Z0-9
 _LOOP_NEIGHBOURS: Final = ("previtem", "nextitem")
 _STRING_RESULTS: Final = ("trim", "lower", "upper", "tojson", "join", "string", "replace", "title", "capitalize")
 
+
 class Expressions:
     """Writes expressions of one template. `exact` keeps apart none and undefined, true and empty, wherever it can.
 
@@ -46,7 +59,7 @@ class Expressions:
         self.changes: set[str] = set()
         self.prelude: list[str] = []
 
-    def write(self, node: nodes.Expr, scope: Scope) -> str:
+    def write(self, node: Node, scope: Scope) -> str:
         """The expression's value. Raises UnsupportedError for what cannot be said in the engine's language."""
         writer = getattr(self, f"_{type(node).__name__.lower()}", None)
         if writer is None:
@@ -56,7 +69,7 @@ class Expressions:
             raise UnsupportedError("the chat template grows beyond 1 MiB where it is written for onnxruntime-genai")
         return text
 
-    def part(self, node: nodes.Expr, scope: Scope) -> str:
+    def part(self, node: Node, scope: Scope) -> str:
         """The expression as an operand: in parentheses unless it is a name, a constant or an access."""
         text = self.write(node, scope)
         simple = isinstance(node, nodes.Name | nodes.List | nodes.Dict) or is_access(node)
@@ -64,7 +77,7 @@ class Expressions:
             simple = not (isinstance(node.value, int | float) and not isinstance(node.value, bool) and node.value < 0)
         return text if simple or _is_closed(text) else f"({text})"
 
-    def condition(self, node: nodes.Expr, scope: Scope) -> str:
+    def condition(self, node: Node, scope: Scope) -> str:
         """The expression where only its truth counts."""
         if isinstance(node, nodes.And | nodes.Or):
             word = "and" if isinstance(node, nodes.And) else "or"
@@ -81,17 +94,17 @@ class Expressions:
             return f"({text} and ({text} is not mapping or ({text}|length) > 0))"
         return text
 
-    def _side(self, node: nodes.Expr, scope: Scope, kind: type[nodes.Expr]) -> str:
+    def _side(self, node: Node, scope: Scope, kind: type[Node]) -> str:
         text = self.condition(node, scope)
         chained = isinstance(node, nodes.And | nodes.Or) and type(node) is not kind
         return f"({text})" if chained or isinstance(node, nodes.CondExpr) else text
 
-    def shown(self, node: nodes.Expr, scope: Scope) -> str:
+    def shown(self, node: Node, scope: Scope) -> str:
         """The expression as text that is put out or joined to other text."""
         if self.exact and isinstance(node, nodes.Getattr | nodes.Getitem) and (key := constant_key(node)) is not None:
             self.changes.add("none is written as None, undefined as nothing")
             value, base = self.part(node, scope), self.part(node.node, scope)
-            return f"({value}|default('None' if {quoted(key)} in {base} else ''))"
+            return f"('None' if {value} is none and {quoted(key)} in {base} else ({value}|default('')))"
         return self.write(node, scope)
 
     # Constants and names
@@ -184,13 +197,11 @@ class Expressions:
                 text = self._contains(left, operand.expr, scope)
                 written.append(f"not {text}" if operand.op == "notin" else text)
             else:
-                written.append(
-                    f"{self.part(left, scope)} {_COMPARISONS[operand.op]} {self.part(operand.expr, scope)}"
-                )
+                written.append(f"{self.part(left, scope)} {_COMPARISONS[operand.op]} {self.part(operand.expr, scope)}")
             left = operand.expr
         return " and ".join(written) if len(written) > 1 else written[0]
 
-    def _contains(self, item: nodes.Expr, whole: nodes.Expr, scope: Scope) -> str:
+    def _contains(self, item: Node, whole: Node, scope: Scope) -> str:
         """`item in whole`, which the engine takes for false where `whole` is text."""
         value, text, known = self.part(item, scope), self.part(whole, scope), type_of(whole)
         if known in ("list", "mapping") or (isinstance(item, nodes.Const) and not isinstance(item.value, str)):
@@ -207,7 +218,7 @@ class Expressions:
         base = self._base(node.node, scope)
         return f"{base}.{node.attr}" if _IDENTIFIER.match(node.attr) else f"{base}[{quoted(node.attr)}]"
 
-    def _base(self, node: nodes.Expr, scope: Scope) -> str:
+    def _base(self, node: Node, scope: Scope) -> str:
         return self.part(node, scope)
 
     def _getitem(self, node: nodes.Getitem, scope: Scope) -> str:
@@ -242,7 +253,7 @@ class Expressions:
 
     # Tests
 
-    def _test(self, node: nodes.Test, scope: Scope) -> str:
+    def _test(self, node: Node, scope: Scope) -> str:
         name, arguments = node.name, node.args
         if name in ("defined", "undefined"):
             return self._defined(node.node, scope, name == "defined")
@@ -254,9 +265,11 @@ class Expressions:
             return self._contains(node.node, arguments[0], scope)
         if name in ("sameas", "true", "false"):
             wanted = self.part(arguments[0], scope) if arguments else name
-            return f"({text} is boolean and {text} == {wanted})" if wanted in ("true", "false") else f"{text} == {wanted}"
+            return (
+                f"({text} is boolean and {text} == {wanted})" if wanted in ("true", "false") else f"{text} == {wanted}"
+            )
         if name == "none" and self.exact and (key := constant_key(node.node)) is not None and is_access(node.node):
-            base = self.part(node.node.node, scope)  # type: ignore[attr-defined]
+            base = self.part(node.node.node, scope)
             return f"({text} is none and {quoted(key)} in {base})"
         if name in _TYPES:
             return f"{text} is {name}"
@@ -274,7 +287,7 @@ class Expressions:
         self.changes.add(f"the test `{name}`")
         return written[name]
 
-    def _defined(self, node: nodes.Expr, scope: Scope, wanted: bool) -> str:
+    def _defined(self, node: Node, scope: Scope, wanted: bool) -> str:
         """`is defined`. The engine says so of what is there and not none."""
         if isinstance(node, nodes.Name) and scope.find(node.name) is None:
             if node.name in INPUTS or node.name in ("raise_exception", "strftime_now", "namespace", "range"):
@@ -282,7 +295,7 @@ class Expressions:
         key = constant_key(node)
         if key is not None and is_access(node) and key not in _LOOP_NEIGHBOURS:
             self.changes.add("none is defined")
-            text = f"({quoted(key)} in {self.part(node.node, scope)})"  # type: ignore[attr-defined]
+            text = f"({quoted(key)} in {self.part(node.node, scope)})"
             return text if wanted else f"not {text}"
         if isinstance(node, nodes.Getitem) and not isinstance(node.arg, nodes.Slice) and type_of(node.arg) != "string":
             self.changes.add("what lies beyond a list is undefined")
@@ -312,7 +325,7 @@ def quoted(text: str) -> str:
     return f"{quote}{text}{quote}"
 
 
-def type_of(node: nodes.Expr) -> str:
+def type_of(node: Node) -> str:
     """What an expression is sure to be: string, list, mapping, number, boolean; empty where that is not known."""
     if isinstance(node, nodes.Const):
         known = {str: "string", bool: "boolean", int: "number", float: "number"}
@@ -334,7 +347,7 @@ def type_of(node: nodes.Expr) -> str:
     return "string" if isinstance(node, nodes.Add) and "string" in (type_of(node.left), type_of(node.right)) else ""
 
 
-def is_access(node: nodes.Expr) -> bool:
+def is_access(node: Node) -> bool:
     """Whether an expression is a name, or attributes and items of one."""
     return isinstance(node, nodes.Getattr) or (
         isinstance(node, nodes.Getitem) and not isinstance(node.arg, nodes.Slice)
@@ -353,7 +366,7 @@ def _is_closed(text: str) -> bool:
     return True
 
 
-def constant_key(node: nodes.Expr) -> str | None:
+def constant_key(node: Node) -> str | None:
     """The key that an access names as a constant."""
     if isinstance(node, nodes.Getattr):
         return node.attr
@@ -362,7 +375,7 @@ def constant_key(node: nodes.Expr) -> str | None:
     return None
 
 
-def whole_number(node: nodes.Node | None) -> int | None:
+def whole_number(node: Node) -> int | None:
     """The whole number that a constant is, with its sign."""
     if isinstance(node, nodes.Neg) and isinstance(node.node, nodes.Const) and type(node.node.value) is int:
         return -node.node.value

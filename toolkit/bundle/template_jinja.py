@@ -8,21 +8,26 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from datetime import datetime
-from typing import Any
+from typing import Any, Final
 
 import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 Message = Mapping[str, Any]
+_MAX_PRODUCT: Final = 1 << 24
+_MAX_EXPONENT: Final = 64
 
 
 class _Generation(Extension):
     """`{% generation %}`, which marks for training what a model says, puts out its body."""
 
-    tags = {"generation"}
+    def __init__(self, environment: jinja2.Environment) -> None:
+        super().__init__(environment)
+        self.tags = {"generation"}
 
     def parse(self, parser: Parser) -> nodes.Node:
         """The body as a block that is called, so that variables in it are its own."""
@@ -34,11 +39,23 @@ class _Generation(Extension):
         return caller()
 
 
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """transformers' sandbox, in which a product of texts or lists has a bound too."""
+
+    intercepted_binops = frozenset(["*", "**", "%"])
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        """The result; raises jinja2.TemplateError for one that is larger than any prompt."""
+        pair = (left, right) if isinstance(right, int) else (right, left)
+        sized = isinstance(pair[0], str | list | tuple) and isinstance(pair[1], int) and operator == "*"
+        if (sized and len(pair[0]) * pair[1] > _MAX_PRODUCT) or (operator == "**" and abs(right) > _MAX_EXPONENT):
+            raise jinja2.TemplateError("the template asks for a product beyond all bounds")
+        return super().call_binop(context, operator, left, right)
+
+
 def compile_template(source: str) -> jinja2.Template:
     """The template in transformers' environment. Raises jinja2.TemplateError for one that is none."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-    )
+    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
@@ -54,11 +71,7 @@ def render(
 ) -> str:
     """One prompt, as `apply_chat_template` of transformers makes it. Raises whatever the template does."""
     return template.render(
-        {**special_tokens},
-        messages=messages,
-        tools=tools,
-        documents=None,
-        add_generation_prompt=add_generation_prompt,
+        {**special_tokens}, messages=messages, tools=tools, documents=None, add_generation_prompt=add_generation_prompt
     )
 
 

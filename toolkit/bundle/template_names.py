@@ -1,7 +1,7 @@
 """Names in a chat template, as jinja2 scopes them, given so that onnxruntime-genai's engine sees the same variables.
 
-In jinja2 a loop's body, a macro and a block set have variables of their own, anew in each iteration. In genai's engine a
-loop keeps what an earlier iteration has set, its target stays behind in the scope around it, and a macro's parameters
+In jinja2 a loop's body, a macro and a block set have variables of their own, anew in each iteration. In genai's engine
+a loop keeps what an earlier iteration has set, its target stays behind in the scope around it, and a macro's parameters
 are variables of the template. Distinct names, and a reset at the beginning of a body, make up for all three.
 """
 
@@ -88,7 +88,7 @@ class Names:
         for name in _stored(body):
             scope.declared.setdefault(name, name)
         if scope.above is not None:
-            scope.resets = set(scope.declared) - targets - _set_first(body)
+            scope.resets = (set(scope.declared) - targets) & _read_early(body, set())
         for child in body:
             self._descend(child, scope)
 
@@ -124,9 +124,10 @@ class Names:
             return
         inner = self.scopes.get(id(node), scope)
         for child in node.iter_child_nodes():
-            beside = isinstance(node, nodes.For) and _is_one_of(child, node.else_)
-            outer = _is_outer(node, child)
-            self._count(child, self.scopes[id(node.else_)] if beside else scope if outer else inner)
+            if isinstance(node, nodes.For) and _is_one_of(child, node.else_):
+                self._count(child, self.scopes[id(node.else_)])
+            else:
+                self._count(child, scope if _is_outer(node, child) else inner)
         if isinstance(node, nodes.Macro):
             self._uses.setdefault(node.name, set()).add(id(scope.find(node.name)))
 
@@ -173,24 +174,29 @@ def _stored(body: list[nodes.Node]) -> Iterator[str]:
             yield from _stored(list(node.iter_child_nodes()))
 
 
-def _set_first(body: list[nodes.Node]) -> set[str]:
-    """The names that a body sets in any case before it reads them."""
-    first, seen = set[str](), set[str]()
+def _read_early(body: Sequence[nodes.Node], certain: set[str]) -> set[str]:
+    """The names that a body may read before it has set them; `certain` holds those that are set, and grows."""
+    early = set[str]()
     for node in body:
         if isinstance(node, nodes.Assign) and isinstance(node.target, nodes.Name):
-            seen |= {name.name for name in node.node.find_all(nodes.Name)} | _own(node.node)
-            if node.target.name not in seen:
-                first.add(node.target.name)
-        elif isinstance(node, nodes.Macro):
-            first.add(node.name)
-            seen |= {name.name for name in node.find_all(nodes.Name)}
+            early |= _names_in(node.node) - certain
+            certain.add(node.target.name)
+        elif isinstance(node, nodes.If):
+            ends = []
+            for test, branch in [*((part.test, part.body) for part in (node, *node.elif_)), (None, node.else_)]:
+                end = set(certain)
+                early |= (_names_in(test) - certain if test is not None else set()) | _read_early(branch, end)
+                ends.append(end)
+            certain |= set.intersection(*ends)
         else:
-            seen |= {name.name for name in node.find_all(nodes.Name)} | _own(node)
-    return first
+            early |= _names_in(node) - certain
+            certain |= {node.name} if isinstance(node, nodes.Macro) else set()
+    return early
 
 
-def _own(node: nodes.Node) -> set[str]:
-    return {node.name} if isinstance(node, nodes.Name) else set()
+def _names_in(node: nodes.Node) -> set[str]:
+    own = {node.name} if isinstance(node, nodes.Name) else set()
+    return own | {name.name for name in node.find_all(nodes.Name)}
 
 
 def _recursive(macros: Mapping[str, nodes.Macro]) -> set[str]:

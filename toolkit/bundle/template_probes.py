@@ -58,7 +58,12 @@ _ONE: Final = (_user("How much is 2 + 2?"),)
 _THOUGHT: Final = "<think>\nTwo and two.\n</think>\n\nIt is 4."
 _CALL: Final[Message] = {"type": "function", "function": {"name": "weather", "arguments": {"city": "北京", "days": 2}}}
 _EMPTY_CALL: Final[Message] = {"type": "function", "function": {"name": "clock", "arguments": {}}}
-_RESULT: Final[Message] = {"role": "tool", "name": "weather", "content": '{"sky": "clear"}', "tool_call_id": "call12345"}
+_RESULT: Final[Message] = {
+    "role": "tool",
+    "name": "weather",
+    "content": '{"sky": "clear"}',
+    "tool_call_id": "call12345",
+}
 
 
 def _after(said: Message, *more: Message) -> tuple[Message, ...]:
@@ -78,7 +83,7 @@ PROBES: Final = (
     Probe("a thought apart", _after(_assistant("It is 4.", reasoning_content="Two and two."))),
     Probe("an empty thought", _after(_assistant("<think>\n\n</think>\n\nIt is 4.", reasoning_content=""))),
     Probe("marker in a question", (_user("What does </think> mean? And <think>?"),)),
-    Probe("quotes and lines", (_user("Say \"it's\" and\n\n\ta \\n {{ x }} {% if %}\n"),)),
+    Probe("quotes and lines", (_user('Say "it\'s" and\n\n\ta \\n {{ x }} {% if %}\n'),)),
     Probe("scripts and signs", (_user("你好，世界 — ¿qué tal? 👩‍👩‍👧 \u00e9"), _assistant("嗯。"), _user(" … "))),
     Probe("empty texts", (_user(""), _assistant(""), _user("?"))),
     Probe("tools", _ONE, _TOOLS),

@@ -16,7 +16,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 
 from toolkit.bundle.template_calls import EngineExpressions
-from toolkit.bundle.template_expressions import MAX_CHARACTERS, quoted
+from toolkit.bundle.template_expressions import MAX_CHARACTERS, Node, quoted
 from toolkit.bundle.template_names import Names, Scope
 from toolkit.errors import UnsupportedError
 
@@ -35,7 +35,9 @@ class Rewritten:
 class _Generation(Extension):
     """`{% generation %}` marks what a model says, for training; here its body has only a scope of its own."""
 
-    tags = {"generation"}
+    def __init__(self, environment: jinja2.Environment) -> None:
+        super().__init__(environment)
+        self.tags = {"generation"}
 
     def parse(self, parser: Parser) -> nodes.Node:
         """The marked statements as a scope."""
@@ -124,7 +126,7 @@ class _Statements:
                 written.pop()
         return "".join(written)
 
-    def _if(self, node: nodes.If, scope: Scope) -> str:
+    def _if(self, node: Node, scope: Scope) -> str:
         text = f"{{% if {self.expressions.condition(node.test, scope)} %}}"
         prelude, self.expressions.prelude = "".join(self.expressions.prelude), []
         text += self.body(node.body, scope)
@@ -142,7 +144,7 @@ class _Statements:
         self.expressions.prelude = [prelude] if prelude else []
         return text + "{% endif %}" + ends
 
-    def _for(self, node: nodes.For, scope: Scope) -> str:
+    def _for(self, node: Node, scope: Scope) -> str:
         if node.recursive:
             raise UnsupportedError("the chat template has a recursive loop, which onnxruntime-genai does not know")
         inner = self._names.scopes[id(node)]
@@ -158,7 +160,7 @@ class _Statements:
         self.expressions.prelude = prelude
         return text + "{% endfor %}"
 
-    def _target(self, node: nodes.Expr, scope: Scope) -> str:
+    def _target(self, node: Node, scope: Scope) -> str:
         if isinstance(node, nodes.Tuple):
             return ", ".join(self._target(item, scope) for item in node.items)
         return self.expressions.write(node, scope)
@@ -173,7 +175,7 @@ class _Statements:
             text += f"{{% set {given} = {above if above != given else self._names.undefined} %}}"
         return text
 
-    def _assign(self, node: nodes.Assign, scope: Scope) -> str:
+    def _assign(self, node: Node, scope: Scope) -> str:
         return f"{{% set {self._target(node.target, scope)} = {self.expressions.write(node.node, scope)} %}}"
 
     def _assignblock(self, node: nodes.AssignBlock, scope: Scope) -> str:
@@ -214,7 +216,7 @@ class _Statements:
         text = f"{begin}{copies}{self._resets(inner)}{self.body(node.body, inner)}{end}"
         return f"{{% macro {scope.name_of(node.name)}({', '.join(given)}) %}}{text}{{% endmacro %}}"
 
-    def _with(self, node: nodes.With, scope: Scope) -> str:
+    def _with(self, node: Node, scope: Scope) -> str:
         inner = self._names.scopes[id(node)]
         text = ""
         for target, value in zip(node.targets, node.values, strict=True):
@@ -239,10 +241,9 @@ class _Given(Scope):
         super().__init__(above, declared={name: name})
 
 
-def _filled(node: nodes.Expr, value: nodes.Expr) -> nodes.Expr:
+def _filled(node: Node, value: nodes.Expr) -> Node:
     """A chain of filters with the value that its first one has none of."""
     if isinstance(node, nodes.Filter):
         inner = value if node.node is None else _filled(node.node, value)
         return nodes.Filter(inner, node.name, node.args, node.kwargs, node.dyn_args, node.dyn_kwargs)
     return node
-

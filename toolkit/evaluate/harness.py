@@ -18,13 +18,14 @@ from tokenizers import Tokenizer
 
 from toolkit import names
 from toolkit.bundle.genai_config import read_settings
+from toolkit.bundle.reasoning import END_OF_THOUGHT
 from toolkit.errors import BundleError, MachineError, RecipeError
 from toolkit.evaluate.answers import room_after
 from toolkit.evaluate.conversation import ChatTemplate
 from toolkit.evaluate.likelihood import Likelihood
 from toolkit.evaluate.positions import open_positions
 from toolkit.evaluate.session import OpenModel, open_model
-from toolkit.evaluate.thought import END_OF_THOUGHT, after_thought
+from toolkit.evaluate.thought import after_thought
 
 try:
     from lm_eval.api.model import LM

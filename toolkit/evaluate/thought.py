@@ -7,10 +7,8 @@ with `<think>`, so that the text begins inside a thought that it never opens.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Final
 
-BEGIN_OF_THOUGHT: Final = "<think>"
-END_OF_THOUGHT: Final = "</think>"
+from toolkit.bundle.reasoning import BEGIN_OF_THOUGHT, END_OF_THOUGHT
 
 
 class Piece(str):

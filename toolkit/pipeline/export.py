@@ -18,7 +18,7 @@ from toolkit import names
 from toolkit.bundle.genai_config import genai_config, pad_token_id
 from toolkit.bundle.manifest import Manifest, begin_manifest, write_manifest
 from toolkit.checkpoint.opened import Checkpoint
-from toolkit.errors import CheckpointError, RecipeError
+from toolkit.errors import RecipeError
 from toolkit.files import write_json, write_text
 from toolkit.machine import peak_rss_bytes
 from toolkit.partition.data_files import JOURNAL_FILE, Destination, disk_error
@@ -27,6 +27,7 @@ from toolkit.partition.pack import PackResult, pack_weights
 from toolkit.pipeline.calibration import TokenizedText, calibrate, calibration_text, stored_ranges
 from toolkit.pipeline.plan import ExportPlan, check_machine, plan_export
 from toolkit.pipeline.standing import check_replaceable, is_made
+from toolkit.pipeline.tokenizer import TokenizerFiles, plan_tokenizer, write_tokenizer
 from toolkit.progress import counted
 from toolkit.quant.kernel import require_compiler
 from toolkit.quant.ranges import ActivationRange
@@ -37,7 +38,6 @@ from toolkit.report.weights import ceiling_section, partition_section, quantizat
 from toolkit.soc import SOCS
 from toolkit.typed_json import to_json
 
-_TOKENIZER_FILES = (names.TOKENIZER_FILE, "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
 _REQUEST_FILE = "request.json"
 _CALIBRATION_FOLDER = "calibration"
 
@@ -121,10 +121,10 @@ def export_planned(
     with clock.stage("plan"):
         plans = [replace(plan, out=_checked_place(plan.out)) for plan in plans]
         checkpoint = plans[0].checkpoint
-        tokenizer_files = _tokenizer_files(checkpoint)
+        tokenizer = plan_tokenizer(checkpoint)
         pad = pad_token_id(checkpoint.config, checkpoint.side)
         asked = [(plan, calibration_text(plan) if plan.calibration else None) for plan in plans]
-        wanted = asked if force else _missing(asked, tokenizer_files, note)
+        wanted = asked if force else _missing(asked, tokenizer.copied, note)
         if not wanted:
             return [plan.out for plan in plans]
         check_machine([plan for plan, _ in wanted], _written_bytes([_partial(plan.out) for plan, _ in wanted]))
@@ -137,7 +137,7 @@ def export_planned(
         ready = [_ranged(bundle, clock, progress) for bundle in ready]
         for bundle, result in zip(ready, packed, strict=True):
             beside = [other.plan.recipe.name for other in begun if other.plan.out != bundle.plan.out]
-            _finish(bundle, pad, result, tokenizer_files, clock, beside)
+            _finish(bundle, pad, result, tokenizer, clock, beside)
         # Last, so that whatever stops one of them leaves the others to go on from here.
         for bundle in begun:
             _replace(bundle.out, bundle.partial)
@@ -145,7 +145,9 @@ def export_planned(
 
 
 def _missing(
-    asked: Sequence[tuple[ExportPlan, TokenizedText | None]], tokenizer_files: list[str], note: Callable[[str], None]
+    asked: Sequence[tuple[ExportPlan, TokenizedText | None]],
+    tokenizer_files: Sequence[str],
+    note: Callable[[str], None],
 ) -> list[tuple[ExportPlan, TokenizedText | None]]:
     """Those whose bundle does not stand there yet. Raises RecipeError for a validated one that would be lost."""
     missing = []
@@ -219,17 +221,15 @@ def _begin(plan: ExportPlan, text: TokenizedText | None) -> _Begun:
 
 
 def _finish(
-    begun: _Begun, pad: int, packed: PackResult, tokenizer_files: list[str], clock: _Clock, beside: list[str]
+    begun: _Begun, pad: int, packed: PackResult, tokenizer: TokenizerFiles, clock: _Clock, beside: list[str]
 ) -> None:
     """Graphs, settings, manifest and report around the data files."""
     plan, partial, stages = begun.plan, begun.partial, list(clock.stages)
-    folder = plan.checkpoint.folder
     with clock.stage("author", stages):
         graphs = lower(plan.checkpoint.config, plan.layout, plan.target, plan.recipe, pad, begun.ranges)
         for graph in graphs:
             graph.save(partial)
-        for name in tokenizer_files:
-            shutil.copyfile(folder / name, partial / name)
+        tokenizer_files = write_tokenizer(tokenizer, plan.checkpoint, plan.stop_tokens, partial)
         stop_ids = [token.id for token in plan.stop_tokens]
         config, length = plan.checkpoint.config, plan.recipe.context_length
         settings = genai_config(config, plan.checkpoint.side, stop_ids, length, graphs)
@@ -237,7 +237,8 @@ def _finish(
     with clock.stage("hash", stages):
         graph_files = [graph.stage.file for graph in graphs]
         made = [*graph_files, *packed.sha256, names.GENAI_CONFIG_FILE, *tokenizer_files]
-        manifest = write_manifest(partial, begun.manifest, plan.checkpoint, made, packed.sha256)
+        described = replace(begun.manifest, changed=tokenizer.changed)
+        manifest = write_manifest(partial, described, plan.checkpoint, made, packed.sha256)
     bandwidth = ceiling_section(plan.layout, SOCS[plan.recipe.soc]) if plan.recipe.soc else None
     report = replace(
         begin_report(manifest),
@@ -261,14 +262,6 @@ def _finish(
         ),
     )
     write_report(partial, report)
-
-
-def _tokenizer_files(checkpoint: Checkpoint) -> list[str]:
-    if checkpoint.synthetic:
-        return []
-    if not (checkpoint.folder / names.TOKENIZER_FILE).is_file():
-        raise CheckpointError(f"{checkpoint.folder} has no {names.TOKENIZER_FILE}: onnxruntime-genai needs it")
-    return [name for name in _TOKENIZER_FILES if (checkpoint.folder / name).is_file()]
 
 
 def _checked_place(out: Path) -> Path:

@@ -34,7 +34,8 @@ def is_made(plan: ExportPlan, text: CalibrationText | None, side_files: Sequence
     if not whole or any(path.stat().st_mtime_ns > made_ns for path in side_files):
         return False
     hashes = {entry.name: entry.sha256 for entry in found.files}
-    copied = [path for path in side_files if path.name in hashes]
+    changed = {entry.name for entry in found.changed}
+    copied = [path for path in side_files if path.name in hashes and path.name not in changed]
     if any(file_sha256(path) != hashes[path.name] for path in copied):
         return False
     return found.checkpoint == plan.checkpoint.source.digests()
@@ -42,7 +43,7 @@ def is_made(plan: ExportPlan, text: CalibrationText | None, side_files: Sequence
 
 def _request(manifest: Manifest) -> Manifest:
     """What was asked for, apart from what it was asked of and what became of it."""
-    return replace(manifest, checkpoint=(), files=(), compiled=None)
+    return replace(manifest, checkpoint=(), files=(), compiled=None, changed=())
 
 
 def check_replaceable(plan: ExportPlan) -> None:

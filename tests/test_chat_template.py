@@ -1,0 +1,222 @@
+"""Chat templates: what onnxruntime-genai renders otherwise than jinja2 is written so that it does not, or refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from toolkit.bundle.chat_template import shipped_template, special_tokens
+from toolkit.bundle.template_jinja import compile_template, render
+from toolkit.bundle.template_probes import PROBES, Probe
+from toolkit.bundle.template_rewrite import rewrite
+from toolkit.errors import CheckpointError, UnsupportedError
+from toolkit.evaluate import opens
+from toolkit.evaluate.opens import TemplateJob, checked_template
+from toolkit.evaluate.opens import _rendered as rendered_by_genai
+
+TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+TURNS = Probe(
+    "turns",
+    (
+        {"role": "system", "content": "Brief.\n"},
+        {"role": "user", "content": "2 + 2?"},
+        {"role": "assistant", "content": "<think>\nTwo.\n</think>\n\n4", "calls": {}},
+        {"role": "user", "content": "你好 </think>"},
+    ),
+)
+LOOP = "{% for m in messages %}"
+
+
+def genai(text: str, probe: Probe = TURNS) -> str | None:
+    return rendered_by_genai(text, TemplateJob(text, TOKENS), [probe])[0]
+
+
+def jinja(text: str, probe: Probe = TURNS) -> str:
+    tools = list(probe.tools) or None
+    return render(compile_template(text), [*probe.messages], TOKENS, tools, probe.add_generation_prompt)
+
+
+DIFFERENT = {
+    "text in text": LOOP
+    + "{% if '</think>' in m.content %}{{ m.content.split('</think>')[-1] }}{% endif %}{% endfor %}",
+    "text not in text": LOOP + "{% if '</think>' not in m.content %}{{ m.content }}{% endif %}{% endfor %}",
+    "unknown in text": LOOP + "{{ m.role in 'system user' }}{{ '' in m.role }}{% endfor %}",
+    "line ends after blocks": "a\n{% if true %}\nb\n{% endif %}\nc\n{# d #}\ne\n\n",
+    "blanks before blocks": LOOP + "\n    {% if loop.first %}\n  {{ m.role }}\n    {% endif %}\n{% endfor %}",
+    "and": "{{ messages and 'yes' }}{{ '' and 'no' }}{{ (messages[0].zz or 'or') }}",
+    "set in an iteration": LOOP + "{% if m.role == 'user' %}{% set seen = 1 %}{% endif %}{{ seen }},{% endfor %}",
+    "set outside, changed inside": "{% set x = 'a' %}" + LOOP + "{{ x }}{% set x = m.role %}{% endfor %}{{ x }}",
+    "target after its loop": LOOP + "{% endfor %}{{ m is defined }}{{ m }}",
+    "loops of one name": LOOP + "{% for m in [1, 2] %}{% endfor %}{{ m.role }}{% endfor %}",
+    "a variable like a filter": "{% set length = 7 %}{% set map = [1] %}{{ messages|length }}{{ length }}{{ map[0] }}",
+    "macros call themselves": "{% macro f(n, w='-') %}{{ n }}{% if n > 0 %}{{ f(n - 1, w=w) }}{% endif %}{{ n }}{{ w }}"
+    "{% endmacro %}{{ f(2) }}{{ f(1, w='+') }}{{ n }}",
+    "macro parameters stay its own": "{% set a = 1 %}{% macro f(a) %}{{ a }}{% endmacro %}{{ f(2) }}{{ a }}{{ f() }}",
+    "first and last": "{{ (messages|first).role }}{{ (messages|last)['role'] }}",
+    "upper": LOOP + "{{ m.role|upper }}{{ m.role.upper() }}{{ missing|upper }}{% endfor %}",
+    "replace": LOOP + "{{ m.content|replace('2', '3') }}{{ m.content.replace('2', '') }}{% endfor %}",
+    "reverse": "{% for m in messages|reverse %}{{ m.role }}{% endfor %}",
+    "split once": LOOP + "{{ m.content.split('2', 1) }}{{ m.content.rsplit('2', 1)[-1] }}{% endfor %}",
+    "keys and values": "{{ messages[0].keys()|join(',') }}{{ messages[0].values()|list|join(',') }}",
+    "join of a text": "{{ ', '.join(['a', 'b']) }}",
+    "selectattr": "{% for m in messages|selectattr('role', 'equalto', 'user') %}{{ m.content }}{% endfor %}",
+    "selectattr of what is there": "{{ messages|selectattr('content')|list|length }}"
+    "{{ messages|selectattr('calls', 'defined')|list|length }}",
+    "rejectattr in elif": "{% if false %}{% elif messages|rejectattr('role', 'in', ['user'])|list %}x{% endif %}",
+    "map": "{{ messages|map(attribute='role')|map('upper')|join(' ') }}",
+    "a slice beyond its list": "{{ messages[:9]|length }}{{ messages[-9:]|length }}",
+    "beyond a list": "{{ messages[9] is defined }}{{ messages[1] is defined }}{{ messages[-1] is defined }}",
+    "membership as a test": "{{ 'a' is in ['a'] }}",
+    "tests": "{{ 3 is odd }}{{ 4 is even }}{{ 'a' is sequence }}{{ 6 is divisibleby(3) }}{{ 1 is eq 1 }}",
+    "undefined joins": "{{ 'a' ~ missing ~ messages[0].missing ~ 'b' }}",
+    "division": "{{ 7 / 2 }}",
+    "no tools": "{% if tools is none %}none{% endif %}{{ tools is defined }}{% if documents is none %}none{% endif %}",
+    "another special token": "{{ pad_token }}{{ bos_token }}",
+    "block set with a filter": "{% set x | trim %}  a\n {% endset %}[{{ x }}]",
+    "filter block": "{% filter upper %}a{{ 'b' }}{% endfilter %}",
+    "generation": "{% generation %}{% set x = 1 %}a{% endgeneration %}{{ x }}",
+    "raw": "{% raw %}{{ x }} {% if %}{% endraw %}{",
+    "escapes": "{{ 'caf\\u00e9\\x41\\n\\'\"' }}",
+    "format": "{{ '{}-{}'.format('a', 1) }}{{ '{1}{0}'.format('a', 'b') }}",
+    "startswith of several": LOOP + "{{ m.role.startswith(('user', 'sys')) }}{% endfor %}",
+    "break and continue": LOOP + "{% if loop.first %}{% continue %}{% endif %}{{ m.role }}{% break %}{% endfor %}",
+    "nothing to loop over": "{% for x in [] %}a{% else %}{% set y = 1 %}b{% endfor %}{{ y }}",
+    "indent": "{{ 'a\\n\\nb'|indent(2) }}",
+    "a line end at the end": "a\n\n",
+    "a text's first character": "{{ ('ab' ~ 'c')[0] }}",
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_what_differs_is_written_so_that_it_does_not(name: str) -> None:
+    text = DIFFERENT[name]
+    wanted = jinja(text)
+    made = rewrite(text, {"pad_token": "<pad>"})
+    assert genai(made.text) == wanted
+    assert jinja(made.text) == wanted  # what is read by transformers is right too
+
+
+def test_most_of_these_do_differ() -> None:
+    assert sum(genai(text) != jinja(text) for text in DIFFERENT.values()) > 35
+
+
+EXACT = {
+    "an empty dictionary is false": LOOP
+    + "{{ 'x' if m.calls else 'y' }}{% if m.calls and true %}z{% endif %}{% endfor %}",
+    "none has a name": "{% for m in [{'a': none}] %}{{ m.a }}{{ m.b }}{{ m.b|default('x') }}{% endfor %}",
+    "indented JSON": "{{ {'a': [], 'b': {}, 'c': [{'d': []}]}|tojson(indent=2) }}",
+}
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_what_rarely_differs_has_an_exact_form(name: str) -> None:
+    text = EXACT[name]
+    assert genai(text) != jinja(text)
+    assert genai(rewrite(text, {}, exact=True).text) == jinja(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("{% if", "none of jinja2's"),
+        ("{{ messages|groupby('role') }}", "filter groupby"),
+        ("{{ messages is callable }}", "is callable"),
+        ("{{ messages.content.zfill(3) }}", "method zfill"),
+        ("{% for m in messages recursive %}{{ loop(m) }}{% endfor %}", "recursive loop"),
+        ("{{ lipsum() }}", "calls lipsum"),
+        ("{{ '%d' % 3 }}", "formats text"),
+        ("{% include 'other' %}", "Include block"),
+        ("{{ messages|tojson(ensure_ascii=true) }}", "ensure_ascii"),
+        ("{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}", "nested too deeply"),
+        ("x" * (1 << 20) + "y", "characters, expected at most"),
+    ],
+)
+def test_what_has_no_equivalent_is_refused_in_a_line(text: str, reason: str) -> None:
+    with pytest.raises(UnsupportedError, match=reason) as caught:
+        rewrite(text, {})
+    assert "\n" not in str(caught.value)
+
+
+def test_a_text_that_grows_without_bound_is_refused() -> None:
+    text = "messages" + ".rsplit(',', 1)" * 12
+    with pytest.raises(UnsupportedError, match="1 MiB"):
+        rewrite("{{ " + text + " }}", {})
+
+
+R1 = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}{{ '<U>' + message['content'] }}"
+    "{% elif message['role'] == 'assistant' %}{% set content = message['content'] %}{% if '</think>' in content %}"
+    "{% set content = content.split('</think>')[-1] %}{% endif %}{{ '<A>' + (content or '') + '<E>' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<A><think>\\n' }}{% endif %}"
+)
+
+
+def test_an_earlier_thought_is_left_out_once_the_template_is_checked() -> None:
+    checked = checked_template(R1, TOKENS)
+    assert checked.differs == () and checked.opens_thought
+    assert checked.changes == ("`in` finds text in text",)
+    assert all(genai(checked.text, probe) == jinja(R1, probe) for probe in PROBES if "without text" not in probe.name)
+    assert "Two and two" in str(genai(R1, PROBES[6])) and "Two and two" not in str(genai(checked.text, PROBES[6]))
+
+
+def test_a_template_that_is_right_stays_as_it_is() -> None:
+    text = LOOP + "<{{ m['role'] }}>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+    checked = checked_template(text, TOKENS)
+    assert (checked.text, checked.changes, checked.opens_thought) == (text, (), False)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("{{ raise_exception('never') }}", "renders no conversation"),
+        ("{{ 'x' * 100000000000 }}", "renders no conversation"),
+        ("{{ messages.__class__.__mro__ }}{% if", "jinja2 can read"),
+        ("{{ messages|groupby('role')|length }}", "filter groupby"),
+    ],
+)
+def test_a_template_that_cannot_work_is_refused(text: str, reason: str) -> None:
+    with pytest.raises(UnsupportedError, match=reason):
+        checked_template(text, {})
+
+
+def test_a_template_that_does_not_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(opens, "_SECONDS", 3)
+    loops = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    with pytest.raises(UnsupportedError, match="no answer within 3 s"):
+        checked_template(loops, {})
+
+
+def checkpoint(folder: Path, config: dict[str, Any] | None, files: dict[str, str] | None = None) -> Path:
+    if config is not None:
+        (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    for name, text in (files or {}).items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
+    return folder
+
+
+def test_a_template_is_found_where_transformers_finds_it(tmp_path: Path) -> None:
+    named = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
+    folder = checkpoint(tmp_path, {"chat_template": named, "bos_token": {"content": "<s>"}, "eos_token": None})
+    found = shipped_template(folder)
+    assert found is not None
+    assert (found.text, found.source, found.others) == ("d", "tokenizer_config.json", ("tool_use",))
+    checkpoint(tmp_path, None, {"chat_template.jinja": "j", "additional_chat_templates/rag.jinja": "r"})
+    found = shipped_template(folder)
+    assert found is not None
+    assert (found.text, found.source, found.others) == ("j", "chat_template.jinja", ("rag", "tool_use"))
+    checkpoint(tmp_path, None, {"special_tokens_map.json": '{"eos_token": "</s>", "bos_token": "<b>"}'})
+    assert special_tokens(folder) == {"bos_token": "<s>", "eos_token": "</s>"}
+
+
+def test_no_template_and_no_default_template(tmp_path: Path) -> None:
+    assert shipped_template(checkpoint(tmp_path, {"chat_template": None})) is None
+    checkpoint(tmp_path, {"chat_template": [{"name": "tool_use", "template": "t"}]})
+    with pytest.raises(CheckpointError, match="tool_use and none named default"):
+        shipped_template(tmp_path)
+    checkpoint(tmp_path, {"chat_template": [1]})
+    with pytest.raises(CheckpointError, match="neither a text nor"):
+        shipped_template(tmp_path)

@@ -1,0 +1,86 @@
+"""The chat template a checkpoint ships, from any of the places it may stand in, and the special tokens it names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from toolkit.checkpoint.side_files import SPECIAL_TOKENS_FILE, TEMPLATE_FILE, TEMPLATES_FOLDER, TOKENIZER_CONFIG_FILE
+from toolkit.errors import CheckpointError
+from toolkit.files import read_json, read_text
+
+ORIGINAL_FILE: Final = "chat_template.original.jinja"
+_DEFAULT: Final = "default"
+_SPECIAL_TOKENS: Final = tuple(f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+_MAX_BYTES: Final = 64 << 20
+_MAX_TEMPLATE_BYTES: Final = 1 << 20
+
+
+@dataclass(frozen=True)
+class ShippedTemplate:
+    """A checkpoint's chat template as transformers would take it: its text, the file that it is in, and the names of
+    others that stand beside it, such as `tool_use`."""
+
+    text: str
+    source: str
+    others: tuple[str, ...] = ()
+
+
+def shipped_template(folder: Path) -> ShippedTemplate | None:
+    """The template for plain conversations; None where there is none.
+
+    A file of its own counts before tokenizer_config.json. Raises CheckpointError for one that is no text, or several
+    without a default.
+    """
+    named = _in_config(tokenizer_config(folder), folder / TOKENIZER_CONFIG_FILE)
+    sources = dict.fromkeys(named, TOKENIZER_CONFIG_FILE)
+    files = {_DEFAULT: folder / TEMPLATE_FILE}
+    files |= {path.stem: path for path in sorted((folder / TEMPLATES_FOLDER).glob("*.jinja"))}
+    for name, path in files.items():
+        if path.is_file():
+            named[name] = read_text(path, _MAX_TEMPLATE_BYTES, CheckpointError)
+            sources[name] = path.relative_to(folder).as_posix()
+    if not named:
+        return None
+    if _DEFAULT not in named:
+        raise CheckpointError(
+            f"{folder} has chat templates named {', '.join(sorted(named))} and none named {_DEFAULT}: put the one to "
+            f"use into {TEMPLATE_FILE}"
+        )
+    others = tuple(sorted(set(named) - {_DEFAULT}))
+    return ShippedTemplate(named[_DEFAULT], sources[_DEFAULT], others)
+
+
+def special_tokens(folder: Path) -> dict[str, str]:
+    """The special tokens that transformers passes to a template, by their names, those the checkpoint has."""
+    config = tokenizer_config(folder)
+    path = folder / SPECIAL_TOKENS_FILE
+    beside = read_json(path, _MAX_BYTES, CheckpointError, "a checkpoint has one") if path.is_file() else {}
+    texts = {name: _text(config.get(name)) or _text(beside.get(name)) for name in _SPECIAL_TOKENS}
+    return {name: text for name, text in texts.items() if text}
+
+
+def tokenizer_config(folder: Path) -> dict[str, Any]:
+    """tokenizer_config.json; empty where the checkpoint has none."""
+    path = folder / TOKENIZER_CONFIG_FILE
+    return read_json(path, _MAX_BYTES, CheckpointError, "a checkpoint has one") if path.is_file() else {}
+
+
+def _in_config(config: Mapping[str, Any], path: Path) -> dict[str, str]:
+    value = config.get("chat_template")
+    entries = value if isinstance(value, list) else [] if value is None else [{"name": _DEFAULT, "template": value}]
+    found: dict[str, str] = {}
+    for entry in entries:
+        given = (entry.get("name"), entry.get("template")) if isinstance(entry, dict) else (None, None)
+        if not isinstance(given[0], str) or not isinstance(given[1], str):
+            raise CheckpointError(f"{path}: chat_template is neither a text nor a list of named texts")
+        found[given[0]] = given[1]
+    return found
+
+
+def _text(token: object) -> str | None:
+    """The text of a special token, which stands as it is or in an object."""
+    content = token.get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) else None
