@@ -24,6 +24,7 @@ PUBLIC = [
     "Piece",
     "Recipe",
     "RecipeError",
+    "Report",
     "ToolkitError",
     "UnsupportedError",
     "bench",

@@ -32,10 +32,11 @@ if TYPE_CHECKING:
     from toolkit.library import recipes as recipes
     from toolkit.library import validate as validate
     from toolkit.library import verify as verify
-    from toolkit.pipeline.judge import Effort as Effort
+    from toolkit.pipeline.judge.effort import Effort as Effort
     from toolkit.pipeline.plan import ExportPlan as ExportPlan
-    from toolkit.recipe import Recipe as Recipe
-    from toolkit.recipe import load_recipe as load_recipe
+    from toolkit.recipe.read import load_recipe as load_recipe
+    from toolkit.recipe.recipe import Recipe as Recipe
+    from toolkit.report.sections import Report as Report
 
 __version__ = "0.1.0"
 
@@ -47,13 +48,14 @@ _PUBLIC: Final = {
     "Checkpoint": "toolkit.checkpoint.opened",
     "CheckpointError": "toolkit.errors",
     "Conversation": "toolkit.evaluate.conversation",
-    "Effort": "toolkit.pipeline.judge",
+    "Effort": "toolkit.pipeline.judge.effort",
     "ExportPlan": "toolkit.pipeline.plan",
     "MachineError": "toolkit.errors",
     "NonFiniteError": "toolkit.errors",
     "Piece": "toolkit.evaluate.thought",
-    "Recipe": "toolkit.recipe",
+    "Recipe": "toolkit.recipe.recipe",
     "RecipeError": "toolkit.errors",
+    "Report": "toolkit.report.sections",
     "ToolkitError": "toolkit.errors",
     "UnsupportedError": "toolkit.errors",
     "bench": "toolkit.library",
@@ -62,7 +64,7 @@ _PUBLIC: Final = {
     "export": "toolkit.library",
     "generate": "toolkit.library",
     "inspect": "toolkit.library",
-    "load_recipe": "toolkit.recipe",
+    "load_recipe": "toolkit.recipe.read",
     "open_checkpoint": "toolkit.library",
     "plan": "toolkit.library",
     "recipes": "toolkit.library",
