@@ -21,13 +21,14 @@ class Fields:
         """Returns the value as JSON has it, None where there is none."""
         return self._raw.get(key)
 
-    def count(self, key: str, default: int | None = None, least: int = 1) -> int:
-        """Returns a whole number of at least `least`; raises CheckpointError for anything else, and for none at all."""
+    def count(self, key: str, default: int | None = None, least: int = 1, most: int = 1 << 31) -> int:
+        """Returns a whole number from `least` to `most`; raises CheckpointError for anything else, or for none."""
         value = self.get(key)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= 1 << 31:
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
             expected = "a positive whole number" if least == 1 else f"a whole number from {least} on"
-            raise CheckpointError(f"{self.path}: {key} is {value!r}, expected {expected}")
+            upto = f" up to {most}" if most < 1 << 31 else ""
+            raise CheckpointError(f"{self.path}: {key} is {str(value)[:40]!r}, expected {expected}{upto}")
         return value
 
     def positive(self, key: str, default: float) -> float:

@@ -115,8 +115,8 @@ def _parse_entry(name: str, entry: object, path: Path, start: int) -> TensorRef:
     if not isinstance(entry, dict) or not whole(entry.get("shape")) or not whole(entry.get("data_offsets")):
         raise CheckpointError(f"{path}: the header entry of {name!r} is malformed")
     dtype, shape, offsets = entry.get("dtype"), tuple(entry["shape"]), entry["data_offsets"]
-    if dtype not in _KNOWN_BYTES:
-        raise CheckpointError(f"{path}: {name} has dtype {dtype!r}, expected one of {', '.join(ITEM_BYTES)}")
+    if not isinstance(dtype, str) or dtype not in _KNOWN_BYTES:
+        raise CheckpointError(f"{path}: {name} has dtype {str(dtype)[:40]!r}, expected one of {', '.join(ITEM_BYTES)}")
     if len(offsets) != 2 or offsets[1] - offsets[0] != math.prod(shape) * _KNOWN_BYTES[dtype]:
         raise CheckpointError(f"{path}: {name} of shape {list(shape)} {dtype} does not fit its offsets {offsets}")
     return TensorRef(name, dtype, shape, path, start + offsets[0], offsets[1] - offsets[0])

@@ -21,6 +21,8 @@ from toolkit.cli.talk import chat, generate
 from toolkit.errors import ToolkitError
 
 _RESUMED = ("export", "compile")
+# Characters of a message: it may quote what it found.
+_LONGEST = 1000
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -70,6 +72,8 @@ def _ended(how: str, words: list[str]) -> str:
 
 def _leave(words: list[str], code: int, kind: str, message: str) -> NoReturn:
     """Says in one line what went wrong, as JSON too where that was asked for, and exits with the code."""
+    message = " ".join(message.split())
+    message = message if len(message) <= _LONGEST else f"{message[: _LONGEST // 2]} … {message[-_LONGEST // 2 :]}"
     if "--debug" in words[:1] and sys.exc_info()[0] is not None:
         traceback.print_exc()
     if "--json" in words:

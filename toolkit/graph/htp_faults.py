@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from toolkit import names
-from toolkit.graph.interface import load_graph
+from toolkit.graph.interface import constant_values, load_graph
 from toolkit.quant.signed_kernel import SIXTEENTHS
 
 _NORMS: Final = ("RMSNormalization", "SimplifiedLayerNormalization")
@@ -33,13 +33,13 @@ def htp_faults(bundle: Path, stages: list[str]) -> list[str]:
         path = bundle / names.stage_file(stage)
         found: dict[str, list[str]] = defaultdict(list)
         for node in load_graph(path).graph if path.is_file() else ():
-            if reason := _wrong(node):
+            if reason := _wrong(node, bundle):
                 found[reason].append(str(node.name))
         problems += [f"{path.name}: {reason}, in {len(nodes)} such as {nodes[0]}" for reason, nodes in found.items()]
     return problems
 
 
-def _wrong(node: ir.Node) -> str:
+def _wrong(node: ir.Node, folder: Path) -> str:
     if node.op_type == "Swish":
         return "HTP computes Swish wrongly in uint16: write Sigmoid, rounded, and Mul"
     if node.op_type in _NORMS and _rank(node.inputs[0]) == 4:
@@ -49,12 +49,12 @@ def _wrong(node: ir.Node) -> str:
     zero_point = node.inputs[2] if len(node.inputs) > 2 else None
     if zero_point is None:
         return "HTP takes int4 weights without a zero_point for others: give one of zeros"
-    if zero_point.const_value is not None and np.asarray(zero_point.const_value.numpy(), np.int8).any():
+    if zero_point.const_value is not None and constant_values(zero_point.const_value, folder).any():
         return "HTP takes int4 weights with a zero point of 0 alone"
     scales = node.inputs[1]
     if scales is None or scales.const_value is None or len(scales.const_value.shape) < 2:
         return ""
-    return _unsnapped(np.asarray(scales.const_value.numpy(), np.float64))
+    return _unsnapped(constant_values(scales.const_value, folder).astype(np.float64))
 
 
 def _unsnapped(scales: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> str:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
+import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from toolkit.errors import BundleError
 
@@ -75,6 +77,29 @@ def external_bytes(path: Path) -> int:
     graph."""
     tensors = [value.const_value for value in load_graph(path).graph.initializers.values()]
     return sum(int(tensor.length or 0) for tensor in tensors if isinstance(tensor, ir.ExternalTensor))
+
+
+def constant_values(tensor: ir.TensorProtocol, folder: Path) -> NDArray[Any]:
+    """Reads the numbers of an initializer, from its data file in `folder` where they lie there.
+
+    onnx_ir refuses files with several names, which bundles made in one pass are. Raises BundleError for a data file
+    that is not in the folder, or too short.
+    """
+    if not isinstance(tensor, ir.ExternalTensor):
+        return np.asarray(tensor.numpy())
+    location, nbytes = str(tensor.location), int(tensor.length or 0)
+    path = folder / location
+    if Path(location).name != location or not path.is_file():
+        raise BundleError(f"{tensor.name} lies in {location!r}, which is no file of {folder}")
+    with path.open("rb") as file:
+        file.seek(int(tensor.offset or 0))
+        content = np.frombuffer(file.read(nbytes), np.uint8)
+    if content.size < nbytes:
+        raise BundleError(f"{path} ends before the numbers of {tensor.name}")
+    if tensor.dtype.bitwidth < 8:
+        levels = np.stack([content & 15, content >> 4], axis=-1).reshape(-1)[: tensor.size]
+        return np.asarray((levels ^ np.uint8(8)).view(np.int8) - np.int8(8)).reshape(tensor.shape.numpy())
+    return content.view(tensor.dtype.numpy()).reshape(tensor.shape.numpy())
 
 
 def load_graph(path: Path) -> ir.Model:

@@ -10,6 +10,7 @@ from typing import Any, Final
 import yaml
 
 from toolkit.errors import RecipeError
+from toolkit.files import read_text
 from toolkit.recipe.check import check_recipe, check_rule, check_target, check_tasks
 from toolkit.recipe.recipe import QuantRule, Recipe
 from toolkit.recipe.tree import find_recipe, meant_recipe
@@ -19,6 +20,7 @@ from toolkit.typed_json import JsonObject
 
 # What has no default: a recipe is one model for one target.
 REQUIRED_KEYS: Final = ("name", "model", "target")
+_MAX_BYTES: Final = 1 << 20
 
 
 def load_recipe(name_or_path: str, changes: Sequence[str] = (), checkpoint: str | None = None) -> Recipe:
@@ -72,12 +74,30 @@ def _filled(raw: JsonObject) -> JsonObject:
 
 def _read(path: Path) -> JsonObject:
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as problem:
+        raw = _parsed(read_text(path, _MAX_BYTES, RecipeError))
+    except ValueError as problem:
         raise RecipeError(f"recipe {path} cannot be read: {' '.join(str(problem).split())[:200]}") from None
     if not isinstance(raw, dict):
         raise RecipeError(f"recipe {path} holds a {type(raw).__name__}, expected keys and values")
     return raw
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML without anchors, which nine levels deep are gigabytes."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """Refuses an alias where one comes."""
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("anchors and aliases are not read: write the value out")
+        return super().compose_node(parent, index)
+
+
+def _parsed(text: str) -> Any:
+    """What YAML means. Raises ValueError for what is none, or for a value such as `!!int x` that cannot be."""
+    try:
+        return yaml.load(text, _PlainLoader)
+    except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as problem:
+        raise ValueError(str(problem) or type(problem).__name__) from None
 
 
 def _anchor(raw: JsonObject, folder: Path) -> None:
@@ -106,9 +126,10 @@ def _apply(raw: JsonObject, change: str) -> None:
     if not equals or not key:
         raise RecipeError(f"--set {change}: expected key=value, such as context_length=8192 or quantize.0.bits=8")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise RecipeError(f"--set {change}: the value is not YAML") from None
+        value = _parsed(text)
+    except ValueError as problem:
+        reason = " ".join(str(problem).split())[:120]
+        raise RecipeError(f"--set {change[:120]}: the value is not YAML of a recipe: {reason}") from None
     place: Any = raw
     *path, last = key.split(".")
     try:
