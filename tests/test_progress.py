@@ -28,6 +28,7 @@ def test_lines_say_phase_count_time_and_what_is_left(
     monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
     with progress_line() as told:
         calibrating, packing = counted(told, "calibrate", 4), counted(told, "pack")
+        now[0] += 10
         calibrating("calibrated layer 0")
         now[0] += 30
         calibrating("calibrated layer 1")
@@ -35,8 +36,8 @@ def test_lines_say_phase_count_time_and_what_is_left(
             packing(f"model.layers.0.self_attn.{tensor}.weight")
         told("speed")
     assert capsys.readouterr().err.splitlines() == [
-        "calibrate 1 of 4, 0 s, about 0 s left: calibrated layer 0",
-        "calibrate 2 of 4, 30 s, about 30 s left: calibrated layer 1",
+        "calibrate 1 of 4, 10 s, about 30 s left: calibrated layer 0",
+        "calibrate 2 of 4, 40 s, about 40 s left: calibrated layer 1",
         "pack, 0 s: model.layers.0",
         "speed",
     ]

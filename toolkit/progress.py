@@ -87,11 +87,14 @@ class _Lines:
     def __init__(self) -> None:
         self._seen: set[tuple[str, str]] = set()
         self._phase, self._begun = "", time.perf_counter()
+        self._last = self._begun
 
     def __call__(self, name: str) -> None:
         step = name if isinstance(name, FinishedStep) else FinishedStep(name)
         if step.phase != self._phase:
-            self._phase, self._begun = step.phase, time.perf_counter()
+            # A step is told when it is done: its phase began with the one before.
+            self._phase, self._begun = step.phase, self._last
+        self._last = time.perf_counter()
         shown = ".".join(step.split(".")[:3]) if step.startswith("model.layers.") else str(step)
         if (step.phase, shown) not in self._seen:
             sys.stderr.write(self._told(step, shown) + "\n")
