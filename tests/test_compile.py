@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 import pytest
 
-from tests.command_line import called
+from tests.command_line import called, run
 from tests.compiler import needs_compiler
 from tests.exports import IN_TWO_PARTS, Exports
 from tests.graphs import EIGHT_BITS, SET_EIGHT_BITS
@@ -404,14 +404,14 @@ def test_the_plan_counts_the_binaries(tiny_r1: Path, tmp_path: Path) -> None:
 @needs_compiler
 def test_validate_measures_in_the_simulator(compiled_copy: Path) -> None:
     words = ["--no-tasks", "--no-speed", "--no-baseline", "--tokens", "140"]
-    done = called("validate", str(compiled_copy), *words, "--simulate-tokens", "139")
+    done = run("validate", str(compiled_copy), *words, "--simulate-tokens", "139")
     assert done.returncode == 0 and "beside the checkpoint on 139: mean KLD" in done.stdout, done.stderr
     report = _report(compiled_copy)
     assert 0 < report["simulator"]["hidden_rms_error"] < 0.02 and report["simulator"]["tokens"] == 136
     assert report["ceiling"] and sum(row["compiled"] for row in report["partition"]) == 4
     absent = {entry["name"]: entry["reason"] for entry in report["not_measured"]}
     assert not absent.keys() & {"simulator", "partition.bin_bytes", "partition.nodes_on_ep"}
-    assert called("validate", str(compiled_copy), *words, "--no-simulate").returncode == 0
+    assert run("validate", str(compiled_copy), *words, "--no-simulate").returncode == 0
     absent = {entry["name"]: entry["reason"] for entry in _report(compiled_copy)["not_measured"]}
     assert absent["simulator"] == "left out by --no-simulate"
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from tests.command_line import called
+from tests.command_line import run
 from tests.exports import Exports
 from tests.graphs import EIGHT_BITS, export_bundle
 from tests.prompts import NEW_TOKENS, prompt_lengths, prompt_of, reference_tokens
@@ -272,11 +272,11 @@ def test_a_bundle_without_its_provider_says_what_to_do(
     with pytest.raises(MachineError, match=f"no {provider} with its device, .*{package}.*--on-cpu"):
         open_model(quantized[target])
     words = ["generate", str(quantized[target]), "--prompt", "Add 4 and 5."]
-    refused = called(*words)
+    refused = run(*words)
     last = refused.stderr.splitlines()[-1]
     assert refused.returncode == 2 and refused.stdout == ""
     assert last.startswith("error: ") and all(word in last for word in (provider, package, "--on-cpu"))
-    done = called(*words, "--on-cpu")
+    done = run(*words, "--on-cpu")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().endswith("9")
 
@@ -292,7 +292,7 @@ def test_directml_is_where_genai_was_built_with_it(built_with_dml: bool, monkeyp
 def test_a_provider_that_takes_no_node_is_not_passed_over(quantized: dict[str, Path]) -> None:
     pytest.importorskip("onnxruntime_qnn")
     # In a process of its own: a plugin stays registered.
-    done = called("generate", str(quantized["qnn"]), "--prompt", "Add 4 and 5.")
+    done = run("generate", str(quantized["qnn"]), "--prompt", "Add 4 and 5.")
     assert done.returncode == 2 and "--on-cpu" in done.stderr.splitlines()[-1]
 
 
@@ -352,7 +352,7 @@ def test_a_cache_beyond_the_machine_is_refused_with_a_context_that_fits(
     ],
 )
 def test_a_window_that_cannot_be_is_refused(recipe: str, window: str, message: str, tmp_path: Path) -> None:
-    done: subprocess.CompletedProcess[str] = called(
+    done: subprocess.CompletedProcess[str] = run(
         "export", recipe, "--out", str(tmp_path / "b"), "--set", f"window={window}", "--no-validate"
     )
     assert done.returncode == 2 and list(tmp_path.iterdir()) == []
