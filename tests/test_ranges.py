@@ -82,7 +82,7 @@ def test_an_interrupted_pass_goes_on_after_the_last_whole_layer(
 
     class Counted(watched):  # type: ignore[misc, valid-type]
         def __init__(self, *given: Any) -> None:
-            passed.append(given[-1])
+            passed.append(given[-1].anatomy.index)
             super().__init__(*given)
 
     monkeypatch.setattr(ranging, "_WatchedLayer", Counted)
