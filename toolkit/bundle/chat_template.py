@@ -62,7 +62,7 @@ def special_tokens(folder: Path) -> dict[str, str]:
     return {name: text for name, text in texts.items() if text}
 
 
-def tokenizer_config(folder: Path) -> dict[str, Any]:
+def tokenizer_config(folder: Path) -> Mapping[str, Any]:
     """tokenizer_config.json; empty where the checkpoint has none."""
     path = folder / TOKENIZER_CONFIG_FILE
     return read_json(path, _MAX_BYTES, CheckpointError, "a checkpoint has one") if path.is_file() else {}

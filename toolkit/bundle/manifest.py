@@ -32,10 +32,9 @@ class CalibrationText:
 
 @dataclass(frozen=True)
 class ChangedFile:
-    """A file that is not the checkpoint's own: what in it is changed, and why."""
+    """A file that is not the checkpoint's own, or not read as it is meant: what is otherwise, a line each."""
 
     name: str
-    what: str
     why: tuple[str, ...]
 
 

@@ -37,7 +37,7 @@ _STUB_TOKENIZER: Final = {
     "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
     "model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": []},
 }
-_STUB_SETTINGS: Final = {
+STUB_SETTINGS: Final = {
     "model": {
         "type": "llama",
         "vocab_size": 2,
@@ -84,17 +84,18 @@ def checked_template(text: str, special_tokens: Mapping[str, str]) -> CheckedTem
     return from_json(CheckedTemplate, made, "the checked template")
 
 
-def _checked(raw: dict[str, Any]) -> object:
+def _checked(raw: Mapping[str, Any]) -> object:
     """In the child: the first of the original, its rewriting and its exact rewriting that renders as jinja2 does."""
     job = from_json(TemplateJob, raw, "the job")
     _bound_memory()
     try:
-        return to_json(_best(job))
+        return to_json(best_template(job))
     except UnsupportedError as problem:
         return {"error": str(problem)}
 
 
-def _best(job: TemplateJob) -> CheckedTemplate:
+def best_template(job: TemplateJob) -> CheckedTemplate:
+    """As `checked_template`, in this process and without bounds."""
     wanted = _wanted(job)
     if not wanted:
         raise UnsupportedError("the chat template renders no conversation in jinja2: put another beside it")
@@ -104,11 +105,8 @@ def _best(job: TemplateJob) -> CheckedTemplate:
         if isinstance(changes, str):
             problem = changes
             continue
-        rendered = _rendered(text, job, [probe for probe, _ in wanted])
-        differs = tuple(p.name for (p, right), made in zip(wanted, rendered, strict=True) if made not in right)
-        plain = next((made for (p, _), made in zip(wanted, rendered, strict=True) if p is PROBES[0]), None)
-        tried.append(CheckedTemplate(text, changes, differs, opens_thought(plain or "")))
-        if not differs:
+        tried.append(_tried(text, changes, job, wanted))
+        if not tried[-1].differs:
             return tried[-1]
     best = min(tried, key=lambda found: len(found.differs))
     with_tools = {probe.name for probe in PROBES if probe.tools}
@@ -116,6 +114,20 @@ def _best(job: TemplateJob) -> CheckedTemplate:
         why = problem or f"{best.differs[0]} comes out otherwise than in jinja2"
         raise UnsupportedError(f"the chat template does not work in onnxruntime-genai ({why}): put another beside it")
     return best
+
+
+def as_it_stands(job: TemplateJob) -> CheckedTemplate:
+    """The template without a change, and what of it comes out otherwise."""
+    return _tried(job.text, (), job, _wanted(job))
+
+
+def _tried(
+    text: str, changes: tuple[str, ...], job: TemplateJob, wanted: list[tuple[Probe, set[str]]]
+) -> CheckedTemplate:
+    rendered = _rendered(text, job, [probe for probe, _ in wanted])
+    differs = tuple(p.name for (p, right), made in zip(wanted, rendered, strict=True) if made not in right)
+    plain = next((made for (p, _), made in zip(wanted, rendered, strict=True) if p is PROBES[0]), None)
+    return CheckedTemplate(text, changes, differs, opens_thought(plain or ""))
 
 
 def _candidates(job: TemplateJob) -> Iterator[tuple[str, tuple[str, ...] | str]]:
@@ -164,20 +176,24 @@ def _rendered(text: str, job: TemplateJob, probes: list[Probe]) -> list[str | No
     with tempfile.TemporaryDirectory() as folder:
         for name, value in (
             (names.TOKENIZER_FILE, _STUB_TOKENIZER),
-            (names.GENAI_CONFIG_FILE, _STUB_SETTINGS),
+            (names.GENAI_CONFIG_FILE, STUB_SETTINGS),
             (TOKENIZER_CONFIG_FILE, config),
         ):
             write_json(Path(folder) / name, value)
-        tokenizer = _opened(folder)
+        tokenizer = open_tokenizer(folder)
     return [_one(tokenizer, probe) for probe in probes]
 
 
-def _opened(folder: str) -> Any:
+def open_tokenizer(folder: str) -> Any:
+    """onnxruntime-genai's tokenizer of a folder, without its weights. Raises MachineError if genai is not here."""
     try:
         import onnxruntime_genai as og
     except ImportError:
         raise MachineError("onnxruntime-genai is not installed: pip install onnxruntime-genai") from None
-    return og.Tokenizer(folder)
+    try:
+        return og.Tokenizer(folder)
+    except TypeError:
+        raise MachineError("this onnxruntime-genai reads no tokenizer by itself: install 0.18 or later") from None
 
 
 def _one(tokenizer: Any, probe: Probe) -> str | None:

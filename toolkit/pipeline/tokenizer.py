@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from toolkit import names
 from toolkit.bundle.chat_template import ORIGINAL_FILE, shipped_template, special_tokens, tokenizer_config
@@ -15,7 +16,8 @@ from toolkit.bundle.stop_tokens import StopToken
 from toolkit.checkpoint.opened import Checkpoint
 from toolkit.checkpoint.side_files import GENERATION_FILE, TEMPLATE_FILE, TOKENIZER_CONFIG_FILE
 from toolkit.errors import CheckpointError
-from toolkit.evaluate.opens import CheckedTemplate, checked_template
+from toolkit.evaluate.encodes import checked_tokenizer
+from toolkit.evaluate.opens import checked_template
 from toolkit.files import write_json, write_text
 from toolkit.typed_json import to_json
 
@@ -24,12 +26,12 @@ _COPIED: Final = (names.TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, GENERATION_FILE, 
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """The files to write beside the graphs: names to copy, the template as it goes into tokenizer_config.json, and what
-    is changed and why. `template` is None where the checkpoint has none, or its own is right as it stands."""
+    """The files to write beside the graphs: names to copy, tokenizer_config.json where it is not the checkpoint's own,
+    the chat template as it was, and what is changed and why."""
 
     copied: tuple[str, ...] = ()
-    template: CheckedTemplate | None = None
-    original: str = ""
+    config: Mapping[str, Any] | None = None
+    template: str = ""
     opens_thought: bool = False
     changed: tuple[ChangedFile, ...] = ()
 
@@ -37,30 +39,58 @@ class TokenizerFiles:
 def plan_tokenizer(checkpoint: Checkpoint) -> TokenizerFiles:
     """What a bundle of this checkpoint gets; nothing for random weights.
 
-    Raises CheckpointError without tokenizer.json, UnsupportedError for a chat template that cannot be made to work.
+    Raises CheckpointError without tokenizer.json, UnsupportedError for a tokenizer or a chat template that cannot be
+    made to work.
     """
     folder = checkpoint.folder
     if checkpoint.synthetic:
         return TokenizerFiles()
     if not (folder / names.TOKENIZER_FILE).is_file():
-        raise CheckpointError(f"{folder} has no {names.TOKENIZER_FILE}: onnxruntime-genai needs it")
-    copied = TokenizerFiles(tuple(name for name in _COPIED if (folder / name).is_file()))
+        raise CheckpointError(f"{folder} has no {names.TOKENIZER_FILE}: {_how_to_get_one(folder)}")
+    given = tokenizer_config(folder)
+    plain = {key: value for key, value in given.items() if key != "chat_template"} or _made(checkpoint)
+    checked = checked_tokenizer(folder / names.TOKENIZER_FILE, plain)
+    reasons = list(checked.changes) + [f"encoded otherwise even so: {name}" for name in checked.differs]
+    config = checked.config
+    if not given:
+        reasons.append(f"the checkpoint has no {TOKENIZER_CONFIG_FILE}")
     shipped = shipped_template(folder)
-    if shipped is None:
-        return copied
-    checked = checked_template(shipped.text, special_tokens(folder))
-    given = tokenizer_config(folder).get("chat_template")
-    reasons = list(checked.changes)
-    if shipped.others:
-        reasons.append(f"templates named {', '.join(shipped.others)} are left out: one is read")
-    if given != shipped.text:
+    opens, template = False, ""
+    if shipped is not None:
+        made = checked_template(shipped.text, special_tokens(folder))
+        opens, template = made.opens_thought, shipped.text
+        config = {**config, "chat_template": made.text}
+        reasons += [f"chat template: {change}" for change in made.changes]
+        reasons += [f"chat template, not as in jinja2 even so: {name}" for name in made.differs]
+        if shipped.others:
+            reasons.append(f"chat templates named {', '.join(shipped.others)} are left out: one is read")
+    copied = tuple(name for name in _COPIED if (folder / name).is_file())
+    if config == given:
+        changed = (ChangedFile(TOKENIZER_CONFIG_FILE, tuple(reasons)),) if reasons else ()
+        return TokenizerFiles(copied, None, template, opens, changed)
+    if shipped is not None and shipped.source != TOKENIZER_CONFIG_FILE:
         reasons.append(f"{shipped.source} stands where every release of onnxruntime-genai reads it")
-    reasons += [f"not as in jinja2: {name}" for name in checked.differs]
-    if not reasons:
-        return replace(copied, original=shipped.text, opens_thought=checked.opens_thought)
-    names_left = tuple(name for name in copied.copied if name != TEMPLATE_FILE)
-    changed = ChangedFile(TOKENIZER_CONFIG_FILE, f"chat_template of {shipped.source}", tuple(reasons))
-    return TokenizerFiles(names_left, checked, shipped.text, checked.opens_thought, (changed,))
+    kept = tuple(name for name in copied if name not in (TEMPLATE_FILE, TOKENIZER_CONFIG_FILE))
+    return TokenizerFiles(kept, config, template, opens, (ChangedFile(TOKENIZER_CONFIG_FILE, tuple(reasons)),))
+
+
+def _how_to_get_one(folder: Path) -> str:
+    if any(folder.glob("*.model")):
+        return (
+            "onnxruntime-genai needs it: with transformers and sentencepiece, "
+            "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) makes it"
+        )
+    return "onnxruntime-genai needs it"
+
+
+def _made(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """Settings for a tokenizer that has none: a class that every release knows, and the config's own tokens."""
+    vocabulary, config = checkpoint.side.vocabulary, checkpoint.config
+    texts = {} if vocabulary is None else {k: v for v, k in {**vocabulary.tokens, **vocabulary.added}.items()}
+    ids = {"bos_token": config.bos_token_id, "eos_token": next(iter(config.eos_token_ids), None)}
+    known = {name: texts[number] for name, number in ids.items() if number in texts}
+    said = special_tokens(checkpoint.folder)
+    return {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": False, **known, **said}
 
 
 def write_tokenizer(
@@ -72,11 +102,12 @@ def write_tokenizer(
     for name in planned.copied:
         shutil.copyfile(checkpoint.folder / name, bundle / name)
     written = [*planned.copied, REASONING_FILE]
-    if planned.template is not None:
-        config = {**tokenizer_config(checkpoint.folder), "chat_template": planned.template.text}
-        write_json(bundle / TOKENIZER_CONFIG_FILE, config)
-        write_text(bundle / ORIGINAL_FILE, planned.original)
-        written += [name for name in (TOKENIZER_CONFIG_FILE, ORIGINAL_FILE) if name not in written]
-    said = reasoning(checkpoint.side, planned.original, planned.opens_thought, stop_tokens)
+    if planned.config is not None:
+        write_json(bundle / TOKENIZER_CONFIG_FILE, planned.config)
+        written.append(TOKENIZER_CONFIG_FILE)
+        if planned.template not in ("", planned.config.get("chat_template")):
+            write_text(bundle / ORIGINAL_FILE, planned.template)
+            written.append(ORIGINAL_FILE)
+    said = reasoning(checkpoint.side, planned.template, planned.opens_thought, stop_tokens)
     write_json(bundle / REASONING_FILE, to_json(said))
     return written

@@ -1,0 +1,136 @@
+"""Tokenizers: which settings make onnxruntime-genai encode as `tokenizers` does, what is named, what is refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from toolkit.bundle.reasoning import Marker, reasoning
+from toolkit.checkpoint.opened import Checkpoint, open_checkpoint
+from toolkit.checkpoint.side_files import Sampling
+from toolkit.errors import CheckpointError, UnsupportedError
+from toolkit.evaluate.encodes import checked_tokenizer
+from toolkit.pipeline.tokenizer import plan_tokenizer, write_tokenizer
+
+WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+KNOWN = {"tokenizer_class": "Qwen2Tokenizer", "bos_token": "<s>", "eos_token": "</s>"}
+TEXT = ["Hello world, it's 1984.", "你好 naïve café\n", "def f(x): return x"] * 4
+
+
+def tokenizer(folder: Path, regex: str = WORDS, normalizer: normalizers.Normalizer | None = None) -> Path:
+    made = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(regex), "isolated")
+    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_])
+    made.decoder = decoders.ByteLevel()
+    if normalizer is not None:
+        made.normalizer = normalizer
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=alphabet, special_tokens=["<s>", "</s>"], show_progress=False
+    )
+    made.train_from_iterator(TEXT, trainer)
+    made.add_special_tokens([AddedToken("<|left|>", lstrip=True, normalized=False)])
+    made.save(str(folder / "tokenizer.json"))
+    return folder / "tokenizer.json"
+
+
+def test_settings_that_are_right_stay(tmp_path: Path) -> None:
+    made = checked_tokenizer(tokenizer(tmp_path), KNOWN)
+    assert (made.config, made.changes) == (KNOWN, ())
+    assert made.differs == ("added token <|left|>",)  # genai keeps the blank before it
+
+
+@pytest.mark.parametrize(
+    ("config", "change"),
+    [
+        ({**KNOWN, "tokenizer_class": "MyTokenizer"}, "PreTrainedTokenizerFast instead of MyTokenizer"),
+        ({**KNOWN, "tokenizer_class": None}, "null is taken for absent"),
+        ({**KNOWN, "model_max_length": None}, "null is taken for absent"),
+    ],
+)
+def test_settings_that_genai_does_not_read_are_changed(tmp_path: Path, config: dict[str, object], change: str) -> None:
+    made = checked_tokenizer(tokenizer(tmp_path), config)
+    assert change in " ".join(made.changes)
+    assert made.differs == ("added token <|left|>",)
+
+
+def test_what_a_normalizer_alone_changes_is_named(tmp_path: Path) -> None:
+    made = checked_tokenizer(tokenizer(tmp_path, normalizer=normalizers.NFC()), KNOWN)
+    assert made.differs == ("letters apart from their accents", "added token <|left|>")
+
+
+@pytest.mark.parametrize("regex", [r"'(?i:[sdmt])|[^\r\n\p{L}]?+\p{L}+|\s+(?!\S)|\s+"])
+def test_a_tokenizer_that_genai_does_not_open_is_refused_in_a_line(tmp_path: Path, regex: str) -> None:
+    with pytest.raises(UnsupportedError, match=r"cannot use .*tokenizer\.json: ") as caught:
+        checked_tokenizer(tokenizer(tmp_path, regex), KNOWN)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_whose_everyday_texts_come_out_otherwise_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match=r"encodes words, .* otherwise"):
+        checked_tokenizer(tokenizer(tmp_path, normalizer=normalizers.Replace(" ", "_")), KNOWN)
+
+
+def folder_of(tiny_r1: Path, tmp_path: Path) -> Checkpoint:
+    for path in tiny_r1.iterdir():
+        if path.is_file():
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    return open_checkpoint(tmp_path)
+
+
+def test_a_checkpoint_that_is_right_is_copied(tiny_r1: Path, tmp_path: Path) -> None:
+    (tmp_path / "bundle").mkdir()
+    checkpoint = folder_of(tiny_r1, tmp_path)
+    planned = plan_tokenizer(checkpoint)
+    assert (planned.config, planned.changed, planned.opens_thought) == (None, (), True)
+    names = write_tokenizer(planned, checkpoint, (), tmp_path / "bundle")
+    assert sorted(names) == ["generation_config.json", "reasoning.json", "tokenizer.json", "tokenizer_config.json"]
+    said = json.loads((tmp_path / "bundle" / "reasoning.json").read_text(encoding="utf-8"))
+    assert said["begin_of_thought"]["text"] == "<think>" and said["prompt_opens_thought"] is True
+    vocabulary = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    ids = {token["content"]: token["id"] for token in vocabulary["added_tokens"]}
+    assert said["end_of_thought"] == {"text": "</think>", "id": ids["</think>"]}
+
+
+def test_a_checkpoint_without_settings_gets_some(tiny_r1: Path, tmp_path: Path) -> None:
+    checkpoint = folder_of(tiny_r1, tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    planned = plan_tokenizer(checkpoint)
+    assert planned.config is not None
+    assert planned.config["eos_token"] == "<｜end▁of▁sentence｜>"
+    assert planned.changed[0].why == ("the checkpoint has no tokenizer_config.json",)
+
+
+def test_a_template_in_a_file_of_its_own_goes_where_every_release_reads_it(tiny_r1: Path, tmp_path: Path) -> None:
+    checkpoint = folder_of(tiny_r1, tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(
+        "{% if true %}\n{{ messages[0].content }}{% endif %}", encoding="utf-8"
+    )
+    planned = plan_tokenizer(checkpoint)
+    assert planned.config is not None
+    assert planned.config["chat_template"] == "{% if true %}{{ messages[0].content }}{% endif %}"
+    assert "chat_template.jinja" not in planned.copied
+    (tmp_path / "bundle").mkdir()
+    write_tokenizer(planned, checkpoint, (), tmp_path / "bundle")
+    original = (tmp_path / "bundle" / "chat_template.original.jinja").read_text(encoding="utf-8")
+    assert original == planned.template
+
+
+def test_a_sentencepiece_model_alone_is_refused_with_a_way_out(tiny_r1: Path, tmp_path: Path) -> None:
+    checkpoint = folder_of(tiny_r1, tmp_path)
+    (tmp_path / "tokenizer.json").rename(tmp_path / "tokenizer.model")
+    with pytest.raises(CheckpointError, match="save_pretrained"):
+        plan_tokenizer(checkpoint)
+
+
+def test_a_model_that_does_not_think_has_no_markers(tiny_r1: Path) -> None:
+    side = replace(open_checkpoint(tiny_r1).side, vocabulary=None)
+    said = reasoning(side, "{{ messages }}", False, ())
+    assert (said.begin_of_thought, said.end_of_thought, said.prompt_opens_thought) == (None, None, False)
+    assert reasoning(side, "</think>", True, ()).end_of_thought == Marker("</think>")
+    assert isinstance(said.sampling, Sampling)

@@ -1,0 +1,132 @@
+"""Whether onnxruntime-genai's tokenizer encodes texts as `tokenizers` does, and which settings make it so.
+
+Runs in a process of its own: native code reads what somebody else wrote. No weights are read for it.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from toolkit import names
+from toolkit.apart import ChildFailed, answer, run_apart
+from toolkit.checkpoint.side_files import TOKENIZER_CONFIG_FILE
+from toolkit.errors import UnsupportedError
+from toolkit.evaluate.opens import STUB_SETTINGS, open_tokenizer
+from toolkit.files import write_json
+
+_SECONDS: Final = 120
+# Classes that onnxruntime-genai knows, for a tokenizer.json of a class that it does not.
+_KNOWN_CLASSES: Final = ("PreTrainedTokenizerFast", "LlamaTokenizerFast", "GemmaTokenizerFast")
+_TEXTS: Final = {
+    "words": "Hello world, this is a sentence.",
+    "contractions": "It's what we'll do, don't you think? I'LL go.",
+    "digits": "In 1984 it was 3.14159 or 100000000 of 12,345",
+    "code": "def f(x):\n    return x + 1\n\n\tif a == b:\n        pass\n",
+    "lines": "a\n\n\nb \n c\r\nd",
+    "leading spaces": "  two before, two after  ",
+    "Chinese, Japanese, Korean": "你好，世界！日本語のテキスト。안녕하세요",
+    "emoji": "🙂👩‍👩‍👧✨ ok",
+    "accents": "naïve café ÀÉÎ ΑΒΓ привет",
+    "markers": "<think>\nso\n</think>\n\n4",
+    "letters apart from their accents": "e\u0301 a\u0300",
+    "signs of one width": "ﬁ Å ① \u3000 \u00a0x",
+    "white space alone": " \n \t ",
+    "a long word": "A" * 70,
+}
+# What few prompts hold, or a normalizer alone treats; the rest is what every prompt has.
+_RARE: Final = ("letters apart from their accents", "signs of one width", "white space alone", "a long word")
+# How many of the everyday texts may come out otherwise before prompts are wrong altogether.
+_MOST_DIFFERENT: Final = 4
+
+
+@dataclass(frozen=True)
+class CheckedTokenizer:
+    """tokenizer_config.json as onnxruntime-genai gets it, without a chat template. `changes` say what is otherwise in
+    it than in the original, `differs` names the kinds of text that are encoded otherwise even so."""
+
+    config: Mapping[str, Any]
+    changes: tuple[str, ...]
+    differs: tuple[str, ...]
+
+
+def checked_tokenizer(tokenizer_file: Path, config: Mapping[str, Any]) -> CheckedTokenizer:
+    """The settings, changed where onnxruntime-genai would not read them or encode texts otherwise than `tokenizers`.
+
+    Raises UnsupportedError where no settings make it open the tokenizer, or most texts are encoded otherwise.
+    """
+    job = {"tokenizer": str(tokenizer_file.resolve()), "config": dict(config)}
+    try:
+        made = run_apart("toolkit.evaluate.encodes", job, timeout_s=_SECONDS)
+    except ChildFailed as failure:
+        raise UnsupportedError(f"onnxruntime-genai cannot use {tokenizer_file}: {failure.reason}") from None
+    if made["problem"]:
+        raise UnsupportedError(f"onnxruntime-genai cannot use {tokenizer_file}: {made['problem']}")
+    differs = tuple(made["differs"])
+    everyday = [name for name in differs if name not in _RARE and not name.startswith("added token ")]
+    if len(everyday) > _MOST_DIFFERENT:
+        raise UnsupportedError(
+            f"onnxruntime-genai encodes {', '.join(everyday)} otherwise than {tokenizer_file} says: it does not know "
+            "this kind of tokenizer"
+        )
+    return CheckedTokenizer(made["config"], tuple(made["changes"]), differs)
+
+
+def _checked(job: Mapping[str, Any]) -> object:
+    """In the child: the settings that come nearest, the given ones before others that are as near."""
+    from tokenizers import Tokenizer
+
+    path, given = Path(job["tokenizer"]), job["config"]
+    right = Tokenizer.from_file(str(path))
+    added = {token.content: token for token in right.get_added_tokens_decoder().values()}
+    texts = _TEXTS | {f"added token {text}": f"a {text} b{text}c  {text}\n d" for text in sorted(added)[:64]}
+    wanted = {name: right.encode(text, add_special_tokens=False).ids for name, text in texts.items()}
+    problem, found = "", []
+    for changes, config in _candidates(given):
+        try:
+            encoded = _encoded(path, config, texts)
+        except Exception as failure:  # whatever the runtime throws
+            problem = problem or " ".join(str(failure).split())[:200]
+            continue
+        found.append(([name for name, ids in wanted.items() if encoded[name] != ids], changes, config))
+        if not found[-1][0]:
+            break
+    if not found:
+        return {"problem": problem or "it does not open", "config": {}, "changes": [], "differs": []}
+    differs, changes, config = min(found, key=lambda entry: len(entry[0]))
+    return {"problem": "", "config": config, "changes": changes, "differs": differs}
+
+
+def _candidates(given: Mapping[str, Any]) -> Iterator[tuple[list[str], Mapping[str, Any]]]:
+    """Settings to try, each with what is changed in them."""
+    yield [], given
+    whole = {key: value for key, value in given.items() if value is not None}
+    dropped = ["null is taken for absent"] if len(whole) < len(given) else []
+    if dropped:
+        yield dropped, whole
+    kept = {**whole, "add_bos_token": False, "add_eos_token": False}
+    for flag in ("add_bos_token", "add_eos_token"):
+        if whole.get(flag):
+            yield [*dropped, "no tokens are added that the chat template does not write"], kept
+            break
+    for known in _KNOWN_CLASSES:
+        name = given.get("tokenizer_class")
+        if known != name:
+            yield [*dropped, f"tokenizer_class is {known} instead of {name}"], {**whole, "tokenizer_class": known}
+
+
+def _encoded(tokenizer_file: Path, config: Mapping[str, Any], texts: Mapping[str, str]) -> dict[str, list[int]]:
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copyfile(tokenizer_file, Path(folder) / names.TOKENIZER_FILE)
+        write_json(Path(folder) / names.GENAI_CONFIG_FILE, STUB_SETTINGS)
+        write_json(Path(folder) / TOKENIZER_CONFIG_FILE, config)
+        tokenizer = open_tokenizer(folder)
+        return {name: [int(number) for number in tokenizer.encode(text)] for name, text in texts.items()}
+
+
+if __name__ == "__main__":
+    answer(_checked)
