@@ -40,6 +40,7 @@ FLOORS: Final = (
 # Each package that is not of the standard library, and the rooms that may import it.
 DEPENDENCIES: Final[dict[str, set[str]]] = {
     "click": {"cli"},
+    "filelock": {"pipeline"},
     "huggingface_hub": {"checkpoint"},
     "jinja2": {"bundle", "report"},
     "lm_eval": {"evaluate"},

@@ -21,6 +21,7 @@ from toolkit.pipeline.compile import compile_bundle, compile_exported
 from toolkit.pipeline.export import Order, export_planned, plan_exports
 from toolkit.pipeline.inspect import inspect_checkpoint, inspect_path
 from toolkit.pipeline.judge import Effort, judge_bundle
+from toolkit.pipeline.place import held
 from toolkit.pipeline.plan import ExportPlan, shorten_context
 from toolkit.recipe import Recipe, load_recipe, meant_recipe
 from toolkit.report.sections import PartitionRow, Report, Speed
@@ -133,7 +134,9 @@ def export(
         plans = plan(plans)
     bundles = export_planned(plans, progress, force, note)
     for bundle in bundles:
-        if said := compile_exported(bundle, compile, progress):
+        with held([bundle]):
+            said = compile_exported(bundle, compile, progress)
+        if said:
             note(said)
     return bundles
 
@@ -153,7 +156,8 @@ def validate(
     bundle = Path(bundle)
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = made_from(bundle, checkpoint)
-    return judge_bundle(bundle, checkpoint, effort or Effort(), progress)
+    with held([bundle]):
+        return judge_bundle(bundle, checkpoint, effort or Effort(), progress)
 
 
 def check(bundle: str | Path, *, run: bool = False) -> CheckResult:
@@ -169,7 +173,8 @@ def compile(bundle: str | Path, soc: str | None = None, *, progress: Progress = 
 
     Raises UnsupportedError for a target without such a compiler, MachineError if the compiler is not installed.
     """
-    return compile_bundle(Path(bundle), progress, soc)
+    with held([Path(bundle)]):
+        return compile_bundle(Path(bundle), progress, soc)
 
 
 def generate(bundle: str | Path, prompt: str, max_new_tokens: int = 400, *, on_cpu: bool = False) -> Answer:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,13 +16,13 @@ from toolkit import names
 from toolkit.bundle.genai_config import genai_config, pad_token_id
 from toolkit.bundle.manifest import Manifest, begin_manifest, write_manifest
 from toolkit.checkpoint.opened import Checkpoint
-from toolkit.errors import RecipeError
-from toolkit.files import write_json, write_text
+from toolkit.files import write_json
 from toolkit.machine import peak_rss_bytes
-from toolkit.partition.data_files import JOURNAL_FILE, Destination, disk_error
+from toolkit.partition.data_files import Destination, disk_error
 from toolkit.partition.lower import lower
 from toolkit.partition.pack import PackResult, pack_weights
 from toolkit.pipeline.calibration import TokenizedText, calibrate, calibration_text, stored_ranges
+from toolkit.pipeline.place import CALIBRATION_FOLDER, checked_place, held, open_work, put_in_place, written_bytes
 from toolkit.pipeline.plan import ExportPlan, check_machine, plan_export
 from toolkit.pipeline.standing import check_replaceable, is_made
 from toolkit.pipeline.tokenizer import TokenizerFiles, plan_tokenizer, write_tokenizer
@@ -37,9 +35,6 @@ from toolkit.report.summary import begin_report, write_report
 from toolkit.report.weights import ceiling_section, partition_section, quantization_section
 from toolkit.soc import SOCS
 from toolkit.typed_json import to_json
-
-_REQUEST_FILE = "request.json"
-_CALIBRATION_FOLDER = "calibration"
 
 
 class _Clock:
@@ -117,9 +112,18 @@ def export_planned(
     """
     if any(plan.precision == "int4" for plan in plans):
         require_compiler()
+    with held([plan.out for plan in plans]):
+        return _exported(plans, progress, force, note)
+
+
+def _exported(
+    plans: Sequence[ExportPlan], progress: Callable[[str], None], force: bool, note: Callable[[str], None]
+) -> list[Path]:
+    """Makes the bundles, whose places nobody else writes meanwhile."""
     clock = _Clock()
     with clock.stage("plan"):
-        plans = [replace(plan, out=_checked_place(plan.out)) for plan in plans]
+        with _disk_errors():
+            plans = [replace(plan, out=checked_place(plan.out)) for plan in plans]
         checkpoint = plans[0].checkpoint
         tokenizer = plan_tokenizer(checkpoint)
         pad = pad_token_id(checkpoint.config, checkpoint.side)
@@ -127,7 +131,7 @@ def export_planned(
         wanted = asked if force else _missing(asked, tokenizer.copied, note)
         if not wanted:
             return [plan.out for plan in plans]
-        check_machine([plan for plan, _ in wanted], _written_bytes([_partial(plan.out) for plan, _ in wanted]))
+        check_machine([plan for plan, _ in wanted], written_bytes([plan.out for plan, _ in wanted]))
         with _disk_errors():
             begun = [_begin(plan, text) for plan, text in wanted]
     with _disk_errors():
@@ -140,7 +144,7 @@ def export_planned(
             _finish(bundle, pad, result, tokenizer, clock, beside)
         # Last, so that whatever stops one of them leaves the others to go on from here.
         for bundle in begun:
-            _replace(bundle.out, bundle.partial)
+            put_in_place(bundle.out)
     return [plan.out for plan in plans]
 
 
@@ -179,7 +183,7 @@ def _calibrated(begun: _Begun, clock: _Clock, progress: Callable[[str], None]) -
         passes = 1 + any(unit.spec.rounded_by.solves for unit in plan.layout.matrices() if unit.spec)
         steps = passes * (plan.checkpoint.config.num_hidden_layers + 1)
         counting = counted(progress, "calibrate", steps)
-        made = calibrate(plan, begun.text, begun.partial, begun.partial / _CALIBRATION_FOLDER, counting)
+        made = calibrate(plan, begun.text, begun.partial, begun.partial / CALIBRATION_FOLDER, counting)
     return replace(begun, plan=made.plan, importance=made.importance, calibration=made.section)
 
 
@@ -189,7 +193,7 @@ def _ranged(packed: _Begun, clock: _Clock, progress: Callable[[str], None]) -> _
     if packed.text is None or not plan.target.form.qdq:
         return packed
     with clock.stage(f"ranges {plan.recipe.name}"):
-        work = packed.partial / _CALIBRATION_FOLDER
+        work = packed.partial / CALIBRATION_FOLDER
         counting = counted(progress, "ranges", plan.checkpoint.config.num_hidden_layers)
         made = stored_ranges(plan, packed.text, packed.partial, work, counting)
     known = made.section
@@ -216,7 +220,7 @@ def _begin(plan: ExportPlan, text: TokenizedText | None) -> _Begun:
     checkpoint = plan.checkpoint
     origin = text.origin if text else None
     manifest = begin_manifest(plan.recipe, plan.precision, checkpoint, plan.stop_tokens, origin)
-    partial = _open_partial(plan.out, manifest)
+    partial = open_work(plan.out, json.dumps(to_json(manifest)))
     return _Begun(plan, plan.out, partial, manifest, checkpoint.source.bytes_read(), text)
 
 
@@ -262,60 +266,3 @@ def _finish(
         ),
     )
     write_report(partial, report)
-
-
-def _checked_place(out: Path) -> Path:
-    """`out` as a bundle may be put there. Raises RecipeError for what is there and would be lost."""
-    if not out.name:
-        out = out.resolve()
-    if not out.name:
-        raise RecipeError(f"{out} cannot be a bundle: name a folder with --out")
-    if _old(out).exists() and not out.exists():
-        os.replace(_old(out), out)
-    if out.exists() and not (out / names.MANIFEST_FILE).is_file():
-        raise RecipeError(f"{out} exists and is not a bundle: name another --out, it will not be overwritten")
-    if out.exists() and any(path.is_dir() for path in out.iterdir()):
-        raise RecipeError(f"{out} is a bundle with folders inside, which would be lost: name another --out")
-    if (out.parent / names.MANIFEST_FILE).is_file():
-        raise RecipeError(f"{out.parent} is a bundle itself: name another --out")
-    return out
-
-
-def _open_partial(out: Path, manifest: Manifest) -> Path:
-    """The work folder; emptied unless it was begun by the same request on the same checkpoint."""
-    shutil.rmtree(_old(out), ignore_errors=True)
-    partial = _partial(out)
-    text = json.dumps(to_json(manifest))
-    marker = partial / _REQUEST_FILE
-    if not (marker.is_file() and marker.read_text(encoding="utf-8") == text):
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        write_text(marker, text)
-    return partial
-
-
-def _written_bytes(partials: list[Path]) -> int:
-    """Bytes interrupted runs already hold on the disk, a file of many names once; a sparse file's holes do not count
-    where that is known."""
-    stats = [path.stat() for partial in partials for path in partial.glob("*.data")]
-    files = {(stat.st_dev, stat.st_ino): stat for stat in stats}
-    return sum(int(getattr(stat, "st_blocks", stat.st_size // 512) * 512) for stat in files.values())
-
-
-def _replace(out: Path, partial: Path) -> None:
-    """The finished bundle in place of an older one; a kill between two lines leaves the old or the new one whole."""
-    if out.exists():
-        os.replace(out, _old(out))
-    os.replace(partial, out)
-    for name in (JOURNAL_FILE, _REQUEST_FILE):
-        (out / name).unlink()
-    shutil.rmtree(out / _CALIBRATION_FOLDER, ignore_errors=True)
-    shutil.rmtree(_old(out), ignore_errors=True)
-
-
-def _partial(out: Path) -> Path:
-    return out.with_name(out.name + ".partial")
-
-
-def _old(out: Path) -> Path:
-    return out.with_name(out.name + ".old")
