@@ -18,7 +18,9 @@ TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_to
 def main(folder: Path) -> None:
     """One line for each template that is an exception, and the counts at the end."""
     counts = dict.fromkeys(("templates", "alike as they stand", "alike as written", "of these not changed"), 0)
-    for path in sorted(folder.rglob("*.jinja")):
+    for number, path in enumerate(sorted(folder.rglob("*.jinja"))):
+        if number % 20 == 0:
+            print(f"{number} tried: {counts}", file=sys.stderr, flush=True)
         job = TemplateJob(path.read_bytes().decode("utf-8"), TOKENS)
         try:
             before = as_it_stands(job)

@@ -58,6 +58,7 @@ DIFFERENT = {
     "first and last": "{{ (messages|first).role }}{{ (messages|last)['role'] }}",
     "upper": LOOP + "{{ m.role|upper }}{{ m.role.upper() }}{{ missing|upper }}{% endfor %}",
     "replace": LOOP + "{{ m.content|replace('2', '3') }}{{ m.content.replace('2', '') }}{% endfor %}",
+    "title": LOOP + "{{ m.role|title }}{{ m.role.title() }}{% endfor %}",
     "reverse": "{% for m in messages|reverse %}{{ m.role }}{% endfor %}",
     "split once": LOOP + "{{ m.content.split('2', 1) }}{{ m.content.rsplit('2', 1)[-1] }}{% endfor %}",
     "keys and values": "{{ messages[0].keys()|join(',') }}{{ messages[0].values()|list|join(',') }}",

@@ -76,6 +76,16 @@ def test_a_tokenizer_whose_everyday_texts_come_out_otherwise_is_refused(tmp_path
         checked_tokenizer(tokenizer(tmp_path, normalizer=normalizers.Replace(" ", "_")), KNOWN)
 
 
+def test_a_class_whose_tokenizers_have_no_template_is_refused(tmp_path: Path) -> None:
+    made = Tokenizer(models.Unigram())
+    made.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = trainers.UnigramTrainer(vocab_size=80, special_tokens=["<unk>"], unk_token="<unk>", show_progress=False)
+    made.train_from_iterator(TEXT, trainer)
+    made.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UnsupportedError, match="chat template"):
+        checked_tokenizer(tmp_path / "tokenizer.json", {**KNOWN, "tokenizer_class": "T5Tokenizer"})
+
+
 def folder_of(tiny_r1: Path, tmp_path: Path) -> Checkpoint:
     for path in tiny_r1.iterdir():
         if path.is_file():

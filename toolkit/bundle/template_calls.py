@@ -72,6 +72,10 @@ class EngineExpressions(Expressions):
         if name in ("upper", "replace", "capitalize"):
             value = node.node if type_of(node.node) else nodes.Filter(node.node, "default", [], [], None, None)
             return self._text_method(nodes.Getattr(value, name, "load"), name, arguments, scope)
+        if name == "title":
+            # The engine begins words after white space alone; a role has no other.
+            self.changes.add("the filter `title`")
+            return f"{self.part(node.node, scope)}.title()"
         if name == "format" and isinstance(node.node, nodes.Const) and node.node.value == "%s" and len(arguments) == 1:
             return f"({self.part(arguments[0], scope)}|string)"
         raise UnsupportedError(f"the chat template has the filter {name}, which onnxruntime-genai lacks")

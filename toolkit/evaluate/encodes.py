@@ -5,10 +5,12 @@ Runs in a process of its own: native code reads what somebody else wrote. No wei
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -40,6 +42,7 @@ _TEXTS: Final = {
 }
 # What few prompts hold, or a normalizer alone treats; the rest is what every prompt has.
 _RARE: Final = ("letters apart from their accents", "signs of one width", "white space alone", "a long word")
+_TEMPLATE: Final = "{{ messages[0].content }}"
 # How many of the everyday texts may come out otherwise before prompts are wrong altogether.
 _MOST_DIFFERENT: Final = 4
 
@@ -59,9 +62,9 @@ def checked_tokenizer(tokenizer_file: Path, config: Mapping[str, Any]) -> Checke
 
     Raises UnsupportedError where no settings make it open the tokenizer, or most texts are encoded otherwise.
     """
-    job = {"tokenizer": str(tokenizer_file.resolve()), "config": dict(config)}
+    stat = tokenizer_file.stat()
     try:
-        made = run_apart("toolkit.evaluate.encodes", job, timeout_s=_SECONDS)
+        made = _checked_apart(str(tokenizer_file.resolve()), (stat.st_size, stat.st_mtime_ns), json.dumps(dict(config)))
     except ChildFailed as failure:
         raise UnsupportedError(f"onnxruntime-genai cannot use {tokenizer_file}: {failure.reason}") from None
     if made["problem"]:
@@ -74,6 +77,13 @@ def checked_tokenizer(tokenizer_file: Path, config: Mapping[str, Any]) -> Checke
             "this kind of tokenizer"
         )
     return CheckedTokenizer(made["config"], tuple(made["changes"]), differs)
+
+
+@lru_cache(maxsize=32)  # bundles made in one process are mostly of one checkpoint
+def _checked_apart(tokenizer_file: str, version: tuple[int, int], config: str) -> Any:
+    """What the child answers; `version` tells files of one name apart."""
+    job = {"tokenizer": tokenizer_file, "config": json.loads(config)}
+    return run_apart("toolkit.evaluate.encodes", job, timeout_s=_SECONDS)
 
 
 def _checked(job: Mapping[str, Any]) -> object:
@@ -123,8 +133,10 @@ def _encoded(tokenizer_file: Path, config: Mapping[str, Any], texts: Mapping[str
     with tempfile.TemporaryDirectory() as folder:
         shutil.copyfile(tokenizer_file, Path(folder) / names.TOKENIZER_FILE)
         write_json(Path(folder) / names.GENAI_CONFIG_FILE, STUB_SETTINGS)
-        write_json(Path(folder) / TOKENIZER_CONFIG_FILE, config)
+        write_json(Path(folder) / TOKENIZER_CONFIG_FILE, {**config, "chat_template": _TEMPLATE})
         tokenizer = open_tokenizer(folder)
+        # Tokenizers of some classes open and have no template.
+        tokenizer.apply_chat_template('[{"role": "user", "content": "a"}]', add_generation_prompt=True)
         return {name: [int(number) for number in tokenizer.encode(text)] for name, text in texts.items()}
 
 

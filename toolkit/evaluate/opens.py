@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -75,6 +76,11 @@ def checked_template(text: str, special_tokens: Mapping[str, str]) -> CheckedTem
 
     Raises UnsupportedError for one that jinja2 cannot render, that does not end, or for which no equivalent is found.
     """
+    return _checked_apart(text, tuple(special_tokens.items()))
+
+
+@lru_cache(maxsize=32)  # bundles made in one process are mostly of one checkpoint
+def _checked_apart(text: str, special_tokens: tuple[tuple[str, str], ...]) -> CheckedTemplate:
     try:
         made = run_apart("toolkit.evaluate.opens", to_json(TemplateJob(text, dict(special_tokens))), timeout_s=_SECONDS)
     except ChildFailed as failure:
