@@ -424,15 +424,15 @@ def test_killed_between_two_bundles_the_finished_one_stays_whole(
     tiny_r1: Path, small_chunks: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It shares its data files with the work folder of the other, which the next run packs anew."""
-    orders, replace, calls = _orders(tmp_path, "dml", "qnn"), export._replace, []
+    orders, replace, calls = _orders(tmp_path, "dml", "qnn"), export.put_in_place, []
 
-    def once(out: Path, partial: Path) -> None:
+    def once(out: Path) -> None:
         calls.append(out)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        replace(out, partial)
+        replace(out)
 
-    monkeypatch.setattr(export, "_replace", once)
+    monkeypatch.setattr(export, "put_in_place", once)
     with pytest.raises(KeyboardInterrupt):
         export_bundles(orders, open_checkpoint(tiny_r1))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dml", "qnn.partial"]
