@@ -12,7 +12,7 @@ from toolkit.bundle.chat_template import shipped_template, special_tokens
 from toolkit.bundle.template_jinja import compile_template, render
 from toolkit.bundle.template_probes import PROBES, Probe
 from toolkit.bundle.template_rewrite import rewrite
-from toolkit.errors import CheckpointError, UnsupportedError
+from toolkit.errors import CheckpointError, MachineError, UnsupportedError
 from toolkit.evaluate import opens
 from toolkit.evaluate.opens import TemplateJob, checked_template
 from toolkit.evaluate.opens import _rendered as rendered_by_genai
@@ -188,6 +188,17 @@ def test_a_template_that_does_not_end_is_refused(monkeypatch: pytest.MonkeyPatch
     loops = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     with pytest.raises(UnsupportedError, match="no answer within 3 s"):
         checked_template(loops, {})
+
+
+def test_without_a_genai_to_try_it_in_the_template_is_rewritten_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(folder: str) -> None:
+        raise MachineError("onnxruntime-genai is not installed")
+
+    monkeypatch.setattr(opens, "open_tokenizer", missing)
+    made = opens._checked({"text": R1, "special_tokens": TOKENS})
+    assert isinstance(made, dict)
+    assert made["differs"] == ["not tried: onnxruntime-genai is not installed"]
+    assert made["opens_thought"] and made["changes"] == ["`in` finds text in text"]
 
 
 def checkpoint(folder: Path, config: dict[str, Any] | None, files: dict[str, str] | None = None) -> Path:

@@ -12,7 +12,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from toolkit.bundle.reasoning import Marker, reasoning
 from toolkit.checkpoint.opened import Checkpoint, open_checkpoint
 from toolkit.checkpoint.side_files import Sampling
-from toolkit.errors import CheckpointError, UnsupportedError
+from toolkit.errors import CheckpointError, MachineError, UnsupportedError
+from toolkit.evaluate import encodes
 from toolkit.evaluate.encodes import checked_tokenizer
 from toolkit.pipeline.tokenizer import plan_tokenizer, write_tokenizer
 
@@ -84,6 +85,16 @@ def test_a_class_whose_tokenizers_have_no_template_is_refused(tmp_path: Path) ->
     made.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(UnsupportedError, match="chat template"):
         checked_tokenizer(tmp_path / "tokenizer.json", {**KNOWN, "tokenizer_class": "T5Tokenizer"})
+
+
+def test_without_a_genai_the_settings_are_not_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(folder: str) -> None:
+        raise MachineError("onnxruntime-genai is not installed")
+
+    monkeypatch.setattr(encodes, "open_tokenizer", missing)
+    made = encodes._checked({"tokenizer": str(tokenizer(tmp_path)), "config": KNOWN})
+    assert isinstance(made, dict)
+    assert (made["config"], made["differs"]) == (KNOWN, ["not tried: onnxruntime-genai is not installed"])
 
 
 def folder_of(tiny_r1: Path, tmp_path: Path) -> Checkpoint:

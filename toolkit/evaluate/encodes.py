@@ -17,8 +17,8 @@ from typing import Any, Final
 from toolkit import names
 from toolkit.apart import ChildFailed, answer, run_apart
 from toolkit.checkpoint.side_files import TOKENIZER_CONFIG_FILE
-from toolkit.errors import UnsupportedError
-from toolkit.evaluate.opens import STUB_SETTINGS, open_tokenizer
+from toolkit.errors import MachineError, UnsupportedError
+from toolkit.evaluate.opens import NOT_TRIED, STUB_SETTINGS, open_tokenizer
 from toolkit.files import write_json
 
 _SECONDS: Final = 120
@@ -70,7 +70,7 @@ def checked_tokenizer(tokenizer_file: Path, config: Mapping[str, Any]) -> Checke
     if made["problem"]:
         raise UnsupportedError(f"onnxruntime-genai cannot use {tokenizer_file}: {made['problem']}")
     differs = tuple(made["differs"])
-    everyday = [name for name in differs if name not in _RARE and not name.startswith("added token ")]
+    everyday = [name for name in differs if name in _TEXTS and name not in _RARE]
     if len(everyday) > _MOST_DIFFERENT:
         raise UnsupportedError(
             f"onnxruntime-genai encodes {', '.join(everyday)} otherwise than {tokenizer_file} says: it does not know "
@@ -99,6 +99,8 @@ def _checked(job: Mapping[str, Any]) -> object:
     for changes, config in _candidates(given):
         try:
             encoded = _encoded(path, config, texts)
+        except MachineError as lacking:
+            return {"problem": "", "config": given, "changes": [], "differs": [f"{NOT_TRIED}{lacking}"]}
         except Exception as failure:  # whatever the runtime throws
             problem = problem or " ".join(str(failure).split())[:200]
             continue

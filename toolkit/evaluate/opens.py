@@ -26,6 +26,7 @@ from toolkit.evaluate.thought import opens_thought
 from toolkit.files import write_json
 from toolkit.typed_json import from_json, to_json
 
+NOT_TRIED: Final = "not tried: "
 _SECONDS: Final = 60
 _MEMORY_BYTES: Final = 6 << 30
 # What the engine knows of by itself.
@@ -96,8 +97,17 @@ def _checked(raw: Mapping[str, Any]) -> object:
     _bound_memory()
     try:
         return to_json(best_template(job))
+    except MachineError as problem:
+        return to_json(_untried(job, str(problem)))
     except UnsupportedError as problem:
         return {"error": str(problem)}
+
+
+def _untried(job: TemplateJob, reason: str) -> CheckedTemplate:
+    """The rewritten template where there is no onnxruntime-genai to try it in, or the original if there is none."""
+    plain = next((max(right) for probe, right in _wanted(job) if probe is PROBES[0]), "")
+    text, changes = next(((text, why) for text, why in _candidates(job) if not isinstance(why, str)), (job.text, ()))
+    return CheckedTemplate(text, changes, (f"{NOT_TRIED}{reason}",), opens_thought(plain))
 
 
 def best_template(job: TemplateJob) -> CheckedTemplate:
