@@ -38,7 +38,7 @@ def test_an_odd_mlp_computes_as_its_checkpoint(target: str, change: str, tmp_pat
     (bundle,) = toolkit.export(plans, compile=False)
     effort = toolkit.Effort(tokens=128, tasks=False, speed=False, baseline=False, simulate=False)
     report = toolkit.validate(bundle, plans[0].opened, effort)
-    assert report["parity"]["mean_kld"] < 1e-3, report["parity"]["mean_kld"]
+    assert report.parity is not None and report.parity.mean_kld < 1e-3
 
 
 @pytest.mark.parametrize("bits", [4, 8])

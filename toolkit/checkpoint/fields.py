@@ -28,7 +28,7 @@ class Fields:
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
             expected = "a positive whole number" if least == 1 else f"a whole number from {least} on"
             upto = f" up to {most}" if most < 1 << 31 else ""
-            raise CheckpointError(f"{self.path}: {key} is {str(value)[:40]!r}, expected {expected}{upto}")
+            raise CheckpointError(f"{self.path}: {key} is {value!r:.40}, expected {expected}{upto}")
         return value
 
     def positive(self, key: str, default: float) -> float:

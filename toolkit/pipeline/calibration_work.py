@@ -14,7 +14,6 @@ from toolkit.calibrate.statistics import InputStatistics
 from toolkit.calibrate.survey import probe_tokens
 from toolkit.checkpoint.anatomy import LinearInput, decoder_of
 from toolkit.checkpoint.config import ModelConfig
-from toolkit.checkpoint.weights import expected_tensors
 from toolkit.names import weight
 from toolkit.pipeline.text import LONGEST
 from toolkit.pipeline.work import Work
@@ -49,7 +48,7 @@ def forward_work(config: ModelConfig, tokens: float, length: int, sequences: flo
 def layer_weights(config: ModelConfig) -> int:
     """The weights of all layers' matrices."""
     head = decoder_of(config).head_input.name
-    return sum(_weights(config, given) for given in decoder_of(config).inputs if given.name != head)
+    return sum(_weights(given) for given in decoder_of(config).inputs if given.name != head)
 
 
 def survey_work(config: ModelConfig, specs: dict[str, QuantSpec], tokens: int, folds: bool, probes: bool) -> Work:
@@ -61,8 +60,8 @@ def survey_work(config: ModelConfig, specs: dict[str, QuantSpec], tokens: int, f
         done += Work(elements=_KEPT * given.width * tokens)
         formats = len(other_formats(specs[weight(given.readers[0])], given.width)) if probes else 0
         tried = (CANDIDATES if folds and given.writers else 0) + formats
-        for reader in given.readers:
-            done += _judged(thinned_count(_rows(config, reader)), given.width, sampled) * tried
+        for linear in given.linears:
+            done += _judged(thinned_count(linear.out_features), given.width, sampled) * tried
     return done + _probes(config, tokens) if probes else done
 
 
@@ -71,7 +70,7 @@ def solving_work(config: ModelConfig, solved: Sequence[LinearInput], tokens: int
     length = min(LONGEST, tokens)
     done = forward_work(config, tokens, length, tokens / length) * _STREAMS
     for given in solved:
-        rows, weights = _weights(config, given) // given.width, _weights(config, given)
+        rows, weights = _weights(given) // given.width, _weights(given)
         done += Work(
             products=_factor_products(rows, given.width, tokens),
             elements=_SOLVED * weights / (os.cpu_count() or 1)
@@ -122,9 +121,5 @@ def _factor_products(rows: int, width: int, tokens: int) -> float:
     return products + 1.4 * width**3 + (5.0 if few else 7.0) * rows * width**2
 
 
-def _weights(config: ModelConfig, given: LinearInput) -> int:
-    return sum(_rows(config, reader) for reader in given.readers) * given.width
-
-
-def _rows(config: ModelConfig, reader: str) -> int:
-    return expected_tensors(config)[weight(reader)][0]
+def _weights(given: LinearInput) -> int:
+    return sum(linear.out_features for linear in given.linears) * given.width
