@@ -2,6 +2,8 @@ MODEL ?= tiny-r1
 TARGET ?= cpu
 PYTHON ?= python3.11
 BIN = .venv/bin
+# Two processes, a file of tests in one of them: what a file shares is made once.
+SIDE_BY_SIDE = -n 2 --dist loadfile
 EXPORT_OPTIONS = $(if $(CHECKPOINT),--checkpoint $(CHECKPOINT)) $(if $(OUT),--out $(OUT))
 
 .PHONY: help export test test-fast test-slow test-tiers check docs validate bench bench-quality same-bytes
@@ -31,10 +33,10 @@ same-bytes: .venv/tested  ## Whether data files and graphs are those of commit B
 	$(BIN)/python -m benchmarks.same_bytes --base $(BASE)
 
 test: .venv/tested  ## Every test that needs no special hardware
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q $(SIDE_BY_SIDE)
 
 test-fast: .venv/tested  ## The tests that take few seconds of CPU, by tests/seconds.json
-	$(BIN)/python -m pytest -q -m fast
+	$(BIN)/python -m pytest -q -m fast $(SIDE_BY_SIDE)
 
 test-tiers: .venv/tested  ## Every test, and tests/seconds.json anew
 	$(BIN)/python -m pytest -q --measure --durations=40
