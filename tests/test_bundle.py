@@ -81,7 +81,9 @@ def test_report_has_every_section_or_says_why_not(reports: dict[str, dict[str, A
     assert sections <= report.keys()
     assert [entry["name"] for entry in report["not_measured"]] == ["simulator", "ceiling", "tasks.examples"]
     assert all(entry["reason"] for entry in report["not_measured"])
-    assert report["conversion"]["bytes_read"] == (ROOT / "models/tiny-r1/model.safetensors").stat().st_size
+    # Each weight once, and the gains of norms once more to see whether any is salient.
+    size = (ROOT / "models/tiny-r1/model.safetensors").stat().st_size
+    assert size <= report["conversion"]["bytes_read"] < 1.001 * size
     assert sum(row["bytes"] for row in report["quantization"]["by_role"]) == report["quantization"]["weight_bytes"]
     assert 9.2 < report["quantization"]["bits_per_weight"] < 9.3  # 8, a float32 scale and a byte of zero point per 32
     assert report["speed"]["decode_tokens_per_s"] > 0 and report["speed"]["peak_rss_bytes"] > 1 << 20
