@@ -14,7 +14,7 @@ from tests.graphs import WINDOW, recipe_for, write_graphs
 from tests.random_models import CASES, make_checkpoint
 from toolkit import names
 from toolkit.bundle import operators
-from toolkit.bundle.operators import Placement, place, place_bundle, support_of
+from toolkit.bundle.operators import Placement, bundle_placements, placement_of, support_of
 from toolkit.errors import BundleError
 from toolkit.graph.interface import GraphInterface, ValueType, interface_of, read_interface
 from toolkit.target import CPU_EP, TARGETS, Stage
@@ -74,13 +74,13 @@ def _one(operator: str, dtypes: str = "float32", opset: int = 21, dim: int | str
 
 
 def _placed(target: str, model: ir.Model) -> Placement:
-    return place(interface_of(model), _stage(target))
+    return placement_of(interface_of(model), _stage(target))
 
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_form_fits_its_provider(family: str, target: str, made: Path) -> None:
-    placements = place_bundle(made / family / target, target, WINDOW)
+    placements = bundle_placements(made / family / target, target, WINDOW)
     assert [p.stage for p in placements] == [stage.name for stage in TARGETS[target].stages(WINDOW)]
     for placement in placements:
         own = placement.stage == _stage(target).name or placement.stage == names.ITERATOR
@@ -107,7 +107,7 @@ def test_every_form_fits_its_provider(family: str, target: str, made: Path) -> N
 @pytest.mark.parametrize("target", [target for target in TARGETS if target != "vitisai"])
 def test_unquantized_forms_fit_too(family: str, target: str, checkpoints: Path, tmp_path: Path) -> None:
     write_graphs(checkpoints / family, tmp_path, target)
-    assert [p.problems for p in place_bundle(tmp_path, target, WINDOW) if p.problems] == []
+    assert [p.problems for p in bundle_placements(tmp_path, target, WINDOW) if p.problems] == []
 
 
 # The form of one target under another's provider, and words of every line it brings; nothing else may be named.
@@ -164,7 +164,7 @@ FOREIGN: dict[tuple[str, str], list[str]] = {
 def test_a_form_under_another_provider_is_named(pair: tuple[str, str], made: Path) -> None:
     form, provider = pair
     graph = read_interface(made / "qwen2" / form / _stage(form).file)
-    placement = place(graph, _stage(provider))
+    placement = placement_of(graph, _stage(provider))
     for words in FOREIGN[pair]:
         assert sum(words in line for line in placement.problems) == 1, (words, placement.problems)
     assert len(placement.problems) == len(FOREIGN[pair]), placement.problems
@@ -315,10 +315,10 @@ def test_a_condition_is_no_problem_and_said_once() -> None:
 
 
 def test_a_missing_stage_is_left_to_the_linter_and_a_broken_one_refused(tmp_path: Path) -> None:
-    assert place_bundle(tmp_path, "qnn", WINDOW) == []
+    assert bundle_placements(tmp_path, "qnn", WINDOW) == []
     (tmp_path / "embeddings.onnx").write_bytes(b"not a graph")
     with pytest.raises(BundleError, match=r"embeddings\.onnx is not an ONNX graph"):
-        place_bundle(tmp_path, "qnn", WINDOW)
+        bundle_placements(tmp_path, "qnn", WINDOW)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from toolkit import names
-from toolkit.bundle.operators import place
+from toolkit.bundle.operators import placement_of
 from toolkit.checkpoint.config import read_config
 from toolkit.checkpoint.download import resolve_checkpoint
 from toolkit.checkpoint.opened import synthetic_checkpoint
@@ -114,7 +114,7 @@ def test_every_node_of_a_recipes_graphs_is_legal_for_its_provider(name: str, tmp
     recipe = replace(loaded, name=f"two-layers-of-{name}")
     plan = plan_export(recipe, synthetic_checkpoint(tmp_path), tmp_path / name, "int4")
     for graph in lower(plan.checkpoint.config, plan.layout, plan.target, recipe, pad_token_id=0):
-        placement = place(interface_of(graph.model), graph.stage)
+        placement = placement_of(interface_of(graph.model), graph.stage)
         transformer = graph.stage.name not in (names.EMBEDDINGS, names.HEAD)
         # Two Reshape around each of the two norms over heads, where the plan says that they stay on the CPU.
         outside = 4 * 2 if "outside" in describe(plan) and transformer else 0

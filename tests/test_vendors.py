@@ -13,7 +13,7 @@ from tests.command_line import called
 from tests.exports import Exports
 from tests.graphs import WINDOW, recipe_for, write_graphs
 from tests.random_models import CASES, make_checkpoint
-from toolkit.bundle.operators import place_bundle
+from toolkit.bundle.operators import bundle_placements
 from toolkit.errors import BundleError, MachineError
 from toolkit.evaluate.vendors import MAX_ERROR, run_vendor_apart
 from toolkit.recipe import QuantRule
@@ -62,7 +62,7 @@ def test_the_table_knows_that_htp_takes_whole_blocks_alone(tmp_path: Path) -> No
     pytest.importorskip("onnxruntime_qnn")
     make_checkpoint(*CASES["qwen2"], tmp_path)
     write_graphs(tmp_path, tmp_path / "qnn", "qnn", recipe_for("qnn"))
-    _, context, *_ = place_bundle(tmp_path / "qnn", "qnn", WINDOW)
+    _, context, *_ = bundle_placements(tmp_path / "qnn", "qnn", WINDOW)
     assert [line.count("needs a block_size that divides K 112, not 32") for line in context.problems] == [1]
     with pytest.raises(BundleError, match="fallback to CPU EP"):
         run_vendor_apart(tmp_path / "qnn", "QNNExecutionProvider")

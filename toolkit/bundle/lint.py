@@ -133,10 +133,10 @@ def lint_bundle(bundle: Path) -> list[str]:
     sections = {name: stage for group in pipeline or [] for name, stage in group.items()} or {"model": decoder}
     graphs = {}
     for name, section in sections.items():
-        place = f"stage {name}'s filename" if pipeline else "model.decoder.filename"
+        at = f"stage {name}'s filename" if pipeline else "model.decoder.filename"
         filename = section.get("filename")
         if not isinstance(filename, str) or Path(filename).name != filename or not (bundle / filename).is_file():
-            problems.append(f"{place} {filename!r} names no file of the bundle")
+            problems.append(f"{at} {filename!r} names no file of the bundle")
         else:
             graphs[name] = (section, read_interface(bundle / filename))
     if len(graphs) < len(sections):
@@ -158,24 +158,24 @@ def _malformed(config: JsonObject) -> list[str]:
     problems = []
     for path in ("model", "search", "model.decoder", *(path for path in _KEYS if path.startswith("model.decoder."))):
         *parents, last = path.split(".")
-        for place, found in _objects(config, ".".join(parents)):
+        for at, found in _objects(config, ".".join(parents)):
             keys = list(found) if last == "*" else [last]
             wrong = [key for key in keys if key in found and not isinstance(found[key], dict) and key != "pipeline"]
-            problems += [f"{place}.{key}".lstrip(".") + f" is {found[key]!r:.60}, expected an object" for key in wrong]
+            problems += [f"{at}.{key}".lstrip(".") + f" is {found[key]!r:.60}, expected an object" for key in wrong]
     decoder = config.get("model", {}).get("decoder", {}) if not problems else {}
     pipeline = decoder.get("pipeline", [])
     if isinstance(pipeline, dict):
         problems.append("model.decoder.pipeline is an object: only an array is read by every version")
     elif not isinstance(pipeline, list) or not all(isinstance(group, dict) for group in pipeline):
         problems.append("model.decoder.pipeline is not an array of objects")
-    for place, key in (("model", "context_length"), ("search", "max_length"), ("model.decoder", "num_hidden_layers")):
-        for _, found in _objects(config, place):
+    for at, key in (("model", "context_length"), ("search", "max_length"), ("model.decoder", "num_hidden_layers")):
+        for _, found in _objects(config, at):
             if key in found and (isinstance(found[key], bool) or not isinstance(found[key], int)):
-                problems.append(f"{place}.{key} is {found[key]!r}, expected a number")
+                problems.append(f"{at}.{key} is {found[key]!r}, expected a number")
     for side in ("inputs", "outputs"):
-        for place, found in _objects(config, f"model.decoder.{side}"):
+        for at, found in _objects(config, f"model.decoder.{side}"):
             wrong = [key for key, name in found.items() if not _is_pattern(name)]
-            problems += [f"{place}.{key} is {found[key]!r}, expected a name, with one %d at most" for key in wrong]
+            problems += [f"{at}.{key} is {found[key]!r}, expected a name, with one %d at most" for key in wrong]
     return problems
 
 
@@ -186,28 +186,28 @@ def _is_pattern(name: Any) -> bool:
 def _unknown_keys(config: JsonObject) -> list[str]:
     problems = []
     for path, known in _KEYS.items():
-        for place, found in _objects(config, path):
+        for at, found in _objects(config, path):
             for key in sorted(set(found) - known):
                 since = f"only {_SINCE[key]} and later read" if key in _SINCE else "no version is known to read"
                 problems.append(
-                    f"{place or 'the root'} has {key!r}, which {since}: not every onnxruntime-genai from 0.12.2 on"
+                    f"{at or 'the root'} has {key!r}, which {since}: not every onnxruntime-genai from 0.12.2 on"
                 )
     return problems
 
 
 def _objects(config: JsonObject, path: str) -> list[tuple[str, JsonObject]]:
-    """(path, object) for each place a path means; arrays are looked through, `*` is every key."""
+    """(key path, object) for each that a path means; arrays are looked through, `*` is every key."""
     found: list[tuple[str, Any]] = [("", config)]
     for part in filter(None, path.split(".")):
         step: list[tuple[str, Any]] = []
-        for place, value in found:
+        for at, value in found:
             for entry in value if isinstance(value, list) else [value]:
                 if isinstance(entry, dict):
                     keys = list(entry) if part == "*" else [part]
-                    step += [(f"{place}.{key}".lstrip("."), entry[key]) for key in keys if key in entry]
+                    step += [(f"{at}.{key}".lstrip("."), entry[key]) for key in keys if key in entry]
         found = step
-    spread = [(place, entry) for place, value in found for entry in (value if isinstance(value, list) else [value])]
-    return [(place, entry) for place, entry in spread if isinstance(entry, dict)]
+    spread = [(at, entry) for at, value in found for entry in (value if isinstance(value, list) else [value])]
+    return [(at, entry) for at, entry in spread if isinstance(entry, dict)]
 
 
 def _named(decoder: JsonObject, graphs: list[GraphInterface]) -> list[str]:

@@ -33,14 +33,14 @@ class Placement:
     conditions: tuple[str, ...]
 
 
-def place_bundle(bundle: Path, target_name: str, window: int, parts: int = 1) -> list[Placement]:
+def bundle_placements(bundle: Path, target_name: str, window: int, parts: int = 1) -> list[Placement]:
     """Returns the rows of every stage whose graph is there, which the linter sees to. Raises BundleError for a graph
     that is broken."""
     stages = TARGETS[target_name].stages(window, parts)
-    return [place(read_interface(bundle / s.file), s) for s in stages if (bundle / s.file).is_file()]
+    return [placement_of(read_interface(bundle / s.file), s) for s in stages if (bundle / s.file).is_file()]
 
 
-def place(graph: GraphInterface, stage: Stage) -> Placement:
+def placement_of(graph: GraphInterface, stage: Stage) -> Placement:
     """Compares one stage's nodes with the table of what its execution provider takes."""
     support, cpu = support_of(stage.execution_provider), support_of(CPU_EP)
     reasons: dict[str, list[str]] = defaultdict(list)

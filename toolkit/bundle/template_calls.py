@@ -311,8 +311,8 @@ class EngineExpressions(Expressions):
         named: dict[Node, Node] = {keyword.key: keyword.value for keyword in call.kwargs}
         parts, turn = [quoted(pieces[0])], 0
         for name, after in zip(pieces[1::2], pieces[2::2], strict=True):
-            place, turn = (turn, turn + 1) if not name else (int(name) if name.isdigit() else -1, turn)
-            value = named.get(name) if place < 0 else call.args[place] if place < len(call.args) else None
+            position, turn = (turn, turn + 1) if not name else (int(name) if name.isdigit() else -1, turn)
+            value = named.get(name) if position < 0 else call.args[position] if position < len(call.args) else None
             if value is None:
                 raise UnsupportedError("the chat template formats text with arguments that are not there")
             parts += [self.part(value, scope), quoted(after)]

@@ -359,9 +359,9 @@ def _is_closed(text: str) -> bool:
     if not text.startswith("(") or not text.endswith(")") or "'" in text or '"' in text:
         return False
     depth = 0
-    for place, character in enumerate(text):
+    for position, character in enumerate(text):
         depth += (character == "(") - (character == ")")
-        if depth == 0 and place < len(text) - 1:
+        if depth == 0 and position < len(text) - 1:
             return False
     return True
 

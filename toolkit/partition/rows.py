@@ -36,12 +36,13 @@ class Packed:
     nbytes: int
 
 
-Place = tuple[DataFile, Unit, int]
+# A file, a unit in it that may stack several tensors, and the unit's row where a tensor's first belongs.
+UnitRows = tuple[DataFile, Unit, int]
 
 
-def places(files: Sequence[DataFile]) -> dict[str, list[Place]]:
-    """Every place of each tensor, with the row of the unit that is the tensor's first: a unit may stack several."""
-    found: dict[str, list[Place]] = defaultdict(list)
+def unit_rows(files: Sequence[DataFile]) -> dict[str, list[UnitRows]]:
+    """Returns where the rows of each tensor go: the file, the unit, and the unit's row that is the tensor's first."""
+    found: dict[str, list[UnitRows]] = defaultdict(list)
     for file in files:
         for unit in file.units:
             for k, name in enumerate(unit.sources):
@@ -54,16 +55,16 @@ class RowWriter:
     first: a few are in memory at a time."""
 
     def __init__(self, files: Sequence[DataFile]) -> None:
-        self.places = places(files)
+        self.unit_rows = unit_rows(files)
         self._gathered: dict[tuple[int, str], list[tuple[int, Sequence[Array]]]] = defaultdict(list)
         self._lock = Lock()
 
-    def write(self, name: str, start: int, place: Place, arrays: Sequence[Array]) -> int:
+    def write(self, name: str, start: int, into: UnitRows, arrays: Sequence[Array]) -> int:
         """What became of rows [start, …) of a tensor, one array for each slot; returns the bytes written.
 
         Raises UnsupportedError for what float16 cannot hold, MachineError if the disk is full.
         """
-        file, unit, base = place
+        file, unit, base = into
         if unit.spec is not None and unit.spec.signed:
             whole = self._gather(file, unit, base + start, arrays)
             if whole is None:
@@ -122,7 +123,7 @@ class RowPacker:
     def pack(self, rows: Rows) -> Packed:
         """Raises NonFiniteError for NaN or infinity, UnsupportedError for what float16 cannot hold, MachineError if
         the disk is full."""
-        found = self._writer.places[rows.name]
+        found = self._writer.unit_rows[rows.name]
         step = max(1, _TILE_ELEMENTS // found[0][1].width)
         parts: dict[QuantSpec | None, list[list[Array]]] = defaultdict(list)
         noise: dict[QuantSpec | None, float] = defaultdict(float)
@@ -136,7 +137,7 @@ class RowPacker:
             flat = values.reshape(-1)
             signal += float(np.vdot(flat, flat))
         joined = {spec: [np.concatenate(tiles) for tiles in zip(*kept, strict=True)] for spec, kept in parts.items()}
-        nbytes = sum(self._writer.write(rows.name, rows.start, place, joined[place[1].spec]) for place in found)
+        nbytes = sum(self._writer.write(rows.name, rows.start, into, joined[into[1].spec]) for into in found)
         return Packed(rows.name, rows.stop - rows.start, signal, dict(noise), nbytes)
 
 

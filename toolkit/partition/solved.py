@@ -29,9 +29,9 @@ class SolvedWriter:
 
     def write(self, tensor: str, start: int, weight: Floats, blocks: QuantizedBlocks) -> None:
         """Rows [start, …) of a tensor, as they were [N, K] and as they are stored. Raises as `RowWriter.write`."""
-        found = self._rows.places[tensor]
-        for place in found:
-            self._rows.write(tensor, start, place, arrays_of(blocks))
+        found = self._rows.unit_rows[tensor]
+        for into in found:
+            self._rows.write(tensor, start, into, arrays_of(blocks))
         spec = found[0][1].spec
         assert spec is not None
         miss = (dequantize_blocks(blocks, spec, weight.shape[1]) - weight).reshape(-1)

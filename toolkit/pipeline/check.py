@@ -8,7 +8,7 @@ from pathlib import Path
 from toolkit.bundle.compiled import lint_compiled
 from toolkit.bundle.lint import lint_bundle
 from toolkit.bundle.manifest import read_manifest
-from toolkit.bundle.operators import Placement, place_bundle
+from toolkit.bundle.operators import Placement, bundle_placements
 from toolkit.epcontext.htp import PROVIDER
 from toolkit.errors import MachineError
 from toolkit.evaluate.vendors import MAX_ERROR, VendorRun, run_vendor_apart
@@ -33,7 +33,7 @@ def check_bundle(bundle: Path, run: bool) -> CheckResult:
     Raises BundleError for a folder that is no bundle, MachineError if the vendor's software is asked for and missing.
     """
     recipe = read_manifest(bundle).recipe
-    placements = place_bundle(bundle, recipe.target, recipe.window, recipe.parts)
+    placements = bundle_placements(bundle, recipe.target, recipe.window, recipe.parts)
     problems = lint_bundle(bundle)
     if recipe.soc and not problems:
         problems += lint_compiled(bundle, recipe.soc)

@@ -42,14 +42,14 @@ class _Clock:
 
     def __init__(self) -> None:
         self.start = time.perf_counter()
-        self.stages: list[StepTime] = []
+        self.steps: list[StepTime] = []
 
     @contextmanager
-    def stage(self, name: str, stages: list[StepTime] | None = None) -> Iterator[None]:
-        """Adds a step to those all bundles share, or to the `stages` of one."""
+    def step(self, name: str, steps: list[StepTime] | None = None) -> Iterator[None]:
+        """Adds a step to those all bundles share, or to the `steps` of one."""
         begin = time.perf_counter()
         yield
-        (self.stages if stages is None else stages).append(StepTime(name, time.perf_counter() - begin))
+        (self.steps if steps is None else steps).append(StepTime(name, time.perf_counter() - begin))
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def _exported(
 ) -> list[Path]:
     """Makes the bundles, whose places nobody else writes meanwhile."""
     clock = _Clock()
-    with clock.stage("plan"):
+    with clock.step("plan"):
         with _disk_errors():
             plans = [replace(plan, out=checked_place(plan.out)) for plan in plans]
         checkpoint = plans[0].checkpoint
@@ -136,7 +136,7 @@ def _exported(
             begun = [_begin(plan, text) for plan, text in wanted]
     with _disk_errors():
         ready = [_calibrated(bundle, clock, progress) for bundle in begun]
-        with clock.stage("pack"):
+        with clock.step("pack"):
             packed = _pack(ready, progress)
         ready = [_ranged(bundle, clock, progress) for bundle in ready]
         for bundle, result in zip(ready, packed, strict=True):
@@ -179,7 +179,7 @@ def _calibrated(begun: _Begun, clock: _Clock, progress: Callable[[str], None]) -
     plan = begun.plan
     if begun.text is None or not plan.recipe.calibrated:
         return begun
-    with clock.stage(f"calibrate {plan.recipe.name}"):
+    with clock.step(f"calibrate {plan.recipe.name}"):
         passes = 1 + any(unit.spec.rounded_by.solves for unit in plan.layout.matrices() if unit.spec)
         steps = passes * (plan.checkpoint.config.num_hidden_layers + 1)
         counting = counted(progress, "calibrate", steps)
@@ -192,7 +192,7 @@ def _ranged(packed: _Begun, clock: _Clock, progress: Callable[[str], None]) -> _
     plan = packed.plan
     if packed.text is None or not plan.target.form.qdq:
         return packed
-    with clock.stage(f"ranges {plan.recipe.name}"):
+    with clock.step(f"ranges {plan.recipe.name}"):
         work = packed.partial / CALIBRATION_FOLDER
         counting = counted(progress, "ranges", plan.checkpoint.config.num_hidden_layers)
         made = stored_ranges(plan, packed.text, packed.partial, work, counting)
@@ -228,8 +228,8 @@ def _finish(
     begun: _Begun, pad: int, packed: PackResult, tokenizer: TokenizerFiles, clock: _Clock, beside: list[str]
 ) -> None:
     """Graphs, settings, manifest and report around the data files."""
-    plan, partial, stages = begun.plan, begun.partial, list(clock.stages)
-    with clock.stage("author", stages):
+    plan, partial, steps = begun.plan, begun.partial, list(clock.steps)
+    with clock.step("author", steps):
         graphs = lower(plan.checkpoint.config, plan.layout, plan.target, plan.recipe, pad, begun.ranges)
         for graph in graphs:
             graph.save(partial)
@@ -238,7 +238,7 @@ def _finish(
         config, length = plan.checkpoint.config, plan.recipe.context_length
         settings = genai_config(config, plan.checkpoint.side, stop_ids, length, graphs)
         write_json(partial / names.GENAI_CONFIG_FILE, settings)
-    with clock.stage("hash", stages):
+    with clock.step("hash", steps):
         graph_files = [graph.stage.file for graph in graphs]
         made = [*graph_files, *packed.sha256, names.GENAI_CONFIG_FILE, *tokenizer_files]
         described = replace(begun.manifest, changed=tokenizer.changed)
@@ -261,7 +261,7 @@ def _finish(
             bytes_read=plan.checkpoint.source.bytes_read() - begun.read_before,
             packed_bytes_read=packed.bytes_read + begun.packed_bytes_read,
             bytes_written=sum(entry.bytes for entry in manifest.files),
-            stages=tuple(stages),
+            stages=tuple(steps),
             in_one_pass_with=tuple(beside) or None,
         ),
     )

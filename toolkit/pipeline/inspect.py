@@ -11,7 +11,7 @@ from toolkit.bundle.cache import cache_bytes
 from toolkit.bundle.genai_config import read_settings
 from toolkit.bundle.lint import lint_bundle
 from toolkit.bundle.manifest import read_manifest
-from toolkit.bundle.operators import place_bundle
+from toolkit.bundle.operators import bundle_placements
 from toolkit.checkpoint.config import ModelConfig, read_config
 from toolkit.checkpoint.opened import Checkpoint, open_checkpoint
 from toolkit.checkpoint.weights import SafetensorsWeights, parameter_count
@@ -67,7 +67,7 @@ def _bundle(folder: Path) -> JsonObject:
     }
     facts["stages"] = [
         {"stage": placement.stage, "file": placement.file, "ep": placement.execution_provider, "nodes": placement.nodes}
-        for placement in place_bundle(folder, recipe.target, recipe.window, recipe.parts)
+        for placement in bundle_placements(folder, recipe.target, recipe.window, recipe.parts)
     ]
     operators: Counter[str] = Counter()
     for stage in facts["stages"]:

@@ -50,8 +50,8 @@ def find_text(name: str, recipe_name: str, target: str, checkpoint: Checkpoint) 
     if path.suffix or len(path.parts) > 1:
         return path
     facts = model_facts(recipe_name, target)
-    places = [checkpoint.folder, *([facts] if facts else []), data_folder("models")]
-    return next((p for place in places if (p := place / f"{name}.jsonl").is_file()), places[-1] / f"{name}.jsonl")
+    folders = [checkpoint.folder, *([facts] if facts else []), data_folder("models")]
+    return next((p for folder in folders if (p := folder / f"{name}.jsonl").is_file()), folders[-1] / f"{name}.jsonl")
 
 
 def _passages(path: Path) -> list[str]:

@@ -130,15 +130,15 @@ def _apply(raw: JsonObject, change: str) -> None:
     except ValueError as problem:
         reason = " ".join(str(problem).split())[:120]
         raise RecipeError(f"--set {change[:120]}: the value is not YAML of a recipe: {reason}") from None
-    place: Any = raw
+    holder: Any = raw
     *path, last = key.split(".")
     try:
         for part in path:
-            place = place[int(part)] if isinstance(place, list) else place[part]
-        if isinstance(place, list):
-            place[int(last) : int(last) + 1] = [value]
+            holder = holder[int(part)] if isinstance(holder, list) else holder[part]
+        if isinstance(holder, list):
+            holder[int(last) : int(last) + 1] = [value]
         else:
-            place[last] = value
+            holder[last] = value
     except (KeyError, IndexError, ValueError, TypeError):
         raise RecipeError(f"--set {change}: the recipe has no {key!r}") from None
 

@@ -230,9 +230,9 @@ def _heat_cell(cell: Cell, width: float, y: int, scale: Scale | None, show_value
     if show_value and cell.sqnr_db is not None:
         parts.append(_text(f"{cell.sqnr_db:.1f}", f"in-cell on-{shade}", middle, y + 15, "middle"))
     if odd:
-        place = {"x": _percent((cell.layer + 1) * width), "y": y, "class": "odd"}
+        attributes = {"x": _percent((cell.layer + 1) * width), "y": y, "class": "odd"}
         corner = _tag("path", {"d": "M-7,1 L-1,1 L-1,7 Z", "class": f"on-{shade}"})
-        parts.append(_tag("svg", place, corner))
+        parts.append(_tag("svg", attributes, corner))
     return _tag("g", attributes, *parts)
 
 
@@ -320,8 +320,8 @@ def _tag(name: str, attributes: Mapping[str, object], *children: str) -> str:
 
 
 def _text(content: str, style: str, x: object, y: float, anchor: str = "start", dx: float = 0, hint: str = "") -> str:
-    place = {"class": style, "x": x, "y": y, "text-anchor": anchor, "dx": dx}
-    return _tag("text", place, _title(hint) if hint and hint != content else "", escape(content))
+    attributes = {"class": style, "x": x, "y": y, "text-anchor": anchor, "dx": dx}
+    return _tag("text", attributes, _title(hint) if hint and hint != content else "", escape(content))
 
 
 def _title(content: str) -> str:

@@ -11,7 +11,7 @@ from typing import Protocol, TypedDict
 
 from toolkit import names
 from toolkit.bundle.compiled import binary_of
-from toolkit.bundle.operators import place, support_of
+from toolkit.bundle.operators import placement_of, support_of
 from toolkit.graph.builder import StageGraph
 from toolkit.graph.interface import interface_of, read_interface
 from toolkit.graph.layout import Layout, Unit
@@ -76,7 +76,7 @@ def partition_section(graphs: Sequence[StageGraph]) -> tuple[PartitionRow, ...]:
     """
     rows = []
     for graph in graphs:
-        stage, placement = graph.stage, place(interface_of(graph.model), graph.stage)
+        stage, placement = graph.stage, placement_of(interface_of(graph.model), graph.stage)
         rows.append(
             PartitionRow(
                 stage=stage.name,
