@@ -26,7 +26,7 @@ def effort_options(command: Callable[..., None]) -> Callable[..., None]:
             help="Questions of your own beside the recipe's: JSONL of `question` or `prompt`, `answer`, `checker`.",
         ),
         click.option(
-            "--examples", type=click.IntRange(min=1), help="Questions of each recipe's task [as fit, 60 or more]."
+            "--examples", type=click.IntRange(min=1), help="Questions of each recipe's task [as fit, 20 or more]."
         ),
         click.option(
             "--max-new-tokens",

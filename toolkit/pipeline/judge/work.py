@@ -22,7 +22,7 @@ TOKENS_SECONDS: Final = 20.0
 QUESTIONS_SECONDS: Final = 30.0
 FEWEST_TOKENS: Final = 500
 MOST_TOKENS: Final = 2000
-FEWEST_QUESTIONS: Final = 60
+FEWEST_QUESTIONS: Final = 20
 # Of the tokens that an answer may have, those it has; and a question's.
 _ANSWERED: Final = 1 / 3
 _PROMPT: Final = 40
