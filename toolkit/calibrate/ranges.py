@@ -106,7 +106,7 @@ class _WatchedLayer(Layer):
         return q, k, v
 
     def ranges(self, percentile: float) -> dict[str, ActivationRange]:
-        """What all sequences showed."""
+        """Returns by point the range that holds every value of `percentile` percent of the tokens seen."""
         found = {}
         for point, pieces in self._seen.items():
             low, high = (np.concatenate(side) for side in zip(*pieces, strict=True))

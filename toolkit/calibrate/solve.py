@@ -178,7 +178,7 @@ class _LayerPass:
             after[n].write(layers[n].added(half, x, y) for x, y in zip(before[n], inner[n], strict=True))
 
     def finish(self) -> None:
-        """Frees the disk."""
+        """Removes the files that held activations of this layer."""
         for spill in self._spills:
             spill.remove()
 
@@ -213,7 +213,7 @@ class _ArrivingLayer(Layer):
         self._problem = problem
 
     def product(self, linear: Linear, x: Floats) -> Floats:
-        """As the bundle computes it."""
+        """Returns the product [T, out_features] of the input as the bundle rounds it."""
         if linear.module in self.solved:
             x = self._problem.arriving(self.solved[linear.module], linear.module, x)
         return super().product(linear, x)

@@ -199,7 +199,7 @@ class _Reader:
                 pass  # a file system without it
 
     def read(self, piece: _Piece, buffer: Bytes) -> Bytes:
-        """The piece's bytes, in `buffer`."""
+        """Reads the bytes of a piece into `buffer` and returns the part of it that they fill."""
         self._read.add(piece.nbytes)
         if self._direct >= 0:
             first = piece.offset // _PAGE * _PAGE

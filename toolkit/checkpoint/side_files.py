@@ -123,7 +123,7 @@ class _Values:
         return float(value)
 
     def count(self, key: str) -> int | None:
-        """A whole number, not negative."""
+        """Returns a whole number of at least 0, None where there is none; raises CheckpointError for anything else."""
         value = self._raw.get(key)
         if value is None:
             return None
@@ -132,7 +132,7 @@ class _Values:
         return value
 
     def flag(self, key: str) -> bool | None:
-        """True or false."""
+        """Returns true or false, None where there is neither; raises CheckpointError for anything else."""
         value = self._raw.get(key)
         if value is not None and not isinstance(value, bool):
             raise CheckpointError(f"{self._path}: {key} is {_short(value)}, expected true or false")
@@ -152,7 +152,7 @@ class _Values:
         return tuple(given)
 
     def one_id(self, key: str, vocab_size: int) -> int | None:
-        """The first of `ids`."""
+        """Returns the first of `ids`, None where there is none."""
         return next(iter(self.ids(key, vocab_size)), None)
 
 

@@ -42,17 +42,17 @@ class _Remembered:
         self._rows: dict[tuple[str, int, int], Array] = {}
 
     def names(self) -> list[str]:
-        """As the source's."""
+        """Lists every tensor, in the order of the source."""
         return self._source.names()
 
     def read(self, name: str) -> Array:
-        """A whole tensor."""
+        """Reads a whole tensor as float32, once for all variants."""
         if name not in self._whole:
             self._whole[name] = self._source.read(name)
         return self._whole[name]
 
     def read_rows(self, name: str, start: int, stop: int) -> Array:
-        """Rows of a tensor."""
+        """Reads rows [start, stop) as float32, once for all variants."""
         if (name, start, stop) not in self._rows:
             self._rows[name, start, stop] = self._source.read_rows(name, start, stop)
         return self._rows[name, start, stop]
