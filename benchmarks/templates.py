@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from toolkit.errors import UnsupportedError
-from toolkit.evaluate.opens import TemplateJob, as_it_stands, best_template
+from toolkit.evaluate.renders import TemplateJob, as_it_stands, best_template
 
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
 

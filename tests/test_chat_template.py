@@ -13,9 +13,9 @@ from toolkit.bundle.template_jinja import compile_template, render
 from toolkit.bundle.template_probes import PROBES, Probe
 from toolkit.bundle.template_rewrite import rewrite
 from toolkit.errors import CheckpointError, MachineError, UnsupportedError
-from toolkit.evaluate import opens
-from toolkit.evaluate.opens import TemplateJob, checked_template
-from toolkit.evaluate.opens import _rendered as rendered_by_genai
+from toolkit.evaluate import renders
+from toolkit.evaluate.renders import TemplateJob, checked_template
+from toolkit.evaluate.renders import _rendered as rendered_by_genai
 
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 TURNS = Probe(
@@ -184,7 +184,7 @@ def test_a_template_that_cannot_work_is_refused(text: str, reason: str) -> None:
 
 
 def test_a_template_that_does_not_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(opens, "_SECONDS", 3)
+    monkeypatch.setattr(renders, "_SECONDS", 3)
     loops = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     with pytest.raises(UnsupportedError, match="no answer within 3 s"):
         checked_template(loops, {})
@@ -194,8 +194,8 @@ def test_without_a_genai_to_try_it_in_the_template_is_rewritten_all_the_same(mon
     def missing(folder: str) -> None:
         raise MachineError("onnxruntime-genai is not installed")
 
-    monkeypatch.setattr(opens, "open_tokenizer", missing)
-    made = opens._checked({"text": R1, "special_tokens": TOKENS})
+    monkeypatch.setattr(renders, "open_tokenizer", missing)
+    made = renders._checked({"text": R1, "special_tokens": TOKENS})
     assert isinstance(made, dict)
     assert made["differs"] == ["not tried: onnxruntime-genai is not installed"]
     assert made["opens_thought"] and made["changes"] == ["`in` finds text in text"]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from toolkit.bundle.manifest import CalibrationText, Manifest, read_manifest, save_manifest
+from toolkit.bundle.manifest import CalibrationText, ChangedFile, Manifest, read_manifest, save_manifest
 from toolkit.bundle.stop_tokens import StopToken
 from toolkit.checkpoint.weights import Origin
 from toolkit.files import FileEntry
@@ -29,6 +29,7 @@ def manifest_of(recipe_name: str) -> Manifest:
         calibration=CalibrationText("calibration.jsonl", "12"),
         compiled={"context": "34"},
         stop_tokens=(StopToken(2, "</s>", ("config.json",)),),
+        changed=(ChangedFile("tokenizer_config.json", ("another class",)),),
     )
 
 

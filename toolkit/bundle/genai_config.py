@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from toolkit import names
 from toolkit.checkpoint.config import ModelConfig
@@ -12,9 +12,11 @@ from toolkit.checkpoint.families import FAMILIES
 from toolkit.checkpoint.side_files import Sampling, SideFiles
 from toolkit.errors import BundleError, UnsupportedError
 from toolkit.files import read_json
-from toolkit.graph.builder import StageGraph
 from toolkit.target import Stage
 from toolkit.typed_json import JsonObject
+
+if TYPE_CHECKING:
+    from toolkit.graph.builder import StageGraph
 
 # Reserved tokens that never stand in text. The distills ship pad = eos, and eos stands between turns.
 _PAD_TOKENS: Final = ("<|fim_pad|>", "<|finetune_right_pad_id|>")

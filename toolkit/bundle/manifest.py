@@ -141,6 +141,7 @@ def read_manifest(folder: Path) -> Manifest:
         written.calibration,
         written.compiled,
         written.stop_tokens,
+        written.changed,
     )
 
 

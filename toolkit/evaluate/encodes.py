@@ -18,7 +18,7 @@ from toolkit import names
 from toolkit.apart import ChildFailed, answer, run_apart
 from toolkit.checkpoint.side_files import TOKENIZER_CONFIG_FILE
 from toolkit.errors import MachineError, UnsupportedError
-from toolkit.evaluate.opens import NOT_TRIED, STUB_SETTINGS, open_tokenizer
+from toolkit.evaluate.renders import NOT_TRIED, STUB_SETTINGS, open_tokenizer
 from toolkit.files import write_json
 
 _SECONDS: Final = 120
@@ -88,13 +88,8 @@ def _checked_apart(tokenizer_file: str, version: tuple[int, int], config: str) -
 
 def _checked(job: Mapping[str, Any]) -> object:
     """In the child: the settings that come nearest, the given ones before others that are as near."""
-    from tokenizers import Tokenizer
-
     path, given = Path(job["tokenizer"]), job["config"]
-    right = Tokenizer.from_file(str(path))
-    added = {token.content: token for token in right.get_added_tokens_decoder().values()}
-    texts = _TEXTS | {f"added token {text}": f"a {text} b{text}c  {text}\n d" for text in sorted(added)[:64]}
-    wanted = {name: right.encode(text, add_special_tokens=False).ids for name, text in texts.items()}
+    texts, wanted = _probes(path)
     problem, found = "", []
     for changes, config in _candidates(given):
         try:
@@ -111,6 +106,27 @@ def _checked(job: Mapping[str, Any]) -> object:
         return {"problem": problem or "it does not open", "config": {}, "changes": [], "differs": []}
     differs, changes, config = min(found, key=lambda entry: len(entry[0]))
     return {"problem": "", "config": config, "changes": changes, "differs": differs}
+
+
+def encoded_otherwise(tokenizer: Any, tokenizer_file: Path) -> list[str]:
+    """The texts, by name, that an open tokenizer of onnxruntime-genai encodes otherwise than `tokenizers` does by this
+    file."""
+    texts, wanted = _probes(tokenizer_file)
+    return [name for name, ids in wanted.items() if _ids(tokenizer, texts[name]) != ids]
+
+
+def _probes(tokenizer_file: Path) -> tuple[dict[str, str], dict[str, list[int]]]:
+    """Texts by name, the added tokens' among them, and the ids that `tokenizers` makes of each."""
+    from tokenizers import Tokenizer
+
+    right = Tokenizer.from_file(str(tokenizer_file))
+    added = {token.content: token for token in right.get_added_tokens_decoder().values()}
+    texts = _TEXTS | {f"added token {text}": f"a {text} b{text}c  {text}\n d" for text in sorted(added)[:64]}
+    return texts, {name: right.encode(text, add_special_tokens=False).ids for name, text in texts.items()}
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return [int(number) for number in tokenizer.encode(text)]
 
 
 def _candidates(given: Mapping[str, Any]) -> Iterator[tuple[list[str], Mapping[str, Any]]]:
@@ -139,7 +155,7 @@ def _encoded(tokenizer_file: Path, config: Mapping[str, Any], texts: Mapping[str
         tokenizer = open_tokenizer(folder)
         # Tokenizers of some classes open and have no template.
         tokenizer.apply_chat_template('[{"role": "user", "content": "a"}]', add_generation_prompt=True)
-        return {name: [int(number) for number in tokenizer.encode(text)] for name, text in texts.items()}
+        return {name: _ids(tokenizer, text) for name, text in texts.items()}
 
 
 if __name__ == "__main__":

@@ -193,13 +193,15 @@ def _cpu_copy(bundle: Path, config: JsonObject) -> tempfile.TemporaryDirectory[s
     return linked_copy(bundle, plain)
 
 
-def linked_copy(bundle: Path, config: JsonObject) -> tempfile.TemporaryDirectory[str]:
-    """Returns a folder beside the bundle with its files by other names, and settings of its own.
+def linked_copy(bundle: Path, config: JsonObject, within: Path | None = None) -> tempfile.TemporaryDirectory[str]:
+    """Returns a folder beside the bundle, or `within` another, with its files by other names and settings of its own.
 
     Raises MachineError if it cannot be made.
     """
     try:
-        folder = tempfile.TemporaryDirectory(prefix=f".{bundle.name}-", dir=bundle.parent, ignore_cleanup_errors=True)
+        folder = tempfile.TemporaryDirectory(
+            prefix=f".{bundle.name}-", dir=within or bundle.parent, ignore_cleanup_errors=True
+        )
         for path in bundle.iterdir():
             if path.name != names.GENAI_CONFIG_FILE and path.is_file():
                 _link_or_copy(path, Path(folder.name) / path.name)

@@ -1,4 +1,4 @@
-"""The export story, a line a step: plan, check, calibrate, pack, author, describe, rename."""
+"""The export story, a line a step: plan, check, calibrate, pack, author, describe, open, rename."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from toolkit import names
 from toolkit.bundle.genai_config import genai_config, pad_token_id
 from toolkit.bundle.manifest import Manifest, begin_manifest, write_manifest
 from toolkit.checkpoint.opened import Checkpoint
+from toolkit.evaluate.opens import open_apart
 from toolkit.files import write_json
 from toolkit.machine import peak_rss_bytes
 from toolkit.partition.data_files import Destination, disk_error
@@ -30,7 +31,7 @@ from toolkit.progress import counted
 from toolkit.quant.kernel import require_compiler
 from toolkit.quant.ranges import ActivationRange
 from toolkit.recipe import Recipe
-from toolkit.report.sections import Calibration, Conversion, KvCache, StepTime
+from toolkit.report.sections import Calibration, Conversion, KvCache, NotMeasured, StepTime
 from toolkit.report.summary import begin_report, write_report
 from toolkit.report.weights import ceiling_section, partition_section, quantization_section
 from toolkit.soc import SOCS
@@ -243,6 +244,8 @@ def _finish(
         made = [*graph_files, *packed.sha256, names.GENAI_CONFIG_FILE, *tokenizer_files]
         described = replace(begun.manifest, changed=tokenizer.changed)
         manifest = write_manifest(partial, described, plan.checkpoint, made, packed.sha256)
+    with clock.step("open", steps):
+        opened = open_apart(partial, tokenizer.words)
     bandwidth = ceiling_section(plan.layout, SOCS[plan.recipe.soc]) if plan.recipe.soc else None
     report = replace(
         begin_report(manifest),
@@ -263,6 +266,7 @@ def _finish(
             bytes_written=sum(entry.bytes for entry in manifest.files),
             stages=tuple(steps),
             in_one_pass_with=tuple(beside) or None,
+            opened=None if isinstance(opened, NotMeasured) else opened,
         ),
     )
-    write_report(partial, report)
+    write_report(partial, report, [opened] if isinstance(opened, NotMeasured) else [])

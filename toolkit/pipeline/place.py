@@ -98,7 +98,8 @@ def put_in_place(out: Path) -> None:
     before it gets the name.
     """
     work, replaced = work_folder(out), _replaced(out)
-    shutil.rmtree(work / CALIBRATION_FOLDER, ignore_errors=True)
+    for folder in [path for path in work.iterdir() if path.is_dir()]:
+        shutil.rmtree(folder, ignore_errors=True)
     (work / JOURNAL_FILE).unlink(missing_ok=True)
     _sync(work)
     shutil.rmtree(replaced, ignore_errors=True)

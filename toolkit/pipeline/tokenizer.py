@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,7 +17,8 @@ from toolkit.checkpoint.opened import Checkpoint
 from toolkit.checkpoint.side_files import GENERATION_FILE, TEMPLATE_FILE, TOKENIZER_CONFIG_FILE
 from toolkit.errors import CheckpointError
 from toolkit.evaluate.encodes import checked_tokenizer
-from toolkit.evaluate.opens import checked_template
+from toolkit.evaluate.opens import Words
+from toolkit.evaluate.renders import TemplateJob, checked_template
 from toolkit.files import write_json, write_text
 from toolkit.typed_json import to_json
 
@@ -27,13 +28,15 @@ _COPIED: Final = (names.TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, GENERATION_FILE, 
 @dataclass(frozen=True)
 class TokenizerFiles:
     """The files to write beside the graphs: names to copy, tokenizer_config.json where it is not the checkpoint's own,
-    the chat template as it was, and what is changed and why."""
+    the chat template as it was, and what is changed and why. `words` are what the finished bundle is tried on, None
+    where it has none."""
 
     copied: tuple[str, ...] = ()
     config: Mapping[str, Any] | None = None
     template: str = ""
     opens_thought: bool = False
     changed: tuple[ChangedFile, ...] = ()
+    words: Words | None = None
 
 
 def plan_tokenizer(checkpoint: Checkpoint) -> TokenizerFiles:
@@ -56,8 +59,11 @@ def plan_tokenizer(checkpoint: Checkpoint) -> TokenizerFiles:
         reasons.append(f"the checkpoint has no {TOKENIZER_CONFIG_FILE}")
     shipped = shipped_template(folder)
     opens, template = False, ""
+    words = Words(str(folder / names.TOKENIZER_FILE), checked.differs)
     if shipped is not None:
-        made = checked_template(shipped.text, special_tokens(folder))
+        given_tokens = special_tokens(folder)
+        made = checked_template(shipped.text, given_tokens)
+        words = replace(words, template=TemplateJob(shipped.text, given_tokens), rendered_otherwise=made.differs)
         opens, template = made.opens_thought, shipped.text
         config = {**config, "chat_template": made.text}
         reasons += [f"chat template: {change}" for change in made.changes]
@@ -67,11 +73,11 @@ def plan_tokenizer(checkpoint: Checkpoint) -> TokenizerFiles:
     copied = tuple(name for name in _COPIED if (folder / name).is_file())
     if config == given:
         changed = (ChangedFile(TOKENIZER_CONFIG_FILE, tuple(reasons)),) if reasons else ()
-        return TokenizerFiles(copied, None, template, opens, changed)
+        return TokenizerFiles(copied, None, template, opens, changed, words)
     if shipped is not None and shipped.source != TOKENIZER_CONFIG_FILE:
         reasons.append(f"{shipped.source} stands where every release of onnxruntime-genai reads it")
     kept = tuple(name for name in copied if name not in (TEMPLATE_FILE, TOKENIZER_CONFIG_FILE))
-    return TokenizerFiles(kept, config, template, opens, (ChangedFile(TOKENIZER_CONFIG_FILE, tuple(reasons)),))
+    return TokenizerFiles(kept, config, template, opens, (ChangedFile(TOKENIZER_CONFIG_FILE, tuple(reasons)),), words)
 
 
 def _how_to_get_one(folder: Path) -> str:

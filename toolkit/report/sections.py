@@ -28,6 +28,15 @@ class CompiledPartCost:
 
 
 @dataclass(frozen=True)
+class Opened:
+    """A finished bundle opened once by onnxruntime-genai, on the CPU: its graphs, tokenizer and chat template."""
+
+    runtime: str
+    load_s: float
+    peak_rss_bytes: int
+
+
+@dataclass(frozen=True)
 class Conversion:
     """What making the bundle took, and what was read and written."""
 
@@ -39,6 +48,7 @@ class Conversion:
     packed_bytes_read: int | None = None
     in_one_pass_with: tuple[str, ...] | None = None
     compiled_parts: tuple[CompiledPartCost, ...] | None = None
+    opened: Opened | None = None
 
 
 @dataclass(frozen=True)
