@@ -21,9 +21,9 @@ from tests.exports import IN_TWO_PARTS, Exports
 from tests.graphs import EIGHT_BITS, SET_EIGHT_BITS
 from toolkit import apart
 from toolkit.bundle.compiled import lint_compiled
-from toolkit.bundle.genai_config import read_genai_config
 from toolkit.bundle.lint import lint_bundle
 from toolkit.bundle.manifest import read_manifest, verify_manifest
+from toolkit.bundle.settings import read_genai_config
 from toolkit.checkpoint.opened import open_checkpoint
 from toolkit.epcontext import htp
 from toolkit.epcontext import parts as compiling

@@ -84,7 +84,7 @@ CASES: dict[str, tuple[Edit, list[str]]] = {
     "an array for the model": (lambda c: c.update(model=[]), ["model is [], expected an object"]),
     "nothing for a stage": (
         lambda c: c["model"]["decoder"]["pipeline"][0].update(context=None),
-        ["model.decoder.pipeline.context is None, expected an object"],
+        ["model.decoder.pipeline[0].context is None, expected an object"],
     ),
     "nothing for the window": (
         lambda c: c["model"]["decoder"].update(sliding_window=None),
@@ -92,10 +92,10 @@ CASES: dict[str, tuple[Edit, list[str]]] = {
     ),
     "names for stages": (
         lambda c: c["model"]["decoder"].update(pipeline=["embeddings"]),
-        ["pipeline is not an array of objects"],
+        ["model.decoder.pipeline[0] is 'embeddings', expected an object"],
     ),
-    "a length in words": (_set("search", max_length="64"), ["search.max_length is '64', expected a number"]),
-    "layers in words": (_set(DECODER, num_hidden_layers="four"), ["num_hidden_layers is 'four', expected a number"]),
+    "a length in words": (_set("search", max_length="64"), ["search.max_length is '64', expected a whole number"]),
+    "layers in words": (_set(DECODER, num_hidden_layers="four"), ["num_hidden_layers is 'four', expected a whole"]),
     "a pattern of two": (
         _set(f"{DECODER}.inputs", past_key_names="past_%s_%d"),
         ["past_key_names is 'past_%s_%d', expected a name"],
@@ -103,7 +103,7 @@ CASES: dict[str, tuple[Edit, list[str]]] = {
     "no pad": (_drop("model", "pad_token_id"), ["model.pad_token_id is None"]),
     "a pad that begins sentences": (_set("model", pad_token_id=767), ["pad_token_id 767 is"]),
     "a window of 1": (_set(SLIDING, window_size=1), ["window_size is 1, expected at least 2"]),
-    "a window in words": (_set(SLIDING, window_size="8"), ["window_size is '8', expected at least 2"]),
+    "a window in words": (_set(SLIDING, window_size="8"), ["window_size is '8', expected a whole number"]),
     "a context of half a window": (
         _set("model", context_length=60),
         [
@@ -235,7 +235,7 @@ CASES: dict[str, tuple[Edit, list[str]]] = {
     ),
     "the pipeline as an object": (
         lambda c: _set(DECODER, pipeline=setting_at(c, f"{DECODER}.pipeline.0"))(c),
-        ["model.decoder.pipeline is an object"],
+        ["model.decoder.pipeline is {'embeddings'"],
     ),
     "a missing file": (
         _set(CONTEXT, filename="context_ctx.onnx"),

@@ -16,7 +16,7 @@ from tests.command_line import run
 from tests.exports import Exports
 from tests.graphs import EIGHT_BITS, export_bundle
 from tests.prompts import NEW_TOKENS, prompt_lengths, prompt_of, reference_tokens
-from toolkit.bundle.genai_config import max_length, read_genai_config
+from toolkit.bundle.settings import read_genai_config, read_settings
 from toolkit.checkpoint.opened import open_checkpoint
 from toolkit.errors import MachineError
 from toolkit.evaluate import session
@@ -257,7 +257,7 @@ def test_no_pad_in_an_answer(quantized: dict[str, Path], target: str, monkeypatc
 def test_max_length_counts_whole_windows(
     fp32: dict[tuple[str, int], Path], target: str, window: int, prompt: int, new: int, expected: int
 ) -> None:
-    assert max_length(read_genai_config(fp32[target, window]), prompt, new) == expected
+    assert read_settings(fp32[target, window]).length_for(prompt, new) == expected
 
 
 @pytest.mark.parametrize("target", PROVIDERS)

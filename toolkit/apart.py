@@ -5,8 +5,8 @@ The parent calls `run_apart("toolkit.room.module", job)`; the module ends with
     if __name__ == "__main__":
         answer(function_of_the_job)
 
-Job and answer are JSON in files, so that nothing a library prints can be taken for either. No fork: it works alike on
-every platform.
+Job and answer, dataclasses or what JSON has, are JSON in files, so that nothing a library prints can be taken for
+either. No fork: it works alike on every platform.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from toolkit.files import write_text
-from toolkit.typed_json import JsonObject
+from toolkit.typed_json import to_json
 
 _ERROR: Final = "error: "
 _REASON_CHARACTERS: Final = 300
@@ -47,7 +47,7 @@ def run_apart(module: str, job: object, log: Path | None = None, timeout_s: floa
     """
     with tempfile.TemporaryDirectory() as folder:
         given, made, said = Path(folder) / "job.json", Path(folder) / "answer.json", log or Path(folder) / "log"
-        write_text(given, json.dumps(job))
+        write_text(given, json.dumps(to_json(job)))
         with said.open("wb") as output:
             command = [*python_module(module), str(given), str(made)]
             # UTF-8 whatever the system's code page says: the last line may name a file.
@@ -68,11 +68,11 @@ def python_module(module: str) -> list[str]:
     return [sys.executable, "-m", module]
 
 
-def answer(work: Callable[[JsonObject], object]) -> None:
+def answer(work: Callable[[Any], object]) -> None:
     """In the child: does the job and ends the process. An error becomes the line that the parent shows."""
     given, made = map(Path, sys.argv[1:])
     try:
-        write_text(made, json.dumps(work(json.loads(given.read_text(encoding="utf-8")))))
+        write_text(made, json.dumps(to_json(work(json.loads(given.read_text(encoding="utf-8"))))))
     except Exception as problem:
         print(f"{_ERROR}{' '.join(str(problem).split()) or type(problem).__name__}", file=sys.stderr)
         _leave(1)

@@ -72,8 +72,12 @@ def llama_cpp(folder: Path) -> LlamaCpp:
     if cmake is None:
         raise PeerError("cmake is not here, llama.cpp is built with it: pip install cmake ninja")
     build = folder / f"llama.cpp-{VERSION}.build"
-    options = [f"-D{key}={value}" for key, value in {**_OPTIONS, "LLAMA_CPP": _sources(folder).as_posix()}.items()]
-    generator = ["-G", "Ninja"] if program("ninja") else []
+    options = [
+        f"-D{key}={value}" for key, value in {**_OPTIONS, "LLAMA_CPP": _sources(folder).resolve().as_posix()}.items()
+    ]
+    ninja = program("ninja")
+    # By its path: cmake looks on PATH alone, where an environment that is not activated has nothing.
+    generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={Path(ninja).as_posix()}"] if ninja else []
     ours = Path(__file__).parent / "llama_logits"
     run_tool([cmake, "-S", str(ours), "-B", str(build), *generator, *options], folder / "cmake.log")
     targets = ["--config", "Release", "--parallel", str(_JOBS), "--target", *_PROGRAMS]

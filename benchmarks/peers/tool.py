@@ -79,7 +79,7 @@ def _peak_rss_bytes(process: psutil.Process) -> int:
 
 
 def _complaint(log: Path) -> str:
-    """The last line that calls itself an error, else the last line: build tools end in where to read on."""
+    """The first line that calls itself an error, else the last line: later errors of build tools follow from it."""
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     errors = [line for line in lines if "error:" in line.lower()]
-    return (errors or lines or ["it said nothing"])[-1][:200]
+    return (errors[:1] or lines or ["it said nothing"])[-1][:200]

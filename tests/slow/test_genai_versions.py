@@ -12,7 +12,7 @@ import pytest
 
 from tests.graphs import export_bundle
 from tests.prompts import NEW_TOKENS, prompt_lengths, prompt_of, reference_tokens
-from toolkit.bundle.genai_config import max_length, read_genai_config
+from toolkit.bundle.settings import read_settings
 from toolkit.checkpoint.opened import open_checkpoint
 from toolkit.evaluate.session import continuations
 from toolkit.recipe import load_recipe
@@ -83,8 +83,8 @@ def bundles(tiny_r1: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 def _continuations(genai: tuple[str, Path], bundle: Path, prompts: list[list[int]]) -> list[list[int]]:
     """What this release makes of the prompts."""
     version, python = genai
-    config = read_genai_config(bundle)
-    sized = [[prompt, max_length(config, len(prompt), NEW_TOKENS)] for prompt in prompts]
+    settings = read_settings(bundle)
+    sized = [[prompt, settings.length_for(len(prompt), NEW_TOKENS)] for prompt in prompts]
     asked = json.dumps({"bundle": str(bundle), "prompts": sized, "new_tokens": NEW_TOKENS})
     done = subprocess.run([python, "-c", SCRIPT], input=asked, capture_output=True, text=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr[-2000:]

@@ -6,46 +6,33 @@ what another SoC or a newer compiler would be given. A device needs neither.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from toolkit import names
-from toolkit.bundle.genai_config import read_genai_config, stage_sections
-from toolkit.graph.interface import GraphInterface, read_interface
+from toolkit.bundle.settings import Settings, read_settings
+from toolkit.graph.interface import GraphInterface, ValueType, read_interface
 from toolkit.soc import SOCS, Soc
-from toolkit.typed_json import JsonObject
 
 _COMPATIBILITY: Final = "ep_compatibility_info.QNNExecutionProvider"
 # Where a SoC stands in it: version, …, HTP arch, SoC model, …
 _ARCH_FIELD, _SOC_FIELD = 4, 5
 
 
-def compiled_settings(config: Mapping[str, Any], stages: Sequence[str]) -> JsonObject:
-    """Returns a bundle's whole genai_config with these stages run from their EPContext files."""
-    changed: JsonObject = json.loads(json.dumps(config))
-    for group in changed["model"]["decoder"]["pipeline"]:
-        for name in stages:
-            group[name]["filename"] = names.compiled_file(name)
-    return changed
+def compiled_settings(settings: Settings, stages: Sequence[str]) -> Settings:
+    """Returns a bundle's settings with these stages run from their EPContext files."""
+    return settings.with_files({stage: names.compiled_file(stage) for stage in stages})
 
 
-def uncompiled_settings(config: Mapping[str, Any]) -> JsonObject:
+def uncompiled_settings(settings: Settings) -> Settings:
     """Returns the same with every stage run from its graph: what a machine without the device can run."""
-    changed: JsonObject = json.loads(json.dumps(config))
-    for group in changed["model"]["decoder"].get("pipeline", []):
-        for name, section in group.items():
-            if section.get("filename") == names.compiled_file(name):
-                section["filename"] = names.stage_file(name)
-    return changed
+    return settings.with_files({stage: names.stage_file(stage) for stage in compiled_stages(settings)})
 
 
-def compiled_stages(config: Mapping[str, Any]) -> list[str]:
+def compiled_stages(settings: Settings) -> list[str]:
     """Returns the stages that run from EPContext files."""
-    pipeline = config["model"]["decoder"].get("pipeline", [])
-    stages = [(name, section) for group in pipeline for name, section in group.items()]
-    return [name for name, section in stages if section.get("filename") == names.compiled_file(name)]
+    return [stage.name for stage in settings.stages if stage.filename == names.compiled_file(stage.name)]
 
 
 def binary_of(compiled: GraphInterface) -> str:
@@ -58,8 +45,7 @@ def lint_compiled(bundle: Path, soc_name: str) -> list[str]:
 
     Raises BundleError for a file that cannot be read.
     """
-    config = read_genai_config(bundle)
-    stages = compiled_stages(config) if stage_sections(config) else []
+    stages = compiled_stages(read_settings(bundle))
     binaries: dict[int, set[str]] = {}
     problems = []
     for stage in stages:
@@ -102,5 +88,5 @@ def _lint_file(compiled: GraphInterface, bundle: Path, soc: Soc) -> list[str]:
     return problems
 
 
-def _signature(graph: GraphInterface) -> tuple[Any, Any]:
+def _signature(graph: GraphInterface) -> tuple[dict[str, ValueType], dict[str, ValueType]]:
     return graph.inputs, graph.outputs

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final
 
 from toolkit import names
 from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.families import FAMILIES
 from toolkit.checkpoint.side_files import Sampling, SideFiles
-from toolkit.errors import BundleError, UnsupportedError
-from toolkit.files import read_json
+from toolkit.errors import UnsupportedError
 from toolkit.target import Stage
 from toolkit.typed_json import JsonObject
 
@@ -20,7 +18,6 @@ if TYPE_CHECKING:
 
 # Reserved tokens that never stand in text. The distills ship pad = eos, and eos stands between turns.
 _PAD_TOKENS: Final = ("<|fim_pad|>", "<|finetune_right_pad_id|>")
-_MAX_CONFIG_BYTES: Final = 16 << 20
 _MAX_TOKENIZER_BYTES: Final = 256 << 20
 PIPELINE_TYPE: Final = "decoder-pipeline"
 # Types of a text decoder that onnxruntime-genai 0.12.2 and 0.18.0 both load, each tried; they compute the same.
@@ -48,7 +45,6 @@ GENAI_TYPES: Final = (
 )
 _PAST: Final = {"past_key_names": names.past_key("%d"), "past_value_names": names.past_value("%d")}
 _PRESENT: Final = {"present_key_names": names.present_key("%d"), "present_value_names": names.present_value("%d")}
-_SOC: Final = ("soc_model", "htp_arch", "enable_block_quant_weight_optimization")
 # When a stage runs, where that is not always.
 _RUNS: Final[dict[str, dict[str, bool]]] = {
     names.CONTEXT: {"run_on_token_gen": False},
@@ -154,61 +150,6 @@ def _session_options(stage: Stage) -> JsonObject:
         **stage.session_options,
         "provider_options": provider,
     }
-
-
-def max_length(config: Mapping[str, Any], prompt_tokens: int, new_tokens: int) -> int:
-    """Returns what to set so that so many new tokens fit: a pipeline's prompt takes up whole windows, pads included.
-
-    Never more than the context; `config` is a bundle's whole genai_config.
-    """
-    window = config["model"]["decoder"].get("sliding_window", {}).get("window_size", 1)
-    padded = -(-prompt_tokens // window) * window
-    return int(min(padded + new_tokens, config["model"]["context_length"]))
-
-
-def read_genai_config(bundle: Path) -> JsonObject:
-    """Reads the file of a bundle; raises BundleError if it is missing or is not a JSON object."""
-    path = bundle / names.GENAI_CONFIG_FILE
-    return read_json(path, _MAX_CONFIG_BYTES, BundleError, "a bundle has one")
-
-
-def read_settings(bundle: Path) -> JsonObject:
-    """Reads settings as `read_genai_config` does, for those who run a bundle: raises BundleError too if what every
-    runtime needs is missing."""
-    config = read_genai_config(bundle)
-    try:
-        sections = stage_sections(config)
-        options = [entry for s in sections for entry in s["session_options"]["provider_options"]]
-        whole = all(isinstance(entry, dict) for entry in options)
-        whole &= isinstance(config["model"]["context_length"], int) and isinstance(config["search"]["max_length"], int)
-    except (KeyError, TypeError, AttributeError):
-        whole = False
-    if not whole:
-        raise BundleError(f"{bundle / names.GENAI_CONFIG_FILE} is not whole: see `toolkit check {bundle}`")
-    return config
-
-
-def soc_options(config: Mapping[str, Any]) -> dict[str, str]:
-    """Returns what a bundle's settings tell QNNExecutionProvider of the SoC it is made for, and of its weights."""
-    entries = [entry for s in stage_sections(config) for entry in s["session_options"]["provider_options"]]
-    given = [option for entry in entries for options in entry.values() for option in options.items()]
-    return {key: value for key, value in given if key in _SOC}
-
-
-def tell_soc(config: JsonObject, options: Mapping[str, str]) -> None:
-    """Changes a bundle's settings to those for another SoC."""
-    for section in stage_sections(config):
-        for entry in section["session_options"]["provider_options"]:
-            for given in entry.values():
-                given |= {key: value for key, value in options.items() if key in given}
-
-
-def stage_sections(config: Mapping[str, Any]) -> list[JsonObject]:
-    """Returns the part of each graph in a genai_config: the stages of a pipeline in their order, or the decoder
-    itself."""
-    decoder = config["model"]["decoder"]
-    stages = [stage for group in decoder.get("pipeline", []) for stage in group.values()]
-    return stages or [decoder]
 
 
 def pad_token_id(config: ModelConfig, side: SideFiles) -> int:

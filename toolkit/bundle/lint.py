@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from toolkit import names
-from toolkit.bundle.genai_config import GENAI_TYPES, read_genai_config
+from toolkit.bundle.genai_config import GENAI_TYPES
 from toolkit.bundle.lint_pipeline import lint_pipeline
+from toolkit.bundle.settings import DecoderSettings, GenaiConfig, ModelSettings, config_of, read_genai_config
 from toolkit.graph.interface import GraphInterface, read_interface
 from toolkit.typed_json import JsonObject
 
@@ -123,64 +124,46 @@ def lint_bundle(bundle: Path) -> list[str]:
 
     Raises BundleError if the file is missing or is not a JSON object, or a graph cannot be read.
     """
-    config = read_genai_config(bundle)
-    if malformed := _malformed(config):
-        return malformed
-    problems = _unknown_keys(config)
-    model, search = config.get("model", {}), config.get("search", {})
-    decoder = model.get("decoder", {})
-    pipeline = decoder.get("pipeline")
-    sections = {name: stage for group in pipeline or [] for name, stage in group.items()} or {"model": decoder}
-    graphs = {}
-    for name, section in sections.items():
-        at = f"stage {name}'s filename" if pipeline else "model.decoder.filename"
-        filename = section.get("filename")
-        if not isinstance(filename, str) or Path(filename).name != filename or not (bundle / filename).is_file():
-            problems.append(f"{at} {filename!r} names no file of the bundle")
+    raw = read_genai_config(bundle)
+    try:
+        config = config_of(raw)
+    except ValueError as problem:
+        return [str(problem)]
+    model, decoder = config.model, config.model.decoder
+    if wrong := _patterns(decoder):
+        return wrong
+    problems = _unknown_keys(raw)
+    pipeline = decoder.stages()
+    files = {name: stage.filename for name, stage in pipeline.items()} or {names.MODEL: decoder.filename}
+    graphs: dict[str, GraphInterface] = {}
+    for name, file in files.items():
+        if file is None or Path(file).name != file or not (bundle / file).is_file():
+            at = f"stage {name}'s filename" if pipeline else "model.decoder.filename"
+            problems.append(f"{at} {file!r} names no file of the bundle")
         else:
-            graphs[name] = (section, read_interface(bundle / filename))
-    if len(graphs) < len(sections):
+            graphs[name] = read_interface(bundle / file)
+    if len(graphs) < len(files):
         return problems
-    if not pipeline and model.get("type") not in GENAI_TYPES:
-        problems.append(f"model.type is {model.get('type')!r}, expected one of {', '.join(GENAI_TYPES)}")
-    problems += lint_pipeline(config, graphs) if pipeline else _unnamed(decoder, graphs["model"][1])
-    problems += _named(decoder, [graph for _, graph in graphs.values()])
-    for _, graph in graphs.values():
-        problems += _shapes(model, decoder, graph)
-    problems += _lengths(model, search)
-    problems += _stops(model)
-    problems += _pad(model, bundle)
-    return problems
+    if pipeline:
+        problems += lint_pipeline(config, {name: (pipeline[name], graph) for name, graph in graphs.items()})
+    else:
+        if model.type not in GENAI_TYPES:
+            problems.append(f"model.type is {model.type!r}, expected one of {', '.join(GENAI_TYPES)}")
+        problems += _unnamed(decoder, graphs[names.MODEL])
+    problems += _named(decoder, list(graphs.values()))
+    for graph in graphs.values():
+        problems += _shapes(model, graph)
+    return [*problems, *_lengths(config), *_stops(model), *_pad(model, bundle)]
 
 
-def _malformed(config: JsonObject) -> list[str]:
-    """Values of a type that no rule after this one could read."""
-    problems = []
-    for path in ("model", "search", "model.decoder", *(path for path in _KEYS if path.startswith("model.decoder."))):
-        *parents, last = path.split(".")
-        for at, found in _objects(config, ".".join(parents)):
-            keys = list(found) if last == "*" else [last]
-            wrong = [key for key in keys if key in found and not isinstance(found[key], dict) and key != "pipeline"]
-            problems += [f"{at}.{key}".lstrip(".") + f" is {found[key]!r:.60}, expected an object" for key in wrong]
-    decoder = config.get("model", {}).get("decoder", {}) if not problems else {}
-    pipeline = decoder.get("pipeline", [])
-    if isinstance(pipeline, dict):
-        problems.append("model.decoder.pipeline is an object: only an array is read by every version")
-    elif not isinstance(pipeline, list) or not all(isinstance(group, dict) for group in pipeline):
-        problems.append("model.decoder.pipeline is not an array of objects")
-    for at, key in (("model", "context_length"), ("search", "max_length"), ("model.decoder", "num_hidden_layers")):
-        for _, found in _objects(config, at):
-            if key in found and (isinstance(found[key], bool) or not isinstance(found[key], int)):
-                problems.append(f"{at}.{key} is {found[key]!r}, expected a number")
-    for side in ("inputs", "outputs"):
-        for at, found in _objects(config, f"model.decoder.{side}"):
-            wrong = [key for key, name in found.items() if not _is_pattern(name)]
-            problems += [f"{at}.{key} is {found[key]!r}, expected a name, with one %d at most" for key in wrong]
-    return problems
-
-
-def _is_pattern(name: Any) -> bool:
-    return isinstance(name, str) and name.count("%") == name.count("%d") <= 1
+def _patterns(decoder: DecoderSettings) -> list[str]:
+    """Names that no rule after this one could put a layer's number into."""
+    return [
+        f"model.decoder.{side}.{key} is {name!r}, expected a name, with one %d at most"
+        for side, given in (("inputs", decoder.inputs), ("outputs", decoder.outputs))
+        for key, name in given.items()
+        if not name.count("%") == name.count("%d") <= 1
+    ]
 
 
 def _unknown_keys(config: JsonObject) -> list[str]:
@@ -210,82 +193,81 @@ def _objects(config: JsonObject, path: str) -> list[tuple[str, JsonObject]]:
     return [(at, entry) for at, entry in spread if isinstance(entry, dict)]
 
 
-def _named(decoder: JsonObject, graphs: list[GraphInterface]) -> list[str]:
+def _named(decoder: DecoderSettings, graphs: list[GraphInterface]) -> list[str]:
     """Every name given is some graph's."""
     problems = []
-    for side in ("inputs", "outputs"):
+    for side, given in (("inputs", decoder.inputs), ("outputs", decoder.outputs)):
         values = {name for graph in graphs for name in (graph.inputs if side == "inputs" else graph.outputs)}
-        for key, name in decoder.get(side, {}).items():
+        for key, name in given.items():
             if missing := [n for n in _expanded(decoder, key, name) if n not in values]:
                 problems.append(f"model.decoder.{side}.{key} names {missing[0]!r}, which the graph does not have")
     return problems
 
 
-def _unnamed(decoder: JsonObject, graph: GraphInterface) -> list[str]:
+def _unnamed(decoder: DecoderSettings, graph: GraphInterface) -> list[str]:
     """Inputs and outputs of a single graph that have no name given."""
     problems = []
-    for side, values in (("inputs", graph.inputs), ("outputs", graph.outputs)):
-        named = {n for key, name in decoder.get(side, {}).items() for n in _expanded(decoder, key, name)}
+    sides = (("inputs", decoder.inputs, graph.inputs), ("outputs", decoder.outputs, graph.outputs))
+    for side, given, values in sides:
+        named = {n for key, name in given.items() for n in _expanded(decoder, key, name)}
         for name in sorted(values.keys() - named):
             problems.append(f"the graph's {side[:-1]} {name!r} is not named in model.decoder.{side}")
     return problems
 
 
-def _expanded(decoder: JsonObject, key: str, name: str) -> list[str]:
-    layers = range(int(decoder.get("num_hidden_layers", 0)))
-    return [name % i for i in layers] if key in _LAYERED and "%d" in name else [name]
+def _expanded(decoder: DecoderSettings, key: str, name: str) -> list[str]:
+    return [name % i for i in range(decoder.num_hidden_layers)] if key in _LAYERED and "%d" in name else [name]
 
 
-def _shapes(model: JsonObject, decoder: JsonObject, interface: GraphInterface) -> list[str]:
+def _shapes(model: ModelSettings, interface: GraphInterface) -> list[str]:
     """The cache's and the logits' fixed dimensions against the numbers of the file."""
-    problems = []
-    logits = interface.outputs.get(str(decoder.get("outputs", {}).get("logits")))
-    if logits and logits.shape[-1] != model.get("vocab_size"):
-        problems.append(f"model.vocab_size is {model.get('vocab_size')}, the graph's logits have {logits.shape[-1]}")
-    pattern = str(decoder.get("inputs", {}).get("past_key_names", ""))
-    keys = _expanded(decoder, "past_key_names", pattern)
+    problems, decoder = [], model.decoder
+    logits = interface.outputs.get(decoder.outputs.get("logits", ""))
+    if logits and (last := logits.shape[-1] if logits.shape else None) != model.vocab_size:
+        problems.append(f"model.vocab_size is {model.vocab_size}, the graph's logits have {last}")
+    keys = _expanded(decoder, "past_key_names", decoder.inputs.get("past_key_names", ""))
     past = next((interface.inputs[key] for key in keys if key in interface.inputs), None)
-    for axis, key in ((1, "num_key_value_heads"), (3, "head_size")):
-        if past and past.shape[axis] != decoder.get(key):
-            problems.append(f"model.decoder.{key} is {decoder.get(key)}, the graph's cache has {past.shape[axis]}")
+    given = {"num_key_value_heads": decoder.num_key_value_heads, "head_size": decoder.head_size}
+    for axis, (key, expected) in zip((1, 3), given.items(), strict=True):
+        found = past.shape[axis] if past and len(past.shape) > axis else None
+        if past and found != expected:
+            problems.append(f"model.decoder.{key} is {expected}, the graph's cache has {found}")
     return problems
 
 
-def _lengths(model: JsonObject, search: JsonObject) -> list[str]:
+def _lengths(config: GenaiConfig) -> list[str]:
     problems = []
-    context, longest = model.get("context_length", 0), search.get("max_length", 0)
-    if not isinstance(context, int) or context < 1:
+    context, longest = config.model.context_length or 0, config.search.max_length or 0
+    if context < 1:
         problems.append(f"model.context_length is {context!r}, expected a token count")
     elif longest > context:
         problems.append(f"search.max_length {longest} is more than model.context_length {context}")
-    if search.get("past_present_share_buffer") is not True:
+    if not config.search.past_present_share_buffer:
         problems.append("search.past_present_share_buffer is not true: the cache would be copied at every token")
     return problems
 
 
-def _stops(model: JsonObject) -> list[str]:
+def _stops(model: ModelSettings) -> list[str]:
     """Without an id that ends an answer, or with one beyond the logits, a bundle writes on to its limit."""
-    eos, rows = model.get("eos_token_id"), model.get("vocab_size")
-    given = eos if isinstance(eos, list) else [eos]
-    ids = [one for one in given if isinstance(one, int) and not isinstance(one, bool)]
-    if not ids or len(ids) < len(given):
-        return [f"model.eos_token_id is {eos!r:.60}, expected an id that ends an answer, or a list of them"]
-    beyond = [one for one in ids if one < 0 or (isinstance(rows, int) and one >= rows)]
+    ids, rows = model.eos_token_id, model.vocab_size
+    if not ids:
+        return ["model.eos_token_id is [], expected an id that ends an answer, or a list of them"]
+    beyond = [one for one in ids if one < 0 or (rows is not None and one >= rows)]
     return [f"model.eos_token_id {one} is no id of the vocabulary's {rows}" for one in beyond]
 
 
-def _pad(model: JsonObject, bundle: Path) -> list[str]:
+def _pad(model: ModelSettings, bundle: Path) -> list[str]:
     """A pad id inside a prompt gives wrong tokens in silence, on every version."""
-    pad, eos = model.get("pad_token_id"), model.get("eos_token_id")
-    if isinstance(pad, bool) or not isinstance(pad, int):
+    pad = model.pad_token_id
+    if pad is None:
         return [f"model.pad_token_id is {pad!r}, expected an id that never stands in text"]
-    if pad in (eos if isinstance(eos, list) else [eos]):
+    if pad in model.eos_token_id:
         return [f"model.pad_token_id {pad} is an end of sentence, which stands between the turns of a conversation"]
     try:
         tokenizer = json.loads((bundle / names.TOKENIZER_FILE).read_text(encoding="utf-8"))
         vocabulary = tokenizer["model"]["vocab"]
         added = {token["id"]: token["content"] for token in tokenizer.get("added_tokens", [])}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return []
     if pad in added and "pad" not in str(added[pad]).lower():
         return [f"model.pad_token_id {pad} is {added[pad]!r}, which may stand in a conversation"]

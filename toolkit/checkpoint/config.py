@@ -21,7 +21,7 @@ from toolkit.names import CONFIG_FILE
 
 ROPE_TYPES: Final = ("default", "linear", "llama3", "yarn")
 # The deepest published decoders have some 130; what is planned for each layer has to fit into memory.
-_MOST_LAYERS: Final = 1000
+MOST_LAYERS: Final = 1000
 _MAX_CONFIG_BYTES: Final = 4 << 20
 
 
@@ -140,7 +140,7 @@ def parse_config(raw: Mapping[str, Any], path: Path) -> ModelConfig:
         raise CheckpointError(f"{path}: {heads} attention heads cannot share {kv_heads} key/value heads evenly")
     if head_dim % 2:
         raise CheckpointError(f"{path}: head_dim {head_dim} is odd, rotary embeddings need an even one")
-    layers = read.count("num_hidden_layers", most=_MOST_LAYERS)
+    layers = read.count("num_hidden_layers", most=MOST_LAYERS)
     positions = read.count("max_position_embeddings")
     return ModelConfig(
         model_type=family.model_type,

@@ -5,6 +5,8 @@ Context and iterator are compiled one after the other and share their weights in
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
@@ -13,12 +15,29 @@ from toolkit import names
 from toolkit.apart import answer
 from toolkit.epcontext.htp import open_htp
 from toolkit.machine import peak_rss_bytes
-from toolkit.typed_json import JsonObject
+from toolkit.typed_json import Json, from_json, to_json
 
 _MS = "com.microsoft"
 
 
-def compile_stages(bundle: Path, stages: list[str], options: dict[str, str], out: Path) -> None:
+@dataclass(frozen=True)
+class CompileJob:
+    """What the compiler's process is told: the bundle, the stages of one part, the compiler's options, where to."""
+
+    bundle: str
+    stages: tuple[str, ...]
+    options: dict[str, str]
+    out: str
+
+
+@dataclass(frozen=True)
+class CompileCost:
+    """What it answers: the most memory it took."""
+
+    peak_rss_bytes: int
+
+
+def compile_stages(bundle: Path, stages: Sequence[str], options: dict[str, str], out: Path) -> None:
     """Writes `<stage>_ctx.onnx` for each, and the binary of the first, into `out`."""
     sessions = []
     for stage in stages:
@@ -45,10 +64,11 @@ def _lower_versions(path: Path) -> None:
     onnx.save(model, path)
 
 
-def _compile(job: JsonObject) -> dict[str, int]:
+def _compile(raw: Json) -> Json:
     """Compiles; returns what it took in memory."""
-    compile_stages(Path(job["bundle"]), job["stages"], job["options"], Path(job["out"]))
-    return {"peak_rss_bytes": peak_rss_bytes()}
+    job = from_json(CompileJob, raw, "the job")
+    compile_stages(Path(job.bundle), job.stages, job.options, Path(job.out))
+    return to_json(CompileCost(peak_rss_bytes()))
 
 
 if __name__ == "__main__":

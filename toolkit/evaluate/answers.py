@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from toolkit import names
-from toolkit.bundle.genai_config import max_length, read_settings
+from toolkit.bundle.settings import read_settings
 from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.weights import Tensors
 from toolkit.errors import BundleError, RecipeError
@@ -72,23 +72,21 @@ def ask(bundle: Path, task: Task, new_tokens: int, on_cpu: bool = False) -> Aske
     Raises BundleError for a bundle without a tokenizer or a template that is needed, RecipeError for a prompt that
     leaves no room in the context.
     """
-    config = read_settings(bundle)
+    settings = read_settings(bundle)
     if not (bundle / names.TOKENIZER_FILE).is_file():
         raise BundleError(f"{bundle} has no {names.TOKENIZER_FILE} to ask questions with: leave them out (--no-tasks)")
     tokenizer = Tokenizer.from_file(str(bundle / names.TOKENIZER_FILE))
     texts = _texts(bundle, task, on_cpu)
     ids = tuple(tokenizer.encode(text, add_special_tokens=False).ids for text in texts)
-    rooms = tuple(room_after(config, len(prompt), new_tokens) for prompt in ids)
+    rooms = tuple(settings.room_after(len(prompt), new_tokens) for prompt in ids)
     for question, prompt, room in zip(task.questions, ids, rooms, strict=True):
         if room < 1:
             raise RecipeError(
                 f"task {task.name}, line {question.line}: the prompt has {len(prompt)} tokens, and the bundle's "
-                f"context of {config['model']['context_length']} leaves none for an answer: export with a larger "
+                f"context of {settings.context_length} leaves none for an answer: export with a larger "
                 "--set context_length, or leave the question out"
             )
-    eos = config["model"]["eos_token_id"]
-    stop_ids = frozenset(eos if isinstance(eos, list) else [eos])
-    return Asked(task, texts, ids, rooms, new_tokens, stop_ids, tokenizer)
+    return Asked(task, texts, ids, rooms, new_tokens, frozenset(settings.eos_token_ids), tokenizer)
 
 
 def bundle_answers(bundle: Path, asked: Asked, on_cpu: bool = False) -> Answers:
@@ -143,11 +141,6 @@ def compared(ours: Answers, theirs: Answers) -> Pairs:
     # The variance of -1, 0 and 1 over the pairs (McNemar's setting): what both get right, or wrong, adds nothing.
     spread = (lost + won - (lost - won) ** 2 / n) / (n - 1)
     return Pairs(lost, won, math.sqrt(spread / n))
-
-
-def room_after(config: Mapping[str, Any], prompt_tokens: int, new_tokens: int) -> int:
-    """How many of so many new tokens the context leaves to a prompt; `config` is a bundle's whole genai_config."""
-    return max_length(config, prompt_tokens, new_tokens) - max_length(config, prompt_tokens, 0)
 
 
 def _texts(bundle: Path, task: Task, on_cpu: bool) -> tuple[str, ...]:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from toolkit import names
-from toolkit.bundle.genai_config import max_length
 from toolkit.errors import BundleError
 from toolkit.evaluate.session import OpenModel, open_model
 from toolkit.evaluate.thought import Piece, ThoughtSplitter
@@ -90,11 +89,10 @@ class Conversation:
         messages = [*self._messages, {"role": "user", "content": question}]
         prompt = self._template.render(messages)
         ids = self._tokenizer.encode(prompt)
-        config = self._opened.config
-        if max_length(config, len(ids), 1) == max_length(config, len(ids), 0):
+        settings, stop_ids = self._opened.settings, frozenset(self._opened.settings.eos_token_ids)
+        if settings.room_after(len(ids), 1) < 1:
             raise BundleError(
-                f"the conversation has {len(ids)} tokens, the bundle's context "
-                f"{config['model']['context_length']}: start anew"
+                f"the conversation has {len(ids)} tokens, the bundle's context {settings.context_length}: start anew"
             )
         begun = time.perf_counter()
         splitter, stream = ThoughtSplitter(prompt), self._tokenizer.create_stream()
@@ -105,13 +103,13 @@ class Conversation:
             made.append(token)
             last = time.perf_counter()
             first = last if len(made) == 1 else first
-            for piece in splitter.add("" if token in self._stop_ids() else stream.decode(token)):
+            for piece in splitter.add("" if token in stop_ids else stream.decode(token)):
                 texts[piece.kind] = texts.get(piece.kind, "") + piece
                 yield piece
         for piece in splitter.end():
             texts[piece.kind] += piece
             yield piece
-        stopped = bool(made) and made[-1] in self._stop_ids()
+        stopped = bool(made) and made[-1] in stop_ids
         self._answer = Answer(
             thought=texts["thought"].strip(),
             text=texts["answer"].strip(),
@@ -123,7 +121,3 @@ class Conversation:
         )
         if stopped:
             self._messages = [*messages, {"role": "assistant", "content": self._answer.text}]
-
-    def _stop_ids(self) -> frozenset[int]:
-        given = self._opened.config["model"]["eos_token_id"]
-        return frozenset(given if isinstance(given, list) else [given])

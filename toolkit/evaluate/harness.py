@@ -17,10 +17,9 @@ from typing import Any, Final
 from tokenizers import Tokenizer
 
 from toolkit import names
-from toolkit.bundle.genai_config import read_settings
 from toolkit.bundle.reasoning import END_OF_THOUGHT
+from toolkit.bundle.settings import read_settings
 from toolkit.errors import BundleError, MachineError, RecipeError
-from toolkit.evaluate.answers import room_after
 from toolkit.evaluate.conversation import ChatTemplate
 from toolkit.evaluate.likelihood import Likelihood
 from toolkit.evaluate.positions import open_positions
@@ -49,16 +48,15 @@ class BundleLM(LM):  # type: ignore[misc]
     def __init__(self, bundle: str | Path, on_cpu: bool = False) -> None:
         super().__init__()
         self._bundle, self._on_cpu = Path(bundle), on_cpu
-        self._config = read_settings(self._bundle)
+        self._settings = read_settings(self._bundle)
         path = self._bundle / names.TOKENIZER_FILE
         if not path.is_file():
             raise BundleError(f"{self._bundle} has no {path.name}: a synthetic bundle has no words, only speed")
         self._tokenizer = Tokenizer.from_file(str(path))
-        model = self._config["model"]
-        eos, bos = model["eos_token_id"], model.get("bos_token_id")
-        prefix = bos if bos is not None else eos[0] if isinstance(eos, list) else eos
+        bos = self._settings.bos_token_id
         self._bos = "" if bos is None else self._tokenizer.id_to_token(bos) or ""
-        self._prefix_id, self._length = int(prefix), int(model["context_length"])
+        self._prefix_id = self._settings.eos_token_ids[0] if bos is None else bos
+        self._length = self._settings.context_length
         self._likelihood: Likelihood | None = None
         self._opened: OpenModel | None = None
         self._template: ChatTemplate | None = None
@@ -119,7 +117,7 @@ class BundleLM(LM):  # type: ignore[misc]
     def _generated(self, context: str, options: Mapping[str, Any]) -> str:
         stops, new_tokens, search = _search_options(options, self._length)
         prompt = self._encode(context)
-        room = room_after(self._config, len(prompt), new_tokens)
+        room = self._settings.room_after(len(prompt), new_tokens)
         if room < 1:
             raise RecipeError(
                 f"a prompt of {len(prompt)} tokens leaves no room in the bundle's context of {self._length}: ask for "

@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any, Final
 
 from toolkit.apart import ChildFailed, answer, run_apart
-from toolkit.bundle.genai_config import read_settings, stage_sections
+from toolkit.bundle.settings import Settings, read_settings
 from toolkit.errors import BundleError, MachineError
 from toolkit.evaluate.encodes import encoded_otherwise
 from toolkit.evaluate.renders import NOT_TRIED, TemplateJob, rendered_otherwise
-from toolkit.evaluate.session import linked_copy, providers_of
+from toolkit.evaluate.session import linked_copy
 from toolkit.machine import peak_rss_bytes
 from toolkit.report.sections import NotMeasured, Opened
-from toolkit.typed_json import JsonObject, from_json, to_json
+from toolkit.typed_json import Json, from_json, to_json
 
 _SECONDS: Final = 600
 _RUNTIME: Final = "onnxruntime-genai"
@@ -64,7 +64,7 @@ def open_apart(bundle: Path, words: Words | None) -> Opened | NotMeasured:
     return from_json(Opened, made, "the opened bundle")
 
 
-def _open(raw: JsonObject) -> object:
+def _open(raw: Json) -> object:
     """In the child."""
     job = from_json(_Job, raw, "the job")
     try:
@@ -86,22 +86,19 @@ def _open(raw: JsonObject) -> object:
 
 def _mapped_model(og: Any, bundle: Path) -> tuple[Any, tempfile.TemporaryDirectory[str] | None]:
     """The model with its weights mapped; and the folder with settings for the CPU, which it needs while it is open."""
-    config = read_settings(bundle)
-    if not providers_of(config):
-        settings = og.Config(str(bundle))
-        settings.overlay(json.dumps({"model": {"decoder": _changes(config)}}))
-        return og.Model(settings), None
-    for section in stage_sections(config):
-        section["session_options"] |= {**_MAPPED, "provider_options": []}
-    folder = linked_copy(bundle, config, within=bundle)
+    settings = read_settings(bundle)
+    if not settings.providers():
+        config = og.Config(str(bundle))
+        config.overlay(json.dumps({"model": {"decoder": _told(settings)}}))
+        return og.Model(config), None
+    folder = linked_copy(bundle, settings.on_cpu(_MAPPED), within=bundle)
     return og.Model(folder.name), folder
 
 
-def _changes(config: JsonObject) -> JsonObject:
+def _told(settings: Settings) -> Json:
     """What is said of the decoder beside its settings."""
     told = {"session_options": _MAPPED}
-    pipeline = config["model"]["decoder"].get("pipeline")
-    return {"pipeline": [dict.fromkeys(group, told) for group in pipeline]} if pipeline else told
+    return {"pipeline": [{stage.name: told for stage in settings.stages}]} if settings.is_pipeline else told
 
 
 def _check_words(tokenizer: Any, words: Words) -> None:

@@ -17,7 +17,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from toolkit import names
-from toolkit.bundle.genai_config import read_settings
+from toolkit.bundle.settings import read_settings
 from toolkit.errors import BundleError
 
 _NUMPY: Final[dict[str, type[np.floating[Any]]]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
@@ -46,8 +46,7 @@ def open_positions(bundle: Path, exact: bool = False) -> Positions:
 
     Raises BundleError for a folder without the graphs its genai_config.json names.
     """
-    decoder = read_settings(bundle).get("model", {}).get("decoder", {})
-    return Pipeline(bundle, exact) if decoder.get("pipeline") else OneGraph(bundle, exact)
+    return Pipeline(bundle, exact) if read_settings(bundle).is_pipeline else OneGraph(bundle, exact)
 
 
 def rounds_activations(bundle: Path) -> bool:
@@ -103,15 +102,17 @@ class Step:
 class Pipeline:
     """The stages as onnxruntime-genai drives them: the prompt in padded windows, then a token at a time.
 
-    The graphs are the uncompiled ones, whichever the settings name.
+    The graphs are the uncompiled ones, whichever the settings name. Raises BundleError where a stage is missing.
     """
 
     def __init__(self, bundle: Path, exact: bool = False) -> None:
-        model = read_settings(bundle)["model"]
-        stages = [stage for group in model["decoder"]["pipeline"] for stage in group]
-        self._sessions = {stage: _session(bundle, stage, exact) for stage in stages}
-        self._window = int(model["decoder"]["sliding_window"]["window_size"])
-        self._pad_token_id, self.context_length = int(model["pad_token_id"]), int(model["context_length"])
+        settings = read_settings(bundle)
+        kinds = {names.stage_kind(stage.name) for stage in settings.stages}
+        if missing := {names.EMBEDDINGS, *_KINDS, names.HEAD} - kinds:
+            raise BundleError(f"{bundle} has no stage {min(missing)}: see `toolkit check {bundle}`")
+        self._sessions = {stage.name: _session(bundle, stage.name, exact) for stage in settings.stages}
+        self._window, self._pad_token_id = settings.window, settings.pad_token_id
+        self.context_length = settings.context_length
 
     def placements(self) -> dict[str, dict[str, int]]:
         """Returns how many nodes of each graph every provider took, as Positions says."""
@@ -183,9 +184,9 @@ class Pipeline:
 
 def some_ids(bundle: Path, extra: int) -> list[int]:
     """Returns seeded random ids, none of them the pad: one window and `extra` more."""
-    model = read_settings(bundle)["model"]
-    window = int(model["decoder"]["sliding_window"]["window_size"])
-    return [int(i) for i in np.random.default_rng(0).integers(0, model["pad_token_id"], window + extra)]
+    settings = read_settings(bundle)
+    below = settings.pad_token_id or settings.vocab_size
+    return [int(i) for i in np.random.default_rng(0).integers(0, below, settings.window + extra)]
 
 
 def placement(session: ort.InferenceSession) -> dict[str, int]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -18,11 +18,10 @@ import onnxruntime as ort
 from toolkit import names
 from toolkit.bundle.cache import cache_bytes
 from toolkit.bundle.compiled import uncompiled_settings
-from toolkit.bundle.genai_config import max_length, read_settings, stage_sections
+from toolkit.bundle.settings import Settings, read_settings
 from toolkit.errors import BundleError, MachineError
 from toolkit.machine import free_memory_bytes
 from toolkit.target import TARGETS
-from toolkit.typed_json import JsonObject
 
 # The execution provider behind genai's name for it, and the package that carries it as a plugin.
 _PROVIDERS: Final = {
@@ -38,24 +37,28 @@ _BUILT_IN: Final = frozenset(ort.get_available_providers())
 
 @dataclass(frozen=True)
 class OpenModel:
-    """The onnxruntime_genai module, the bundle's Model, its genai_config, and the seconds it took to load.
+    """The onnxruntime_genai module, the bundle's Model, its settings, and the seconds it took to load.
 
     `folder` holds the files of a model opened on the CPU for as long as it is used.
     """
 
     og: Any
     model: Any
-    config: JsonObject
+    settings: Settings
     load_s: float
     folder: tempfile.TemporaryDirectory[str] | None
 
     def generator(self, prompt: Any, new_tokens: int, **options: Any) -> Any:
-        """Returns a fresh generator that has read the prompt, with room for `new_tokens` where the context has it."""
-        params = self.og.GeneratorParams(self.model)
-        length = max_length(self.config, len(prompt), new_tokens)
-        params.set_search_options(max_length=length, **options)
-        generator = self.og.Generator(self.model, params)
-        generator.append_tokens(prompt)
+        """Returns a fresh generator that has read the prompt, with room for `new_tokens` where the context has it.
+
+        Raises BundleError if the runtime refuses.
+        """
+        length = self.settings.length_for(len(prompt), new_tokens)
+        with running():
+            params = self.og.GeneratorParams(self.model)
+            params.set_search_options(max_length=length, **options)
+            generator = self.og.Generator(self.model, params)
+            generator.append_tokens(prompt)
         return generator
 
     def stream(self, prompt: list[int], new_tokens: int, **options: Any) -> Iterator[int]:
@@ -65,8 +68,19 @@ class OpenModel:
         for _ in range(new_tokens):
             if generator.is_done():
                 return
-            generator.generate_next_token()
+            with running():
+                generator.generate_next_token()
             yield int(generator.get_next_tokens()[0])
+
+
+@contextmanager
+def running() -> Iterator[None]:
+    """Makes a BundleError of whatever onnxruntime-genai throws while it runs a bundle."""
+    try:
+        yield
+    except Exception as problem:  # its errors have no common root short of Exception
+        reason = (str(problem).splitlines() or [type(problem).__name__])[0][:300]
+        raise BundleError(f"onnxruntime-genai cannot run the bundle: {reason}: see `toolkit check`") from None
 
 
 def open_model(bundle: Path, on_cpu: bool = False) -> OpenModel:
@@ -81,19 +95,19 @@ def open_model(bundle: Path, on_cpu: bool = False) -> OpenModel:
         import onnxruntime_genai as og
     except ImportError:
         raise MachineError("onnxruntime-genai is not installed: pip install onnxruntime-genai") from None
-    config = read_settings(bundle)
-    _check_cache(bundle, config)
+    settings = read_settings(bundle)
+    _check_cache(bundle, settings)
     folder = None
-    if on_cpu and providers_of(config):
-        folder = _cpu_copy(bundle, config)
-    elif missing := [name for name in providers_of(config) if not _register(og, name)]:
+    if on_cpu and settings.providers():
+        folder = linked_copy(bundle, uncompiled_settings(settings).on_cpu())
+    elif missing := [name for name in settings.providers() if not _register(og, name)]:
         raise MachineError(missing_provider(missing[0]))
     start = time.perf_counter()
     try:
         model = og.Model(folder.name if folder else str(bundle))
     except Exception as problem:  # whatever the runtime throws
         raise BundleError(f"onnxruntime-genai cannot open {bundle}: {str(problem).splitlines()[0][:300]}") from None
-    return OpenModel(og, model, config, time.perf_counter() - start, folder)
+    return OpenModel(og, model, settings, time.perf_counter() - start, folder)
 
 
 def continuations(bundle: Path, prompts: list[list[int]], new_tokens: int, on_cpu: bool = False) -> list[list[int]]:
@@ -102,16 +116,9 @@ def continuations(bundle: Path, prompts: list[list[int]], new_tokens: int, on_cp
     return [list(opened.stream(prompt, new_tokens, do_sample=False)) for prompt in prompts]
 
 
-def providers_of(config: JsonObject) -> list[str]:
-    """genai's names of the execution providers a bundle asks for besides the CPU."""
-    sections = stage_sections(config)
-    named = [name for s in sections for entry in s["session_options"]["provider_options"] for name in entry]
-    return sorted(set(named))
-
-
-def is_here(config: JsonObject) -> bool:
+def is_here(settings: Settings) -> bool:
     """Returns whether this machine has every execution provider a bundle asks for."""
-    return all(provider_is_here(name) for name in providers_of(config))
+    return all(provider_is_here(name) for name in settings.providers())
 
 
 def provider_is_here(name: str) -> bool:
@@ -175,9 +182,9 @@ def _devices(execution_provider: str) -> set[Any]:
     return {found.device.type for found in ort.get_ep_devices() if found.ep_name == execution_provider}
 
 
-def _check_cache(bundle: Path, config: JsonObject) -> None:
-    length = int(config["search"]["max_length"])
-    needed, free = cache_bytes(bundle, config, length), free_memory_bytes()
+def _check_cache(bundle: Path, settings: Settings) -> None:
+    length = settings.max_length
+    needed, free = cache_bytes(bundle, settings, length), free_memory_bytes()
     if needed > free:
         raise MachineError(
             f"the KV cache of {length} tokens takes {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free: "
@@ -185,15 +192,7 @@ def _check_cache(bundle: Path, config: JsonObject) -> None:
         )
 
 
-def _cpu_copy(bundle: Path, config: JsonObject) -> tempfile.TemporaryDirectory[str]:
-    """The bundle with settings that ask for no provider."""
-    plain = uncompiled_settings(config)
-    for section in stage_sections(plain):
-        section["session_options"]["provider_options"] = []
-    return linked_copy(bundle, plain)
-
-
-def linked_copy(bundle: Path, config: JsonObject, within: Path | None = None) -> tempfile.TemporaryDirectory[str]:
+def linked_copy(bundle: Path, settings: Settings, within: Path | None = None) -> tempfile.TemporaryDirectory[str]:
     """Returns a folder beside the bundle, or `within` another, with its files by other names and settings of its own.
 
     Raises MachineError if it cannot be made.
@@ -205,7 +204,7 @@ def linked_copy(bundle: Path, config: JsonObject, within: Path | None = None) ->
         for path in bundle.iterdir():
             if path.name != names.GENAI_CONFIG_FILE and path.is_file():
                 _link_or_copy(path, Path(folder.name) / path.name)
-        (Path(folder.name) / names.GENAI_CONFIG_FILE).write_text(json.dumps(config), encoding="utf-8")
+        (Path(folder.name) / names.GENAI_CONFIG_FILE).write_text(settings.text, encoding="utf-8")
     except OSError as problem:
         raise MachineError(f"no copy of {bundle} can be made beside it: {problem.strerror}") from None
     return folder

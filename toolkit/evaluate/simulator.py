@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 
 from toolkit import names
 from toolkit.apart import ChildFailed, answer, run_apart
-from toolkit.bundle.genai_config import read_settings, soc_options
+from toolkit.bundle.settings import read_settings
 from toolkit.epcontext.htp import PACKAGE, PROVIDER, htp_version, open_htp
 from toolkit.errors import BundleError
 from toolkit.evaluate.parity import Comparison
 from toolkit.evaluate.positions import Pipeline
 from toolkit.report.sections import Simulator
-from toolkit.typed_json import JsonObject
+from toolkit.typed_json import Json, from_json
 
 _NUMPY: Final[dict[str, type[np.floating[Any]]]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
@@ -46,6 +46,19 @@ class _Run:
     last: int
     total: int
     kept: int
+
+
+@dataclass(frozen=True)
+class _PartJob:
+    """What the process of one part is told: its stage of each kind, the files of the hidden states `given` and `made`,
+    a folder for its own files, and the runs in their order."""
+
+    bundle: str
+    stages: dict[str, str]
+    given: str
+    made: str
+    folder: str
+    runs: tuple[_Run, ...]
 
 
 def simulate(
@@ -159,14 +172,7 @@ def _run_apart(
     with tempfile.TemporaryDirectory() as folder:
         given, taken = Path(folder) / "given.npz", Path(folder) / "made.npz"
         np.savez(given, *hidden)
-        job = {
-            "bundle": str(bundle),
-            "stages": stages,
-            "given": str(given),
-            "made": str(taken),
-            "folder": folder,
-            "runs": [[run.kind, run.last, run.total] for run in runs],
-        }
+        job = _PartJob(str(bundle), stages, str(given), str(taken), folder, tuple(runs))
         try:
             run_apart("toolkit.evaluate.simulator", job)
         except ChildFailed as failed:
@@ -176,30 +182,31 @@ def _run_apart(
             return [arrays[name] for name in arrays.files]
 
 
-def _run_part(job: JsonObject) -> None:
+def _run_part(raw: Json) -> None:
     """In the child: context over its runs, then iterator with the cache they left."""
-    bundle, options = Path(job["bundle"]), soc_options(read_settings(Path(job["bundle"])))
-    with np.load(job["given"]) as arrays:
+    job = from_json(_PartJob, raw, "the job")
+    bundle, options = Path(job.bundle), read_settings(Path(job.bundle)).soc_options()
+    with np.load(job.given) as arrays:
         hidden = [arrays[name] for name in arrays.files]
     cache: dict[str, NDArray[Any]] = {}
     made = []
-    for kind, stage in job["stages"].items():
-        runs = [(array, run) for array, run in zip(hidden, job["runs"], strict=True) if run[0] == kind]
+    for kind, stage in job.stages.items():
+        runs = [(array, run) for array, run in zip(hidden, job.runs, strict=True) if run.kind == kind]
         if not runs:
             continue
-        session = open_htp(bundle / names.stage_file(stage), options, {}, Path(job["folder"]))
+        session = open_htp(bundle / names.stage_file(stage), options, {}, Path(job.folder))
         inputs = [value for value in session.get_inputs() if len(value.shape) == 4]
         cache = cache or {value.name: np.zeros(value.shape, _NUMPY[value.type]) for value in inputs}
         (entry,) = [value.name for value in session.get_inputs() if len(value.shape) == 3]
         outputs = [value.name for value in session.get_outputs()]
-        for array, (_, last, total) in runs:
-            feeds = {entry: array, **cache, names.PAST_SEQ_LEN: np.array([[last]], np.int32)}
-            feeds[names.TOTAL_SEQ_LEN] = np.array([total], np.int32)
+        for array, run in runs:
+            feeds = {entry: array, **cache, names.PAST_SEQ_LEN: np.array([[run.last]], np.int32)}
+            feeds[names.TOTAL_SEQ_LEN] = np.array([run.total], np.int32)
             out = dict(zip(outputs, session.run(None, feeds), strict=True))
             cache = {name: out.pop(name.replace("past_key_values", "present")) for name in cache}
             made.append(next(iter(out.values())))
         del session
-    np.savez(job["made"], *made)
+    np.savez(job.made, *made)
 
 
 if __name__ == "__main__":

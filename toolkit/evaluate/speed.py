@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import statistics
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from toolkit.apart import ChildFailed, answer, run_apart
-from toolkit.bundle.genai_config import max_length, stage_sections
+from toolkit.bundle.settings import Settings
 from toolkit.errors import BundleError
-from toolkit.evaluate.session import open_model
+from toolkit.evaluate.session import open_model, running
 from toolkit.machine import peak_rss_bytes, physical_cores
 from toolkit.report.sections import Speed, SpeedRun
-from toolkit.typed_json import JsonObject, from_json, to_json
+from toolkit.typed_json import Json, from_json, to_json
 
 
 def measure_speed(bundle: Path, prompt_tokens: int, new_tokens: int, repeat: int, on_cpu: bool = False) -> Speed:
@@ -21,27 +22,28 @@ def measure_speed(bundle: Path, prompt_tokens: int, new_tokens: int, repeat: int
     Raises BundleError if prompt and continuation do not fit the bundle's context.
     """
     opened = open_model(bundle, on_cpu)
-    og, settings, config = opened.og, opened.config, opened.config["model"]
-    length = max_length(settings, prompt_tokens, new_tokens)
-    fits = length - max_length(settings, prompt_tokens, 0) == new_tokens
+    og, settings = opened.og, opened.settings
+    length = settings.length_for(prompt_tokens, new_tokens)
+    fits = settings.room_after(prompt_tokens, new_tokens) == new_tokens
     if min(prompt_tokens, new_tokens - 1, repeat) < 1 or not fits:
         raise BundleError(
             f"{prompt_tokens} prompt and {new_tokens} new tokens in {repeat} runs: expected at least 1, 2 and 1, "
-            f"and at most {config['context_length']} tokens together, the prompt in whole windows"
+            f"and at most {settings.context_length} tokens together, the prompt in whole windows"
         )
-    prompt = [i % min(config["vocab_size"], 256) for i in range(prompt_tokens)]
+    prompt = [i % min(settings.vocab_size, 256) for i in range(prompt_tokens)]
     runs = []
     for _ in range(repeat + 1):
-        params = og.GeneratorParams(opened.model)
-        params.set_search_options(do_sample=False, min_length=length, max_length=length)
-        generator = og.Generator(opened.model, params)
-        start = time.perf_counter()
-        generator.append_tokens(prompt)
-        prefilled = time.perf_counter()
-        generator.generate_next_token()
-        first = time.perf_counter()
-        for _ in range(new_tokens - 1):
+        with running():
+            params = og.GeneratorParams(opened.model)
+            params.set_search_options(do_sample=False, min_length=length, max_length=length)
+            generator = og.Generator(opened.model, params)
+            start = time.perf_counter()
+            generator.append_tokens(prompt)
+            prefilled = time.perf_counter()
             generator.generate_next_token()
+            first = time.perf_counter()
+            for _ in range(new_tokens - 1):
+                generator.generate_next_token()
         decode_s = time.perf_counter() - first
         runs.append(SpeedRun(first - start, prompt_tokens / (prefilled - start), (new_tokens - 1) / decode_s))
     counted = runs[1:]
@@ -58,24 +60,34 @@ def measure_speed(bundle: Path, prompt_tokens: int, new_tokens: int, repeat: int
     )
 
 
+@dataclass(frozen=True)
+class SpeedJob:
+    """What the process that measures is told: the arguments of `measure_speed`."""
+
+    bundle: str
+    prompt_tokens: int
+    new_tokens: int
+    repeat: int
+
+
 def measure_speed_apart(bundle: Path, prompt_tokens: int, new_tokens: int, repeat: int) -> Speed:
     """Runs `measure_speed` in a process of its own, so that `peak_rss_bytes` is the runtime's alone."""
-    job = {"bundle": str(bundle), "sizes": [prompt_tokens, new_tokens, repeat]}
+    job = SpeedJob(str(bundle), prompt_tokens, new_tokens, repeat)
     try:
         return from_json(Speed, run_apart("toolkit.evaluate.speed", job), "the measured speed")
     except ChildFailed as failed:
         raise BundleError(f"the speed of {bundle} could not be measured: {failed.reason}") from None
 
 
-def _measure(job: JsonObject) -> object:
+def _measure(raw: Json) -> Json:
     """In the child."""
-    return to_json(measure_speed(Path(job["bundle"]), *job["sizes"]))
+    job = from_json(SpeedJob, raw, "the job")
+    return to_json(measure_speed(Path(job.bundle), job.prompt_tokens, job.new_tokens, job.repeat))
 
 
-def _threads(config: JsonObject) -> int:
+def _threads(settings: Settings) -> int:
     """The most threads ORT uses for a stage; 0 in the file means one for each physical core."""
-    threads = [int(s["session_options"].get("intra_op_num_threads", 0)) for s in stage_sections(config)]
-    return max(count or physical_cores() for count in threads)
+    return max(stage.session_options.intra_op_num_threads or physical_cores() for stage in settings.stages)
 
 
 if __name__ == "__main__":

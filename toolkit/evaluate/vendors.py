@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 
 from toolkit import names
 from toolkit.apart import ChildFailed, answer, run_apart
-from toolkit.bundle.genai_config import read_settings, soc_options
+from toolkit.bundle.settings import read_settings
 from toolkit.epcontext.htp import open_htp
 from toolkit.errors import BundleError, MachineError
 from toolkit.evaluate.positions import Pipeline, placement, some_ids
-from toolkit.typed_json import JsonObject
+from toolkit.typed_json import Json, from_json, to_json
 
 # The package behind an execution provider that can be tried without its device.
 PACKAGES: Final = {"OpenVINOExecutionProvider": "openvino", "QNNExecutionProvider": "onnxruntime-qnn"}
@@ -41,6 +41,21 @@ class VendorRun:
     nodes: dict[str, int]
 
 
+@dataclass(frozen=True)
+class VendorJob:
+    """What the process with the vendor's software is told: a bundle, and whose stages of it to run."""
+
+    bundle: str
+    execution_provider: str
+
+
+@dataclass(frozen=True)
+class VendorRuns:
+    """What it answers: a run of each accelerator stage."""
+
+    runs: tuple[VendorRun, ...]
+
+
 def run_vendor_apart(bundle: Path, execution_provider: str) -> list[VendorRun]:
     """Runs each accelerator stage of a pipeline in a process of its own.
 
@@ -54,17 +69,18 @@ def run_vendor_apart(bundle: Path, execution_provider: str) -> list[VendorRun]:
         importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         raise MachineError(f"{package} is not installed: pip install {package}") from None
-    job = {"bundle": str(bundle), "execution_provider": execution_provider}
+    job = VendorJob(str(bundle), execution_provider)
     try:
-        made = run_apart("toolkit.evaluate.vendors", job)
+        made = from_json(VendorRuns, run_apart("toolkit.evaluate.vendors", job), "what the vendor's software made")
     except ChildFailed as failed:
         raise BundleError(f"{package} did not run the stages of {bundle}: {failed.reason}") from None
-    return [VendorRun(**entry) for entry in made]
+    return list(made.runs)
 
 
-def _run(job: JsonObject) -> list[JsonObject]:
+def _run(raw: Json) -> Json:
     """In the child: both stages on one window of ids and the token after it, in turn with ORT."""
-    bundle, execution_provider = Path(job["bundle"]), job["execution_provider"]
+    job = from_json(VendorJob, raw, "the job")
+    bundle, execution_provider = Path(job.bundle), job.execution_provider
     vendor = _openvino if execution_provider == "OpenVINOExecutionProvider" else _qnn
     package = PACKAGES[execution_provider]
     software = f"{package} {importlib.metadata.version(package)}"
@@ -75,7 +91,7 @@ def _run(job: JsonObject) -> list[JsonObject]:
         reference = step.hidden.astype(np.float64)
         rms = float(np.sqrt(((made.astype(np.float64) - reference) ** 2).mean()))
         runs.append(VendorRun(file, software, rms / float(reference.std()), nodes))
-    return [asdict(run) for run in runs]
+    return to_json(VendorRuns(tuple(runs)))
 
 
 def _openvino(path: Path, feeds: _Values, output: str) -> tuple[NDArray[Any], dict[str, int]]:
@@ -93,7 +109,7 @@ def _openvino(path: Path, feeds: _Values, output: str) -> tuple[NDArray[Any], di
 def _qnn(path: Path, feeds: _Values, output: str) -> tuple[NDArray[Any], dict[str, int]]:
     with tempfile.TemporaryDirectory() as folder:
         entries = {"session.record_ep_graph_assignment_info": "1"}
-        session = open_htp(path, soc_options(read_settings(path.parent)), entries, Path(folder))
+        session = open_htp(path, read_settings(path.parent).soc_options(), entries, Path(folder))
         (made,) = session.run([output], feeds)
     return np.asarray(made), placement(session)
 

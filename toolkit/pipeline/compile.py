@@ -10,12 +10,12 @@ from pathlib import Path
 
 from toolkit import names
 from toolkit.bundle.compiled import compiled_settings
-from toolkit.bundle.genai_config import read_settings, soc_options, tell_soc
 from toolkit.bundle.manifest import Manifest, read_manifest, save_manifest
+from toolkit.bundle.settings import Settings, read_settings
 from toolkit.epcontext.htp import PACKAGE, htp_version
 from toolkit.epcontext.parts import CompiledPart, Part, compile_parts, part_key
 from toolkit.errors import BundleError, MachineError, UnsupportedError
-from toolkit.files import file_entry, replacing, write_json, write_text
+from toolkit.files import file_entry, replacing, write_text
 from toolkit.progress import counted
 from toolkit.recipe import Recipe
 from toolkit.report.sections import CompiledPartCost, NotMeasured, PartitionRow, Report, StepTime
@@ -23,7 +23,6 @@ from toolkit.report.summary import amend_report
 from toolkit.report.weights import ceiling_row, compiled_rows
 from toolkit.soc import SOCS, Soc
 from toolkit.target import TARGETS
-from toolkit.typed_json import JsonObject
 
 
 def compile_exported(bundle: Path, wanted: bool, progress: Callable[[str], None] = lambda _: None) -> str:
@@ -64,16 +63,16 @@ def compile_bundle(
     if not recipe.soc:
         known = ", ".join(target.name for target in TARGETS.values() if target.soc)
         raise UnsupportedError(f"target {recipe.target} has no ahead-of-time compiler; those that have one: {known}")
-    config, hashes = read_settings(bundle), {entry.name: entry.sha256 for entry in manifest.files}
+    settings, hashes = read_settings(bundle), {entry.name: entry.sha256 for entry in manifest.files}
     if soc:
         recipe = replace(recipe, soc=soc)
         manifest = replace(manifest, recipe=recipe)
-        tell_soc(config, SOCS[soc].provider_options)
-    parts = _parts(recipe, soc_options(config), hashes, f"{PACKAGE} {htp_version()}")
+        settings = settings.for_soc(SOCS[soc].provider_options)
+    parts = _parts(recipe, settings.soc_options(), hashes, f"{PACKAGE} {htp_version()}")
     work = bundle.with_name(bundle.name + ".compile")
     if work.exists() or manifest.compiled != _keys(parts) or not _sizes_fit(bundle, manifest):
         made = compile_parts(bundle, parts, work, counted(progress, "compile"))
-        _install(bundle, manifest, config, parts, made, work)
+        _install(bundle, manifest, settings, parts, made, work)
     return amend_report(bundle, lambda report: report).partition or ()
 
 
@@ -103,7 +102,7 @@ def _parts(recipe: Recipe, options: dict[str, str], hashes: Mapping[str, str], s
 def _install(
     bundle: Path,
     manifest: Manifest,
-    config: JsonObject,
+    settings: Settings,
     parts: Sequence[Part],
     made: Sequence[CompiledPart],
     work: Path,
@@ -117,9 +116,9 @@ def _install(
             os.replace(work / entry.name, bundle / entry.name)
     logs = [f"== {' '.join(part.stages)}\n{_text(work / part.log)}" for part in parts]
     write_text(bundle / names.COMPILE_LOG_FILE, "\n".join(logs))
-    with replacing(bundle / names.GENAI_CONFIG_FILE) as settings:
-        write_json(settings, compiled_settings(config, stages))
-        named = replace(file_entry(settings), name=names.GENAI_CONFIG_FILE)
+    with replacing(bundle / names.GENAI_CONFIG_FILE) as fresh:
+        write_text(fresh, compiled_settings(settings, stages).text)
+        named = replace(file_entry(fresh), name=names.GENAI_CONFIG_FILE)
         changed = replace(manifest.with_files((*entries, named)), compiled=_keys(parts))
         save_manifest(bundle / names.MANIFEST_FILE, changed)
     amend_report(bundle, lambda report: _described(report, bundle, parts, made, soc))

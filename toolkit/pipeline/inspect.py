@@ -8,10 +8,10 @@ from pathlib import Path
 
 from toolkit import names
 from toolkit.bundle.cache import cache_bytes
-from toolkit.bundle.genai_config import read_settings
 from toolkit.bundle.lint import lint_bundle
 from toolkit.bundle.manifest import read_manifest
 from toolkit.bundle.operators import bundle_placements
+from toolkit.bundle.settings import read_settings
 from toolkit.checkpoint.config import ModelConfig, read_config
 from toolkit.checkpoint.opened import Checkpoint, open_checkpoint
 from toolkit.checkpoint.weights import SafetensorsWeights, parameter_count

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from toolkit.bundle.genai_config import read_settings
+from toolkit.bundle.settings import read_settings
 from toolkit.checkpoint.opened import Checkpoint
 from toolkit.epcontext.htp import PROVIDER
 from toolkit.evaluate.speed import measure_speed_apart
@@ -114,7 +114,7 @@ def _speed(subject: Subject) -> Speed | NotMeasured:
         )
     subject.progress("speed")
     prompt, new, repeat = _BENCH
-    room = read_settings(subject.bundle)["model"]["context_length"]
+    room = read_settings(subject.bundle).context_length
     if prompt + new > room:
         prompt, new = room // 2, room - room // 2
     return measure_speed_apart(subject.bundle, prompt, new, repeat)

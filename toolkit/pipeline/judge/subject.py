@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from toolkit.bundle.genai_config import read_settings
 from toolkit.bundle.manifest import Manifest, read_manifest, verify_manifest
+from toolkit.bundle.settings import read_settings
 from toolkit.checkpoint.opened import Checkpoint
 from toolkit.checkpoint.weights import Tensors, parameter_count
 from toolkit.errors import BundleError
