@@ -12,8 +12,10 @@ import pytest
 from toolkit.checkpoint.config import ModelConfig, read_config
 from toolkit.checkpoint.opened import synthetic_checkpoint
 from toolkit.checkpoint.weights import expected_tensors
+from toolkit.cli.printing import one_document
 from toolkit.pipeline.calibration_work import forward_work, solving_work, survey_work
-from toolkit.pipeline.forecast import described_with_costs, forecast
+from toolkit.pipeline.described import described_with_costs
+from toolkit.pipeline.forecast import forecast
 from toolkit.pipeline.judge import Effort
 from toolkit.pipeline.judge.answers import questions_left_out
 from toolkit.pipeline.judge.work import FEWEST_QUESTIONS, FEWEST_TOKENS, sample
@@ -89,11 +91,11 @@ def test_a_sample_is_what_fits_and_the_same_everywhere() -> None:
 
 def test_phases_come_in_order_and_only_where_they_happen(tmp_path: Path) -> None:
     plan = _plan("1.5b-qnn", tmp_path)
-    assert [p.name for p in forecast(plan, TYPICAL, Effort())] == ["calibrate", "pack", "compile", "validate"]
-    assert [p.name for p in forecast(plan, TYPICAL, None, compiles=False)] == ["calibrate", "pack"]
+    assert [p.phase for p in forecast(plan, TYPICAL, Effort())] == ["calibrate", "pack", "compile", "validate"]
+    assert [p.phase for p in forecast(plan, TYPICAL, None, compiles=False)] == ["calibrate", "pack"]
     away = replace(plan, opened=replace(plan.opened, download_bytes=10**9))
     download = forecast(away, TYPICAL, None)[0]
-    assert (download.name, download.seconds, download.disk_bytes) == ("download", 40.0, 10**9)
+    assert (download.phase, download.forecast_s, download.disk_bytes) == ("download", 40.0, 10**9)
     assert "assumed" in download.basis
 
 
@@ -106,12 +108,12 @@ def test_a_slower_machine_takes_longer_by_as_much(tmp_path: Path) -> None:
         )
     )
     for fast, slow in zip(forecast(plan, TYPICAL, Effort()), forecast(plan, half, Effort()), strict=True):
-        assert slow.seconds == pytest.approx(2 * fast.seconds)
+        assert slow.forecast_s == pytest.approx(2 * fast.forecast_s)
 
 
 def test_a_plan_says_each_phase_and_what_is_sampled(tmp_path: Path) -> None:
     (shown,) = described_with_costs([_plan("tiny-r1-cpu", tmp_path)], Effort())
-    rows = json.loads(json.dumps(shown))["forecast"]
+    rows = json.loads(one_document([shown]))["forecast"]
     assert [row["phase"] for row in rows] == ["calibrate", "pack", "validate"]
     assert all(row["forecast_s"] > 0 for row in rows)
     assert "2000 tokens, 200 of 500 questions" in rows[-1]["basis"]

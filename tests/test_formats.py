@@ -13,7 +13,8 @@ from toolkit.algorithms import ALGORITHMS, MatrixUse
 from toolkit.checkpoint.config import ModelConfig, read_config
 from toolkit.checkpoint.opened import synthetic_checkpoint
 from toolkit.errors import RecipeError
-from toolkit.pipeline.plan import describe, plan_export
+from toolkit.pipeline.described import describe
+from toolkit.pipeline.plan import plan_export
 from toolkit.quant.blockwise import QuantSpec, dequantize_blocks, quantize_blocks
 from toolkit.quant.formats import check_rules, idle_rules, other_formats, planned_specs, stored_arrays, stored_bytes
 from toolkit.recipe import QuantRule, Recipe, load_recipe
@@ -166,4 +167,4 @@ def test_the_plan_refuses_and_names(tmp_path: Path) -> None:
         tmp_path / "x",
         "int4",
     )
-    assert "tied to model.embed_tokens" in str(describe(plan)["idle_rules"])
+    assert "tied to model.embed_tokens" in str(describe(plan).idle_rules)

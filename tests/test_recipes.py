@@ -21,7 +21,8 @@ from toolkit.checkpoint.weights import expected_tensors
 from toolkit.errors import CheckpointError, RecipeError
 from toolkit.graph.interface import interface_of
 from toolkit.partition.lower import lower
-from toolkit.pipeline.plan import describe, plan_export
+from toolkit.pipeline.described import describe
+from toolkit.pipeline.plan import plan_export
 from toolkit.recipe import (
     BITS,
     BLOCK_SIZES,
@@ -61,8 +62,8 @@ def test_recipe_plans_every_tensor_of_its_model_once(name: str, tmp_path: Path) 
     plan = plan_export(recipe, synthetic_checkpoint(facts), tmp_path / name, "int4")
     layout, said = plan.layout, describe(plan)
     # What `--dry-run` prints.
-    assert (said["recipe"], said["layers"]) == (name, config.num_hidden_layers) and said["weights"] == layout.weights()
-    assert ("outside" in said) == (recipe.target == "vitisai" and "Qwen3" in recipe.model)
+    assert (said.recipe, said.layers, said.weights) == (name, config.num_hidden_layers, layout.weights())
+    assert (said.outside is not None) == (recipe.target == "vitisai" and "Qwen3" in recipe.model)
     sources = [source for unit in layout.units.values() for source in unit.sources]
     assert sorted(sources) == sorted(expected_tensors(config))
     for file, nbytes in layout.files.items():
@@ -117,7 +118,7 @@ def test_every_node_of_a_recipes_graphs_is_legal_for_its_provider(name: str, tmp
         placement = placement_of(interface_of(graph.model), graph.stage)
         transformer = graph.stage.name not in (names.EMBEDDINGS, names.HEAD)
         # Two Reshape around each of the two norms over heads, where the plan says that they stay on the CPU.
-        outside = 4 * 2 if "outside" in describe(plan) and transformer else 0
+        outside = 4 * 2 if describe(plan).outside and transformer else 0
         assert bool(placement.problems) == (outside > 0)
         assert placement.nodes_legal + placement.nodes_outside + outside == placement.nodes
 

@@ -57,7 +57,7 @@ def export(
     Several recipes of one model are made in one pass over its checkpoint, and share what is equal on the disk.
     """
     from toolkit import library
-    from toolkit.pipeline.forecast import described_with_costs
+    from toolkit.pipeline.described import described_with_costs
     from toolkit.progress import progress_line
 
     plans = library.plan(

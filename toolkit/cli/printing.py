@@ -7,13 +7,15 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from toolkit.typed_json import to_json
 
 if TYPE_CHECKING:
+    from toolkit.pipeline.described import DescribedPlan, PlannedCalibration
+    from toolkit.pipeline.forecast import Phase
     from toolkit.report.sections import BaselineTaskRow, Check, Report, TaskRow
 
 
@@ -27,7 +29,7 @@ def print_problems(problems: list[str], all_well: str, as_json: bool) -> None:
         sys.exit(1)
 
 
-def print_plans(plans: list[dict[str, Any]], as_json: bool) -> None:
+def print_plans(plans: Sequence[DescribedPlan], as_json: bool) -> None:
     """Prints plans as `--dry-run` shows them, as lines or as one JSON document."""
     if as_json:
         click.echo(one_document(plans))
@@ -57,58 +59,58 @@ def print_exported(bundles: list[Path], as_json: bool) -> None:
         click.echo(one_document(reports))
 
 
-def print_costs(plans: list[dict[str, Any]]) -> None:
+def print_costs(plans: Sequence[DescribedPlan]) -> None:
     """What the exports are about to take, a line each, as an export begins."""
     for plan in plans:
-        phases, kind = plan["forecast"], f"quality {plan['quality']}: {_cost(plan)}"
-        steps = ", ".join(f"{row['phase']} {_rough_time(row['forecast_s'])}" for row in phases)
-        whole = _rough_time(sum(row["forecast_s"] for row in phases))
-        memory = max(row.get("memory_bytes", 0) for row in phases)
+        phases = plan.forecast or ()
+        steps = ", ".join(f"{row.phase} {_rough_time(row.forecast_s)}" for row in phases)
+        whole = _rough_time(sum(row.forecast_s for row in phases))
+        memory = max((row.memory_bytes or 0 for row in phases), default=0)
         click.echo(
-            f"{plan['recipe']}, {kind}; about {whole} here ({steps}), {memory / 2**20:.0f} MiB of memory and "
-            f"{plan['disk_needed_bytes'] / 2**20:.0f} MiB of disk",
+            f"{plan.recipe}, quality {plan.quality}: {_cost(plan.calibration)}; about {whole} here ({steps}), "
+            f"{_mebibytes(memory)} of memory and {_mebibytes(plan.disk_needed_bytes)} of disk",
             err=True,
         )
 
 
-def _print_phase(row: dict[str, Any]) -> None:
+def _print_phase(row: Phase) -> None:
     """One phase of a plan: its time, its peak of memory, what it adds on the disk, and what the time stands on."""
-    sizes = {"memory_bytes": "of memory", "disk_bytes": "of disk"}
-    needs = "".join(f", {row[key] / 2**20:.0f} MiB {what}" for key, what in sizes.items() if key in row)
-    click.echo(f"{row['phase']}: about {_rough_time(row['forecast_s'])}{needs} ({row['basis']})")
+    sizes = {"of memory": row.memory_bytes, "of disk": row.disk_bytes}
+    needs = "".join(f", {_mebibytes(nbytes)} {what}" for what, nbytes in sizes.items() if nbytes)
+    click.echo(f"{row.phase}: about {_rough_time(row.forecast_s)}{needs} ({row.basis})")
 
 
-def _print_plan(plan: dict[str, Any]) -> None:
-    click.echo(f"{plan['recipe']}: {plan['model']}, {plan['weights'] / 1e9:.2f} G weights in {plan['layers']} layers")
-    for stage in plan["stages"]:
-        click.echo(f"stage {stage['stage']}: {stage['file']} on {stage['ep']}")
-    for file in plan["files"]:
-        click.echo(f"file {file['name']}: {file['bytes'] / 2**20:.1f} MiB")
-    click.echo(f"bits per weight: {plan['bits_per_weight']:.2f}")
-    for rule in plan.get("idle_rules", []):
-        click.echo(f"note: {rule}")
-    if "outside" in plan:
-        click.echo(f"note: {plan['outside']}")
-    click.echo(f"quality {plan['quality']}: {_cost(plan)}")
-    for row in plan["forecast"]:
+def _print_plan(plan: DescribedPlan) -> None:
+    click.echo(f"{plan.recipe}: {plan.model}, {plan.weights / 1e9:.2f} G weights in {plan.layers} layers")
+    for stage in plan.stages:
+        click.echo(f"stage {stage.stage}: {stage.file} on {stage.ep}")
+    for file in plan.files:
+        click.echo(f"file {file.name}: {file.bytes / 2**20:.1f} MiB")
+    click.echo(f"bits per weight: {plan.bits_per_weight:.2f}")
+    for note in (*(plan.idle_rules or ()), *([plan.outside] if plan.outside else ())):
+        click.echo(f"note: {note}")
+    click.echo(f"quality {plan.quality}: {_cost(plan.calibration)}")
+    for row in plan.forecast or ():
         _print_phase(row)
-    click.echo(f"KV cache at {plan['context_length']} tokens: {plan['kv_cache_bytes'] / 2**20:.0f} MiB when run")
-    click.echo(f"peak memory of the export: about {plan['peak_memory_bytes'] / 2**20:.0f} MiB")
-    if "compile_memory_bytes" in plan:
-        click.echo(f"peak memory of compiling a part: about {plan['compile_memory_bytes'] / 2**20:.0f} MiB")
-    if "download_bytes" in plan:
-        click.echo(f"download: {plan['download_bytes'] / 2**20:.0f} MiB")
-    needed, free = (plan[key] / 2**20 for key in ("disk_needed_bytes", "disk_free_bytes"))
-    click.echo(f"disk: {needed:.0f} MiB needed, {free:.0f} MiB free")
+    click.echo(f"KV cache at {plan.context_length} tokens: {_mebibytes(plan.kv_cache_bytes)} when run")
+    click.echo(f"peak memory of the export: about {_mebibytes(plan.peak_memory_bytes)}")
+    if plan.compile_memory_bytes:
+        click.echo(f"peak memory of compiling a part: about {_mebibytes(plan.compile_memory_bytes)}")
+    if plan.download_bytes:
+        click.echo(f"download: {_mebibytes(plan.download_bytes)}")
+    click.echo(f"disk: {_mebibytes(plan.disk_needed_bytes)} needed, {_mebibytes(plan.disk_free_bytes)} free")
 
 
-def _cost(plan: dict[str, Any]) -> str:
-    """Text, budget and time of a plan's calibration."""
-    if "calibration" not in plan:
+def _cost(calibration: PlannedCalibration | None) -> str:
+    """Text and budget of a plan's calibration."""
+    if calibration is None:
         return "rounding without data"
-    cost = plan["calibration"]
-    budget = f", up to {cost['bits_per_weight']:g} bits per weight" if "bits_per_weight" in cost else ""
-    return f"{cost['tokens']} tokens of text{budget}"
+    bits = calibration.bits_per_weight
+    return f"{calibration.tokens} tokens of text" + (f", up to {bits:g} bits per weight" if bits else "")
+
+
+def _mebibytes(nbytes: int) -> str:
+    return f"{nbytes / 2**20:.0f} MiB"
 
 
 def _rough_time(seconds: float) -> str:

@@ -18,8 +18,8 @@ from toolkit.pipeline.judge.effort import Effort
 from toolkit.pipeline.judge.simulator import SIMULATED_BYTES
 from toolkit.pipeline.judge.subject import task_file
 from toolkit.pipeline.judge.work import Sample, sample, validation_work
-from toolkit.pipeline.plan import ExportPlan, describe
-from toolkit.pipeline.work import TYPICAL, MachineSpeed, Work, measure_speed
+from toolkit.pipeline.plan import ExportPlan
+from toolkit.pipeline.work import TYPICAL, MachineSpeed, Work
 from toolkit.target import CPU_EP
 
 # Bytes a second of a download: 200 megabits.
@@ -33,13 +33,13 @@ _SIMULATED_SECONDS: Final = 40.0
 
 @dataclass(frozen=True)
 class Phase:
-    """One phase of an export. `memory_bytes` is its peak and `disk_bytes` what it adds, 0 where it adds nothing worth
-    naming; `basis` says what the seconds stand on."""
+    """One phase of an export. `memory_bytes` is its peak and `disk_bytes` what it adds, None where it adds nothing
+    worth naming; `basis` says what the seconds stand on."""
 
-    name: str
-    seconds: float
-    memory_bytes: int = 0
-    disk_bytes: int = 0
+    phase: str
+    forecast_s: float
+    memory_bytes: int | None = None
+    disk_bytes: int | None = None
     basis: str = "this machine's speed now"
 
 
@@ -48,9 +48,9 @@ def forecast(plan: ExportPlan, speed: MachineSpeed, effort: Effort | None, compi
     phases = []
     if nbytes := plan.opened.download_bytes:
         assumed = f"{_DOWNLOAD_RATE / 1e6:.0f} MB a second assumed"
-        phases.append(Phase("download", nbytes / _DOWNLOAD_RATE, 0, nbytes, assumed))
+        phases.append(Phase("download", nbytes / _DOWNLOAD_RATE, None, nbytes, assumed))
     if cost := plan.calibration:
-        phases.append(Phase("calibrate", cost.work.seconds(speed), cost.memory_bytes, cost.disk_bytes))
+        phases.append(Phase("calibrate", cost.work.seconds(speed), cost.memory_bytes, cost.disk_bytes or None))
     written = sum(plan.files.values())
     phases.append(Phase("pack", _packing(plan).seconds(speed), plan.peak_memory_bytes, written))
     if plan.compile_memory_bytes and compiles:
@@ -84,7 +84,7 @@ def _validation(plan: ExportPlan, speed: MachineSpeed, effort: Effort) -> Phase:
     # onnxruntime's weights; to answer, the reference's as float32, where they fit.
     resident = 4 * parameter_count(config) if counts else 0
     memory = max(int(1.2 * plan.layout.nbytes), resident)
-    return Phase("validate", seconds, memory, 0, f"this machine's speed now; {_said(taken, counts)}")
+    return Phase("validate", seconds, memory, None, f"this machine's speed now; {_said(taken, counts)}")
 
 
 def _said(taken: Sample, counts: Sequence[int]) -> str:
@@ -98,28 +98,3 @@ def _lines(path: Path) -> int:
         return sum(1 for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
     except (OSError, UnicodeDecodeError):
         return 0
-
-
-def described_with_costs(
-    plans: Sequence[ExportPlan], effort: Effort | None, compiles: bool = True
-) -> list[dict[str, object]]:
-    """Each plan as `--dry-run` shows it, with the forecast of its phases; the machine is measured once for all."""
-    speed, shown = measure_speed(), []
-    for plan in plans:
-        phases = forecast(plan, speed, effort, compiles)
-        shown.append({**describe(plan), "forecast": phase_rows(phases)})
-    return shown
-
-
-def phase_rows(phases: Sequence[Phase]) -> list[dict[str, object]]:
-    """The phases as `--json` has them."""
-    return [
-        {
-            "phase": phase.name,
-            "forecast_s": round(phase.seconds, 2),
-            **({"memory_bytes": phase.memory_bytes} if phase.memory_bytes else {}),
-            **({"disk_bytes": phase.disk_bytes} if phase.disk_bytes else {}),
-            "basis": phase.basis,
-        }
-        for phase in phases
-    ]

@@ -31,7 +31,7 @@ from toolkit.partition.parts import (
     plan_parts,
 )
 from toolkit.pipeline.calibration_cost import CalibrationCost, calibration_cost
-from toolkit.quant.formats import check_rules, idle_rules
+from toolkit.quant.formats import check_rules
 from toolkit.recipe import Recipe
 from toolkit.soc import SOCS
 from toolkit.target import TARGETS, Target
@@ -235,45 +235,3 @@ def _check_cache(plan: ExportPlan) -> None:
             f"the KV cache of {length} tokens is {plan.kv_cache_bytes / 2**30:.1f} GiB, allocated whole at the start, "
             f"and this machine has {ram / 2**30:.1f} GiB: lower it with --set context_length={fits}"
         )
-
-
-def _described(cost: CalibrationCost, recipe: Recipe) -> dict[str, object]:
-    budget = {"bits_per_weight": recipe.bits_per_weight} if recipe.bits_per_weight else {}
-    return {"tokens": cost.tokens, **budget, "products": cost.work.products}
-
-
-def _outside(plan: ExportPlan) -> str:
-    """What of the model the target's provider is not known to take, or nothing."""
-    if plan.target.form.head_norms or not plan.checkpoint.config.structure.qk_norm:
-        return ""
-    ep = plan.target.accelerator.execution_provider
-    return f"the norms over heads of q and k are not among the operators of {ep}: their nodes run on the CPU"
-
-
-def describe(plan: ExportPlan) -> dict[str, object]:
-    """The plan as `--dry-run` shows it."""
-    stages = [
-        {"stage": stage.name, "file": stage.file, "ep": stage.execution_provider, "device": stage.device}
-        for stage in plan.target.stages(plan.recipe.window, plan.recipe.parts)
-    ]
-    return {
-        "recipe": plan.recipe.name,
-        "model": plan.recipe.model,
-        "target": plan.recipe.target,
-        "context_length": plan.recipe.context_length,
-        "layers": plan.checkpoint.config.num_hidden_layers,
-        "weights": plan.layout.weights(),
-        "stages": stages,
-        "files": [{"name": name, "bytes": nbytes} for name, nbytes in plan.files.items()],
-        "quality": plan.recipe.quality,
-        "bits_per_weight": plan.bits_per_weight,
-        **({"idle_rules": idle} if (idle := idle_rules(plan.checkpoint.config, plan.recipe)) else {}),
-        **({"outside": outside} if (outside := _outside(plan)) else {}),
-        **({"calibration": _described(plan.calibration, plan.recipe)} if plan.calibration else {}),
-        "peak_memory_bytes": plan.peak_memory_bytes,
-        **({"compile_memory_bytes": plan.compile_memory_bytes} if plan.compile_memory_bytes else {}),
-        "kv_cache_bytes": plan.kv_cache_bytes,
-        **({"download_bytes": plan.opened.download_bytes} if plan.opened.download_bytes else {}),
-        "disk_needed_bytes": plan.disk_needed_bytes,
-        "disk_free_bytes": plan.disk_free_bytes,
-    }
