@@ -121,6 +121,7 @@ def test_a_kill_at_any_step_of_the_last_one_is_survived(
     standing = bundle if bundle.exists() else place.work_folder(bundle)
     assert (standing / "manifest.json").is_file() and not any(path.is_dir() for path in bundle.glob("*"))
     if not place.work_folder(bundle).exists():
+        assert not (bundle / "request.json").exists()
         assert not (bundle / "of-before").exists(), "the new bundle is the one that stands"
 
 

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from toolkit.errors import ToolkitError
 
 # How the placeholder begins that git keeps for a large file (git-lfs' specification, version 1).
 LFS_POINTER: Final = b"version https://git-lfs.github.com/spec/"
+_DIGEST: Final = "digest"
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,18 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: object) -> None:
     """Writes `value` as indented JSON, whole or not at all. Raises ValueError for NaN and infinity."""
     write_text(path, json_text(value))
+
+
+def with_digest(value: Mapping[str, Any]) -> dict[str, Any]:
+    """`value` with the SHA-256 of all its other keys as `digest`, so that a change made to the file is seen."""
+    rest = {key: entry for key, entry in value.items() if key != _DIGEST}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return {**rest, _DIGEST: hashlib.sha256(text.encode("utf-8")).hexdigest()}
+
+
+def digest_fits(raw: Mapping[str, Any]) -> bool:
+    """Whether what was read is what `with_digest` made; files of before there was a digest have none, and fit."""
+    return _DIGEST not in raw or with_digest(raw)[_DIGEST] == raw[_DIGEST]
 
 
 def json_text(value: object) -> str:

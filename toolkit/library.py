@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from toolkit.bundle.manifest import read_manifest, verify_manifest
+from toolkit.bundle.manifest import read_manifest
 from toolkit.checkpoint.adapter import merge_adapter
 from toolkit.checkpoint.download import is_hub_id, resolve_checkpoint
 from toolkit.checkpoint.opened import Checkpoint, synthetic_checkpoint
@@ -24,6 +24,7 @@ from toolkit.pipeline.judge import Effort, judge_bundle
 from toolkit.pipeline.place import held
 from toolkit.pipeline.plan import ExportPlan, shorten_context
 from toolkit.recipe import Recipe, load_recipe, meant_recipe
+from toolkit.report.intact import verify_bundle
 from toolkit.report.sections import PartitionRow, Report, Speed
 from toolkit.target import TARGETS
 from toolkit.typed_json import JsonObject
@@ -189,12 +190,17 @@ def generate(bundle: str | Path, prompt: str, max_new_tokens: int = 400, *, on_c
     return conversation.answer
 
 
-def verify(bundle: str | Path) -> list[str]:
-    """Holds every file of a bundle against its size and SHA-256 in the manifest; one line for each that differs.
+def verify(bundle: str | Path, *, note: Progress = _silent) -> list[str]:
+    """Holds every file of a bundle against its size and SHA-256 in the manifest, manifest and reports against their own
+    digests; one line for each that differs, and for each file that is nobody's.
 
-    Raises BundleError if there is no readable manifest.
+    `note` is told in a line of files that hosts of models put beside. Raises BundleError if there is no readable
+    manifest.
     """
-    return verify_manifest(Path(bundle))
+    found = verify_bundle(Path(bundle))
+    for line in found.notes:
+        note(line)
+    return list(found.problems)
 
 
 def bench(

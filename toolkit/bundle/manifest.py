@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from toolkit import names
 from toolkit.bundle.stop_tokens import StopToken
 from toolkit.checkpoint.opened import Checkpoint
 from toolkit.checkpoint.weights import Origin
 from toolkit.errors import BundleError, RecipeError
-from toolkit.files import FileEntry, file_entry, file_sha256, read_json, write_json
+from toolkit.files import FileEntry, digest_fits, file_entry, file_sha256, read_json, with_digest, write_json
 from toolkit.machine import package_versions
 from toolkit.recipe import Recipe, parse_recipe
 from toolkit.target import TARGETS
@@ -111,8 +111,8 @@ def write_manifest(
 
 
 def save_manifest(path: Path, manifest: Manifest) -> None:
-    """Writes a manifest, whole or not at all."""
-    write_json(path, to_json(manifest))
+    """Writes a manifest with its digest, whole or not at all."""
+    write_json(path, with_digest(to_json(manifest)))
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -121,7 +121,7 @@ def read_manifest(folder: Path) -> Manifest:
     Raises BundleError if there is none to read, or it says something that cannot be.
     """
     path = folder / names.MANIFEST_FILE
-    raw = read_json(path, _MAX_BYTES, BundleError, f"{folder} is not a finished bundle")
+    raw = _read_raw(folder)
     lacking = [key for key in ("recipe", "files", "synthetic") if key not in raw]
     if lacking:
         raise BundleError(f"{path} says nothing of {' and '.join(lacking)}: export it again")
@@ -146,11 +146,12 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def verify_manifest(folder: Path) -> list[str]:
-    """One line for each file that differs from the manifest; empty when all is well.
+    """One line for each file that differs from the manifest, or for the manifest if it differs from its own digest;
+    empty when all is well.
 
     Raises BundleError if there is no readable manifest.
     """
-    problems = []
+    problems = check_unedited(folder)
     for entry in read_manifest(folder).files:
         file = folder / Path(entry.name).name
         if not file.is_file():
@@ -160,6 +161,17 @@ def verify_manifest(folder: Path) -> list[str]:
         elif file_sha256(file) != entry.sha256:
             problems.append(f"{entry.name} differs from its SHA-256")
     return problems
+
+
+def check_unedited(folder: Path) -> list[str]:
+    """A line if the manifest was changed after it was written; none for one that is as it was, or has no digest yet."""
+    if digest_fits(_read_raw(folder)):
+        return []
+    return [f"{names.MANIFEST_FILE} was changed after it was written: it differs from its digest"]
+
+
+def _read_raw(folder: Path) -> dict[str, Any]:
+    return read_json(folder / names.MANIFEST_FILE, _MAX_BYTES, BundleError, f"{folder} is not a finished bundle")
 
 
 def _recipe(raw: object, where: str) -> Recipe:

@@ -92,10 +92,11 @@ def check(bundle: Path, run: bool, as_json: bool) -> None:
 @BUNDLE
 @AS_JSON
 def verify(bundle: Path, as_json: bool) -> None:
-    """Every file of BUNDLE against its size and SHA-256."""
+    """Every file of BUNDLE against its size and SHA-256, and files that are not its own."""
     from toolkit import library
 
-    print_problems(library.verify(bundle), "every file is as the manifest says", as_json)
+    problems = library.verify(bundle, note=lambda line: click.echo(f"note: {line}", err=True))
+    print_problems(problems, "every file is as the manifest says", as_json)
 
 
 @click.command()

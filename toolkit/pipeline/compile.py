@@ -10,7 +10,7 @@ from pathlib import Path
 
 from toolkit import names
 from toolkit.bundle.compiled import compiled_settings
-from toolkit.bundle.manifest import Manifest, read_manifest, save_manifest
+from toolkit.bundle.manifest import Manifest, check_unedited, read_manifest, save_manifest
 from toolkit.bundle.settings import Settings, read_settings
 from toolkit.epcontext.htp import PACKAGE, htp_version
 from toolkit.epcontext.parts import CompiledPart, Part, compile_parts, part_key
@@ -59,6 +59,8 @@ def compile_bundle(
     memory will not do, BundleError for what it does not take.
     """
     manifest = read_manifest(bundle)
+    if edited := check_unedited(bundle):
+        raise BundleError(f"{bundle}: {edited[0]}: export it again")
     recipe = manifest.recipe
     if not recipe.soc:
         known = ", ".join(target.name for target in TARGETS.values() if target.soc)

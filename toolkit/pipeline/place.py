@@ -68,6 +68,8 @@ def checked_place(out: Path) -> Path:
         raise RecipeError(f"{out.parent} is a bundle itself: name another --out")
     if _is_finished(work):
         put_in_place(out)
+    elif out.exists():
+        (out / _REQUEST_FILE).unlink(missing_ok=True)
     return out
 
 

@@ -356,7 +356,8 @@ class NotMeasured:
 
 @dataclass(frozen=True)
 class Report:
-    """report.json: what a bundle is, what making it took, and what was measured of it."""
+    """report.json: what a bundle is, what making it took, and what was measured of it; `digest` is the SHA-256 of all
+    the rest."""
 
     schema_version: int
     model: str
@@ -377,6 +378,7 @@ class Report:
     speed: Speed | None = None
     ceiling: tuple[CeilingRow, ...] | None = None
     verdict: Verdict | None = None
+    digest: str | None = None
 
     def reason(self, name: str) -> str | None:
         """Why a figure or section is absent; None if it is not named."""

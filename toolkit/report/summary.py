@@ -11,8 +11,9 @@ from typing import Any, Final
 from toolkit import names
 from toolkit.bundle.manifest import Manifest
 from toolkit.errors import BundleError
-from toolkit.files import read_json, write_json, write_text
+from toolkit.files import read_json, with_digest, write_json, write_text
 from toolkit.machine import this_machine
+from toolkit.report.intact import page_with_digest
 from toolkit.report.page import render_report
 from toolkit.report.sections import NotMeasured, Report
 from toolkit.typed_json import field_kinds, from_json, read_value, to_json
@@ -99,7 +100,9 @@ def write_report(bundle: Path, report: Report, reasons: Iterable[NotMeasured] = 
     """
     given = {**_OPTIONAL, **{entry.name: entry.reason for entry in reasons}}
     absent = (NotMeasured(name, reason) for name, reason in given.items() if getattr(report, name, None) is None)
-    whole = replace(report, not_measured=tuple(absent))
-    write_json(bundle / names.REPORT_FILE, to_json(whole))
-    write_text(bundle / names.REPORT_PAGE_FILE, render_report(whole))
+    whole = replace(report, not_measured=tuple(absent), digest=None)
+    raw = with_digest(to_json(whole))
+    whole = replace(whole, digest=raw["digest"])
+    write_json(bundle / names.REPORT_FILE, raw)
+    write_text(bundle / names.REPORT_PAGE_FILE, page_with_digest(render_report(whole)))
     return whole

@@ -1,0 +1,70 @@
+"""Whether a bundle is as it was made: its files by the manifest, manifest and reports by their own digests, and nothing
+beside them."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from toolkit import names
+from toolkit.bundle.manifest import Manifest, read_manifest, verify_manifest
+from toolkit.errors import BundleError
+from toolkit.files import digest_fits, read_json
+
+_MAX_BYTES: Final = 256 << 20
+_MARK: Final = re.compile(rb"<!-- sha256 of the page above: ([0-9a-f]{64}) -->\n\Z")
+# What programs that keep or serve models put into a bundle's folder.
+_OF_HOSTS: Final = ("inference_model.json", "download.tmp", "README.md", "LICENSE", ".gitattributes")
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What is not as it was made, a line each, and notes of files that hosts of models put beside."""
+
+    problems: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+
+def page_with_digest(page: str) -> str:
+    """The page with a comment at its end that holds the SHA-256 of what stands before it."""
+    page = page if page.endswith("\n") else page + "\n"
+    return f"{page}<!-- sha256 of the page above: {hashlib.sha256(page.encode('utf-8')).hexdigest()} -->\n"
+
+
+def verify_bundle(bundle: Path) -> Verified:
+    """Holds a bundle's files against what was written of them. Raises BundleError if there is no readable manifest."""
+    manifest = read_manifest(bundle)
+    known = {entry.name for entry in manifest.files} | {names.MANIFEST_FILE}
+    known |= {names.REPORT_FILE, names.REPORT_PAGE_FILE, names.COMPILE_LOG_FILE}
+    extra = sorted(path.name for path in bundle.iterdir() if path.name not in known)
+    problems = [*verify_manifest(bundle), *_report_problems(bundle, manifest)]
+    problems += [f"{name} is extra: the manifest does not name it" for name in extra if name not in _OF_HOSTS]
+    notes = [f"{name} is extra, put there by a program that keeps models" for name in extra if name in _OF_HOSTS]
+    return Verified(tuple(problems), tuple(notes))
+
+
+def _report_problems(bundle: Path, manifest: Manifest) -> Iterator[str]:
+    again, digested = f"`toolkit validate {bundle}` writes it anew", False
+    try:
+        raw = read_json(bundle / names.REPORT_FILE, _MAX_BYTES, BundleError, again)
+    except BundleError as problem:
+        yield str(problem)
+    else:
+        digested = "digest" in raw
+        if not digest_fits(raw):
+            yield f"{names.REPORT_FILE} was changed after it was written: {again}"
+        elif raw.get("recipe") != manifest.recipe.name or raw.get("target") != manifest.recipe.target:
+            yield f"{names.REPORT_FILE} is another bundle's, of {str(raw.get('recipe'))[:80]}: {again}"
+    page = bundle / names.REPORT_PAGE_FILE
+    if not page.is_file():
+        yield f"{names.REPORT_PAGE_FILE} is missing: {again}"
+        return
+    content = page.read_bytes()
+    mark = _MARK.search(content)
+    fits = mark and hashlib.sha256(content[: mark.start()]).hexdigest() == mark[1].decode("ascii")
+    if not fits and (mark or digested):
+        yield f"{names.REPORT_PAGE_FILE} was changed after it was written: {again}"
