@@ -57,9 +57,11 @@ def write_json(path: Path, value: object) -> None:
     write_text(path, json_text(value))
 
 
-def with_digest(value: Mapping[str, Any]) -> dict[str, Any]:
+def with_digest(value: object) -> dict[str, Any]:
     """`value` with the SHA-256 of all its other keys as `digest`, so that a change made to the file is seen."""
-    rest = {key: entry for key, entry in value.items() if key != _DIGEST}
+    if not isinstance(value, Mapping):
+        raise TypeError(f"a JSON object has a digest, no {type(value).__name__}")
+    rest = {str(key): entry for key, entry in value.items() if key != _DIGEST}
     text = json.dumps(rest, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return {**rest, _DIGEST: hashlib.sha256(text.encode("utf-8")).hexdigest()}
 
