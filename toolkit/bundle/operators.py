@@ -6,16 +6,43 @@ import functools
 import json
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from toolkit import names
 from toolkit.graph.interface import GraphInterface, NodeFacts, read_interface
 from toolkit.target import CPU_EP, TARGETS, Stage
-from toolkit.typed_json import JsonObject
+from toolkit.typed_json import from_json
 
 _TABLE: Final = Path(__file__).with_name("operators.json")
+
+
+@dataclass(frozen=True)
+class OperatorSupport:
+    """What a provider takes of one operator: dtypes, attributes with the values they may have, attributes that must be
+    absent, how many inputs, whether its blocks must be whole. `condition` is said of every node of it that is taken,
+    `note` is for who reads the table."""
+
+    types: tuple[str, ...]
+    attributes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    absent: tuple[str, ...] = ()
+    max_inputs: int | None = None
+    whole_blocks: bool = False
+    condition: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class ProviderSupport:
+    """An execution provider's part of the table: where it is from and who checks it, whether every shape must be fixed,
+    the lowest and highest opset, and the operators by name."""
+
+    source: str
+    checked_by: str
+    static: bool
+    opset: tuple[int, ...]
+    operators: dict[str, OperatorSupport]
 
 
 @dataclass(frozen=True)
@@ -70,47 +97,53 @@ def placement_of(graph: GraphInterface, stage: Stage) -> Placement:
 
 
 @functools.cache
-def support_of(execution_provider: str) -> JsonObject:
-    """Returns the table's row: source, checked_by, static, opset and operators."""
-    table: dict[str, JsonObject] = json.loads(_TABLE.read_text(encoding="utf-8"))
-    return table[execution_provider]
+def support_of(execution_provider: str) -> ProviderSupport:
+    """Returns what the table says of an execution provider."""
+    table = json.loads(_TABLE.read_text(encoding="utf-8"))
+    return from_json(ProviderSupport, table[execution_provider], execution_provider)
 
 
-def _refusal(node: NodeFacts, support: JsonObject) -> str:
+def _refusal(node: NodeFacts, support: ProviderSupport) -> str:
     """Why the provider would not run a node as it stands, or nothing."""
-    row = support["operators"].get(node.operator)
+    row = support.operators.get(node.operator)
     if row is None:
         return "is not among its operators"
-    if node.dtype not in row["types"]:
-        return f"is taken in {_words(row['types'])}, not in {node.dtype}"
-    for name, allowed in row.get("attributes", {}).items():
+    if node.dtype not in row.types:
+        return f"is taken in {_words(row.types)}, not in {node.dtype}"
+    for name, allowed in row.attributes.items():
         if name in node.attributes and node.attributes[name] not in allowed:
             return f"is taken with {name} {_words(allowed)}, not {node.attributes[name]}"
-    for name in row.get("absent", []):
+    for name in row.absent:
         if name in node.attributes:
             return f"is not taken with {name} written"
-    if node.inputs > row.get("max_inputs", node.inputs):
-        return f"is taken with {row['max_inputs']} inputs at most, not {node.inputs}"
-    if row.get("whole_blocks") and int(node.attributes["K"]) % int(node.attributes["block_size"]):
-        return f"needs a block_size that divides K {node.attributes['K']}, not {node.attributes['block_size']}"
-    return ""
+    if row.max_inputs is not None and node.inputs > row.max_inputs:
+        return f"is taken with {row.max_inputs} inputs at most, not {node.inputs}"
+    return _cut_block(node) if row.whole_blocks else ""
 
 
-def _graph_problems(graph: GraphInterface, stage: Stage, support: JsonObject) -> list[str]:
+def _cut_block(node: NodeFacts) -> str:
+    """Why a product of blocks is not taken whose last one is not whole, or whose sizes do not stand in it."""
+    k, block_size = (node.attributes.get(key) for key in ("K", "block_size"))
+    if not isinstance(k, int) or not isinstance(block_size, int) or block_size < 1:
+        return f"needs K and block_size as numbers, not {k!r:.20} and {block_size!r:.20}"
+    return f"needs a block_size that divides K {k}, not {block_size}" if k % block_size else ""
+
+
+def _graph_problems(graph: GraphInterface, stage: Stage, support: ProviderSupport) -> list[str]:
     problems = []
-    low, high = support["opset"]
+    low, high = support.opset
     if not low <= graph.opset <= high:
         problems.append(f"{stage.file}: opset {graph.opset}, {stage.execution_provider}'s table is for {low} to {high}")
     loose = [name for name, value in graph.inputs.items() if any(isinstance(dim, str) for dim in value.shape)]
-    if support["static"] and loose:
+    if support.static and loose:
         problems.append(f"{stage.file}: input {loose[0]} has no fixed shape, which {stage.execution_provider} needs")
     return problems
 
 
-def _conditions(graph: GraphInterface, stage: Stage, support: JsonObject) -> list[str]:
-    rows = {node.operator: support["operators"].get(node.operator, {}) for node in graph.nodes}
-    return [f"{stage.file}: {name} {row['condition']}" for name, row in rows.items() if "condition" in row]
+def _conditions(graph: GraphInterface, stage: Stage, support: ProviderSupport) -> list[str]:
+    rows = {node.operator: support.operators.get(node.operator) for node in graph.nodes}
+    return [f"{stage.file}: {name} {row.condition}" for name, row in rows.items() if row and row.condition]
 
 
-def _words(values: Sequence[Any]) -> str:
+def _words(values: Sequence[object]) -> str:
     return " or ".join(map(str, values))

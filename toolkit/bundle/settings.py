@@ -170,21 +170,13 @@ class Settings:
 
     def with_files(self, files: Mapping[str, str]) -> Settings:
         """Returns the settings with the stages named in `files` run from those files."""
-
-        def change(name: str, section: JsonObject) -> None:
-            if name in files:
-                section["filename"] = files[name]
-
-        return self._changed(change)
+        return self._changed(lambda name, section: section.update({"filename": files.get(name, section["filename"])}))
 
     def on_cpu(self, session: Mapping[str, str] | None = None) -> Settings:
         """Returns the settings with no provider asked for, so that every stage runs on the CPU, and the options of
         `session` added to every stage's."""
-
-        def change(_: str, section: JsonObject) -> None:
-            section.setdefault("session_options", {}).update({**(session or {}), "provider_options": []})
-
-        return self._changed(change)
+        told = {**(session or {}), "provider_options": []}
+        return self._changed(lambda _, section: section.setdefault("session_options", {}).update(told))
 
     def with_provider_options(self, wanted: ProviderChange, session: Mapping[str, str] | None = None) -> Settings:
         """Returns the settings with each provider's options as `wanted` makes them, and the options of `session` added

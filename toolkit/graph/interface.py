@@ -56,8 +56,12 @@ class GraphInterface:
 
 
 def read_interface(path: Path) -> GraphInterface:
-    """Raises BundleError if the file is not an ONNX graph."""
-    return interface_of(load_graph(path))
+    """Returns what a graph file says of itself. Raises BundleError if it is not an ONNX graph."""
+    model = load_graph(path)
+    try:
+        return interface_of(model)
+    except (AttributeError, KeyError, TypeError, ValueError) as problem:
+        raise BundleError(f"{path} has a node that is not as ONNX defines it: {str(problem)[:120]!r}") from None
 
 
 def interface_of(model: ir.Model) -> GraphInterface:

@@ -88,7 +88,7 @@ def partition_section(graphs: Sequence[StageGraph]) -> tuple[PartitionRow, ...]:
                 nodes_outside=placement.nodes_outside,
                 illegal=placement.problems,
                 conditions=placement.conditions,
-                table=support_of(stage.execution_provider)["source"],
+                table=support_of(stage.execution_provider).source,
                 compiled=False,
             )
         )
