@@ -395,8 +395,8 @@ def test_the_plan_counts_the_binaries(tiny_r1: Path, tmp_path: Path) -> None:
     recipe, checkpoint = load_recipe("tiny-r1-qnn", ["parts=2", *EIGHT_BITS]), open_checkpoint(tiny_r1)
     whole, left = (plan_export(recipe, checkpoint, tmp_path / "b", precision) for precision in ("int4", "fp32"))
     weights = whole.layout.files["transformer.onnx.data"]
-    assert whole.calibration is not None
-    beside = sum(whole.files.values()) + whole.calibration.disk_bytes + (64 << 20)
+    assert whole.calibration_cost is not None
+    beside = sum(whole.files.values()) + whole.calibration_cost.disk_bytes + (64 << 20)
     assert whole.disk_needed_bytes - beside == pytest.approx(1.09 * weights, rel=1e-3)
     assert 250 << 20 < whole.compile_memory_bytes < (250 << 20) + 12.5 * weights and left.compile_memory_bytes == 0
 

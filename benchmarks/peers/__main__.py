@@ -107,7 +107,7 @@ def _document(
     return {
         "checkpoint": str(asked.checkpoint),
         "tokens": sum(map(len, material.sequences)),
-        "calibration_tokens": sum(map(len, material.calibration)),
+        "calibration_tokens": sum(map(len, material.calibration_sequences)),
         "questions": len(material.task.questions) if material.task else 0,
         "reference_accuracy": own,
         "machine": to_json(this_machine()),
@@ -118,7 +118,7 @@ def _document(
 
 def print_table(material: Material, rows: list[Row], left_out: dict[str, str], own: float | None) -> None:
     """Rows as Markdown, then what each is made of and what is left out."""
-    tokens, calibration = sum(map(len, material.sequences)), sum(map(len, material.calibration))
+    tokens, calibration = sum(map(len, material.sequences)), sum(map(len, material.calibration_sequences))
     print(f"{tokens} tokens, calibrated on {calibration} others; {_share(own)} of the questions right as it is\n")
     print("| file | bits/weight | mean KLD | median | 99% | 99.9% | top-1 | accuracy | s | peak RSS, MiB |")
     print("|---|---|---|---|---|---|---|---|---|---|")

@@ -54,7 +54,7 @@ class Material:
     """What peers are measured on: token sequences, other ones to calibrate on, and questions."""
 
     sequences: list[list[int]]
-    calibration: list[list[int]]
+    calibration_sequences: list[list[int]]
     task: Task | None = None
 
 
@@ -138,7 +138,7 @@ def _llama_cpp(bench: Bench, wanted: Sequence[str], folder: Path, work: Path) ->
     tools = llama_cpp(folder)
     source, imatrix, checkpoint = work / "checkpoint.gguf", work / "imatrix.dat", bench.checkpoint
     write_gguf(checkpoint, source)
-    calibration, begin = bench.material.calibration, time.perf_counter()
+    calibration, begin = bench.material.calibration_sequences, time.perf_counter()
     if calibration and any(kind.imatrix for kind in kinds.values()):
         moments = second_moments(checkpoint.config, checkpoint.source, calibration)
         write_imatrix(imatrix, moments, len(calibration))

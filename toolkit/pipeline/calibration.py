@@ -35,7 +35,7 @@ from toolkit.quant.blockwise import QuantSpec
 from toolkit.quant.formats import floats_of, planned_specs
 from toolkit.quant.ranges import ActivationRange
 from toolkit.recipe import Recipe
-from toolkit.report.sections import ActivationRanges, Calibration, FallbackRow, Fold
+from toolkit.report.sections import ActivationRanges, CalibrationOutcome, FallbackRow, Fold
 from toolkit.target import CPU_FORM, Form
 
 Floats = NDArray[np.float32]
@@ -58,7 +58,7 @@ class Calibrated:
 
     plan: ExportPlan
     importance: Mapping[str, Floats]
-    section: Calibration
+    section: CalibrationOutcome
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class StoredRanges:
     were read."""
 
     ranges: dict[str, ActivationRange]
-    section: Calibration
+    section: CalibrationOutcome
     packed_bytes_read: int
 
 
@@ -98,15 +98,15 @@ def stored_ranges(
     return StoredRanges(ranges, section, stored.bytes_read)
 
 
-def _read_text(plan: ExportPlan, text: TokenizedText) -> Calibration:
+def _read_text(plan: ExportPlan, text: TokenizedText) -> CalibrationOutcome:
     """What was read, and nothing made of it yet."""
-    return Calibration(plan.recipe.quality, text.origin.name, sum(map(len, text.sequences)))
+    return CalibrationOutcome(plan.recipe.quality, text.origin.name, sum(map(len, text.sequences)))
 
 
 def _weights(
     plan: ExportPlan,
     sequences: list[list[int]],
-    read: Calibration,
+    read: CalibrationOutcome,
     partial: Path,
     work: Path,
     progress: Callable[[str], None],
@@ -200,7 +200,7 @@ def _rounding(form: Form) -> Rounding:
     return Rounding.INT8 if form.accuracy_level == 4 else Rounding.NONE
 
 
-def _decided(made: Calibration, recipe: Recipe, found: Survey, fallbacks: list[Fallback]) -> Calibration:
+def _decided(made: CalibrationOutcome, recipe: Recipe, found: Survey, fallbacks: list[Fallback]) -> CalibrationOutcome:
     """What the text decided: folds, the matrices that could not be solved, and what a budget was spent by."""
     folds = [
         Fold(name, fold.alpha, fold.beta, fold.plain_loss, fold.loss)

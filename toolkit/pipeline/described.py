@@ -109,7 +109,7 @@ def describe(plan: ExportPlan) -> DescribedPlan:
 
 
 def _calibration(plan: ExportPlan) -> PlannedCalibration | None:
-    cost = plan.calibration
+    cost = plan.calibration_cost
     if cost is None:
         return None
     return PlannedCalibration(cost.tokens, plan.recipe.bits_per_weight or None, cost.work.products)

@@ -31,7 +31,7 @@ from toolkit.progress import counted
 from toolkit.quant.kernel import require_compiler
 from toolkit.quant.ranges import ActivationRange
 from toolkit.recipe import Recipe
-from toolkit.report.sections import Calibration, Conversion, KvCache, NotMeasured, StepTime
+from toolkit.report.sections import CalibrationOutcome, Conversion, KvCache, NotMeasured, StepTime
 from toolkit.report.summary import begin_report, write_report
 from toolkit.report.weights import ceiling_section, partition_section, quantization_section
 from toolkit.soc import SOCS
@@ -66,7 +66,7 @@ class _Begun:
     """A bundle in the making: its plan, its work folder and what its manifest says before there are files.
 
     `text` is what the plan is calibrated on, if anything is; `importance` weighs the errors of columns, `ranges` are
-    those of uint16 activations, `calibration` is what the report says of both. `read_before` is how much of the
+    those of uint16 activations, `calibration_outcome` is what the report says of both. `read_before` is how much of the
     checkpoint had been read when this began, `packed_bytes_read` how much of the data files was read back."""
 
     plan: ExportPlan
@@ -77,7 +77,7 @@ class _Begun:
     text: TokenizedText | None = None
     importance: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
     ranges: Mapping[str, ActivationRange] | None = None
-    calibration: Calibration | None = None
+    calibration_outcome: CalibrationOutcome | None = None
     packed_bytes_read: int = 0
 
 
@@ -128,7 +128,7 @@ def _exported(
         checkpoint = plans[0].checkpoint
         tokenizer = plan_tokenizer(checkpoint)
         pad = pad_token_id(checkpoint.config, checkpoint.side)
-        asked = [(plan, calibration_text(plan) if plan.calibration else None) for plan in plans]
+        asked = [(plan, calibration_text(plan) if plan.calibration_cost else None) for plan in plans]
         wanted = asked if force else _missing(asked, tokenizer.copied, note)
         if not wanted:
             return [plan.out for plan in plans]
@@ -185,7 +185,7 @@ def _calibrated(begun: _Begun, clock: _Clock, progress: Callable[[str], None]) -
         steps = passes * (plan.checkpoint.config.num_hidden_layers + 1)
         counting = counted(progress, "calibrate", steps)
         made = calibrate(plan, begun.text, begun.partial, begun.partial / CALIBRATION_FOLDER, counting)
-    return replace(begun, plan=made.plan, importance=made.importance, calibration=made.section)
+    return replace(begun, plan=made.plan, importance=made.importance, calibration_outcome=made.section)
 
 
 def _ranged(packed: _Begun, clock: _Clock, progress: Callable[[str], None]) -> _Begun:
@@ -198,17 +198,19 @@ def _ranged(packed: _Begun, clock: _Clock, progress: Callable[[str], None]) -> _
         counting = counted(progress, "ranges", plan.checkpoint.config.num_hidden_layers)
         made = stored_ranges(plan, packed.text, packed.partial, work, counting)
     known = made.section
-    if packed.calibration:
-        known = replace(packed.calibration, activations=known.activations, ranges_s=known.ranges_s)
-    return replace(packed, ranges=made.ranges, calibration=known, packed_bytes_read=made.packed_bytes_read)
+    if packed.calibration_outcome:
+        known = replace(packed.calibration_outcome, activations=known.activations, ranges_s=known.ranges_s)
+    return replace(packed, ranges=made.ranges, calibration_outcome=known, packed_bytes_read=made.packed_bytes_read)
 
 
 def _pack(ready: Sequence[_Begun], progress: Callable[[str], None]) -> list[PackResult]:
     """One pass over the checkpoint for all bundles without calibration, rotated ones apart, and one for each of the
     others, whose weights are folded for it alone."""
     results: dict[Path, PackResult] = {}
-    together = [[b for b in ready if not b.calibration and b.plan.recipe.rotate == turned] for turned in (False, True)]
-    for group in [*together, *([bundle] for bundle in ready if bundle.calibration)]:
+    together = [
+        [b for b in ready if not b.calibration_outcome and b.plan.recipe.rotate == turned] for turned in (False, True)
+    ]
+    for group in [*together, *([bundle] for bundle in ready if bundle.calibration_outcome)]:
         if group:
             destinations = [Destination(bundle.plan.layout, bundle.partial) for bundle in group]
             source, importance = group[0].plan.checkpoint.source, group[0].importance
@@ -251,7 +253,7 @@ def _finish(
         begin_report(manifest),
         quantization=replace(
             quantization_section(plan.layout, packed.errors),
-            calibration=begun.calibration,
+            calibration=begun.calibration_outcome,
             salient_inputs=tuple(plan.salient_inputs) or None,
             rotated=True if plan.recipe.rotate else None,
         ),

@@ -49,7 +49,7 @@ def forecast(plan: ExportPlan, speed: MachineSpeed, effort: Effort | None, compi
     if nbytes := plan.opened.download_bytes:
         assumed = f"{_DOWNLOAD_RATE / 1e6:.0f} MB a second assumed"
         phases.append(Phase("download", nbytes / _DOWNLOAD_RATE, None, nbytes, assumed))
-    if cost := plan.calibration:
+    if cost := plan.calibration_cost:
         phases.append(Phase("calibrate", cost.work.seconds(speed), cost.memory_bytes, cost.disk_bytes or None))
     written = sum(plan.files.values())
     phases.append(Phase("pack", _packing(plan).seconds(speed), plan.peak_memory_bytes, written))

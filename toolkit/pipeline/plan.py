@@ -74,7 +74,7 @@ class ExportPlan:
     peak_memory_bytes: int
     compile_memory_bytes: int
     kv_cache_bytes: int
-    calibration: CalibrationCost | None
+    calibration_cost: CalibrationCost | None
     salient_inputs: list[str]
     stop_tokens: tuple[StopToken, ...]
     disk_needed_bytes: int
@@ -127,7 +127,7 @@ def plan_export(recipe: Recipe, checkpoint: Checkpoint, out: Path, precision: st
         peak_memory_bytes=_BASE_BYTES + max(packing, cost.memory_bytes if cost else 0),
         compile_memory_bytes=compile_memory_bytes(largest_part(layers, recipe.parts)) if compiled else 0,
         kv_cache_bytes=2 * item_bytes * recipe.context_length * config.num_hidden_layers * config.kv_size,
-        calibration=cost,
+        calibration_cost=cost,
         salient_inputs=salient,
         stop_tokens=tuple(_stop_tokens(opened)),
         # What a budget buys is known once the text has been read.

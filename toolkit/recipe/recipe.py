@@ -45,8 +45,9 @@ class Recipe:
     where it has several. `soc` is what a target with an ahead-of-time compiler compiles for, and `parts` how many parts
     the transformer is split into, 0 for as few as the compiler's limits allow.
 
-    `quality` is a row of QUALITIES. `calibration` names its text, a file beside the model's facts or a path, and
-    `calibration_tokens` how much of it is read, 0 for what the quality needs. `fold` allows channel scales (AWQ).
+    `quality` is a row of QUALITIES. `calibration` names the calibration text, a file beside the model's facts or a
+    path, and `calibration_tokens` how much of it is read, 0 for what the quality needs. `fold` allows channel scales
+    (AWQ).
     `rotate` turns the residual stream and the values by Hadamard matrices before anything else (QuaRot); unless said,
     where the profile asks for it, or salient channels meet rounding without data.
     `activation_percentile` is how many of the text's tokens, in percent, the ranges of uint16 activations hold whole.

@@ -112,7 +112,7 @@ class ActivationRanges:
 
 
 @dataclass(frozen=True)
-class Calibration:
+class CalibrationOutcome:
     """What was read of a text, and what it decided."""
 
     quality: str
@@ -137,7 +137,7 @@ class Quantization:
     weight_bytes: int
     by_role: tuple[RoleRow, ...]
     tensors: tuple[TensorRow, ...]
-    calibration: Calibration | None = None
+    calibration: CalibrationOutcome | None = None
     salient_inputs: tuple[str, ...] | None = None
     rotated: bool | None = None
 
