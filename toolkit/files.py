@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import errno
 import hashlib
 import json
 import os
@@ -13,11 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from toolkit.errors import ToolkitError
+from toolkit.errors import MachineError, ToolkitError
 
 # How the placeholder begins that git keeps for a large file (git-lfs' specification, version 1).
 LFS_POINTER: Final = b"version https://git-lfs.github.com/spec/"
 _DIGEST: Final = "digest"
+# No space, a quota, the largest file there may be.
+_FULL: Final = frozenset({errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)})
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,40 @@ def replacing(path: Path) -> Iterator[Path]:
     except BaseException:
         fresh.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def disk_errors(*places: Path) -> Iterator[None]:
+    """While bundles are written at `places`, what the system refuses is a ToolkitError of one line."""
+    try:
+        yield
+    except OSError as problem:
+        raise disk_error(problem, *places) from None
+
+
+def disk_error(problem: OSError, *places: Path) -> ToolkitError:
+    """What to say of a call to the system that failed while bundles were written at `places`: a full disk, a place that
+    cannot be written, or another file, which could not be read."""
+    named = Path(os.fsdecode(problem.filename)) if isinstance(problem.filename, str | bytes) else None
+    reason = problem.strerror or str(problem) or type(problem).__name__
+    if problem.errno in _FULL:
+        return MachineError(f"{named or places[0]} cannot be written: {reason}; free space and run again")
+    if named is None or any(_belongs(named, place) for place in places):
+        closed = problem.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+        hint = "make it writable, or name another place" if closed else "name another place"
+        return MachineError(f"{named or places[0]} cannot be written: {reason}; {hint}")
+    return MachineError(f"{named} cannot be read or written: {reason}")
+
+
+def check_writable(folder: Path) -> None:
+    """Raises MachineError for a folder that files cannot be written into, before work is done for them."""
+    if folder.is_dir() and not os.access(folder, os.W_OK | os.X_OK):
+        raise MachineError(f"{folder} cannot be written: it is read-only; make it writable, or name another place")
+
+
+def _belongs(path: Path, place: Path) -> bool:
+    """Whether a path is a bundle's place, a work folder beside it, or in one of them."""
+    return any(above.parent == place.parent and place.name in above.name for above in (path, *path.parents))
 
 
 def write_text(path: Path, text: str) -> None:

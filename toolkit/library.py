@@ -15,13 +15,14 @@ from toolkit.checkpoint.remote import open_headers
 from toolkit.errors import RecipeError
 from toolkit.evaluate.conversation import Answer, Conversation
 from toolkit.evaluate.speed import measure_speed
+from toolkit.files import check_writable, disk_errors
 from toolkit.pipeline.catalogue import RecipeRow, recipe_rows
 from toolkit.pipeline.check import CheckResult, check_bundle
 from toolkit.pipeline.compile import compile_bundle, compile_exported
 from toolkit.pipeline.export import Order, export_planned, plan_exports
 from toolkit.pipeline.inspect import inspect_checkpoint, inspect_path
 from toolkit.pipeline.judge import Effort, judge_bundle
-from toolkit.pipeline.place import held
+from toolkit.pipeline.place import followed, held
 from toolkit.pipeline.plan import ExportPlan, shorten_context
 from toolkit.recipe import Recipe, load_recipe, meant_recipe
 from toolkit.report.intact import verify_bundle
@@ -135,7 +136,7 @@ def export(
         plans = plan(plans)
     bundles = export_planned(plans, progress, force, note)
     for bundle in bundles:
-        with held([bundle]):
+        with disk_errors(bundle), held([bundle]):
             said = compile_exported(bundle, compile, progress)
         if said:
             note(said)
@@ -157,7 +158,8 @@ def validate(
     bundle = Path(bundle)
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = made_from(bundle, checkpoint)
-    with held([bundle]):
+    check_writable(bundle)
+    with disk_errors(bundle), held([bundle]):
         return judge_bundle(bundle, checkpoint, effort or Effort(), progress)
 
 
@@ -174,8 +176,10 @@ def compile(bundle: str | Path, soc: str | None = None, *, progress: Progress = 
 
     Raises UnsupportedError for a target without such a compiler, MachineError if the compiler is not installed.
     """
-    with held([Path(bundle)]):
-        return compile_bundle(Path(bundle), progress, soc)
+    # Binaries are made beside the folder itself, not beside a link to it.
+    bundle = followed(Path(bundle))
+    with disk_errors(bundle), held([bundle]):
+        return compile_bundle(bundle, progress, soc)
 
 
 def generate(bundle: str | Path, prompt: str, max_new_tokens: int = 400, *, on_cpu: bool = False) -> Answer:

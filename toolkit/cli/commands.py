@@ -6,6 +6,7 @@ something; 3 a fault of the toolkit itself; 130 and 143 an interrupt and a reque
 
 from __future__ import annotations
 
+import errno
 import json
 import signal
 import sys
@@ -23,6 +24,10 @@ from toolkit.errors import ToolkitError
 _RESUMED = ("export", "compile")
 # Characters of a message: it may quote what it found.
 _LONGEST = 1000
+# What the system refuses for want of space, rights or handles; other errors of it are faults of the toolkit.
+_OF_THE_MACHINE = tuple(
+    getattr(errno, name, -1) for name in "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM EIO EMFILE ENFILE ENOMEM".split()
+)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -53,15 +58,27 @@ def main() -> None:
         _leave(words, 2, "UsageError", problem.format_message())
     except ToolkitError as problem:
         _leave(words, 2, type(problem).__name__, str(problem))
+    except MemoryError:
+        _leave(words, 2, "MachineError", "the memory of this machine is used up: close other programs")
+    except OSError as problem:
+        if problem.errno not in _OF_THE_MACHINE:
+            _fault(words, problem)
+        where = f"{problem.filename}: " if problem.filename else ""
+        _leave(words, 2, "MachineError", f"{where}{problem.strerror}, says the system: see to it and run again")
     except Exception as problem:
-        said = " ".join(str(problem).split())[:300]
-        _leave(
-            words,
-            3,
-            "Fault",
-            f"a fault of the toolkit itself, {type(problem).__name__}: {said}; "
-            "`toolkit --debug …` shows where, please report it",
-        )
+        _fault(words, problem)
+
+
+def _fault(words: list[str], problem: Exception) -> NoReturn:
+    """Says that the toolkit itself is wrong, and where to look."""
+    said = " ".join(str(problem).split())[:300]
+    _leave(
+        words,
+        3,
+        "Fault",
+        f"a fault of the toolkit itself, {type(problem).__name__}: {said}; "
+        "`toolkit --debug …` shows where, please report it",
+    )
 
 
 def _ended(how: str, words: list[str]) -> str:

@@ -58,6 +58,7 @@ def export(
     """
     from toolkit import library
     from toolkit.pipeline.described import described_with_costs
+    from toolkit.pipeline.export import check_exports
     from toolkit.progress import progress_line
 
     plans = library.plan(
@@ -77,7 +78,11 @@ def export(
     wanted = None if no_validate or synthetic else effort_of(effort)
     described = described_with_costs(plans, wanted, not no_compile)
     if dry_run:
+        # What stands in the way is the last line after a plan, and the document in place of one.
+        if as_json:
+            check_exports(plans)
         print_plans(described, as_json)
+        check_exports(plans)
         return
     print_costs(described)
     with progress_line() as progress:

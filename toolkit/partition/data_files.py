@@ -11,8 +11,7 @@ from pathlib import Path
 from threading import Lock
 from typing import BinaryIO, Final
 
-from toolkit.errors import MachineError
-from toolkit.files import replacing
+from toolkit.files import disk_error, replacing
 from toolkit.graph.layout import Layout, Unit
 
 JOURNAL_FILE: Final = "journal.jsonl"
@@ -55,12 +54,7 @@ class DataFile:
                 while left:
                     left = left[self.handle.write(left) :]
         except OSError as problem:
-            raise disk_error(self.path, problem) from None
-
-
-def disk_error(path: Path, problem: OSError) -> MachineError:
-    """What to say when `path` cannot be written."""
-    return MachineError(f"{path} cannot be written: {problem.strerror}; free space and run again")
+            raise disk_error(problem, self.path) from None
 
 
 @contextmanager
@@ -81,7 +75,7 @@ def open_data_files(destinations: Sequence[Destination], resume: bool) -> Iterat
             try:
                 _prepare(path, nbytes, resume, paths)
             except OSError as problem:
-                raise disk_error(path, problem) from None
+                raise disk_error(problem, path) from None
             groups.append((path, units, nbytes, [(k, name)]))
     # Opened only now: Windows renames nothing onto or from a file that is open.
     with ExitStack() as stack:

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 
 from toolkit.checkpoint.scan import Rows
 from toolkit.checkpoint.weights import WeightSource
-from toolkit.files import write_text
+from toolkit.files import disk_error, write_text
 from toolkit.machine import fits_the_page_cache
-from toolkit.partition.data_files import DataFile, Destination, disk_error, open_data_files
+from toolkit.partition.data_files import DataFile, Destination, open_data_files
 from toolkit.partition.prefix_hash import PrefixHash
 from toolkit.partition.rows import Packed, RowPacker
 
@@ -74,7 +74,7 @@ def pack_weights(
                     else:
                         window.submit(packer.pack, rows)
     except OSError as problem:
-        raise disk_error(destinations[0].folder, problem) from None
+        raise disk_error(problem, *(destination.folder for destination in destinations)) from None
     return [PackResult(list(journal.values()), *log.hashed(k)) for k, journal in enumerate(journals)]
 
 

@@ -15,7 +15,7 @@ from toolkit.bundle.settings import Settings, read_settings
 from toolkit.epcontext.htp import PACKAGE, htp_version
 from toolkit.epcontext.parts import CompiledPart, Part, compile_parts, part_key
 from toolkit.errors import BundleError, MachineError, UnsupportedError
-from toolkit.files import file_entry, replacing, write_text
+from toolkit.files import check_writable, file_entry, replacing, write_text
 from toolkit.progress import counted
 from toolkit.recipe import Recipe
 from toolkit.report.sections import CompiledPartCost, NotMeasured, PartitionRow, Report, StepTime
@@ -61,6 +61,7 @@ def compile_bundle(
     manifest = read_manifest(bundle)
     if edited := check_unedited(bundle):
         raise BundleError(f"{bundle}: {edited[0]}: export it again")
+    check_writable(bundle)
     recipe = manifest.recipe
     if not recipe.soc:
         known = ", ".join(target.name for target in TARGETS.values() if target.soc)

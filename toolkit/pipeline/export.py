@@ -17,13 +17,21 @@ from toolkit.bundle.genai_config import genai_config, pad_token_id
 from toolkit.bundle.manifest import Manifest, begin_manifest, write_manifest
 from toolkit.checkpoint.opened import Checkpoint
 from toolkit.evaluate.opens import open_apart
-from toolkit.files import write_json
+from toolkit.files import disk_errors, write_json
 from toolkit.machine import peak_rss_bytes
-from toolkit.partition.data_files import Destination, disk_error
+from toolkit.partition.data_files import Destination
 from toolkit.partition.lower import lower
 from toolkit.partition.pack import PackResult, pack_weights
 from toolkit.pipeline.calibration import TokenizedText, calibrate, calibration_text, stored_ranges
-from toolkit.pipeline.place import CALIBRATION_FOLDER, checked_place, held, open_work, put_in_place, written_bytes
+from toolkit.pipeline.place import (
+    CALIBRATION_FOLDER,
+    check_place,
+    checked_place,
+    held,
+    open_work,
+    put_in_place,
+    written_bytes,
+)
 from toolkit.pipeline.plan import ExportPlan, check_machine, plan_export
 from toolkit.pipeline.standing import check_replaceable, is_made
 from toolkit.pipeline.tokenizer import TokenizerFiles, plan_tokenizer, write_tokenizer
@@ -113,8 +121,18 @@ def export_planned(
     """
     if any(plan.precision == "int4" for plan in plans):
         require_compiler()
-    with held([plan.out for plan in plans]):
+    places = [plan.out for plan in plans]
+    with disk_errors(*places), held(places):
         return _exported(plans, progress, force, note)
+
+
+def check_exports(plans: Sequence[ExportPlan]) -> None:
+    """Raises what the export would raise for the place or the machine, and changes nothing."""
+    places = [plan.out for plan in plans]
+    with disk_errors(*places):
+        for place in places:
+            check_place(place)
+        check_machine(plans, written_bytes(places))
 
 
 def _exported(
@@ -123,8 +141,7 @@ def _exported(
     """Makes the bundles, whose places nobody else writes meanwhile."""
     clock = _Clock()
     with clock.step("plan"):
-        with _disk_errors():
-            plans = [replace(plan, out=checked_place(plan.out)) for plan in plans]
+        plans = [replace(plan, out=checked_place(plan.out)) for plan in plans]
         checkpoint = plans[0].checkpoint
         tokenizer = plan_tokenizer(checkpoint)
         pad = pad_token_id(checkpoint.config, checkpoint.side)
@@ -133,19 +150,17 @@ def _exported(
         if not wanted:
             return [plan.out for plan in plans]
         check_machine([plan for plan, _ in wanted], written_bytes([plan.out for plan, _ in wanted]))
-        with _disk_errors():
-            begun = [_begin(plan, text) for plan, text in wanted]
-    with _disk_errors():
-        ready = [_calibrated(bundle, clock, progress) for bundle in begun]
-        with clock.step("pack"):
-            packed = _pack(ready, progress)
-        ready = [_ranged(bundle, clock, progress) for bundle in ready]
-        for bundle, result in zip(ready, packed, strict=True):
-            beside = [other.plan.recipe.name for other in begun if other.plan.out != bundle.plan.out]
-            _finish(bundle, pad, result, tokenizer, clock, beside)
-        # Last, so that whatever stops one of them leaves the others to go on from here.
-        for bundle in begun:
-            put_in_place(bundle.out)
+        begun = [_begin(plan, text) for plan, text in wanted]
+    ready = [_calibrated(bundle, clock, progress) for bundle in begun]
+    with clock.step("pack"):
+        packed = _pack(ready, progress)
+    ready = [_ranged(bundle, clock, progress) for bundle in ready]
+    for bundle, result in zip(ready, packed, strict=True):
+        beside = [other.plan.recipe.name for other in begun if other.plan.out != bundle.plan.out]
+        _finish(bundle, pad, result, tokenizer, clock, beside)
+    # Last, so that whatever stops one of them leaves the others to go on from here.
+    for bundle in begun:
+        put_in_place(bundle.out)
     return [plan.out for plan in plans]
 
 
@@ -164,15 +179,6 @@ def _missing(
             check_replaceable(plan)
             missing.append((plan, text))
     return missing
-
-
-@contextmanager
-def _disk_errors() -> Iterator[None]:
-    """What the disk refuses, as a MachineError."""
-    try:
-        yield
-    except OSError as problem:
-        raise disk_error(Path(problem.filename or "the bundle"), problem) from None
 
 
 def _calibrated(begun: _Begun, clock: _Clock, progress: Callable[[str], None]) -> _Begun:

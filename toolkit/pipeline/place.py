@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 
 from toolkit import names
 from toolkit.errors import MachineError, RecipeError
-from toolkit.files import write_text
+from toolkit.files import check_writable, write_text
 from toolkit.partition.data_files import JOURNAL_FILE
 
 CALIBRATION_FOLDER: Final = "calibration"
@@ -46,17 +46,51 @@ def held(bundles: Sequence[Path]) -> Iterator[None]:
         yield
 
 
+def followed(out: Path) -> Path:
+    """`out`, or the folder that it leads to if it is a link, which then is what is made and replaced.
+
+    Raises RecipeError for a link that leads nowhere.
+    """
+    try:
+        leads_to = out.resolve() if out.is_symlink() or not out.name else out
+        if not leads_to.is_symlink():
+            return leads_to
+    except (OSError, RuntimeError):  # RuntimeError is what a loop of links is before Python 3.13
+        pass
+    raise RecipeError(f"{out} is a link that leads nowhere: name another --out")
+
+
+def check_place(out: Path) -> None:
+    """Looks whether a bundle may be put at `out`, and changes nothing.
+
+    Raises RecipeError for what is there and would be lost, MachineError where nothing can be written.
+    """
+    if not out.name:
+        raise RecipeError(f"{out} cannot be a bundle: name a folder with --out")
+    _refuse_what_stands(out)
+    above = next(path for path in out.absolute().parents if os.path.lexists(path))
+    if not above.is_dir():
+        raise RecipeError(f"{above} is no folder, and a bundle is to be made in it: name another --out")
+    check_writable(above)
+
+
 def checked_place(out: Path) -> Path:
     """`out` as a bundle may be put there, once what a kill left at the last step is finished.
 
-    Raises RecipeError for what is there and would be lost.
+    Raises as `check_place` does.
     """
-    if not out.name:
-        out = out.resolve()
-    if not out.name:
-        raise RecipeError(f"{out} cannot be a bundle: name a folder with --out")
-    if _replaced(out).exists() and not out.exists():
+    out = followed(out)
+    if out.name and _replaced(out).exists() and not out.exists():
         os.replace(_replaced(out), out)
+    check_place(out)
+    if _is_finished(work_folder(out)):
+        put_in_place(out)
+    elif out.exists():
+        (out / _REQUEST_FILE).unlink(missing_ok=True)
+    return out
+
+
+def _refuse_what_stands(out: Path) -> None:
     work = work_folder(out)
     if work.exists() and not (work / _REQUEST_FILE).is_file() and (not work.is_dir() or any(work.iterdir())):
         raise RecipeError(f"{work} is no work folder of the toolkit, and is where one would be: move it away")
@@ -66,11 +100,6 @@ def checked_place(out: Path) -> Path:
         raise RecipeError(f"{out} is a bundle with folders inside, which would be lost: name another --out")
     if (out.parent / names.MANIFEST_FILE).is_file():
         raise RecipeError(f"{out.parent} is a bundle itself: name another --out")
-    if _is_finished(work):
-        put_in_place(out)
-    elif out.exists():
-        (out / _REQUEST_FILE).unlink(missing_ok=True)
-    return out
 
 
 def open_work(out: Path, request: str) -> Path:

@@ -31,6 +31,7 @@ from toolkit.partition.parts import (
     plan_parts,
 )
 from toolkit.pipeline.calibration_cost import CalibrationCost, calibration_cost
+from toolkit.pipeline.place import followed
 from toolkit.quant.formats import check_rules
 from toolkit.recipe import Recipe
 from toolkit.soc import SOCS
@@ -86,6 +87,7 @@ def plan_export(recipe: Recipe, checkpoint: Checkpoint, out: Path, precision: st
 
     Raises RecipeError if recipe and checkpoint do not belong together, UnsupportedError for parts that cannot be.
     """
+    out = followed(out)
     check_match(recipe, checkpoint.config)
     target = _target(recipe, precision)
     blind = precision == "int4" and not recipe.calibrated
