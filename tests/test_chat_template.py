@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from toolkit.bundle.chat_template import shipped_template, special_tokens
+from toolkit.bundle.chat_template import additional_special_tokens, shipped_template, special_tokens
 from toolkit.bundle.template_jinja import compile_template, render
 from toolkit.bundle.template_probes import PROBES, Probe
 from toolkit.bundle.template_rewrite import rewrite
@@ -100,6 +100,12 @@ def test_what_differs_is_written_so_that_it_does_not(name: str) -> None:
     assert jinja(made.text) == wanted  # what is read by transformers is right too
 
 
+@pytest.mark.parametrize("form", ["%Y-%m-%d", "%d %b %Y", "%B %d, %Y", "%A, %j", "%y/%m"])
+def test_dates_are_as_python_writes_them(form: str) -> None:
+    text = f"{{% set d = strftime_now('{form}') %}}[{{{{ d }}}}]"
+    assert genai(rewrite(text, {}).text) == jinja(text)
+
+
 def test_most_of_these_do_differ() -> None:
     assert sum(genai(text) != jinja(text) for text in DIFFERENT.values()) > 35
 
@@ -156,7 +162,7 @@ R1 = (
 
 
 def test_an_earlier_thought_is_left_out_once_the_template_is_checked() -> None:
-    checked = checked_template(R1, TOKENS)
+    checked = checked_template(TemplateJob(R1, TOKENS))
     assert checked.differs == () and checked.opens_thought
     assert checked.changes == ("`in` finds text in text",)
     assert all(genai(checked.text, probe) == jinja(R1, probe) for probe in PROBES if "without text" not in probe.name)
@@ -165,7 +171,7 @@ def test_an_earlier_thought_is_left_out_once_the_template_is_checked() -> None:
 
 def test_a_template_that_is_right_stays_as_it_is() -> None:
     text = LOOP + "<{{ m['role'] }}>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
-    checked = checked_template(text, TOKENS)
+    checked = checked_template(TemplateJob(text, TOKENS))
     assert (checked.text, checked.changes, checked.opens_thought) == (text, (), False)
 
 
@@ -180,14 +186,14 @@ def test_a_template_that_is_right_stays_as_it_is() -> None:
 )
 def test_a_template_that_cannot_work_is_refused(text: str, reason: str) -> None:
     with pytest.raises(UnsupportedError, match=reason):
-        checked_template(text, {})
+        checked_template(TemplateJob(text, {}))
 
 
 def test_a_template_that_does_not_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(renders, "_SECONDS", 3)
     loops = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     with pytest.raises(UnsupportedError, match="no answer within 3 s"):
-        checked_template(loops, {})
+        checked_template(TemplateJob(loops, {}))
 
 
 def test_without_a_genai_to_try_it_in_the_template_is_rewritten_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,7 +227,38 @@ def test_a_template_is_found_where_transformers_finds_it(tmp_path: Path) -> None
     assert found is not None
     assert (found.text, found.source, found.others) == ("j", "chat_template.jinja", ("rag", "tool_use"))
     checkpoint(tmp_path, None, {"special_tokens_map.json": '{"eos_token": "</s>", "bos_token": "<b>"}'})
-    assert special_tokens(folder) == {"bos_token": "<s>", "eos_token": "</s>"}
+    assert special_tokens(folder) == {"bos_token": "<b>", "eos_token": "</s>"}
+
+
+@pytest.mark.parametrize(
+    ("config", "beside"),
+    [
+        ({"bos_token": "<s>", "additional_special_tokens": ["<a>", {"__type": "AddedToken", "content": "<b>"}]}, {}),
+        ({"bos_token": "<s>"}, {"additional_special_tokens": ["<a>", {"content": "<b>"}]}),
+        ({"bos_token": "<s>", "pad_token": "<p>"}, {"pad_token": "<q>", "bos_token": {"content": "<z>"}}),
+        ({"bos_token": "<s>", "added_tokens_decoder": {}}, {"bos_token": "<z>", "pad_token": "<p>"}),
+        ({"bos_token": "<s>", "extra_special_tokens": {"image_token": "<img>"}, "additional_special_tokens": []}, {}),
+    ],
+)
+def test_a_template_gets_the_special_tokens_that_transformers_gives_it(
+    tmp_path: Path, config: dict[str, Any], beside: dict[str, Any], tiny_r1: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    names = ("bos_token", "pad_token", "image_token", "additional_special_tokens")
+    text = ";".join(f"{{{{ {name}|default('none') }}}}" for name in names)
+    text += "{% for token in additional_special_tokens or [] %}({{ token }}){% endfor %}{{ messages[0].content }}"
+    said = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": text, **config}
+    folder = checkpoint(tmp_path, said, {"special_tokens_map.json": json.dumps(beside)})
+    (folder / "tokenizer.json").write_bytes((tiny_r1 / "tokenizer.json").read_bytes())
+    messages = [{"role": "user", "content": "?"}]
+    theirs = AutoTokenizer.from_pretrained(folder).apply_chat_template(messages, tokenize=False)
+    job = TemplateJob(text, special_tokens(folder), additional_special_tokens(folder))
+    assert render(compile_template(text), [*messages], job.variables()) == theirs
+    made = renders.best_template(job)
+    probe = Probe("one", ({"role": "user", "content": "?"},))
+    known = TemplateJob(made.text, job.special_tokens)
+    assert made.differs == () and rendered_by_genai(made.text, known, [probe])[0] == theirs
 
 
 def test_no_template_and_no_default_template(tmp_path: Path) -> None:

@@ -54,12 +54,31 @@ def shipped_template(folder: Path) -> ShippedTemplate | None:
 
 
 def special_tokens(folder: Path) -> dict[str, str]:
-    """The special tokens that transformers passes to a template, by their names, those the checkpoint has."""
-    config = tokenizer_config(folder)
-    path = folder / SPECIAL_TOKENS_FILE
-    beside = read_json(path, _MAX_BYTES, CheckpointError, "a checkpoint has one") if path.is_file() else {}
-    texts = {name: _text(config.get(name)) or _text(beside.get(name)) for name in _SPECIAL_TOKENS}
+    """The special tokens that transformers passes to a template, by their names, those the checkpoint has: the usual
+    ones, and those that tokenizer_config.json names by itself under `extra_special_tokens`."""
+    given = _special_settings(folder)
+    named = given.get("extra_special_tokens")
+    texts = {name: _text(given.get(name)) for name in _SPECIAL_TOKENS}
+    texts |= {name: _text(token) for name, token in named.items()} if isinstance(named, dict) else {}
     return {name: text for name, text in texts.items() if text}
+
+
+def additional_special_tokens(folder: Path) -> tuple[str, ...]:
+    """The special tokens without a name of their own, which transformers passes to a template as one list."""
+    given = _special_settings(folder)
+    listed = given.get("additional_special_tokens") or given.get("extra_special_tokens")
+    texts = (_text(token) for token in listed) if isinstance(listed, list) else ()
+    return tuple(text for text in texts if text)
+
+
+def _special_settings(folder: Path) -> Mapping[str, Any]:
+    """Where special tokens stand, as transformers reads it: special_tokens_map.json counts before
+    tokenizer_config.json, unless that lists the added tokens itself, as newer ones do."""
+    config, path = tokenizer_config(folder), folder / SPECIAL_TOKENS_FILE
+    if "added_tokens_decoder" in config or not path.is_file():
+        return config
+    beside = read_json(path, _MAX_BYTES, CheckpointError, "a checkpoint has one")
+    return {**config, **{key: value for key, value in beside.items() if value is not None}}
 
 
 def tokenizer_config(folder: Path) -> Mapping[str, Any]:

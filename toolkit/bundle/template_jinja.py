@@ -6,7 +6,7 @@ The sandbox keeps a template from Python's insides; time and memory are bounded 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Final
 
@@ -65,7 +65,7 @@ def compile_template(source: str) -> jinja2.Template:
 def render(
     template: jinja2.Template,
     messages: list[Message],
-    special_tokens: Mapping[str, str],
+    special_tokens: Mapping[str, str | Sequence[str]],
     tools: list[Message] | None = None,
     add_generation_prompt: bool = True,
 ) -> str:

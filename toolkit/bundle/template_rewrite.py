@@ -6,7 +6,7 @@ change, names that do not clash, and only what the engine knows. Nothing of the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -46,7 +46,7 @@ class _Generation(Extension):
         return nodes.Scope(body).set_lineno(line)
 
 
-def rewrite(source: str, special_tokens: Mapping[str, str], exact: bool = False) -> Rewritten:
+def rewrite(source: str, special_tokens: Mapping[str, str | Sequence[str]], exact: bool = False) -> Rewritten:
     """`source` for onnxruntime-genai. `special_tokens` are those that the engine does not know by itself.
 
     `exact` keeps apart none and undefined, true and empty, at the price of a longer text. Raises UnsupportedError for
@@ -73,7 +73,9 @@ def rewrite(source: str, special_tokens: Mapping[str, str], exact: bool = False)
         begin += f"{{% if {name} is not defined %}}{{% set {name} = None %}}{{% endif %}}"
     for name in sorted(names.used & set(special_tokens)):
         writer.expressions.changes.add(f"{name} is named in the template")
-        begin += f"{{% set {name} = {quoted(special_tokens[name])} %}}"
+        given = special_tokens[name]
+        value = quoted(given) if isinstance(given, str) else f"[{', '.join(map(quoted, given))}]"
+        begin += f"{{% set {name} = {value} %}}"
     return Rewritten(begin + _whole_end(text), tuple(sorted(writer.expressions.changes)))
 
 

@@ -55,10 +55,16 @@ STUB_SETTINGS: Final = {
 
 @dataclass(frozen=True)
 class TemplateJob:
-    """A chat template, and the special tokens that it is rendered with."""
+    """A chat template, and the special tokens that it is rendered with: those with a name, and the list of others."""
 
     text: str
     special_tokens: dict[str, str]
+    additional_special_tokens: tuple[str, ...] = ()
+
+    def variables(self) -> dict[str, str | list[str]]:
+        """The special tokens as a template finds them; transformers leaves an empty list out."""
+        others = [*self.additional_special_tokens]
+        return {**self.special_tokens, **({"additional_special_tokens": others} if others else {})}
 
 
 @dataclass(frozen=True)
@@ -72,20 +78,18 @@ class CheckedTemplate:
     opens_thought: bool
 
 
-def checked_template(text: str, special_tokens: Mapping[str, str]) -> CheckedTemplate:
-    """The template, rewritten where onnxruntime-genai would render it otherwise than jinja2.
+def checked_template(job: TemplateJob) -> CheckedTemplate:
+    """The job's template, rewritten where onnxruntime-genai would render it otherwise than jinja2.
 
     Raises UnsupportedError for one that jinja2 cannot render, that does not end, or for which no equivalent is found.
     """
-    return _checked_apart(text, tuple(special_tokens.items()))
+    return _checked_apart(json.dumps(to_json(job)))
 
 
 @lru_cache(maxsize=32)  # bundles made in one process are mostly of one checkpoint
-def _checked_apart(text: str, special_tokens: tuple[tuple[str, str], ...]) -> CheckedTemplate:
+def _checked_apart(job: str) -> CheckedTemplate:
     try:
-        made = run_apart(
-            "toolkit.evaluate.renders", to_json(TemplateJob(text, dict(special_tokens))), timeout_s=_SECONDS
-        )
+        made = run_apart("toolkit.evaluate.renders", json.loads(job), timeout_s=_SECONDS)
     except ChildFailed as failure:
         raise UnsupportedError(f"the chat template cannot be used: {failure.reason}") from None
     if "error" in made:
@@ -156,7 +160,7 @@ def _tried(
 def _candidates(job: TemplateJob) -> Iterator[tuple[str, tuple[str, ...] | str]]:
     """Texts to try with their changes, or with the reason why there is none. The original is one of them where nothing
     in it calls for a change, and at the end, if all else fails."""
-    unknown = {name: text for name, text in job.special_tokens.items() if name not in _KNOWN_TOKENS}
+    unknown = {name: given for name, given in job.variables().items() if name not in _KNOWN_TOKENS}
     for exact in (False, True):
         try:
             made = rewrite(job.text, unknown, exact)
@@ -184,7 +188,7 @@ def _wanted(job: TemplateJob) -> list[tuple[Probe, set[str]]]:
         for messages in ([*probe.messages], filled):
             with suppress(Exception):  # whatever a template raises
                 tools = list(probe.tools) or None
-                right.add(render(template, messages, job.special_tokens, tools, probe.add_generation_prompt))
+                right.add(render(template, messages, job.variables(), tools, probe.add_generation_prompt))
             if not right:
                 break
         if right:

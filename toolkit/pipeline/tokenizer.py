@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from toolkit import names
-from toolkit.bundle.chat_template import ORIGINAL_FILE, shipped_template, special_tokens, tokenizer_config
+from toolkit.bundle.chat_template import (
+    ORIGINAL_FILE,
+    additional_special_tokens,
+    shipped_template,
+    special_tokens,
+    tokenizer_config,
+)
 from toolkit.bundle.manifest import ChangedFile
 from toolkit.bundle.reasoning import REASONING_FILE, reasoning
 from toolkit.bundle.stop_tokens import StopToken
@@ -61,9 +67,9 @@ def plan_tokenizer(checkpoint: Checkpoint) -> TokenizerFiles:
     opens, template = False, ""
     words = Words(str(folder / names.TOKENIZER_FILE), checked.differs)
     if shipped is not None:
-        given_tokens = special_tokens(folder)
-        made = checked_template(shipped.text, given_tokens)
-        words = replace(words, template=TemplateJob(shipped.text, given_tokens), rendered_otherwise=made.differs)
+        job = TemplateJob(shipped.text, special_tokens(folder), additional_special_tokens(folder))
+        made = checked_template(job)
+        words = replace(words, template=job, rendered_otherwise=made.differs)
         opens, template = made.opens_thought, shipped.text
         config = {**config, "chat_template": made.text}
         reasons += [f"chat template: {change}" for change in made.changes]
