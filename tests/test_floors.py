@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # line between two) above everything it imports.
 FLOORS: Final = (
     ("algorithms", "errors", "figures", "machine", "names", "progress", "quality", "soc", "typed_json"),
-    ("files",),
+    ("files", "jit"),
     ("apart",),
     ("target",),
     ("recipe",),
@@ -41,10 +41,11 @@ FLOORS: Final = (
 DEPENDENCIES: Final[dict[str, set[str]]] = {
     "click": {"cli"},
     "filelock": {"pipeline"},
+    "gguf": {"checkpoint"},
     "huggingface_hub": {"checkpoint"},
     "jinja2": {"bundle", "report"},
     "lm_eval": {"evaluate"},
-    "numba": {"quant"},
+    "numba": {"jit"},
     "onnx": {"epcontext", "evaluate"},
     "onnx_ir": {"graph"},
     "onnxruntime": {"epcontext", "evaluate"},

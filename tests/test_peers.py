@@ -13,10 +13,10 @@ from onnx import helper, numpy_helper
 
 from benchmarks.peers import llama_cpp
 from benchmarks.peers.imatrix import second_moments, write_imatrix
-from benchmarks.peers.llama_names import gguf_name, rotated_heads, to_halves, to_neighbours
 from benchmarks.peers.onnx_model import ONNXWeights
 from benchmarks.peers.sampled import sampled_sequences
 from benchmarks.peers.tool import PeerError, run_tool
+from toolkit.checkpoint.gguf_names import gguf_name, rotated_heads, to_halves, to_neighbours
 from toolkit.checkpoint.opened import open_checkpoint
 from toolkit.checkpoint.weights import expected_tensors
 from toolkit.quant.blockwise import QuantSpec, dequantize_blocks, quantize_blocks

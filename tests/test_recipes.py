@@ -100,7 +100,7 @@ def test_hub_id_that_is_not_cached_is_refused_offline() -> None:
 
 
 def test_word_that_is_no_place_is_refused() -> None:
-    with pytest.raises(CheckpointError, match="neither a folder nor a hub id"):
+    with pytest.raises(CheckpointError, match="neither a folder, a GGUF file nor a hub id"):
         resolve_checkpoint("no-such-folder")
 
 

@@ -102,7 +102,7 @@ def plan(
     _check_one_checkpoint(loaded, place)
     model, facts = loaded[0].model, loaded[0].facts()
     # Published shapes serve where no numbers are needed, unless the model itself is on this machine.
-    if facts is None or revision or Path(model).is_dir() or not (synthetic or shapes_alone):
+    if facts is None or revision or Path(model).exists() or not (synthetic or shapes_alone):
         place = place or model
     opened = _opened(place, facts, synthetic, shapes_alone, revision, adapter)
     for line in opened.notes:
@@ -246,7 +246,7 @@ def made_from(
     manifest = read_manifest(Path(bundle))
     recipe, synthetic = manifest.recipe, manifest.synthetic
     # Random weights need the shapes alone: the model's facts have them, or the model itself where it is a folder.
-    named = recipe.model if Path(recipe.model).is_dir() or not synthetic else None
+    named = recipe.model if Path(recipe.model).exists() or not synthetic else None
     if place:
         named = str(place)
     return _opened(named, recipe.facts(), synthetic, False, revision, adapter)

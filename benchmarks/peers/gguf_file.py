@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.peers.llama_names import ARCHITECTURES, gguf_name, rotated_heads, to_halves, to_neighbours
 from benchmarks.peers.tool import PeerError
 from toolkit.checkpoint.config import ModelConfig
+from toolkit.checkpoint.gguf_names import gguf_form, gguf_name, rotated_heads, to_halves, to_neighbours
 from toolkit.checkpoint.opened import Checkpoint
 from toolkit.checkpoint.safetensors import ITEM_BYTES
-from toolkit.checkpoint.weights import SafetensorsWeights, expected_tensors
+from toolkit.checkpoint.weights import FileWeights, expected_tensors
 
 
 def gguf_package() -> Any:
@@ -35,7 +35,7 @@ def write_gguf(checkpoint: Checkpoint, path: Path) -> None:
     One tensor is in memory at a time.
     """
     gguf, config = gguf_package(), checkpoint.config
-    writer = gguf.GGUFWriter(path, ARCHITECTURES[config.model_type])
+    writer = gguf.GGUFWriter(path, _architecture(config))
     _add_shape(writer, config)
     shapes = expected_tensors(config)
     for name, shape in shapes.items():
@@ -95,6 +95,14 @@ class GGUFWeights:
         return np.asarray(values, np.float32).reshape(-1, *self._shapes[name][1:])
 
 
+def _architecture(config: ModelConfig) -> str:
+    """llama.cpp's name of a config's family. Raises PeerError if it has none."""
+    form = gguf_form(config)
+    if form is None:
+        raise PeerError(f"no GGUF file is known to be of {config.model_type}'s architecture")
+    return form.architecture
+
+
 def _add_shape(writer: Any, config: ModelConfig) -> None:
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
@@ -112,7 +120,7 @@ def _add_shape(writer: Any, config: ModelConfig) -> None:
 
 
 def _stored_dtype(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> str:
-    if len(shape) == 1 or not isinstance(checkpoint.source, SafetensorsWeights):
+    if len(shape) == 1 or not isinstance(checkpoint.source, FileWeights):
         return "F32"
     return checkpoint.source.dtype(name)
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from toolkit.checkpoint.opened import Checkpoint
 from toolkit.checkpoint.safetensors import ITEM_BYTES, TensorRef, read_header
 from toolkit.checkpoint.scan import Rows
-from toolkit.checkpoint.weights import Origin, SafetensorsWeights, WeightSource, expected_tensors
+from toolkit.checkpoint.weights import FileWeights, Origin, WeightSource, expected_tensors
 from toolkit.errors import CheckpointError, UnsupportedError
 from toolkit.files import file_sha256, read_json
 from toolkit.names import EMBED_TOKENS, weight
@@ -67,12 +67,12 @@ def merge_adapter(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
             whole[local] = ref
         else:
             raise CheckpointError(f"{path}: {name} fits nothing in the checkpoint: another model's adapter")
-    reader = SafetensorsWeights({ref.name: ref for pair in factors.values() for ref in pair.values()}, [path])
+    reader = FileWeights({ref.name: ref for pair in factors.values() for ref in pair.values()}, [path])
     added = {name: _low_rank(name, pair, shapes, reader, config, path) for name, pair in sorted(factors.items())}
     for name, ref in whole.items():
         if ref.shape != shapes[name] or ref.dtype not in ITEM_BYTES:
             raise CheckpointError(f"{path}: {ref.name} is {ref.dtype} {list(ref.shape)}, expected {list(shapes[name])}")
-    source = MergedTensors(checkpoint.source, added, SafetensorsWeights(whole, [path]) if whole else None, path)
+    source = MergedTensors(checkpoint.source, added, FileWeights(whole, [path]) if whole else None, path)
     return replace(checkpoint, source=source)
 
 
@@ -98,7 +98,7 @@ def _low_rank(
     name: str,
     pair: Mapping[str, TensorRef],
     shapes: Mapping[str, tuple[int, ...]],
-    reader: SafetensorsWeights,
+    reader: FileWeights,
     config: Mapping[str, Any],
     path: Path,
 ) -> LowRank:
@@ -134,7 +134,7 @@ class MergedTensors:
     """A `WeightSource` over another; `added` has what is added to matrices, `whole` tensors that replace others."""
 
     def __init__(
-        self, source: WeightSource, added: Mapping[str, LowRank], whole: SafetensorsWeights | None, path: Path
+        self, source: WeightSource, added: Mapping[str, LowRank], whole: FileWeights | None, path: Path
     ) -> None:
         self._source, self._added, self._whole, self._path = source, added, whole, path
         self._replaced = frozenset(whole.names()) if whole else frozenset()

@@ -1,41 +1,66 @@
-"""A checkpoint by folder, by the name of an embedded model, or by hub id; with `remote`, the only code that uses the
-network."""
+"""A checkpoint by folder or GGUF file, by the name of an embedded model, or by its name on the hub; with `remote`, the
+only code that uses the network."""
 
 from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
+from toolkit.checkpoint.gguf import is_gguf, split_set
 from toolkit.checkpoint.weights import weight_files
 from toolkit.errors import CheckpointError, MachineError
 from toolkit.recipe import data_folder
 
 _SIDE_PATTERNS: Final = ("*.json", "*.jinja")
 _HUB_ID: Final = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+# A GGUF file in a repository of the hub, owner/name:file.
+_HUB_FILE: Final = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*):(?P<file>[\w.-]+(/[\w.-]+)*\.gguf)")
 _SENTENCE_END: Final = re.compile(r"(?<=[.!?])\s+(?=[A-Z])|\n")
 
 
 def is_hub_id(place: str) -> bool:
-    """Whether `place` is of the form owner/name, and no folder."""
-    return bool(_HUB_ID.fullmatch(place)) and not Path(place).is_dir()
+    """Whether `place` is of the form owner/name, and nothing on this machine."""
+    return bool(_HUB_ID.fullmatch(place)) and not Path(place).exists()
+
+
+def hub_file(place: str) -> tuple[str, str] | None:
+    """Repository and file of an `owner/name:file.gguf`; None for anything else."""
+    found = _HUB_FILE.fullmatch(place)
+    return (found["repo"], found["file"]) if found else None
 
 
 def resolve_checkpoint(place: str, revision: str | None = None, *, weights: bool = True) -> Path:
-    """Returns a local folder for `place`. A hub id is downloaded (resumed, with progress) into huggingface_hub's cache,
-    at a branch, tag or commit if `revision` names one; without `weights` its JSON files and chat templates alone.
+    """Returns a local folder or GGUF file for `place`, at a branch, tag or commit if `revision` names one.
 
+    A hub id, or a GGUF file on the hub with the set that it is of, is downloaded (resumed, with progress) into
+    huggingface_hub's cache; without `weights` a hub id's JSON files and chat templates alone.
     `HF_HUB_OFFLINE=1` is honoured: then only the cache is looked at. Raises CheckpointError with what to do.
     """
     embedded = data_folder("models") / place
-    local = Path(place) if Path(place).is_dir() else embedded if "/" not in place and embedded.is_dir() else None
+    here = Path(place).is_dir() or (is_gguf(Path(place)) and Path(place).exists())
+    local = Path(place) if here else embedded if "/" not in place and embedded.is_dir() else None
     if local and revision:
-        raise CheckpointError(f"{place} is a folder on this machine: a revision is for hub ids, leave --revision out")
+        raise CheckpointError(f"{place} is on this machine: a revision is for hub ids, leave --revision out")
     if local:
         return local
+    if on_hub := hub_file(place):
+        return _downloaded(place, revision, lambda download: _gguf_set(*on_hub, download))
+    if is_gguf(Path(place)):
+        raise CheckpointError(f"{place} is missing, and no file on the hub (owner/name:file.gguf)")
     if not _HUB_ID.fullmatch(place):
-        raise CheckpointError(f"{place} is neither a folder nor a hub id (owner/name)")
+        raise CheckpointError(f"{place} is neither a folder, a GGUF file nor a hub id (owner/name)")
+    return _downloaded(place, revision, lambda download: _repository(place, weights, download))
+
+
+# Downloads what of a repository matches patterns, at a revision or the one that was asked for; returns its folder.
+_Download = Callable[[str, Sequence[str], str | None], Path]
+
+
+def _downloaded(place: str, revision: str | None, take: Callable[[_Download], Path]) -> Path:
+    """What `take` returns, given how to download. Raises CheckpointError for whatever the hub's client raises."""
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.utils.tqdm import disable_progress_bars
@@ -43,17 +68,33 @@ def resolve_checkpoint(place: str, revision: str | None = None, *, weights: bool
         raise MachineError("huggingface_hub is not installed: pip install huggingface_hub") from None
     if not sys.stderr.isatty():
         disable_progress_bars()
+
+    def download(repository: str, patterns: Sequence[str], at: str | None) -> Path:
+        return Path(snapshot_download(repository, revision=at or revision, allow_patterns=list(patterns)))
+
     try:
-        folder = Path(snapshot_download(place, revision=revision, allow_patterns=list(_SIDE_PATTERNS)))
-        if not weights:
-            return folder
-        # Repositories hold other formats beside the files that are meant.
-        wanted = [path.name for path in weight_files(folder)]
-        return Path(snapshot_download(place, revision=folder.name, allow_patterns=[*_SIDE_PATTERNS, *wanted]))
+        return take(download)
     except CheckpointError:
         raise
     except Exception as problem:  # the client's errors have no common root short of Exception
         raise hub_error(place, revision, problem) from None
+
+
+def _repository(place: str, weights: bool, download: _Download) -> Path:
+    folder = download(place, _SIDE_PATTERNS, None)
+    if not weights:
+        return folder
+    # Repositories hold other formats beside the files that are meant.
+    wanted = [path.name for path in weight_files(folder)]
+    return download(place, [*_SIDE_PATTERNS, *wanted], folder.name)
+
+
+def _gguf_set(repository: str, file: str, download: _Download) -> Path:
+    wanted = [path.as_posix() for path in split_set(Path(file))]
+    path = download(repository, wanted, None) / file
+    if not path.is_file():
+        raise CheckpointError(f"{repository} has no file {file}: look up its name on the hub")
+    return path
 
 
 def hub_error(place: str, revision: str | None, problem: BaseException) -> CheckpointError:

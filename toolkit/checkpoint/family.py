@@ -33,18 +33,29 @@ class Structure:
 
 
 @dataclass(frozen=True)
+class Gguf:
+    """How llama.cpp's files write a family: the `general.architecture`, and whether rows of q_proj and k_proj stand so
+    that RoPE turns `neighbours` (2i, 2i + 1) (llama_model_rope_type in llama.cpp's llama-model.cpp)."""
+
+    architecture: str
+    neighbours: bool = False
+
+
+@dataclass(frozen=True)
 class Family:
     """One `model_type` of config.json, and what it means.
 
     `structure` gets the config's fields and its num_hidden_layers; it raises CheckpointError for fields that
     contradict each other. `genai_type` is `model.type` of genai_config.json. `defaults` are keys a config.json may
-    leave out, with the value that transformers' configuration class then takes.
+    leave out, with the value that transformers' configuration class then takes. `gguf` is None where no GGUF file is
+    read as this family.
     """
 
     model_type: str
     structure: Callable[[Fields, int], Structure]
     genai_type: str = DECODER
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    gguf: Gguf | None = None
 
 
 def sliding_windows(read: Fields, layers: int, sliding: Sequence[bool] | None = None) -> tuple[int | None, ...]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from toolkit.checkpoint.config import ModelConfig, read_config
+from toolkit.checkpoint.gguf import StoredAs, is_gguf, open_gguf
 from toolkit.checkpoint.side_files import SideFiles, read_side_files
 from toolkit.checkpoint.synthetic import SyntheticWeights
 from toolkit.checkpoint.weights import WeightSource, open_weights
@@ -17,7 +18,8 @@ from toolkit.checkpoint.which_tensors import refuse_adapter
 class Checkpoint:
     """`synthetic` ones have random weights of the shapes that `folder`'s config names, and no tokenizer. One whose
     weights are not here, `download_bytes` of them, can be planned with and not read. `notes` are lines that a user
-    should read: which of several files was meant, which ids have no weights."""
+    should read: which of several files was meant, which ids have no weights. `stored_as` says how the weights of a GGUF
+    file were stored; then `folder` has what was rebuilt from its metadata."""
 
     folder: Path
     config: ModelConfig
@@ -26,10 +28,28 @@ class Checkpoint:
     side: SideFiles = field(default_factory=SideFiles)
     notes: tuple[str, ...] = ()
     download_bytes: int = 0
+    stored_as: StoredAs | None = None
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
-    """A folder in Hugging Face layout, every header checked against its config. Raises CheckpointError."""
+def open_checkpoint(place: Path) -> Checkpoint:
+    """A folder in Hugging Face layout or a GGUF file, every header checked against its config.
+
+    Raises CheckpointError for what is incomplete, damaged or no checkpoint.
+    """
+    return _opened_gguf(place) if is_gguf(place) else _opened_folder(place)
+
+
+def _opened_gguf(path: Path) -> Checkpoint:
+    """The checkpoint in a GGUF file, with a line that says what its weights are."""
+    model = open_gguf(path)
+    folder, stored = model.side_folder(model.source), model.stored_as
+    side = read_side_files(folder, model.config.vocab_size)
+    kind = f"a {stored.file_type} file of {stored.bits_per_weight:.2f} bits a weight"
+    notes = (f"the weights are those of {kind}, dequantized", *_ids_beyond(side, model.config.vocab_size))
+    return Checkpoint(folder, model.config, model.source, False, side, notes, stored_as=stored)
+
+
+def _opened_folder(folder: Path) -> Checkpoint:
     refuse_adapter(folder)
     config = read_config(folder)
     source, side = open_weights(folder, config), read_side_files(folder, config.vocab_size)
@@ -48,7 +68,11 @@ def _ids_beyond(side: SideFiles, rows: int) -> Iterator[str]:
         )
 
 
-def synthetic_checkpoint(folder: Path) -> Checkpoint:
-    """Random weights of the shapes in `folder`'s config; nothing else of the folder is needed."""
-    config = read_config(folder)
-    return Checkpoint(folder, config, SyntheticWeights(config), True, read_side_files(folder, config.vocab_size))
+def synthetic_checkpoint(place: Path) -> Checkpoint:
+    """Random weights of the shapes in a folder's config, of which nothing else is needed, or of a GGUF file's."""
+    if is_gguf(place):
+        model = open_gguf(place)
+        source = SyntheticWeights(model.config)
+        return Checkpoint(model.side_folder(source), model.config, source, True)
+    config = read_config(place)
+    return Checkpoint(place, config, SyntheticWeights(config), True, read_side_files(place, config.vocab_size))

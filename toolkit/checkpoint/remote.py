@@ -16,14 +16,14 @@ from toolkit.checkpoint.opened import Checkpoint, open_checkpoint
 from toolkit.checkpoint.safetensors import TensorRef, header_length, parse_header
 from toolkit.checkpoint.scan import Rows
 from toolkit.checkpoint.side_files import read_side_files
-from toolkit.checkpoint.weights import Origin, SafetensorsWeights, find_tensors, weight_files
+from toolkit.checkpoint.weights import FileWeights, Origin, find_tensors, weight_files
 from toolkit.errors import CheckpointError
 
 # What most headers fit into.
 _FIRST_BYTES: Final = 1 << 17
 
 
-class HeadersAlone(SafetensorsWeights):
+class HeadersAlone(FileWeights):
     """Tensors whose names, shapes and dtypes are known and whose numbers are still on the hub: to read one is an error.
 
     `sizes` has the bytes of each file.

@@ -8,7 +8,7 @@ every file once from end to end.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from toolkit import names
 from toolkit.checkpoint.anatomy import decoder_of
 from toolkit.checkpoint.config import ModelConfig
+from toolkit.checkpoint.gguf_blocks import dequantize
 from toolkit.checkpoint.safetensors import ITEM_BYTES, TensorRef, read_header
 from toolkit.checkpoint.scan import ReadBytes, Rows, read_exactly, scan_file
 from toolkit.checkpoint.which_tensors import choose_files, module_tensors
@@ -83,8 +84,8 @@ class WeightSource(Tensors, Protocol):
         ...
 
 
-class SafetensorsWeights:
-    """A `WeightSource` over the safetensors files of one folder; `notes` say which of them were chosen, and how."""
+class FileWeights:
+    """A `WeightSource` over files, safetensors or GGUF; `notes` say which of a folder's were chosen, and how."""
 
     def __init__(self, refs: dict[str, TensorRef], files: list[Path], notes: tuple[str, ...] = ()) -> None:
         self._refs, self._files, self.notes = refs, sorted(files), notes
@@ -135,7 +136,7 @@ class SafetensorsWeights:
         return self._read.total
 
     def dtype(self, name: str) -> str:
-        """The stored dtype of a tensor: BF16, F16 or F32."""
+        """The stored dtype of a tensor: BF16, F16 or F32, or a type of GGUF such as Q4_K."""
         return self._refs[name].dtype
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -148,7 +149,7 @@ class SafetensorsWeights:
         return self.read_rows(name, 0, shape[0] if shape else 1).reshape(shape)
 
     def read_rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
-        """Rows as float32, exact for every accepted dtype; raises NonFiniteError on NaN or infinity in them."""
+        """Rows as float32, exact for every stored dtype; raises NonFiniteError on NaN or infinity in them."""
         ref = self._refs[name]
         rows = ref.shape[0] if ref.shape else 1
         if not 0 <= start <= stop <= rows:
@@ -161,13 +162,14 @@ class SafetensorsWeights:
 
 
 def widen(raw: NDArray[np.uint8], dtype: str) -> NDArray[np.float32]:
-    """BF16, F16 or F32 bytes as a flat float32 array; every value is represented exactly."""
+    """Stored bytes as a flat float32 array: BF16, F16 and F32 exactly, types of GGUF as llama.cpp reads them."""
     if dtype == "F32":
         return raw.view("<f4").astype(np.float32, copy=False)
     if dtype == "F16":
         return raw.view("<f2").astype(np.float32)
-    wide = np.left_shift(raw.view("<u2"), 16, dtype=np.uint32)
-    return np.asarray(wide.view(np.float32))
+    if dtype == "BF16":
+        return np.asarray(np.left_shift(raw.view("<u2"), 16, dtype=np.uint32).view(np.float32))
+    return dequantize(raw, dtype)
 
 
 def check_finite(values: NDArray[np.float32], name: str) -> None:
@@ -193,10 +195,10 @@ def parameter_count(config: ModelConfig) -> int:
     return sum(math.prod(shape) for shape in expected_tensors(config).values())
 
 
-def open_weights(folder: Path, config: ModelConfig) -> SafetensorsWeights:
+def open_weights(folder: Path, config: ModelConfig) -> FileWeights:
     """Opens the checkpoint's tensors, every header read and checked; raises CheckpointError naming what is wrong."""
     found = find_tensors(folder, config, read_header)
-    source = SafetensorsWeights(found.refs, list(weight_files(folder)), found.notes)
+    source = FileWeights(found.refs, list(weight_files(folder)), found.notes)
     if found.other_head is not None:
         _check_tied(source, found.other_head, folder)
     return source
@@ -233,21 +235,34 @@ def find_tensors(folder: Path, config: ModelConfig, read: Callable[[Path], dict[
             raise CheckpointError(f"{name} stands in {stored[name].path.name} and in {file.name}: expected one of them")
         stored |= refs
     found, renamed = module_tensors(stored, folder)
-    expected = expected_tensors(config)
-    _check_complete(found, expected, folder)
     head = names.weight(names.LM_HEAD)
     ignorable = {head} if config.tie_word_embeddings else set()
-    extra = [n for n in found.keys() - expected.keys() - ignorable if not n.endswith(_COMPUTED_SUFFIXES)]
+    refs = expected_refs(found, config, folder, ITEM_BYTES, ignorable)
+    other = found.get(head) if config.tie_word_embeddings else None
+    return FoundTensors(refs, (*chosen.notes, *renamed), other)
+
+
+def expected_refs(
+    found: Mapping[str, TensorRef],
+    config: ModelConfig,
+    place: Path,
+    dtypes: Collection[str],
+    ignorable: Collection[str] = (),
+) -> dict[str, TensorRef]:
+    """Those of the tensors that the config calls for, by name; the `ignorable` may be there too.
+
+    Raises CheckpointError for what is missing, is not called for, or has another shape or none of the dtypes.
+    """
+    expected = expected_tensors(config)
+    _check_complete(found, expected, place)
+    extra = [n for n in found.keys() - expected.keys() - set(ignorable) if not n.endswith(_COMPUTED_SUFFIXES)]
     if extra:
-        raise CheckpointError(f"{folder} holds {len(extra)} tensors its config does not call for, such as {min(extra)}")
+        raise CheckpointError(f"{place} holds {len(extra)} tensors its config does not call for, such as {min(extra)}")
     for name, shape in expected.items():
         ref = found[name]
-        if ref.shape != shape or ref.dtype not in ITEM_BYTES:
-            raise CheckpointError(
-                f"{name} is {ref.dtype} {list(ref.shape)}, expected {'/'.join(ITEM_BYTES)} {list(shape)}"
-            )
-    other = found.get(head) if config.tie_word_embeddings else None
-    return FoundTensors({name: found[name] for name in expected}, (*chosen.notes, *renamed), other)
+        if ref.shape != shape or ref.dtype not in dtypes:
+            raise CheckpointError(f"{name} is {ref.dtype} {list(ref.shape)}, expected {'/'.join(dtypes)} {list(shape)}")
+    return {name: found[name] for name in expected}
 
 
 def _check_complete(found: Mapping[str, TensorRef], expected: Mapping[str, tuple[int, ...]], folder: Path) -> None:
@@ -262,10 +277,10 @@ def _check_complete(found: Mapping[str, TensorRef], expected: Mapping[str, tuple
         raise CheckpointError(f"{folder} lacks {len(missing)} tensors, the first is {missing[0]}: download it again")
 
 
-def _check_tied(source: SafetensorsWeights, head: TensorRef, folder: Path) -> None:
+def _check_tied(source: FileWeights, head: TensorRef, folder: Path) -> None:
     """Raises CheckpointError for a head that is not the embedding it is said to be tied to."""
     name = names.weight(names.EMBED_TOKENS)
-    own = SafetensorsWeights({head.name: head}, [head.path])
+    own = FileWeights({head.name: head}, [head.path])
     rows = source.shape(name)[0]
     same = head.shape == source.shape(name) and head.dtype in ITEM_BYTES
     for row in range(0, rows, max(1, rows // _COMPARED_ROWS)) if same else ():

@@ -102,7 +102,7 @@ def _refuse_other_formats(folder: Path) -> None:
             f"layout, {names.SAFETENSORS_FILE} or shards with an index"
         )
     if ".gguf" in kinds:
-        raise CheckpointError(f"{folder} holds a GGUF file and no safetensors, which are what is converted")
+        raise CheckpointError(f"{folder} holds a GGUF file and no safetensors: name the file itself to convert it")
     if kinds & {".bin", ".pt", ".pth"}:
         raise CheckpointError(f"{folder} holds .bin pickles, which are never loaded: convert to safetensors first")
 

@@ -18,4 +18,4 @@ REVISION: Final = click.option("--revision", help="A branch, tag or commit of a 
 ADAPTER: Final = click.option(
     "--adapter", type=click.Path(path_type=Path), help="A LoRA adapter's folder, merged into the checkpoint."
 )
-CHECKPOINT_HELP: Final = "A folder in Hugging Face layout, or a hub id [the recipe's model]."
+CHECKPOINT_HELP: Final = "A folder in Hugging Face layout, a GGUF file, or either on the hub [the recipe's model]."

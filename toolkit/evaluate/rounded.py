@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toolkit.checkpoint.weights import Tensors
+from toolkit.jit import require_compiler
 from toolkit.quant.blockwise import QuantSpec, dequantize_blocks, quantize_blocks
-from toolkit.quant.kernel import require_compiler
 
 PLAIN: Final = QuantSpec(bits=4, block_size=32, symmetric=True, algorithm="rtn")
 PLAIN_NAME: Final = "rtn, 4 bits, block 32, symmetric"

@@ -18,6 +18,7 @@ from toolkit.bundle.manifest import Manifest, begin_manifest, write_manifest
 from toolkit.checkpoint.opened import Checkpoint
 from toolkit.evaluate.opens import open_apart
 from toolkit.files import disk_errors, write_json
+from toolkit.jit import require_compiler
 from toolkit.machine import peak_rss_bytes
 from toolkit.partition.data_files import Destination
 from toolkit.partition.lower import lower
@@ -36,7 +37,6 @@ from toolkit.pipeline.plan import ExportPlan, check_machine, plan_export
 from toolkit.pipeline.standing import check_replaceable, is_made
 from toolkit.pipeline.tokenizer import TokenizerFiles, plan_tokenizer, write_tokenizer
 from toolkit.progress import counted
-from toolkit.quant.kernel import require_compiler
 from toolkit.quant.ranges import ActivationRange
 from toolkit.recipe import Recipe
 from toolkit.report.sections import CalibrationOutcome, Conversion, KvCache, NotMeasured, StepTime

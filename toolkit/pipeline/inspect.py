@@ -13,8 +13,9 @@ from toolkit.bundle.manifest import read_manifest
 from toolkit.bundle.operators import bundle_placements
 from toolkit.bundle.settings import read_settings
 from toolkit.checkpoint.config import ModelConfig, read_config
+from toolkit.checkpoint.gguf import GgufWeights, is_gguf
 from toolkit.checkpoint.opened import Checkpoint, open_checkpoint
-from toolkit.checkpoint.weights import SafetensorsWeights, parameter_count
+from toolkit.checkpoint.weights import FileWeights, parameter_count
 from toolkit.errors import CheckpointError
 from toolkit.graph.interface import read_interface
 from toolkit.typed_json import JsonObject, to_json
@@ -28,14 +29,18 @@ def inspect_path(path: Path) -> JsonObject:
         if not any(path.glob("*.safetensors")):
             return {**_config_facts(read_config(path)), "weights": "none here: the config's facts alone"}
         return inspect_checkpoint(open_checkpoint(path))
+    if is_gguf(path):
+        return inspect_checkpoint(open_checkpoint(path))
     raise CheckpointError(f"{path} is neither a bundle ({names.MANIFEST_FILE}) nor a checkpoint ({names.CONFIG_FILE})")
 
 
 def inspect_checkpoint(checkpoint: Checkpoint) -> JsonObject:
     """The config's facts, the dtypes of the tensors, and the files that hold them, here or on the hub."""
     facts, source = _config_facts(checkpoint.config), checkpoint.source
-    if isinstance(source, SafetensorsWeights):
+    if isinstance(source, FileWeights | GgufWeights):
         facts["dtypes"] = dict(Counter(source.dtype(name) for name in source.names()))
+    if stored := checkpoint.stored_as:
+        facts |= {"file_type": stored.file_type, "bits_per_weight": stored.bits_per_weight}
     facts["files"] = [{"name": origin.name, "bytes": origin.bytes} for origin in source.identity()]
     if checkpoint.download_bytes:
         facts["download_bytes"] = checkpoint.download_bytes

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from toolkit.errors import MachineError
+from toolkit.jit import machine_code
 
 _F = np.float32
 # Below the first, 1/scale nears what float32 can hold and a block counts as zeros; below the second, the search's
@@ -25,37 +25,9 @@ _SMALLEST_SEARCHED: Final = np.float32(1e-9)
 _OPTIONS: Final[dict[str, Any]] = {"nogil": True, "error_model": "numpy", "fastmath": {"nnan", "ninf", "nsz"}}
 
 
-def _njit() -> Any:
-    """numba's compiler, or None where it is missing: whoever runs bundles and makes none does without."""
-    try:
-        from numba import njit
-    except ImportError:
-        return None
-    return njit
-
-
-_NJIT: Final = _njit()
-
-
-def require_compiler() -> None:
-    """Returns where matrices can be quantized. Raises MachineError with what to install where numba is missing."""
-    if _NJIT is None:
-        raise MachineError(
-            "quantizing needs numba, which is not installed: pip install 'onnx-distill-toolkit[convert]'"
-        )
-
-
 def compiled(function: Any, options: dict[str, Any] = _OPTIONS) -> Any:
-    """`function` as machine code, kept on disk for the next run where some folder for it can be written.
-
-    Without numba it comes back as something that raises MachineError when it is called.
-    """
-    if _NJIT is None:
-        return lambda *_: require_compiler()
-    try:
-        return _NJIT(cache=True, **options)(function)
-    except RuntimeError:
-        return _NJIT(**options)(function)
+    """`function` as machine code; without numba it raises MachineError when it is called."""
+    return machine_code(function, options, "quantizing")
 
 
 def compiled_for_reports(function: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -107,16 +108,17 @@ def _anchor(raw: JsonObject, folder: Path) -> None:
         raw["calibration"] = str((folder / calibration).resolve())
     if isinstance(model, str) and model:
         place = (folder / model).resolve()
-        if place.is_dir():
+        if place.exists():
             raw["model"] = str(place)
         elif model.startswith(("./", "../", ".\\", "..\\")):
-            raise RecipeError(f"the recipe's model {model} would be {place}, which is not a folder")
+            raise RecipeError(f"the recipe's model {model} would be {place}, which does not exist")
 
 
 def _of_target(target: str, checkpoint: str | None) -> JsonObject:
     if not checkpoint:
         raise RecipeError(f"{target!r} is a bare target: name what to convert with --checkpoint FOLDER_OR_HUB_ID")
-    stem = Path(checkpoint).resolve().name if Path(checkpoint).is_dir() else checkpoint.rsplit("/", 1)[-1]
+    stem = Path(checkpoint).resolve().name if Path(checkpoint).exists() else re.split("[/:]", checkpoint)[-1]
+    stem = stem.removesuffix(".gguf")
     return {"name": f"{stem}-{target}", "model": checkpoint, "target": target}
 
 

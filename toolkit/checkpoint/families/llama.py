@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from toolkit.checkpoint.family import Family, Structure
+from toolkit.checkpoint.family import Family, Gguf, Structure
 from toolkit.checkpoint.fields import Fields
 
 
@@ -11,4 +11,4 @@ def _structure(read: Fields, layers: int) -> Structure:
     return Structure(qkv_bias=attention_bias, o_bias=attention_bias, mlp_bias=read.flag("mlp_bias", default=False))
 
 
-FAMILY = Family("llama", _structure, genai_type="llama")
+FAMILY = Family("llama", _structure, genai_type="llama", gguf=Gguf("llama", neighbours=True))

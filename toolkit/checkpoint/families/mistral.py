@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from toolkit.checkpoint.family import Family, Structure
+from toolkit.checkpoint.family import Family, Gguf, Structure
 from toolkit.checkpoint.fields import Fields
 
 
@@ -12,4 +12,6 @@ def _structure(read: Fields, layers: int) -> Structure:
     return Structure(sliding_windows=(read.count("sliding_window"),) * layers)
 
 
-FAMILY = Family("mistral", _structure, genai_type="mistral", defaults={"sliding_window": 4096})
+FAMILY = Family(
+    "mistral", _structure, genai_type="mistral", defaults={"sliding_window": 4096}, gguf=Gguf("llama", neighbours=True)
+)

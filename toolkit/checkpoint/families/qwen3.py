@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from toolkit.checkpoint.family import Family, Structure, sliding_windows
+from toolkit.checkpoint.family import Family, Gguf, Structure, sliding_windows
 from toolkit.checkpoint.fields import Fields
 
 
@@ -14,5 +14,9 @@ def _structure(read: Fields, layers: int) -> Structure:
 
 
 FAMILY = Family(
-    "qwen3", _structure, genai_type="qwen3", defaults={"head_dim": 128, "sliding_window": 4096, "max_window_layers": 28}
+    "qwen3",
+    _structure,
+    genai_type="qwen3",
+    defaults={"head_dim": 128, "sliding_window": 4096, "max_window_layers": 28},
+    gguf=Gguf("qwen3"),
 )

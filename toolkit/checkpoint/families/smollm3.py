@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from toolkit.checkpoint.family import Family, Structure, sliding_windows
+from toolkit.checkpoint.family import Family, Gguf, Structure, sliding_windows
 from toolkit.checkpoint.fields import Fields
 
 
@@ -38,4 +38,5 @@ FAMILY = Family(
         # transformers leaves the key out of a config.json that it writes for a tied model.
         "tie_word_embeddings": True,
     },
+    gguf=Gguf("smollm3", neighbours=True),
 )

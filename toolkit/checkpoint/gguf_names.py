@@ -1,8 +1,7 @@
 """A checkpoint's tensors under llama.cpp's names, and in its order of rows.
 
-llama.cpp rotates neighbouring pairs (2i, 2i + 1) in architecture `llama`, Hugging Face pairs (i, i + head_dim/2), so
-rows of q_proj and k_proj change places there; in `qwen2` and `qwen3` both rotate halves (LlamaModel.permute in
-llama.cpp's conversion/llama.py).
+llama.cpp rotates neighbouring pairs (2i, 2i + 1) in some architectures, Hugging Face pairs (i, i + head_dim/2), so
+rows of q_proj and k_proj change places there (LlamaModel.permute in llama.cpp's conversion/llama.py).
 """
 
 from __future__ import annotations
@@ -14,8 +13,11 @@ from numpy.typing import NDArray
 
 from toolkit import names
 from toolkit.checkpoint.config import ModelConfig
+from toolkit.checkpoint.families import FAMILIES
+from toolkit.checkpoint.family import Family, Gguf
 
-ARCHITECTURES: Final = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+# Llama3's RoPE comes as a divisor of each inverse frequency.
+ROPE_FREQS: Final = "rope_freqs.weight"
 _OUTSIDE: Final = {names.EMBED_TOKENS: "token_embd", names.FINAL_NORM: "output_norm", names.LM_HEAD: "output"}
 _IN_LAYER: Final = {
     "input_layernorm": "attn_norm",
@@ -30,6 +32,21 @@ _IN_LAYER: Final = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+_MODULE_OF: Final = {stored: module for module, stored in (_OUTSIDE | _IN_LAYER).items()}
+
+
+def families_by_architecture() -> dict[str, Family]:
+    """The family that each `general.architecture` is read as. Mistral's files say `llama`, and are read as Llama's."""
+    found: dict[str, Family] = {}
+    for family in FAMILIES.values():
+        if family.gguf is not None:
+            found.setdefault(family.gguf.architecture, family)
+    return found
+
+
+def gguf_form(config: ModelConfig) -> Gguf | None:
+    """How llama.cpp writes the family of a config; None for one that it has no architecture for."""
+    return FAMILIES[config.model_type].gguf
 
 
 def gguf_name(name: str) -> str:
@@ -41,10 +58,21 @@ def gguf_name(name: str) -> str:
     return f"blk.{layer_index}.{_IN_LAYER[module.removeprefix(names.layer_module(layer_index, ''))]}.{kind}"
 
 
+def checkpoint_name(stored: str) -> str:
+    """The checkpoint's name of a GGUF tensor; one that is not known keeps its own."""
+    module, _, kind = stored.rpartition(".")
+    prefix, _, rest = module.partition(".")
+    index, _, inner = rest.partition(".")
+    if prefix == "blk" and index.isdecimal() and len(index) < 8 and inner in _MODULE_OF:
+        return f"{names.layer_module(int(index), _MODULE_OF[inner])}.{kind}"
+    return f"{_MODULE_OF[module]}.{kind}" if module in _OUTSIDE.values() else stored
+
+
 def rotated_heads(config: ModelConfig, name: str) -> int | None:
     """How many heads a tensor's rows belong to if llama.cpp has them in another order, else None."""
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    return heads.get(names.role_of(name)) if ARCHITECTURES[config.model_type] == "llama" else None
+    form = gguf_form(config)
+    return heads.get(names.role_of(name)) if form and form.neighbours else None
 
 
 def to_neighbours(rows: NDArray[Any], heads: int) -> NDArray[Any]:
