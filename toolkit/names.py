@@ -17,6 +17,11 @@ OUTSIDE_ROLES: Final = ("embed_tokens", "lm_head")
 # Where their nodes are named, and the `layer_ann` ONNX Runtime knows them by inside one graph.
 OUTSIDE_PATHS: Final = ("/model/embed_tokens/", "/lm_head/")
 OUTSIDE_ANNOTATION: Final = "embeddings_and_lm_head"
+# Where hidden states are cut down to each row's last position, and the two nodes that who judges every position goes
+# around.
+LAST_POSITION_PATH: Final = "/model/last_position"
+LAST_POSITION_GATHER: Final = f"{LAST_POSITION_PATH}/GatherND"
+LAST_POSITION_UNSQUEEZE: Final = f"{LAST_POSITION_PATH}/Unsqueeze"
 
 # Stages, and the graph file of each. Context and iterator share the transformer's data file.
 MODEL: Final = "model"
@@ -49,6 +54,9 @@ EMBEDDED: Final = "inputs_embeds"
 LAST_HIDDEN: Final = "last_hidden_states"
 PAST_SEQ_LEN: Final = "past_seq_len"
 TOTAL_SEQ_LEN: Final = "total_seq_len"
+# Before a layer's index: its cache on the way into a graph and out of it.
+_PAST: Final = "past_key_values."
+_PRESENT: Final = "present."
 
 
 def stage_file(stage: str) -> str:
@@ -120,19 +128,34 @@ def layer_of(name: str) -> int | None:
 
 def past_key(layer_index: int | str) -> str:
     """Returns the graph input that carries one layer's keys; `%d` gives onnxruntime-genai's pattern."""
-    return f"past_key_values.{layer_index}.key"
+    return f"{_PAST}{layer_index}.key"
 
 
 def past_value(layer_index: int | str) -> str:
     """Returns the graph input that carries one layer's values."""
-    return f"past_key_values.{layer_index}.value"
+    return f"{_PAST}{layer_index}.value"
 
 
 def present_key(layer_index: int | str) -> str:
     """Returns the graph output that returns one layer's keys."""
-    return f"present.{layer_index}.key"
+    return f"{_PRESENT}{layer_index}.key"
 
 
 def present_value(layer_index: int | str) -> str:
     """Returns the graph output that returns one layer's values."""
-    return f"present.{layer_index}.value"
+    return f"{_PRESENT}{layer_index}.value"
+
+
+def is_past(name: str) -> bool:
+    """Returns whether a graph input carries the cache of some layer."""
+    return name.startswith(_PAST)
+
+
+def is_present(name: str) -> bool:
+    """Returns whether a graph output returns the cache of some layer."""
+    return name.startswith(_PRESENT)
+
+
+def present_of(past: str) -> str:
+    """Returns the graph output that returns what a graph input carried: `present.3.key` of `past_key_values.3.key`."""
+    return _PRESENT + past.removeprefix(_PAST)

@@ -24,7 +24,7 @@ def cache_bytes(bundle: Path, settings: Settings, length: int) -> int:
         if not path.is_file():
             continue
         inputs = read_interface(path).inputs
-        cache = [value for name, value in inputs.items() if name.startswith(names.past_key(0).split(".")[0])]
+        cache = [value for name, value in inputs.items() if names.is_past(name)]
         if odd := {value.dtype for value in cache} - _ITEM_BYTES.keys():
             raise BundleError(f"{path} has a KV cache of {min(odd)}, expected one of {', '.join(_ITEM_BYTES)}")
         if cache:

@@ -21,10 +21,7 @@ from toolkit.bundle.settings import read_settings
 from toolkit.errors import BundleError
 
 _NUMPY: Final[dict[str, type[np.floating[Any]]]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
-_GATHER: Final = "/model/last_position/GatherND"
-_UNSQUEEZE: Final = "/model/last_position/Unsqueeze"
 _KINDS: Final = (names.CONTEXT, names.ITERATOR)
-_PRESENT: Final = names.present_key(0).split(".")[0] + "."
 _Values = dict[str, NDArray[Any]]
 
 
@@ -73,7 +70,7 @@ class OneGraph:
     def logits(self, ids: list[int], prompt: int | None = None) -> NDArray[np.float32]:
         """Returns [T, V] of every position of a sequence, as Positions says."""
         stops = [len(ids)] if prompt is None else [prompt, *range(prompt + 1, len(ids) + 1)]
-        cache = _empty_cache(self._session, 0)
+        cache = empty_cache(self._session, 0)
         pieces, start = [], 0
         for stop in stops:
             tokens = {
@@ -167,7 +164,7 @@ class Pipeline:
             feeds = {value.name: {**values, **cache}[value.name] for value in session.get_inputs()}
             made = _run(session, feeds)
             cache |= _grown({name: array for name, array in feeds.items() if name in cache}, made)
-            (output,) = [name for name in made if not name.startswith(_PRESENT)]
+            (output,) = [name for name in made if not names.is_present(name)]
             values[output] = made[output]
             yield Step(stage, feeds, output, made[output])
 
@@ -179,7 +176,7 @@ class Pipeline:
         return fixed if isinstance(fixed, int) else needed
 
     def _empty_cache(self, stages: list[str], length: int) -> _Values:
-        return {name: zero for stage in stages for name, zero in _empty_cache(self._sessions[stage], length).items()}
+        return {name: zero for stage in stages for name, zero in empty_cache(self._sessions[stage], length).items()}
 
 
 def some_ids(bundle: Path, extra: int) -> list[int]:
@@ -203,7 +200,7 @@ def _session(bundle: Path, stage: str, exact: bool) -> ort.InferenceSession:
         raise BundleError(f"{bundle} has no {path.name}: not a bundle this command can judge")
     model = onnx.load(path, load_external_data=False)
     nodes = {node.name: node for node in model.graph.node}
-    if _GATHER in nodes:
+    if names.LAST_POSITION_GATHER in nodes:
         _bypass_gather(model, nodes)
     for node in model.graph.node:
         for attribute in node.attribute:
@@ -220,27 +217,33 @@ def _session(bundle: Path, stage: str, exact: bool) -> ort.InferenceSession:
 
 def _bypass_gather(model: onnx.ModelProto, nodes: dict[str, onnx.NodeProto]) -> None:
     """The head over all positions rather than the last."""
-    hidden, last = nodes[_GATHER].input[0], nodes[_UNSQUEEZE].output[0]
+    hidden = nodes[names.LAST_POSITION_GATHER].input[0]
+    last = nodes[names.LAST_POSITION_UNSQUEEZE].output[0]
     for node in model.graph.node:
-        if last in node.input and node.name != _UNSQUEEZE:
+        if last in node.input and node.name != names.LAST_POSITION_UNSQUEEZE:
             node.input[list(node.input).index(last)] = hidden
     logits = next(value for value in model.graph.output if value.name == names.LOGITS)
     logits.type.tensor_type.shape.dim[1].dim_param = "sequence"
 
 
 def _cache_inputs(session: ort.InferenceSession) -> list[Any]:
-    return [value for value in session.get_inputs() if value.name.startswith("past_key_values.")]
+    return [value for value in session.get_inputs() if names.is_past(value.name)]
 
 
-def _empty_cache(session: ort.InferenceSession, length: int) -> _Values:
-    """Zeros of [1, kv heads, length, head_dim] for each cache input."""
-    inputs = _cache_inputs(session)
-    return {v.name: np.zeros((1, int(v.shape[1]), length, int(v.shape[3])), _NUMPY[v.type]) for v in inputs}
+def empty_cache(session: ort.InferenceSession, length: int | None = None) -> dict[str, NDArray[Any]]:
+    """Returns zeros of [1, kv heads, length, head_dim] for each cache input, as long as the graph fixes it for None."""
+    made = {}
+    for value in _cache_inputs(session):
+        _, heads, fixed, width = value.shape
+        made[value.name] = np.zeros(
+            (1, int(heads), fixed if length is None else length, int(width)), _NUMPY[value.type]
+        )
+    return made
 
 
 def _grown(cache: _Values, made: _Values) -> _Values:
     """The cache that a run gave back, under its names for the next."""
-    return {past: made[past.replace("past_key_values", "present")] for past in cache}
+    return {past: made[names.present_of(past)] for past in cache}
 
 
 def _run(session: ort.InferenceSession, feeds: _Values) -> _Values:

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,11 +21,9 @@ from toolkit.bundle.settings import read_settings
 from toolkit.epcontext.htp import PACKAGE, PROVIDER, htp_version, open_htp
 from toolkit.errors import BundleError
 from toolkit.evaluate.parity import Comparison
-from toolkit.evaluate.positions import Pipeline
+from toolkit.evaluate.positions import Pipeline, empty_cache
 from toolkit.report.sections import Simulator
 from toolkit.typed_json import Json, from_json
-
-_NUMPY: Final[dict[str, type[np.floating[Any]]]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
 @dataclass(frozen=True)
@@ -195,15 +193,14 @@ def _run_part(raw: Json) -> None:
         if not runs:
             continue
         session = open_htp(bundle / names.stage_file(stage), options, {}, Path(job.folder))
-        inputs = [value for value in session.get_inputs() if len(value.shape) == 4]
-        cache = cache or {value.name: np.zeros(value.shape, _NUMPY[value.type]) for value in inputs}
+        cache = cache or empty_cache(session)
         (entry,) = [value.name for value in session.get_inputs() if len(value.shape) == 3]
         outputs = [value.name for value in session.get_outputs()]
         for array, run in runs:
             feeds = {entry: array, **cache, names.PAST_SEQ_LEN: np.array([[run.last]], np.int32)}
             feeds[names.TOTAL_SEQ_LEN] = np.array([run.total], np.int32)
             out = dict(zip(outputs, session.run(None, feeds), strict=True))
-            cache = {name: out.pop(name.replace("past_key_values", "present")) for name in cache}
+            cache = {name: out.pop(names.present_of(name)) for name in cache}
             made.append(next(iter(out.values())))
         del session
     np.savez(job.made, *made)

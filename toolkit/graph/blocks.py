@@ -118,9 +118,9 @@ def layers(
 
 def lm_head(build: GraphBuilder, config: ModelConfig, hidden: ir.Value, index: ir.Value) -> ir.Value:
     """[B, S, D] to logits [B, 1, V] at each row's position `index` int64 [B, 1]; float32, as the CPU is fastest."""
-    (row,) = build.op("/model/last_position/GatherND", [hidden, index], {"batch_dims": 1})
-    axis = build.constant("/model/last_position/axis", np.array([1], np.int64))
-    (last,) = build.op("/model/last_position/Unsqueeze", [row, axis])
+    (row,) = build.op(names.LAST_POSITION_GATHER, [hidden, index], {"batch_dims": 1})
+    axis = build.constant(f"{names.LAST_POSITION_PATH}/axis", np.array([1], np.int64))
+    (last,) = build.op(names.LAST_POSITION_UNSQUEEZE, [row, axis])
     if build.dtype != ir.DataType.FLOAT:
         last = build.cast("/lm_head/Cast", last, ir.DataType.FLOAT)
     return build.linear("/lm_head", last, decoder_of(config).head.module, form=CPU_FORM)

@@ -79,11 +79,13 @@ def build_lm_head(config: ModelConfig, layout: Layout, form: Form, pad_token_id:
     build = GraphBuilder(layout, form)
     hidden = value(names.LAST_HIDDEN, build.dtype, (*_IDS_SHAPE, config.hidden_size))
     ids = value(names.INPUT_IDS, ir.DataType.INT64, _IDS_SHAPE)
-    pad = build.constant("/model/last_position/pad_token_id", np.array(pad_token_id, np.int64))
-    (is_pad,) = build.op("/model/last_position/Equal", [ids, pad])
-    (is_token,) = build.op("/model/last_position/Not", [is_pad])
-    marks = build.cast("/model/last_position/Cast.marks", is_token, ir.DataType.INT32)
-    (index,) = build.op("/model/last_position/ArgMax", [marks], {"axis": 1, "keepdims": 1, "select_last_index": 1})
+    pad = build.constant(f"{names.LAST_POSITION_PATH}/pad_token_id", np.array(pad_token_id, np.int64))
+    (is_pad,) = build.op(f"{names.LAST_POSITION_PATH}/Equal", [ids, pad])
+    (is_token,) = build.op(f"{names.LAST_POSITION_PATH}/Not", [is_pad])
+    marks = build.cast(f"{names.LAST_POSITION_PATH}/Cast.marks", is_token, ir.DataType.INT32)
+    (index,) = build.op(
+        f"{names.LAST_POSITION_PATH}/ArgMax", [marks], {"axis": 1, "keepdims": 1, "select_last_index": 1}
+    )
     logits = lm_head(build, config, hidden, index)
     declare(logits, names.LOGITS, ir.DataType.FLOAT, (1, 1, config.vocab_size))
     return build.model(names.HEAD, [hidden, ids], [logits])
