@@ -166,8 +166,8 @@ def functions(sources: Sources) -> Iterator[tuple[str, Function]]:
 
 
 def poor_docstrings(sources: Sources) -> list[str]:
-    """`path:line name` of each module, public class, function and method without a docstring or with a fragment of
-    fewer words than a sentence has. An empty `__init__.py` needs none."""
+    """`path:line name` of each module, public class, function and method, those of private classes too, without a
+    docstring or with a fragment of fewer words than a sentence has. An empty `__init__.py` needs none."""
     found = []
     for path, text in sources.items():
         tree = ast.parse(text)
@@ -183,8 +183,8 @@ def _public(node: ast.Module | ast.ClassDef) -> Iterator[ast.ClassDef | Function
     for child in node.body:
         if isinstance(child, ast.ClassDef | Function) and not child.name.startswith("_"):
             yield child
-            if isinstance(child, ast.ClassDef):
-                yield from _public(child)
+        if isinstance(child, ast.ClassDef):
+            yield from _public(child)
 
 
 def any_per_1000_lines(sources: Sources) -> float:
@@ -267,6 +267,29 @@ def test_a_circle_is_seen_even_through_a_function() -> None:
     assert circles(sources) == ["toolkit.a.x toolkit.a.y toolkit.a.z"]
 
 
+def floors_in(page: str) -> list[tuple[set[str], set[str]]]:
+    """The rooms of each floor and the packages that it may import, as the table of a page has them, from the ground
+    up: `| floor | room | what lives there | its dependency |`."""
+    rows = [line.strip().strip("|").split("|") for line in page.splitlines() if re.match(r"\| \d+ \|", line)]
+    assert [int(row[0]) for row in rows] == list(range(len(rows)))
+    spoken = [re.sub(r"\([^)]*\)", "", row[3]).replace("-", "_") for row in rows]
+    packages = [{name.strip() for name in names.split(",") if name.strip()} for names in spoken]
+    return [(set(re.findall(r"`(\w+)/?`", row[1])), used) for row, used in zip(rows, packages, strict=True)]
+
+
+def test_the_table_of_design_is_the_floors() -> None:
+    """Rooms without a name of their own, `__init__` and `__main__`, stand on no floor of the page."""
+    assert floors_in("| 0 | `a`, `b/` | x | c-d, e (`b`) |\n| 1 | `f` | x | |\n") == [
+        ({"a", "b"}, {"c_d", "e"}),
+        ({"f"}, set()),
+    ]
+    named = [{room for room in floor if not room.startswith("__")} for floor in FLOORS]
+    expected = [
+        (rooms, {package for package, allowed in DEPENDENCIES.items() if allowed & rooms}) for rooms in named if rooms
+    ]
+    assert floors_in((ROOT / "DESIGN.md").read_text(encoding="utf-8")) == expected
+
+
 def test_files_and_functions_are_short(sources: Sources) -> None:
     files = {path: text.count("\n") for path, text in sources.items()}
     assert {path: lines for path, lines in files.items() if lines > MAX_FILE_LINES} == {}
@@ -282,10 +305,11 @@ def test_dictionaries_of_anything_are_few(sources: Sources) -> None:
 
 def test_public_names_have_docstrings_that_are_sentences(sources: Sources) -> None:
     text = '"""A module that says what it is for."""\nclass A:\n    """Too few words."""\n    def f(self): ...\n'
-    private = "    def _g(self): ...\nclass _B: ...\ndef _h(): ...\n"
+    private = "    def _g(self): ...\nclass _B:\n    def i(self): ...\ndef _h(): ...\n"
     assert poor_docstrings({"x.py": text + private, "__init__.py": ""}) == [
         "x.py:2 A: 'Too few words.'",
         "x.py:4 f: ''",
+        "x.py:7 i: ''",
     ]
     assert poor_docstrings(sources) == []
 

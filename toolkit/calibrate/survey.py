@@ -226,12 +226,15 @@ class _RoundedHead:
         self._rounding = wish.head_rounding
 
     def names(self) -> list[str]:
+        """Returns the names of every tensor of the checkpoint."""
         return self._source.names()
 
     def read(self, name: str) -> Floats:
+        """Returns a tensor as it is in the checkpoint; only rows are rounded."""
         return self._source.read(name)
 
     def read_rows(self, name: str, start: int, stop: int) -> Floats:
+        """Returns rows of the head as the bundle will restore them, float32."""
         rows = self._source.read_rows(name, start, stop)
         blocks = quantize_blocks(rows * self._scales, self._spec, self._facts.importance)
         return dequantize_blocks(blocks, self._spec, rows.shape[1])

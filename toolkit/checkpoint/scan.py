@@ -174,12 +174,14 @@ class _Buffers:
         self._free: list[Bytes] = []
 
     def take(self) -> Bytes:
+        """Returns a buffer that nobody uses, a fresh one where there is none."""
         try:
             return self._free.pop()
         except IndexError:
             return np.frombuffer(mmap.mmap(-1, self._nbytes), np.uint8)
 
     def give_back(self, buffer: Bytes, hashed: Future[None]) -> None:
+        """Keeps a buffer for the next to take, once its bytes are hashed."""
         hashed.result()
         self._free.append(buffer)
 
@@ -224,6 +226,7 @@ class _Reader:
         return raw
 
     def close(self) -> None:
+        """Closes the file, which is open twice where it is read around the cache."""
         self._file.close()
         if self._direct >= 0:
             os.close(self._direct)

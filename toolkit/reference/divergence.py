@@ -23,12 +23,14 @@ class _Normalizer:
         self._sum = np.zeros(positions)
 
     def add(self, logits: Array) -> None:
+        """Takes some more columns of every position into account, [T, a few]."""
         top = np.maximum(self._top, logits.max(axis=1))
         terms = np.exp(logits - top[:, None].astype(np.float32))
         self._sum = self._sum * np.exp(self._top - top) + terms.sum(axis=1, dtype=np.float64)
         self._top = top
 
     def value(self) -> NDArray[np.float64]:
+        """Returns the logarithms over all columns that came so far, [T]."""
         return np.asarray(self._top + np.log(self._sum))
 
 
