@@ -31,7 +31,7 @@ from toolkit.quant.formats import other_formats
 from toolkit.quant.mixed import Choice, spend
 from toolkit.reference import decoder
 from toolkit.reference.decoder import reference_hidden, reference_logits
-from toolkit.reference.divergence import mean_divergences
+from toolkit.reference.divergence import Compared, mean_divergences
 
 Floats = NDArray[np.float32]
 
@@ -358,7 +358,9 @@ def test_divergences_are_those_of_whole_distributions(
     ids = rng.integers(3, 96, 40).tolist()
     (exact,) = reference_hidden(checkpoint.config, checkpoint.source, [ids])
     other = (exact + 0.1 * rng.standard_normal(exact.shape)).astype(np.float32)
-    found = mean_divergences(checkpoint.config, checkpoint.source, exact, {"same": exact, "other": other})
+    found = mean_divergences(
+        checkpoint.config, checkpoint.source, exact, {"same": Compared(exact), "other": Compared(other)}
+    )
     name = weight_name("model.embed_tokens" if checkpoint.config.tie_word_embeddings else "lm_head")
     head = checkpoint.source.read(name).astype(np.float64)
 
@@ -376,12 +378,7 @@ def test_heads_that_differ_diverge(tiny_r1: Path) -> None:
     checkpoint = open_checkpoint(tiny_r1)
     (exact,) = reference_hidden(checkpoint.config, checkpoint.source, [list(range(40, 80))])
 
-    class Louder:
-        def __init__(self) -> None:
-            self.names, self.read = checkpoint.source.names, checkpoint.source.read
-
-        def read_rows(self, name: str, start: int, stop: int) -> Any:
-            return 1.5 * checkpoint.source.read_rows(name, start, stop)
-
-    found = mean_divergences(checkpoint.config, checkpoint.source, exact, {"": exact}, Louder())
+    found = mean_divergences(
+        checkpoint.config, checkpoint.source, exact, {"": Compared(exact, lambda rows: 1.5 * rows)}
+    )
     assert found[""] > 1e-3

@@ -237,12 +237,12 @@ def test_each_matrix_is_solved_against_what_the_rounded_layers_before_it_give(
     name = "model.layers.1.mlp.down_proj.weight"
     factor = factorize(x.T @ x / T, BLOCK)
     target = corrected_target(source.read(name), source.read(name) @ (exact_x.T @ x / T), factor)
-    expected = dequantize_blocks(gptq_blocks(target, factor, spec), spec, x.shape[1])
+    expected = dequantize_blocks(gptq_blocks(target, factor, spec).blocks, spec, x.shape[1])
     found = changes[name]
     assert (np.abs(found - expected) <= 1e-3 * np.abs(expected).max()).mean() >= 0.97
     # The order matters: solved against the exact input the matrix is another one.
     alone = factorize(exact_x.T @ exact_x / T, BLOCK)
-    other = dequantize_blocks(gptq_blocks(source.read(name), alone, spec), spec, x.shape[1])
+    other = dequantize_blocks(gptq_blocks(source.read(name), alone, spec).blocks, spec, x.shape[1])
     assert (np.abs(found - other) <= 1e-3 * np.abs(other).max()).mean() < 0.9
 
 

@@ -73,6 +73,14 @@ def test_a_calibrated_export_reads_twice_what_text_runs_through(tiny_r1: Path, t
     assert 1.5 * size < _conversion(bundle)["bytes_read"] <= 2 * size
 
 
+def test_a_budget_measures_divergences_in_the_same_pass(tiny_r1: Path, tmp_path: Path) -> None:
+    """Some hundred rows of the head and the embedding, by which their formats are judged, are looked at beforehand."""
+    recipe, checkpoint = load_recipe("tiny-r1-cpu", [*CALIBRATED, "bits_per_weight=4.9"]), open_checkpoint(tiny_r1)
+    bundle = export_bundle(recipe, checkpoint, tmp_path / "b")
+    looked_at = 2 * 1024 * checkpoint.config.hidden_size * 2
+    assert _conversion(bundle)["bytes_read"] <= 2 * _size(tiny_r1) + looked_at
+
+
 def test_ranges_read_the_packed_files_once_more(tiny_r1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And the text that they are taken on is tokenized once, graphs are built once."""
     seen: Counter[str] = Counter()

@@ -138,7 +138,7 @@ def test_gptq_with_standing_scales_is_the_textbooks_recursion(spec: QuantSpec) -
         second_moment(correlated_input(WIDTH)),
     )
     factor = factorize(moment, WIDTH)
-    solved = gptq_blocks(weight, factor, spec)
+    solved = gptq_blocks(weight, factor, spec).blocks
     half = 1 << (spec.bits - 1)
     scales = np.repeat(solved.scales.astype(np.float64), spec.block_size, axis=1)
     left, expected = weight.astype(np.float64), np.zeros(weight.shape)

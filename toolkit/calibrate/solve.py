@@ -25,7 +25,7 @@ from toolkit.checkpoint.weights import Tensors
 from toolkit.files import write_json
 from toolkit.quant.activations import Rounding, rounded_input
 from toolkit.quant.blockwise import QuantizedBlocks, QuantSpec, dequantize_blocks, quantize_blocks
-from toolkit.quant.gptq import Factor, NotPositiveDefiniteError, corrected_target, factorize, gptq_blocks
+from toolkit.quant.gptq import Factor, NotPositiveDefiniteError, Solved, factorize, gptq_blocks
 from toolkit.quant.ranges import ActivationRange
 from toolkit.reference.decoder import Layer, embed, read_layer, rms_norm
 
@@ -195,11 +195,11 @@ class _LayerPass:
         self.fallbacks += solver.fallbacks
         for linear in given.linears:
             tensor = linear.weight
-            weight, spec = self._exact.tensors[tensor], self._problem.specs[tensor]
-            blocks = solver.blocks(tensor, weight)
+            weight = self._exact.tensors[tensor]
+            solved = solver.solved(tensor, weight)
             if tensor in solver.wanted:
-                self._writer.write(tensor, 0, weight, blocks)
-            self._rounded.tensors[tensor] = dequantize_blocks(blocks, spec, weight.shape[1])
+                self._writer.write(tensor, 0, weight, solved.blocks)
+            self._rounded.tensors[tensor] = solved.restored
             self._rounded.solved[linear.module] = given
 
 
@@ -261,13 +261,14 @@ class _InputSolver:
         except NotPositiveDefiniteError as failed:
             self.fallbacks += [Fallback(tensor, str(failed)) for tensor in self.wanted]
 
-    def blocks(self, tensor: str, weight: Floats) -> QuantizedBlocks:
-        """Rows of a matrix, solved where that was asked for and possible."""
+    def solved(self, tensor: str, weight: Floats) -> Solved:
+        """Rows of a matrix, solved where that was asked for and possible, else rounded."""
         spec = self._problem.specs[tensor]
         if tensor not in self.wanted or self._factor is None:
-            return quantize_blocks(weight, spec, self._problem.importance.get(tensor))
+            blocks = quantize_blocks(weight, spec, self._problem.importance.get(tensor))
+            return Solved(blocks, dequantize_blocks(blocks, spec, weight.shape[1]))
         product = self._products[tensor] if self._cross is None else weight @ self._cross
-        return gptq_blocks(corrected_target(weight, product, self._factor), self._factor, spec)
+        return gptq_blocks(weight, self._factor, spec, product)
 
 
 def _solve_head(
@@ -288,7 +289,7 @@ def _solve_head(
         solver.gather(zip(*ends, strict=True))
     for start in range(0, config.vocab_size, _ROWS):
         weight = source.read_rows(tensor, start, min(config.vocab_size, start + _ROWS))
-        writer.write(tensor, start, weight, solver.blocks(tensor, weight))
+        writer.write(tensor, start, weight, solver.solved(tensor, weight).blocks)
     return solver.fallbacks
 
 

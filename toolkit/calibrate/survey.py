@@ -32,7 +32,7 @@ from toolkit.quant.blockwise import QuantSpec, dequantize_blocks, quantize_block
 from toolkit.quant.formats import other_formats, use_of
 from toolkit.quant.ranges import ActivationRange
 from toolkit.reference.decoder import Layer, embed, read_layer, rms_norm
-from toolkit.reference.divergence import mean_divergences
+from toolkit.reference.divergence import Compared, mean_divergences
 
 Floats = NDArray[np.float32]
 _PROBE_TOKENS: Final = (128, 2048)
@@ -155,11 +155,19 @@ class _Pass:
             name: rms_norm(np.concatenate(probe), norm, config.rms_norm_eps) for name, probe in state.probes.items()
         }
         exact = ended.pop("")
-        found = mean_divergences(config, source, exact, ended)
-        rounded = _RoundedHead(source, given.name, self._wish, state.inputs[given.name])
-        arriving = ended.get(given.name, exact)
-        found[given.name] = rounded.divergence(config, exact, arriving)
-        return found
+        others = {name: Compared(hidden) for name, hidden in ended.items()}
+        others[given.name] = self._rounded_head(given, ended.get(given.name, exact), state.inputs[given.name])
+        return mean_divergences(config, source, exact, others)
+
+    def _rounded_head(self, given: LinearInput, arriving: Floats, facts: InputFacts) -> Compared:
+        """What arrives at the head [T, D] and its rows, as the bundle will have them."""
+        spec, rounding = self._wish.specs[names.weight(given.name)], self._wish.head_rounding
+        scales = facts.fold.scales if facts.fold.scales is not None else np.ones(given.width, np.float32)
+
+        def rounded(rows: Floats) -> Floats:
+            return dequantize_blocks(quantize_blocks(rows * scales, spec, facts.importance), spec, rows.shape[1])
+
+        return Compared(rounded_input(arriving / scales, rounding, spec.block_size, facts.values), rounded)
 
     def _facts(
         self, given: LinearInput, statistics: InputStatistics, read: Mapping[str, Floats], rounding: Rounding
@@ -214,35 +222,6 @@ class _RoundedLayer(Layer):
         weight, arriving = self._rounded[linear.module]
         y: Floats = arriving(x) @ weight.T
         return y
-
-
-class _RoundedHead:
-    """The head as the bundle will compute it, a few rows at a time."""
-
-    def __init__(self, source: Tensors, module: str, wish: Wish, facts: InputFacts) -> None:
-        self._source, self._name = source, names.weight(module)
-        self._spec, self._facts = wish.specs[self._name], facts
-        self._scales = facts.fold.scales if facts.fold.scales is not None else np.ones(1, np.float32)
-        self._rounding = wish.head_rounding
-
-    def names(self) -> list[str]:
-        """Returns the names of every tensor of the checkpoint."""
-        return self._source.names()
-
-    def read(self, name: str) -> Floats:
-        """Returns a tensor as it is in the checkpoint; only rows are rounded."""
-        return self._source.read(name)
-
-    def read_rows(self, name: str, start: int, stop: int) -> Floats:
-        """Returns rows of the head as the bundle will restore them, float32."""
-        rows = self._source.read_rows(name, start, stop)
-        blocks = quantize_blocks(rows * self._scales, self._spec, self._facts.importance)
-        return dequantize_blocks(blocks, self._spec, rows.shape[1])
-
-    def divergence(self, config: ModelConfig, exact: Floats, arriving: Floats) -> float:
-        """Mean KLD from the exact head on `exact` [T, D] to this one on `arriving`."""
-        x = rounded_input(arriving / self._scales, self._rounding, self._spec.block_size, self._facts.values)
-        return mean_divergences(config, self._source, exact, {"": x}, self)[""]
 
 
 def probe_tokens(tokens: int, layers: int) -> int:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from toolkit.partition.data_files import DataFile, Destination, open_data_files
 from toolkit.partition.pack import TensorError
 from toolkit.partition.rows import RowWriter, arrays_of
-from toolkit.quant.blockwise import QuantizedBlocks, dequantize_blocks
+from toolkit.quant.blockwise import QuantizedBlocks
 
 Floats = NDArray[np.float32]
 
@@ -32,12 +32,9 @@ class SolvedWriter:
         found = self._rows.unit_rows[tensor]
         for into in found:
             self._rows.write(tensor, start, into, arrays_of(blocks))
-        spec = found[0][1].spec
-        assert spec is not None
-        miss = (dequantize_blocks(blocks, spec, weight.shape[1]) - weight).reshape(-1)
         signal, noise = self._sums.get(tensor, (0.0, 0.0))
         flat = weight.reshape(-1)
-        self._sums[tensor] = (signal + float(np.vdot(flat, flat)), noise + float(np.vdot(miss, miss)))
+        self._sums[tensor] = (signal + float(np.vdot(flat, flat)), noise + blocks.noise)
 
     def commit(self) -> None:
         """Syncs the data, then names the tensors written since."""

@@ -108,20 +108,20 @@ def gptq_columns(
     symmetric: bool,
     block_size: int,
     levels: Any,
-    errors: Any,
+    restored: Any,
     scales: Any,
     zeros: Any,
 ) -> None:
-    """Rounds `columns` [N, n] float32 from left to right, in place, each error passed on by `upper` [n, n]
-    (quant/gptq.py). Fills levels and errors [N, n], scales and zeros [N, n / block_size]."""
+    """Rounds `columns` [N, n] float32 from left to right, in place: column k holds what is left of z_k, and a rounded
+    column takes its share by `upper` [n, n] from those behind it (quant/gptq.py). Fills levels uint8 and restored
+    float32 [N, n], scales and zeros [N, n / block_size]."""
     top = _F((1 << bits) - 1)
-    block = np.empty(block_size, np.float32)
+    block, left = np.empty(block_size, np.float32), np.empty(block_size, np.float32)
     crosses, squares = np.empty(block_size, np.float32), np.empty(block_size, np.float32)
     for row in range(columns.shape[0]):
         for j in range(scales.shape[1]):
             first = j * block_size
-            for k in range(block_size):
-                block[k] = columns[row, first + k]
+            _unrounded_block(columns[row, first : first + block_size], upper, first, left, block)
             scale, zero = range_scale(block, top, symmetric)
             if abs(scale) > _SMALLEST_SEARCHED:
                 scale, zero = _search_scale(
@@ -129,15 +129,25 @@ def gptq_columns(
                 )
             inverse = _inverse(scale)
             for i in range(first, first + block_size):
-                x = columns[row, i]
-                level = np.rint(x * inverse) + zero
+                level = np.rint(columns[row, i] / upper[i, i] * inverse) + zero
                 level = _F(0) if level < _F(0) else level
                 level = top if level > top else level
-                error = (x - (level - zero) * scale) / upper[i, i]
+                value = (level - zero) * scale
                 for k in range(i + 1, columns.shape[1]):
-                    columns[row, k] -= error * upper[i, k]
-                levels[row, i], errors[row, i] = np.uint8(np.int32(level)), error
+                    columns[row, k] -= value * upper[i, k]
+                levels[row, i], restored[row, i] = np.uint8(np.int32(level)), value
             scales[row, j], zeros[row, j] = scale, np.uint8(zero)
+
+
+@compiled
+def _unrounded_block(columns: Any, upper: Any, first: int, left: Any, block: Any) -> None:
+    """Fills `block` with the columns of a block as the errors before it left them, none of its own rounded yet."""
+    for k in range(block.size):
+        left[k] = columns[k]
+    for i in range(block.size):
+        block[i] = left[i] / upper[first + i, first + i]
+        for k in range(i + 1, block.size):
+            left[k] -= block[i] * upper[first + i, first + k]
 
 
 @compiled

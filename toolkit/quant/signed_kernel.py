@@ -53,18 +53,19 @@ def round_signed_rows(weight: Any, bits: int, block_size: int, scales: Any, pack
 
 
 @compiled
-def round_signed_columns(columns: Any, upper: Any, scales: Any, bits: int, levels: Any, errors: Any) -> None:
+def round_signed_columns(columns: Any, upper: Any, scales: Any, bits: int, levels: Any, restored: Any) -> None:
     """GPTQ's inner loop with scales that stand: rounds `columns` [N, n] float32 from left to right, in place, by
-    `scales` [N, n], each error passed on by `upper` [n, n]. Fills levels uint8 and errors [N, n]."""
+    `scales` [N, n]: column k holds what is left of z_k, and a rounded column takes its share by `upper` [n, n] from
+    those behind it (quant/gptq.py). Fills levels uint8 and restored float32 [N, n]."""
     half = _F(1 << (bits - 1))
     for row in range(columns.shape[0]):
         for i in range(columns.shape[1]):
             scale = scales[row, i]
-            level = _level(columns[row, i], scale, half)
-            error = (columns[row, i] - level * scale) / upper[i, i]
+            level = _level(columns[row, i] / upper[i, i], scale, half)
+            value = level * scale
             for k in range(i + 1, columns.shape[1]):
-                columns[row, k] -= error * upper[i, k]
-            levels[row, i], errors[row, i] = np.uint8(np.int32(level + half)), error
+                columns[row, k] -= value * upper[i, k]
+            levels[row, i], restored[row, i] = np.uint8(np.int32(level + half)), value
 
 
 @compiled

@@ -21,6 +21,8 @@ from toolkit.checkpoint.weights import Tensors
 
 Array = NDArray[np.float32]
 _HEAD_ROWS: Final = 16384
+# Queries whose scores are in memory at once: later keys than theirs are not looked at.
+_QUERIES: Final = 128
 
 
 def reference_logits(config: ModelConfig, source: Tensors, sequences: list[list[int]]) -> list[Array]:
@@ -155,16 +157,23 @@ def attend(q: Array, k: Array, v: Array, positions: NDArray[np.int64], window: i
     A query sees keys up to its own position, of which the last `window` where the layer slides. `head_dim` is what the
     scale comes from.
     """
-    T, H, _ = q.shape
-    S, G = k.shape[0], H // k.shape[1]
-    k, v = np.repeat(k, G, axis=1), np.repeat(v, G, axis=1)
-    scores = np.einsum("thd,shd->hts", q, k, optimize=True) / np.float32(math.sqrt(head_dim))
-    distance = positions[:, None] - np.arange(S)[None, :]
-    visible = (distance >= 0) & (distance < (window or S + 1))
-    scores = np.where(visible, scores, np.float32(-np.inf))
-    scores = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    scores /= scores.sum(axis=-1, keepdims=True)
-    return np.asarray(np.einsum("hts,shd->thd", scores, v, optimize=True).reshape(T, -1), dtype=np.float32)
+    T, H, Dh = q.shape
+    K, G = k.shape[1], H // k.shape[1]
+    turned = (q * np.float32(1 / math.sqrt(head_dim))).reshape(T, K, G, Dh).transpose(1, 2, 0, 3)
+    keys, values = k.transpose(1, 2, 0), np.ascontiguousarray(v.transpose(1, 0, 2))
+    mixed = np.empty((T, K, G, Dh), np.float32)
+    for start in range(0, T, _QUERIES):
+        some = slice(start, min(start + _QUERIES, T))
+        count, seen = some.stop - start, int(positions[some].max()) + 1
+        scores = np.matmul(turned[:, :, some].reshape(K, G * count, Dh), keys[:, :, :seen]).reshape(K, G, count, seen)
+        distance = positions[some, None] - np.arange(seen)[None, :]
+        scores += np.where((distance >= 0) & (distance < (window or seen)), np.float32(0), np.float32(-np.inf))
+        scores -= scores.max(axis=-1, keepdims=True)
+        np.exp(scores, out=scores)
+        sums = scores.sum(axis=-1, keepdims=True)
+        weighted = np.matmul(scores.reshape(K, G * count, seen), values[:, :seen]).reshape(K, G, count, Dh)
+        mixed[some] = (weighted / sums).transpose(2, 0, 1, 3)
+    return mixed.reshape(T, -1)
 
 
 def rms_norm(x: Array, gain: Array, eps: float) -> Array:

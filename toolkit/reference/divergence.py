@@ -1,11 +1,14 @@
-"""KL divergence of next-token distributions without their logits in memory: the head goes by, some rows at a time.
+"""KL divergence of next-token distributions without their logits in memory: the head goes by once, some rows at a time.
 
+With m the largest logit so far, sum exp(l - m) and sum exp(l - m) (l - t) over the rows seen, for the exact logits l and
+others t, are all that KLD(l || t) needs besides both normalizers; a new largest logit scales them.
 T positions, D hidden, V vocab.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +18,15 @@ from toolkit.checkpoint.weights import Tensors
 from toolkit.reference.decoder import Array, head_rows
 
 
+@dataclass(frozen=True)
+class Compared:
+    """Hidden states [T, D] after the final norm, and what becomes of the head's rows [rows, D] before their product;
+    None leaves them."""
+
+    hidden: Array
+    head: Callable[[Array], Array] | None = None
+
+
 class _Normalizer:
     """log sum exp of logits that come a few columns at a time, [T]."""
 
@@ -22,34 +34,40 @@ class _Normalizer:
         self._top = np.full(positions, -np.inf)
         self._sum = np.zeros(positions)
 
-    def add(self, logits: Array) -> None:
-        """Takes some more columns of every position into account, [T, a few]."""
+    def add(self, logits: Array) -> tuple[Array, NDArray[np.float64]]:
+        """Counts [T, columns]; returns exp(logits - top) [T, columns] and what sums over earlier columns have to be
+        multiplied by [T], now that the top is this one."""
         top = np.maximum(self._top, logits.max(axis=1))
         terms = np.exp(logits - top[:, None].astype(np.float32))
-        self._sum = self._sum * np.exp(self._top - top) + terms.sum(axis=1, dtype=np.float64)
+        shrunk = np.exp(self._top - top)
+        self._sum = self._sum * shrunk + terms.sum(axis=1, dtype=np.float64)
         self._top = top
+        return terms, shrunk
 
     def value(self) -> NDArray[np.float64]:
         """Returns the logarithms over all columns that came so far, [T]."""
         return np.asarray(self._top + np.log(self._sum))
 
+    def mean(self, weighted: NDArray[np.float64]) -> NDArray[np.float64]:
+        """A sum of terms times something, [T], as their mean under the distribution."""
+        return np.asarray(weighted / self._sum)
+
 
 def mean_divergences(
-    config: ModelConfig, source: Tensors, exact: Array, others: Mapping[str, Array], their_head: Tensors | None = None
+    config: ModelConfig, source: Tensors, exact: Array, others: Mapping[str, Compared]
 ) -> dict[str, float]:
-    """Mean KLD(exact || other) over positions, for hidden states [T, D] after the final norm. The others have the same
-    head unless another is given."""
-    normalizer = _Normalizer(exact.shape[0])
-    for rows in head_rows(config, source):
-        normalizer.add(exact @ rows.T)
-    log_sum = normalizer.value()
-    normalizers = {name: _Normalizer(exact.shape[0]) for name in others}
+    """Mean KLD(exact || other) over positions, for hidden states [T, D] after the final norm. The head is read once."""
+    own = _Normalizer(exact.shape[0])
+    theirs = {name: _Normalizer(exact.shape[0]) for name in others}
     differences = {name: np.zeros(exact.shape[0]) for name in others}
-    for rows, their_rows in zip(head_rows(config, source), head_rows(config, their_head or source), strict=True):
+    for rows in head_rows(config, source):
         logits = exact @ rows.T
-        shares = np.exp(logits - log_sum[:, None].astype(np.float32))
-        for name, hidden in others.items():
-            theirs = hidden @ their_rows.T
-            normalizers[name].add(theirs)
-            differences[name] += np.einsum("tv,tv->t", shares, logits - theirs, dtype=np.float64)
-    return {name: float(np.mean(differences[name] - log_sum + normalizers[name].value())) for name in others}
+        terms, shrunk = own.add(logits)
+        for name, other in others.items():
+            changed = other.hidden @ (rows if other.head is None else other.head(rows)).T
+            theirs[name].add(changed)
+            added = np.einsum("tv,tv->t", terms, logits - changed, dtype=np.float64)
+            differences[name] = differences[name] * shrunk + added
+    return {
+        name: float(np.mean(own.mean(differences[name]) - own.value() + theirs[name].value())) for name in others
+    }
