@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from toolkit import names
 from toolkit.checkpoint.opened import Checkpoint
 from toolkit.errors import CheckpointError
+from toolkit.pipeline.chat_text import ChatText
 from toolkit.recipe import data_folder, model_facts
 
 LONGEST: Final = 512
@@ -30,7 +31,7 @@ def token_sequences(checkpoint: Checkpoint, text: Path, tokens: int, shortest: i
         ids: NDArray[np.int64] = generator.integers(0, checkpoint.config.vocab_size, max(tokens, 64))
         return [ids[start : start + limit].tolist() for start in range(0, len(ids), limit)]
     tokenizer = Tokenizer.from_file(str(checkpoint.folder / names.TOKENIZER_FILE))
-    passages = _passages(text)
+    passages = _passages(text, checkpoint)
     limit = min(limit, max(shortest, tokens // max(len(passages), 1)))
     sequences: list[list[int]] = []
     for passage in passages:
@@ -40,7 +41,9 @@ def token_sequences(checkpoint: Checkpoint, text: Path, tokens: int, shortest: i
         if len(ids_of_text) > 1:
             sequences.append(ids_of_text)
     if not sequences:
-        raise CheckpointError(f"{text} holds no text: expected JSON lines with a `text`, or a `prompt`, or plain text")
+        raise CheckpointError(
+            f"{text} holds no text: expected JSON lines with a `text`, a `prompt` or `messages`, or plain text"
+        )
     return sequences
 
 
@@ -54,8 +57,9 @@ def find_text(name: str, recipe_name: str, target: str, checkpoint: Checkpoint) 
     return next((p for folder in folders if (p := folder / f"{name}.jsonl").is_file()), folders[-1] / f"{name}.jsonl")
 
 
-def _passages(path: Path) -> list[str]:
-    """Each JSON line's `text`, or its `prompt`; or the paragraphs of a plain file."""
+def _passages(path: Path, checkpoint: Checkpoint) -> list[str]:
+    """Each JSON line's `text`, its `prompt`, or its `messages` in the checkpoint's chat template; or the paragraphs of
+    a plain file."""
     try:
         content = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as problem:
@@ -64,6 +68,17 @@ def _passages(path: Path) -> list[str]:
         return [part for part in content.split("\n\n") if part.strip()]
     try:
         lines = [json.loads(line) for line in content.splitlines() if line.strip()]
-        return [str(line["text"] if "text" in line else line["prompt"]) for line in lines]
+        chat = ChatText(checkpoint) if any("messages" in line for line in lines) else None
+        return [_passage(line, chat) for line in lines]
     except (ValueError, KeyError, TypeError):
-        raise CheckpointError(f"{path} is not JSON lines with a `text` or a `prompt` each") from None
+        raise CheckpointError(f"{path} is not JSON lines with a `text`, a `prompt` or `messages` each") from None
+
+
+def _passage(line: dict[str, Any], chat: ChatText | None) -> str:
+    """Raises KeyError or TypeError for a line of another kind."""
+    if chat is None or "messages" not in line:
+        return str(line["text"] if "text" in line else line["prompt"])
+    messages = line["messages"]
+    if not all(isinstance(turn["role"], str) and isinstance(turn["content"], str) for turn in messages):
+        raise TypeError("a role and a content are texts")
+    return chat.written(messages)

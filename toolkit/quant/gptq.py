@@ -5,10 +5,10 @@ Minimizes tr((W - Q) H (W - Q)'), the squared error of the output, for the secon
 their own, so the order of activations counts and no g_idx is needed. Each block's scale is searched on its columns as
 the errors before it left them, weighed by diag(H).
 
-With H = U U', U upper in the order of visits, the loss of a row is the sum over columns k of (z_k - sum_(j<=k) q_j U_jk)^2
-with z = w U, so column k is best rounded from (z_k - sum_(j<k) q_j U_jk) / U_kk (arXiv 2307.13304, theorem 6: the same
-integers as GPTQ's, without the inverse of H). It takes a third of K^3 multiplications, where H^-1 and its factor take
-more than K^3.
+With H = U U', U upper in the order of visits, the loss of a row is the sum over columns k of
+(z_k - sum_(j<=k) q_j U_jk)^2 with z = w U, so column k is best rounded from (z_k - sum_(j<k) q_j U_jk) / U_kk (arXiv
+2307.13304, theorem 6: the same integers as GPTQ's, without the inverse of H). U takes K^3 / 6 multiplications, H^-1 and
+its factor more than K^3.
 
 Scales of `signed` specs stand before the first column is rounded, searched on the target as it comes: those of a row
 depend on each other. Then the order is free, whatever the blocks.
@@ -32,7 +32,7 @@ from toolkit.quant import kernel, signed_kernel
 from toolkit.quant.blockwise import QuantizedBlocks, QuantSpec, pack_last_axis, quantize_blocks, weights_of_errors
 
 Floats = NDArray[np.float32]
-DAMPING: Final = 0.01
+DAMPING: Final = 0.2
 _DAMPINGS: Final = (DAMPING, 10 * DAMPING, 100 * DAMPING)
 # Columns between two products with all that came before: wide enough for a matrix product to pay.
 _STRIDE: Final = 128

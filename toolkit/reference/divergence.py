@@ -1,7 +1,8 @@
-"""KL divergence of next-token distributions without their logits in memory: the head goes by once, some rows at a time.
+"""KL divergence of next-token distributions without their logits in memory: the head goes by once, some rows at a
+time.
 
-With m the largest logit so far, sum exp(l - m) and sum exp(l - m) (l - t) over the rows seen, for the exact logits l and
-others t, are all that KLD(l || t) needs besides both normalizers; a new largest logit scales them.
+With m the largest logit so far, sum exp(l - m) and sum exp(l - m) (l - t) over the rows seen, for the exact logits l
+and others t, are all that KLD(l || t) needs besides both normalizers; a new largest logit scales them.
 T positions, D hidden, V vocab.
 """
 
@@ -68,6 +69,4 @@ def mean_divergences(
             theirs[name].add(changed)
             added = np.einsum("tv,tv->t", terms, logits - changed, dtype=np.float64)
             differences[name] = differences[name] * shrunk + added
-    return {
-        name: float(np.mean(own.mean(differences[name]) - own.value() + theirs[name].value())) for name in others
-    }
+    return {name: float(np.mean(own.mean(differences[name]) - own.value() + theirs[name].value())) for name in others}
