@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toolkit.quant.blockwise import QuantizedBlocks, QuantSpec, dequantize_blocks
-from toolkit.quant.gptq import Factor
+from toolkit.quant.gptq import DAMPING, Factor
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
@@ -32,14 +32,15 @@ def second_moment(x: Floats) -> Floats:
     return np.asarray(x.T @ x / np.float32(len(x)), np.float32)
 
 
-def damped_moment(moment: Floats, factor: Factor) -> Doubles:
-    """H [Kp, Kp] as the factor took it: padding and silent channels stand alone."""
+def damped_moment(moment: Floats, factor: Factor, tokens: float = np.inf) -> Doubles:
+    """H [Kp, Kp] as the factor is to take it, a mean over `tokens`: padding and silent channels stand alone."""
     K = moment.shape[0]
-    mean = np.diagonal(moment).mean(dtype=np.float64)
     wide = np.zeros((factor.order.size, factor.order.size))
     wide[:K, :K] = moment
-    alone = np.diagonal(wide) <= 0
-    wide[np.arange(len(wide)), np.arange(len(wide))] += np.where(alone, mean, factor.damping * mean)
+    diagonal = np.diagonal(wide).copy()
+    wide *= 1 / (1 + K / tokens)
+    mean = diagonal[:K].mean()
+    np.fill_diagonal(wide, diagonal + np.where(diagonal <= 0, mean, DAMPING * mean))
     return wide
 
 

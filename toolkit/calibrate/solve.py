@@ -257,7 +257,7 @@ class _InputSolver:
         else:
             self._cross = cross
         try:
-            self._factor = factorize(moment, self._visited)
+            self._factor = factorize(moment, self._visited, gathered.tokens)
         except NotPositiveDefiniteError as failed:
             self.fallbacks += [Fallback(tensor, str(failed)) for tensor in self.wanted]
 

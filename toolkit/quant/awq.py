@@ -9,8 +9,10 @@ T sampled tokens, K channels.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -20,13 +22,16 @@ from toolkit.quant.activations import InputSample, Rounding
 from toolkit.quant.blockwise import QuantSpec, dequantize_blocks, quantize_blocks
 
 Floats = NDArray[np.float32]
-_ALPHAS: Final = tuple(step / 20 for step in range(1, 21))
+# A coarse grid first, then the steps around its best.
+_ALPHAS: Final = (4, 8, 12, 16, 20)
+_AROUND: Final = (-3, -2, -1, 1, 2, 3)
+_STEP: Final = 0.05
 _BETAS: Final = (0.0, 0.5, 1.0)
 # Wider scales leave what float16 can hold of a norm's gain.
 _LIMIT: Final = 256.0
 _ROWS: Final = 256
 # How many scales of an input are judged, leaving it alone included.
-CANDIDATES: Final = 1 + len(_ALPHAS) * len(_BETAS)
+CANDIDATES: Final = 1 + len(_ALPHAS) * len(_BETAS) + len(_AROUND)
 
 
 @dataclass(frozen=True)
@@ -66,16 +71,22 @@ def choose_scales(
 
     ones = np.ones(sample.moments.shape, np.float32)
     plain = loss_of(ones)
-    best = FoldChoice(plain_loss=plain, loss=plain)
     m = np.sqrt(_pooled(sample.moments, shared))
     columns = sum((reader.weight.astype(np.float64) ** 2).mean(axis=0) for reader in readers)
     w = np.sqrt(_pooled(np.asarray(columns), shared))
-    for beta in _BETAS:
-        for alpha in _ALPHAS:
-            scales = _bounded(m, w, alpha, beta)
-            if (loss := loss_of(scales)) < best.loss:
-                best = replace(best, scales=scales, alpha=alpha, beta=beta, loss=loss)
-    return best
+
+    def judged(steps: Sequence[tuple[int, float]]) -> list[FoldChoice]:
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            tried = [(_bounded(m, w, _STEP * step, beta), _STEP * step, beta) for step, beta in steps]
+            losses = pool.map(loss_of, [scales for scales, _, _ in tried])
+            return [FoldChoice(*one, plain, loss) for one, loss in zip(tried, losses, strict=True)]
+
+    coarse = [(step, beta) for beta in _BETAS for step in _ALPHAS]
+    found = judged(coarse)
+    step, beta = coarse[int(np.argmin([choice.loss for choice in found]))]
+    found += judged([(step + more, beta) for more in _AROUND])
+    best = min(found, key=lambda choice: choice.loss)
+    return best if best.loss < plain else FoldChoice(plain_loss=plain, loss=plain)
 
 
 def output_loss(reader: Reader, sample: InputSample, rounding: Rounding) -> float:

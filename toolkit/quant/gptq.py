@@ -20,6 +20,7 @@ N output features, K input features, Kp = K padded to whole blocks, J blocks a r
 
 from __future__ import annotations
 
+import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -32,8 +33,8 @@ from toolkit.quant import kernel, signed_kernel
 from toolkit.quant.blockwise import QuantizedBlocks, QuantSpec, pack_last_axis, quantize_blocks, weights_of_errors
 
 Floats = NDArray[np.float32]
-DAMPING: Final = 0.2
-_DAMPINGS: Final = (DAMPING, 10 * DAMPING, 100 * DAMPING)
+DAMPING: Final = 0.05
+_DAMPINGS: Final = (DAMPING, 4 * DAMPING, 20 * DAMPING)
 # Columns between two products with all that came before: wide enough for a matrix product to pay.
 _STRIDE: Final = 128
 # Columns whose triangle is factorized and inverted in float64 at once.
@@ -47,14 +48,15 @@ class NotPositiveDefiniteError(ValueError):
 @dataclass(frozen=True)
 class Factor:
     """What GPTQ needs of an input: U [Kp, Kp] upper in the order of visits with U U' = H damped, the inverses of its
-    triangles on the diagonal, _LEAF columns each, that order [Kp], diag(H) [Kp] as given, and the damping that was
-    needed, as a share of its mean."""
+    triangles on the diagonal, _LEAF columns each, that order [Kp], and diag(H) [Kp] as given. Damped, H is `kept` times
+    itself plus `added` [Kp] on its diagonal."""
 
     upper: Floats
     leaves: tuple[Floats, ...]
     order: NDArray[np.int64]
     diagonal: Floats
-    damping: float
+    kept: np.float32
+    added: Floats
 
 
 @dataclass(frozen=True)
@@ -65,9 +67,12 @@ class Solved:
     restored: Floats
 
 
-def factorize(moment: Floats, block_size: int) -> Factor:
-    """The factor of H [K, K] for blocks of `block_size`. Channels that are always zero keep their weights.
+def factorize(moment: Floats, block_size: int, tokens: float = math.inf) -> Factor:
+    """The factor of H [K, K], a mean over `tokens`, for blocks of `block_size`. Channels that are always zero keep
+    their weights.
 
+    What K channels have in common on T tokens is partly the text's accident, the more so the fewer tokens there are:
+    all but the diagonal is taken by T / (K + T) (the shape of Ledoit and Wolf's shrinkage; measured in LOG.md).
     Raises NotPositiveDefiniteError if even a damping of the mean of the diagonal will not do.
     """
     K = moment.shape[0]
@@ -78,17 +83,20 @@ def factorize(moment: Floats, block_size: int) -> Factor:
     mean = float(diagonal[:K].mean(dtype=np.float64))
     if not (np.isfinite(mean) and mean > 0):
         raise NotPositiveDefiniteError(f"the mean second moment of the input is {mean}")
-    inside, silent = np.flatnonzero(order < K), diagonal[order] <= 0
+    inside = np.flatnonzero(order < K)
+    kept = np.float32(1 / (1 + K / tokens))
     for damping in _DAMPINGS:
+        added = ((1 - kept) * diagonal + np.where(diagonal > 0, damping * mean, mean)).astype(np.float32)
         damped = np.zeros((padded, padded), np.float32)
         damped[np.ix_(inside, inside)] = moment[np.ix_(order[inside], order[inside])]
-        damped[np.arange(padded), np.arange(padded)] += np.where(silent, mean, damping * mean).astype(np.float32)
+        damped *= kept
+        damped[np.arange(padded), np.arange(padded)] += added[order]
         try:
             leaves = _factor_in_place(damped)
         except np.linalg.LinAlgError:
             continue
         if np.isfinite(damped).all():
-            return Factor(damped, leaves, order, diagonal, damping)
+            return Factor(damped, leaves, order, diagonal, kept, added)
     raise NotPositiveDefiniteError("the second moment of the input is not positive definite")
 
 
@@ -218,15 +226,13 @@ def _factor_in_place(matrix: Floats) -> tuple[Floats, ...]:
 
 
 def _whitened(weight: Floats, product: Floats | None, factor: Factor) -> Floats:
-    """z [N, Kp] in the order of visits: W U, or (W C + damping) U'^-1."""
+    """z [N, Kp] in the order of visits: W U, or W C U'^-1 with C damped as H is."""
     N, K = weight.shape
     given = np.zeros((N, factor.order.size), np.float32)
     if product is None:
         given[:, :K] = weight
         return np.asarray(given[:, factor.order] @ factor.upper, np.float32)
-    mean = float(factor.diagonal[:K].mean(dtype=np.float64))
-    damping = np.where(factor.diagonal[:K] > 0, factor.damping * mean, mean).astype(np.float32)
-    given[:, :K] = product + weight * damping
+    given[:, :K] = factor.kept * product + weight * factor.added[:K]
     given = given[:, factor.order]
     for leaf, inverse in zip(reversed(_leaves(given.shape[1])), reversed(factor.leaves), strict=True):
         left = given[:, leaf] - given[:, leaf.stop :] @ factor.upper[leaf, leaf.stop :].T
