@@ -235,13 +235,13 @@ def test_each_matrix_is_solved_against_what_the_rounded_layers_before_it_give(
     exact_x, x = down_input(source), down_input(arriving)
     T = np.float32(len(x))
     name = "model.layers.1.mlp.down_proj.weight"
-    factor = factorize(x.T @ x / T, BLOCK)
+    factor = factorize(x.T @ x / T, BLOCK, len(x))
     target = corrected_target(source.read(name), source.read(name) @ (exact_x.T @ x / T), factor)
     expected = dequantize_blocks(gptq_blocks(target, factor, spec).blocks, spec, x.shape[1])
     found = changes[name]
     assert (np.abs(found - expected) <= 1e-3 * np.abs(expected).max()).mean() >= 0.97
     # The order matters: solved against the exact input the matrix is another one.
-    alone = factorize(exact_x.T @ exact_x / T, BLOCK)
+    alone = factorize(exact_x.T @ exact_x / T, BLOCK, len(x))
     other = dequantize_blocks(gptq_blocks(source.read(name), alone, spec).blocks, spec, x.shape[1])
     assert (np.abs(found - other) <= 1e-3 * np.abs(other).max()).mean() < 0.9
 
@@ -281,7 +281,7 @@ def test_too_little_text_for_a_hessian_falls_back_and_says_how_much_is_needed(tm
 def test_a_moment_that_cannot_be_factored_falls_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint, sequences = _checkpoint("qwen2", tmp_path)
 
-    def refuse(moment: Floats, block_size: int) -> None:
+    def refuse(moment: Floats, block_size: int, tokens: float) -> None:
         raise solving.NotPositiveDefiniteError("the second moment of the input is not positive definite")
 
     monkeypatch.setattr(solving, "factorize", refuse)
