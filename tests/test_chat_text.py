@@ -11,9 +11,9 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
+from toolkit.bundle.chat_text import ChatText
 from toolkit.checkpoint.opened import open_checkpoint
 from toolkit.errors import CheckpointError
-from toolkit.pipeline.chat_text import ChatText
 from toolkit.pipeline.text import token_sequences
 
 ASKED = {"role": "user", "content": "What is 2 + 3?"}

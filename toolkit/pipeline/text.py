@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from toolkit import names
+from toolkit.bundle.chat_text import ChatText
 from toolkit.checkpoint.opened import Checkpoint
 from toolkit.errors import CheckpointError
-from toolkit.pipeline.chat_text import ChatText
 from toolkit.recipe import data_folder, model_facts
 
 LONGEST: Final = 512

@@ -1,5 +1,6 @@
 """Conversations as a checkpoint's apps write them: in its own chat template, the last answer behind its thought.
 
+Whoever exports has probed the template in a process of its own before (evaluate/opens.py).
 A model computes otherwise on text in a form it never sees: on Qwen2.5-Coder-0.5B, calibrating in another family's
 markers left a quarter more error in GPTQ's matrices (LOG.md).
 """
