@@ -30,7 +30,7 @@ from toolkit.quant.formats import other_formats
 from toolkit.quant.mixed import Choice, spend
 from toolkit.reference import decoder
 from toolkit.reference.decoder import reference_hidden, reference_logits
-from toolkit.reference.divergence import Compared, mean_divergences
+from toolkit.reference.divergence import Diverging, mean_divergences
 
 Floats = NDArray[np.float32]
 
@@ -358,7 +358,7 @@ def test_divergences_are_those_of_whole_distributions(
     (exact,) = reference_hidden(checkpoint.config, checkpoint.source, [ids])
     other = (exact + 0.1 * rng.standard_normal(exact.shape)).astype(np.float32)
     found = mean_divergences(
-        checkpoint.config, checkpoint.source, exact, {"same": Compared(exact), "other": Compared(other)}
+        checkpoint.config, checkpoint.source, exact, {"same": Diverging(exact), "other": Diverging(other)}
     )
     name = weight_name("model.embed_tokens" if checkpoint.config.tie_word_embeddings else "lm_head")
     head = checkpoint.source.read(name).astype(np.float64)
@@ -378,6 +378,6 @@ def test_heads_that_differ_diverge(tiny_r1: Path) -> None:
     (exact,) = reference_hidden(checkpoint.config, checkpoint.source, [list(range(40, 80))])
 
     found = mean_divergences(
-        checkpoint.config, checkpoint.source, exact, {"": Compared(exact, lambda rows: 1.5 * rows)}
+        checkpoint.config, checkpoint.source, exact, {"": Diverging(exact, lambda rows: 1.5 * rows)}
     )
     assert found[""] > 1e-3

@@ -32,7 +32,7 @@ from toolkit.quant.blockwise import QuantSpec, dequantize_blocks, quantize_block
 from toolkit.quant.formats import other_formats, use_of
 from toolkit.quant.ranges import ActivationRange
 from toolkit.reference.decoder import Layer, embed, read_layer, rms_norm
-from toolkit.reference.divergence import Compared, mean_divergences
+from toolkit.reference.divergence import Diverging, mean_divergences
 
 Floats = NDArray[np.float32]
 _PROBE_TOKENS: Final = (128, 2048)
@@ -155,11 +155,11 @@ class _Pass:
             name: rms_norm(np.concatenate(probe), norm, config.rms_norm_eps) for name, probe in state.probes.items()
         }
         exact = ended.pop("")
-        others = {name: Compared(hidden) for name, hidden in ended.items()}
+        others = {name: Diverging(hidden) for name, hidden in ended.items()}
         others[given.name] = self._rounded_head(given, ended.get(given.name, exact), state.inputs[given.name])
         return mean_divergences(config, source, exact, others)
 
-    def _rounded_head(self, given: LinearInput, arriving: Floats, facts: InputFacts) -> Compared:
+    def _rounded_head(self, given: LinearInput, arriving: Floats, facts: InputFacts) -> Diverging:
         """What arrives at the head [T, D] and its rows, as the bundle will have them."""
         spec, rounding = self._wish.specs[names.weight(given.name)], self._wish.head_rounding
         scales = facts.fold.scales if facts.fold.scales is not None else np.ones(given.width, np.float32)
@@ -167,7 +167,7 @@ class _Pass:
         def rounded(rows: Floats) -> Floats:
             return dequantize_blocks(quantize_blocks(rows * scales, spec, facts.importance), spec, rows.shape[1])
 
-        return Compared(rounded_input(arriving / scales, rounding, spec.block_size, facts.values), rounded)
+        return Diverging(rounded_input(arriving / scales, rounding, spec.block_size, facts.values), rounded)
 
     def _facts(
         self, given: LinearInput, statistics: InputStatistics, read: Mapping[str, Floats], rounding: Rounding

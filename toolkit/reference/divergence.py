@@ -20,7 +20,7 @@ from toolkit.reference.decoder import Array, head_rows
 
 
 @dataclass(frozen=True)
-class Compared:
+class Diverging:
     """Hidden states [T, D] after the final norm, and what becomes of the head's rows [rows, D] before their product;
     None leaves them."""
 
@@ -55,7 +55,7 @@ class _Normalizer:
 
 
 def mean_divergences(
-    config: ModelConfig, source: Tensors, exact: Array, others: Mapping[str, Compared]
+    config: ModelConfig, source: Tensors, exact: Array, others: Mapping[str, Diverging]
 ) -> dict[str, float]:
     """Mean KLD(exact || other) over positions, for hidden states [T, D] after the final norm. The head is read once."""
     own = _Normalizer(exact.shape[0])
