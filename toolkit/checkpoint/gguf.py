@@ -46,7 +46,7 @@ class StoredAs:
 
     file_type: str
     bits_per_weight: float
-    tensors: Mapping[str, int]
+    tensors: dict[str, int]
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,8 @@ def _print_phase(row: Phase) -> None:
 
 def _print_plan(plan: DescribedPlan) -> None:
     click.echo(f"{plan.recipe}: {plan.model}, {plan.weights / 1e9:.2f} G weights in {plan.layers} layers")
+    if stored := plan.source:
+        click.echo(f"source: {stored.file_type}, {stored.bits_per_weight:.2f} bits per weight")
     for stage in plan.stages:
         click.echo(f"stage {stage.stage}: {stage.file} on {stage.ep}")
     for file in plan.files:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from toolkit.checkpoint.gguf import StoredAs
 from toolkit.pipeline.forecast import Phase, forecast
 from toolkit.pipeline.judge.effort import Effort
 from toolkit.pipeline.plan import ExportPlan
@@ -43,7 +44,7 @@ class PlannedCalibration:
 @dataclass(frozen=True)
 class DescribedPlan:
     """One export before it begins. What does not apply is None: rules that decide nothing, nodes that run outside their
-    provider, calibration, compiling, a download."""
+    provider, calibration, compiling, a download, a GGUF file as the source."""
 
     recipe: str
     model: str
@@ -65,6 +66,7 @@ class DescribedPlan:
     disk_needed_bytes: int
     disk_free_bytes: int
     forecast: tuple[Phase, ...] | None = None
+    source: StoredAs | None = None
 
 
 def described_with_costs(
@@ -88,6 +90,7 @@ def describe(plan: ExportPlan) -> DescribedPlan:
         target=recipe.target,
         context_length=recipe.context_length,
         layers=config.num_hidden_layers,
+        source=plan.opened.stored_as,
         weights=plan.layout.weights(),
         stages=tuple(
             PlannedStage(stage.name, stage.file, stage.execution_provider, stage.device)

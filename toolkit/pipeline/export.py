@@ -262,6 +262,7 @@ def _finish(
             calibration=begun.calibration_outcome,
             salient_inputs=tuple(plan.salient_inputs) or None,
             rotated=True if plan.recipe.rotate else None,
+            source=plan.opened.stored_as,
         ),
         partition=partition_section(graphs),
         ceiling=bandwidth,

@@ -97,6 +97,11 @@ def _heat_map(cells: list[Cell], scale: charts.Scale | None) -> HeatMap:
 def _notes(section: Quantization) -> list[str]:
     """How the formats came about, and what a reader should know of them."""
     notes = []
+    if source := section.source:
+        notes.append(
+            f"The checkpoint is a {source.file_type} file of {source.bits_per_weight:.2f} bits a weight: everything "
+            "here is compared with its dequantized weights, not with those that the file was made from."
+        )
     if made := section.calibration:
         budget = made.budget_bits_per_weight
         spent = f"; {budget:g} bits per weight, spent where they help most" if budget else ""

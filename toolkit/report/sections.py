@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from toolkit.checkpoint.gguf import StoredAs
 from toolkit.machine import Machine
 
 
@@ -140,6 +141,7 @@ class Quantization:
     calibration: CalibrationOutcome | None = None
     salient_inputs: tuple[str, ...] | None = None
     rotated: bool | None = None
+    source: StoredAs | None = None
 
 
 @dataclass(frozen=True)
