@@ -28,18 +28,18 @@ from toolkit.pipeline import plan
 from toolkit.pipeline.export import Order, export_bundles
 from toolkit.recipe import load_recipe
 from toolkit.reference.decoder import reference_logits
+from toolkit.target import TARGETS
 
 WINDOWS = (8, 64)
 # fp32 bundles by (target, window); what is one graph is given the prompts around 64.
-BUNDLES = [(t, w) for t in ("cpu-split", "qnn", "openvino", "vitisai") for w in WINDOWS] + [("dml", 64), ("cpu", 64)]
+BUNDLES = [(name, window) for name, row in TARGETS.items() for window in (WINDOWS if row.partitioned else (64,))]
 # fp32 bundles whose transformer is split, by (target, parts).
 SPLIT = [("qnn", 2), ("qnn", 4), ("cpu-split", 3), ("openvino", 2), ("vitisai", 2)]
 # What each accelerator's provider is called, and what to install for it.
 PROVIDERS = {
-    "dml": ("DmlExecutionProvider", "onnxruntime-genai-winml"),
-    "openvino": ("OpenVINOExecutionProvider", "onnxruntime-openvino"),
-    "qnn": ("QNNExecutionProvider", "onnxruntime-qnn"),
-    "vitisai": ("VitisAIExecutionProvider", "Ryzen AI"),
+    name: (row.accelerator.execution_provider, row.accelerator.package)
+    for name, row in TARGETS.items()
+    if row.accelerator.provider
 }
 QUESTIONS = tuple(f"Add {4 + 6 * k} and {5 + 2 * k}." for k in range(6))
 
@@ -269,7 +269,7 @@ def test_a_bundle_without_its_provider_says_what_to_do(
     (tmp_path / "onnxruntime_qnn.py").write_text("raise ImportError\n", encoding="utf-8")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setitem(sys.modules, "onnxruntime_qnn", None)
-    with pytest.raises(MachineError, match=f"no {provider} with its device, .*{package}.*--on-cpu"):
+    with pytest.raises(MachineError, match=f"no {provider} with its device, .*{re.escape(package)}.*--on-cpu"):
         open_model(quantized[target])
     words = ["generate", str(quantized[target]), "--prompt", "Add 4 and 5."]
     refused = run(*words)

@@ -172,7 +172,7 @@ def test_a_recipes_paths_are_relative_to_it_and_a_changes_to_the_folder_one_is_i
     assert load_recipe(str(path), ["calibration=own.txt"]).calibration == "own.txt"
     assert load_recipe(str(path), ["calibration=questions"]).calibration == "questions"
     (tmp_path / "weights").rmdir()
-    with pytest.raises(RecipeError, match=r"model \.\./weights would be .*weights, which is not a folder"):
+    with pytest.raises(RecipeError, match=r"model \.\./weights would be .*weights, which does not exist"):
         load_recipe(str(path))
 
 
