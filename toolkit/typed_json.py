@@ -88,7 +88,10 @@ def _read(kind: object, value: Json, where: str) -> object:
 
 def _scalar(kind: object, value: Json, where: str) -> object:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise ValueError(f"{where} is a whole number of {len(str(value))} digits, expected a number") from None
     if not isinstance(value, cast(type, kind)) or (kind is not bool and isinstance(value, bool)):
         raise ValueError(f"{where} is {value!r:.60}, expected {_WORDS[_SCALARS[kind]]}")
     return value

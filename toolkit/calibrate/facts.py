@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import struct
+import zipfile
+import zlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,17 +73,30 @@ def save_state(folder: Path, k: int, state: State) -> None:
     for name, probe in state.probes.items():
         for k_piece, piece in enumerate(probe):
             arrays[f"probe {k_piece} {name}"] = piece
-    arrays["facts"] = np.frombuffer(json.dumps(facts).encode(), np.uint8)
+    told = {"inputs": facts, "arrays": sorted(arrays)}
+    arrays["facts"] = np.frombuffer(json.dumps(told).encode(), np.uint8)
     with replacing(state_file(folder, k)) as fresh, fresh.open("wb") as file:
         np.savez(file, **arrays)
 
 
-def load_state(folder: Path, k: int) -> State:
-    """Reads back what `save_state` wrote for layer `k`."""
+def load_state(folder: Path, k: int) -> State | None:
+    """Reads back what `save_state` wrote for layer `k`; None where there is nothing, or it is damaged."""
+    try:
+        return _loaded(state_file(folder, k))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, NotImplementedError):
+        return None
+    except (zipfile.BadZipFile, zlib.error, struct.error, RuntimeError):  # what zipfile raises of odd flags and fields
+        return None
+
+
+def _loaded(path: Path) -> State:
+    """Every array has its CRC-32; their names stand among the facts."""
     state = State()
-    with np.load(state_file(folder, k), allow_pickle=False) as arrays:
+    with np.load(path, allow_pickle=False) as arrays:
         facts = json.loads(arrays["facts"].tobytes())
-        for name, entry in facts.items():
+        if sorted({*arrays.files} - {"facts"}) != facts["arrays"]:
+            raise ValueError(f"{path} lacks arrays")
+        for name, entry in facts["inputs"].items():
             scales = arrays[f"scales {name}"] if f"scales {name}" in arrays else None
             losses = {QuantSpec(**spec): loss for spec, loss in entry["losses"]}
             fold, values = FoldChoice(scales, **entry["fold"]), ActivationRange(**entry["values"])

@@ -9,10 +9,9 @@ T tokens, H heads, K kv heads, Dh head_dim.
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -25,7 +24,7 @@ from toolkit.checkpoint.anatomy import Linear, Mlp
 from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.weights import Tensors
 from toolkit.errors import NonFiniteError, UnsupportedError
-from toolkit.files import write_json
+from toolkit.files import read_state, write_state
 from toolkit.quant.ranges import ActivationRange
 from toolkit.reference.decoder import Layer, embed, read_layer
 
@@ -53,18 +52,27 @@ def activation_ranges(
         ActivationFile(folder / f"hidden-{k}.f32", lengths, config.hidden_size)
         for k in range(config.num_hidden_layers + 1)
     ]
-    start, found = _read(folder)
-    if not streams[start].is_whole():
+    state = read_state(_Found, folder / _FILE) or _Found(0, {})
+    start, found = state.layers, dict(state.ranges)
+    if not 0 <= start < len(streams) or not streams[start].is_whole():
         start, found = 0, {}
         streams[0].write(embed(source, list(ids)) for ids in sequences)
     for k in range(start, config.num_hidden_layers):
         layer = _WatchedLayer(read_layer(config, source, k))
         streams[k + 1].write(layer(x) for x in streams[k])
         found |= layer.ranges(percentile)
-        _write(folder, k + 1, found)
+        write_state(folder / _FILE, _Found(k + 1, found))
         streams[k].remove()
         progress(f"ranges of layer {k}")
     return found
+
+
+@dataclass(frozen=True)
+class _Found:
+    """How many layers are done, and the ranges that were found in them by point."""
+
+    layers: int
+    ranges: dict[str, ActivationRange]
 
 
 class _WatchedLayer(Layer):
@@ -130,16 +138,3 @@ class _WatchedLayer(Layer):
                 f"{what} of layer {self.anatomy.index} reach {largest:.3g} on the calibration text, float16 holds "
                 f"{_FLOAT16_MAX:.0f}: export for a target that computes in float32, such as cpu"
             )
-
-
-def _read(folder: Path) -> tuple[int, dict[str, ActivationRange]]:
-    """How many layers are done, and what was found in them."""
-    path = folder / _FILE
-    if not path.is_file():
-        return 0, {}
-    state = json.loads(path.read_text(encoding="utf-8"))
-    return state["layers"], {point: ActivationRange(**values) for point, values in state["ranges"].items()}
-
-
-def _write(folder: Path, layers: int, found: dict[str, ActivationRange]) -> None:
-    write_json(folder / _FILE, {"layers": layers, "ranges": {point: asdict(values) for point, values in found.items()}})

@@ -7,9 +7,8 @@ pass goes on after it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -22,7 +21,7 @@ from toolkit.calibrate.statistics import Products
 from toolkit.checkpoint.anatomy import Linear, LinearInput, Sublayer, decoder_of
 from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.weights import Tensors
-from toolkit.files import write_json
+from toolkit.files import read_state, write_state
 from toolkit.quant.activations import Rounding, rounded_input
 from toolkit.quant.blockwise import QuantizedBlocks, QuantSpec, dequantize_blocks, quantize_blocks
 from toolkit.quant.gptq import Factor, NotPositiveDefiniteError, Solved, factorize, gptq_blocks
@@ -43,6 +42,14 @@ class Fallback:
 
     tensor: str
     reason: str
+
+
+@dataclass(frozen=True)
+class _Solved:
+    """How many layers are solved, and what fell back in them."""
+
+    layers: int
+    fallbacks: tuple[Fallback, ...]
 
 
 class Writer(Protocol):
@@ -96,7 +103,8 @@ def solve(
     def stream(kind: str, k: int) -> ActivationFile:
         return ActivationFile(folder / f"{kind}-{k}.f32", lengths, config.hidden_size)
 
-    start, fallbacks = _read_progress(folder)
+    state = read_state(_Solved, folder / _PROGRESS_FILE) or _Solved(0, ())
+    start, fallbacks = state.layers, list(state.fallbacks)
     if not (stream("exact", start).is_whole() and stream("rounded", start).is_whole()):
         start, fallbacks = 0, []
         embedding = _rounded_embedding(source, problem)
@@ -108,7 +116,7 @@ def solve(
         fallbacks += layer.fallbacks
         writer.commit()
         # Only now: a layer that the journal does not name is solved again.
-        _write_progress(folder, k + 1, fallbacks)
+        write_state(folder / _PROGRESS_FILE, _Solved(k + 1, tuple(fallbacks)))
         layer.finish()
         stream("exact", k).remove()
         stream("rounded", k).remove()
@@ -291,16 +299,3 @@ def _solve_head(
         weight = source.read_rows(tensor, start, min(config.vocab_size, start + _ROWS))
         writer.write(tensor, start, weight, solver.solved(tensor, weight).blocks)
     return solver.fallbacks
-
-
-def _read_progress(folder: Path) -> tuple[int, list[Fallback]]:
-    """How many layers are solved, and what fell back in them."""
-    path = folder / _PROGRESS_FILE
-    if not path.is_file():
-        return 0, []
-    state = json.loads(path.read_text(encoding="utf-8"))
-    return state["layers"], [Fallback(**entry) for entry in state["fallbacks"]]
-
-
-def _write_progress(folder: Path, layers: int, fallbacks: Sequence[Fallback]) -> None:
-    write_json(folder / _PROGRESS_FILE, {"layers": layers, "fallbacks": [asdict(entry) for entry in fallbacks]})

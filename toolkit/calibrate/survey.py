@@ -69,12 +69,11 @@ def survey(
         ActivationFile(folder / f"hidden-{k}.f32", lengths, config.hidden_size)
         for k in range(config.num_hidden_layers + 1)
     ]
-    begun = [k for k, stream in enumerate(streams) if stream.is_whole() and state_file(folder, k).is_file()]
-    start = max(begun, default=0)
-    if begun:
-        state = load_state(folder, start)
-    else:
-        state = State()
+    begun = (k for k in range(len(streams) - 1, -1, -1) if streams[k].is_whole() and state_file(folder, k).is_file())
+    start = next(begun, 0)
+    state = load_state(folder, start)
+    if state is None:
+        start, state = 0, State()
         streams[0].write(embed(source, list(ids)) for ids in sequences)
         if wish.probes:
             state.probes = _first_probes(config, source, sequences, wish)

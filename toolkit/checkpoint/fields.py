@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,7 @@ class Fields:
         value = self.get(key)
         value = default if value is None else value
         if not isinstance(value, bool):
-            raise CheckpointError(f"{self.path}: {key} is {value!r}, expected true or false")
+            raise CheckpointError(f"{self.path}: {key} is {value!r:.60}, expected true or false")
         return value
 
     def each_layer(self, key: str, layers: int, allowed: tuple[Any, ...]) -> list[Any] | None:
@@ -63,7 +62,7 @@ class Fields:
         value = self.get(key)
         ids = [] if value is None else value if isinstance(value, list) else [value]
         if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
-            raise CheckpointError(f"{self.path}: {key} is {value!r}, expected token ids")
+            raise CheckpointError(f"{self.path}: {key} is {value!r:.60}, expected token ids")
         return tuple(ids)
 
     def token_id(self, key: str) -> int | None:
@@ -73,7 +72,7 @@ class Fields:
 
 
 def positive(value: object, key: str, path: Path) -> float:
-    """Returns `value` as a float; raises CheckpointError unless it is a positive, finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
-        raise CheckpointError(f"{path}: {key} is {value!r}, expected a positive number")
+    """Returns `value` as a float; raises CheckpointError unless it is a positive number of a size that floats have."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e300:
+        raise CheckpointError(f"{path}: {key} is {value!r:.60}, expected a positive number")
     return float(value)

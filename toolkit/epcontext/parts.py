@@ -171,7 +171,7 @@ def _read_journal(work: Path) -> list[CompiledPart]:
     try:
         lines = journal.read_text(encoding="utf-8").splitlines()
         return [from_json(CompiledPart, json.loads(line)) for line in lines]
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return []
 
 

@@ -10,11 +10,13 @@ from typing import Any, Final
 
 from toolkit.errors import RecipeError
 from toolkit.evaluate.checkers import CHECKERS, default_checker
+from toolkit.files import read_text
 from toolkit.recipe import nearest
 
 # The words of published files: GSM8K's question and answer, MATH's problem and solution.
 _QUESTIONS: Final = ("question", "problem")
 _ANSWERS: Final = ("answer", "solution")
+_MAX_BYTES: Final = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -47,12 +49,9 @@ def read_task(path: Path, examples: int | None = None) -> Task:
     `checker`: without one it is exact, but a number after GSM8K's `####`, and boxed where MATH's solution has a box.
     Raises RecipeError with the line that is not so.
     """
-    try:
-        content = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise RecipeError(f"task {path.stem!r} has no questions: there is no file {path}") from None
-    except (OSError, UnicodeDecodeError) as problem:
-        raise RecipeError(f"task {path.stem!r} cannot be read from {path}: {problem}") from None
+    if not path.exists():
+        raise RecipeError(f"task {path.stem!r} has no questions: there is no file {path}")
+    content = read_text(path, _MAX_BYTES, RecipeError, mark_too=True)
     # Not splitlines(), which also splits at separators that JSON strings may hold.
     lines = [(k, line) for k, line in enumerate(content.split("\n"), 1) if line.strip()][:examples]
     if not lines:
@@ -63,18 +62,18 @@ def read_task(path: Path, examples: int | None = None) -> Task:
 def _question(text: str, number: int, where: str) -> Question:
     try:
         line = json.loads(text)
-    except ValueError as problem:
-        raise RecipeError(f"{where} is not JSON: {problem}") from None
+    except (ValueError, RecursionError) as problem:
+        raise RecipeError(f"{where} is not JSON: {str(problem)[:120]}") from None
     if not isinstance(line, dict):
         raise RecipeError(f"{where} holds a {type(line).__name__}, expected an object with a question and an answer")
     prompt, question, answer = _word(line, ("prompt",)), _word(line, _QUESTIONS), _word(line, _ANSWERS)
     if answer is None or not (asked := prompt or question):
-        keys = ", ".join(map(str, line)) or "nothing"
+        keys = ", ".join(map(str, line))[:120] or "nothing"
         raise RecipeError(f"{where} has {keys}: expected a prompt or question, and an answer, as text")
     checker = line.get("checker", default_checker(_word(line, ("solution",)) or answer))
     if not isinstance(checker, str) or checker not in CHECKERS:
         hint = nearest(str(checker), list(CHECKERS))
-        raise RecipeError(f"{where}: checker {checker!r} is unknown{hint}, expected {', '.join(CHECKERS)}")
+        raise RecipeError(f"{where}: checker {checker!r:.60} is unknown{hint}, expected {', '.join(CHECKERS)}")
     if CHECKERS[checker].expected(answer) is None:
         raise RecipeError(f"{where}: checker {checker!r} finds nothing to compare with in the answer {answer[-60:]!r}")
     return Question(number, asked, prompt is None, answer, checker)

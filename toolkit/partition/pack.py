@@ -6,12 +6,12 @@ A few row chunks are in memory at a time, whatever the size of the checkpoint.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -24,6 +24,7 @@ from toolkit.machine import fits_the_page_cache
 from toolkit.partition.data_files import DataFile, Destination, open_data_files
 from toolkit.partition.prefix_hash import PrefixHash
 from toolkit.partition.rows import Packed, RowPacker
+from toolkit.typed_json import from_json
 
 # Source bytes read at a time: long enough for the disk, short enough that a handful of them stay in a cache.
 CHUNK_BYTES: Final = 2 << 20
@@ -114,7 +115,7 @@ def _read_journals(destinations: Sequence[Destination]) -> list[dict[str, Tensor
 
     One that is whole at some has to be made anew for the rest, perhaps in a file they are about to share.
     """
-    read = [_read_journal(d.journal) if d.is_begun() else {} for d in destinations]
+    read = [_read_journal(d) if d.is_begun() else {} for d in destinations]
     common = set.intersection(*(set(journal) for journal in read))
     kept = [{name: entry for name, entry in journal.items() if name in common} for journal in read]
     for destination, journal in zip(destinations, kept, strict=True):
@@ -123,13 +124,16 @@ def _read_journals(destinations: Sequence[Destination]) -> list[dict[str, Tensor
     return kept
 
 
-def _read_journal(journal: Path) -> dict[str, TensorError]:
-    """Finished tensors; a line torn by a kill is dropped."""
-    done: dict[str, TensorError] = {}
-    for line in journal.read_text(encoding="utf-8").splitlines() if journal.exists() else []:
+def _read_journal(destination: Destination) -> dict[str, TensorError]:
+    """Finished tensors, up to a line that is torn or damaged; what that and later ones name is made again."""
+    journal, done = destination.journal, dict[str, TensorError]()
+    known = {name for unit in destination.layout.units.values() for name in unit.sources}
+    for line in journal.read_bytes().splitlines() if journal.exists() else []:
         try:
-            entry = TensorError(**json.loads(line))
-        except (ValueError, TypeError):
+            entry = from_json(TensorError, json.loads(line), str(journal))
+        except (ValueError, RecursionError):
+            break
+        if entry.tensor not in known or not (0 <= entry.signal < math.inf and 0 <= entry.noise < math.inf):
             break
         done[entry.tensor] = entry
     return done

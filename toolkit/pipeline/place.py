@@ -92,7 +92,7 @@ def checked_place(out: Path) -> Path:
 
 def _refuse_what_stands(out: Path) -> None:
     work = work_folder(out)
-    if work.exists() and not (work / _REQUEST_FILE).is_file() and (not work.is_dir() or any(work.iterdir())):
+    if not _is_ours(work):
         raise RecipeError(f"{work} is no work folder of the toolkit, and is where one would be: move it away")
     if out.exists() and not (out / names.MANIFEST_FILE).is_file():
         raise RecipeError(f"{out} exists and is not a bundle: name another --out, it will not be overwritten")
@@ -107,9 +107,14 @@ def open_work(out: Path, request: str) -> Path:
     shutil.rmtree(_replaced(out), ignore_errors=True)
     work = work_folder(out)
     marker = work / _REQUEST_FILE
-    if not (marker.is_file() and marker.read_text(encoding="utf-8") == request):
-        shutil.rmtree(work, ignore_errors=True)
+    if not (marker.is_file() and marker.read_bytes() == request.encode("utf-8")):
         work.mkdir(parents=True, exist_ok=True)
+        # The mark goes last, by being replaced: whatever a kill leaves of the rest is known to be ours.
+        for path in work.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path != marker:
+                path.unlink()
         write_text(marker, request)
     return work
 
@@ -145,6 +150,13 @@ def put_in_place(out: Path) -> None:
 def work_folder(out: Path) -> Path:
     """Where a bundle is made: beside it, so that a rename suffices."""
     return out.with_name(out.name + ".partial")
+
+
+def _is_ours(work: Path) -> bool:
+    """Whether a work folder may be made or gone on with there: it has the mark, or a kill came while that was made."""
+    if not work.exists() or (work / _REQUEST_FILE).is_file():
+        return True
+    return work.is_dir() and {path.name for path in work.iterdir()} <= {f"{_REQUEST_FILE}.new"}
 
 
 def _is_finished(work: Path) -> bool:

@@ -14,9 +14,11 @@ from toolkit import names
 from toolkit.bundle.chat_text import ChatText
 from toolkit.checkpoint.opened import Checkpoint
 from toolkit.errors import CheckpointError
+from toolkit.files import read_text
 from toolkit.recipe import data_folder, model_facts
 
 LONGEST: Final = 512
+_MAX_BYTES: Final = 1 << 30
 
 
 def token_sequences(checkpoint: Checkpoint, text: Path, tokens: int, shortest: int) -> list[list[int]]:
@@ -60,17 +62,14 @@ def find_text(name: str, recipe_name: str, target: str, checkpoint: Checkpoint) 
 def _passages(path: Path, checkpoint: Checkpoint) -> list[str]:
     """Each JSON line's `text`, its `prompt`, or its `messages` in the checkpoint's chat template; or the paragraphs of
     a plain file."""
-    try:
-        content = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as problem:
-        raise CheckpointError(f"{path} cannot be read as text: {problem}") from None
+    content = read_text(path, _MAX_BYTES, CheckpointError)
     if path.suffix != ".jsonl":
         return [part for part in content.split("\n\n") if part.strip()]
     try:
         lines = [json.loads(line) for line in content.splitlines() if line.strip()]
         chat = ChatText(checkpoint) if any("messages" in line for line in lines) else None
         return [_passage(line, chat) for line in lines]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise CheckpointError(f"{path} is not JSON lines with a `text`, a `prompt` or `messages` each") from None
 
 
