@@ -156,6 +156,7 @@ def main() -> None:
     options.add_argument("--mutants", type=int, default=100_000)
     options.add_argument("--seed", type=int, default=14)
     options.add_argument("--parser", action="append", choices=known)
+    options.add_argument("--minutes", type=float, default=600.0, help="end after so many, with what was counted")
     options.add_argument("--repeat", type=Path, nargs="+", metavar="FILE")
     asked = options.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="hostile-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
@@ -169,6 +170,8 @@ def main() -> None:
         for job in batches(chosen, asked.mutants, asked.seed):
             for mutant, outcome in worker.done(job):
                 tally.add(mutant, outcome)
+            if time.monotonic() - begin > 60 * asked.minutes:
+                break
         failed = tally.show()
         print(f"{time.monotonic() - begin:.0f} s, seed {asked.seed}")
         sys.exit(bool(failed))
