@@ -446,7 +446,7 @@ def test_the_simulators_error_is_the_hidden_states_own(uncompiled: Path, monkeyp
     monkeypatch.setattr(simulator, "htp_version", lambda: "2.7.0")
     pipeline = simulator.Pipeline(uncompiled, exact=True)
     ids = some_ids(uncompiled, 70)
-    steps = [step for step, _ in pipeline.steps(ids, 130)]
+    steps = [step for step, _ in pipeline.stage_runs(ids, 130)]
 
     def exact(bundle: Path, stages: dict[str, str], runs: Any, hidden: Any) -> list[Any]:
         return [step.hidden for step in steps if step.stage in stages.values()]

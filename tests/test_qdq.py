@@ -143,7 +143,7 @@ def test_float32_has_no_rounding(tiny_r1: Path, tmp_path: Path) -> None:
 
 def _error_on(bundle: Path, checkpoint: Checkpoint, ids: list[int]) -> float:
     """rms of the hidden states' difference from the reference of the bundle's own weights, over their spread."""
-    steps = list(Pipeline(bundle).steps(ids, len(ids) - 4))
+    steps = list(Pipeline(bundle).stage_runs(ids, len(ids) - 4))
     embedded = np.concatenate([step.feeds[names.EMBEDDED][0, :kept] for step, kept in steps])
     made = np.concatenate([step.hidden[0, :kept] for step, kept in steps])
     expected = _expected(checkpoint, _weights(bundle / "context.onnx"), embedded)

@@ -100,7 +100,7 @@ def test_sequences_in_one_cache_do_not_see_each_other(small: Path, monkeypatch: 
     monkeypatch.setattr(simulator, "_run_apart", on_cpu)
     together = simulated_hidden(small, pipeline, sequences)
     for ids, found in zip(sequences, together, strict=True):
-        alone = np.concatenate([step.hidden[:, :kept] for step, kept in pipeline.steps(ids)], axis=1)
+        alone = np.concatenate([step.hidden[:, :kept] for step, kept in pipeline.stage_runs(ids)], axis=1)
         assert found.shape == (1, len(ids), 256) and np.array_equal(found, alone)
 
 

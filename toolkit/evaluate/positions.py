@@ -87,7 +87,7 @@ class OneGraph:
 
 
 @dataclass(frozen=True)
-class Step:
+class StageRun:
     """One run of one transformer stage: what it is fed, and the hidden states it makes of that, by their name."""
 
     stage: str
@@ -117,7 +117,7 @@ class Pipeline:
 
     def logits(self, ids: list[int], prompt: int | None = None) -> NDArray[np.float32]:
         """Returns [T, V] of every position of a sequence, as Positions says."""
-        hidden = [step.hidden[:, :kept] for step, kept in self.steps(ids, prompt) if step.output == names.LAST_HIDDEN]
+        hidden = [run.hidden[:, :kept] for run, kept in self.stage_runs(ids, prompt) if run.output == names.LAST_HIDDEN]
         return self.head(ids, np.concatenate(hidden, axis=1))
 
     def head(self, ids: list[int], hidden: NDArray[Any]) -> NDArray[np.float32]:
@@ -136,7 +136,7 @@ class Pipeline:
             embedded = _run(self._sessions[names.EMBEDDINGS], given)[names.EMBEDDED]
             yield embedded, start + self._window - 1, len(chunk)
 
-    def steps(self, ids: list[int], prompt: int | None = None) -> Iterator[tuple[Step, int]]:
+    def stage_runs(self, ids: list[int], prompt: int | None = None) -> Iterator[tuple[StageRun, int]]:
         """Yields each run of a transformer stage with how many of its positions are no pads: the first `prompt` ids
         (default all) in windows, each later one by itself."""
         prompt = len(ids) if prompt is None else prompt
@@ -146,13 +146,13 @@ class Pipeline:
         for start in range(0, prompt, self._window):
             chunk = ids[start : min(start + self._window, prompt)]
             padded = chunk + [self._pad_token_id] * (self._window - len(chunk))
-            for step in self._through(kinds[names.CONTEXT], padded, start + self._window - 1, length, cache):
-                yield step, len(chunk)
+            for run in self._through(kinds[names.CONTEXT], padded, start + self._window - 1, length, cache):
+                yield run, len(chunk)
         for position in range(prompt, len(ids)):
-            for step in self._through(kinds[names.ITERATOR], [ids[position]], position, length, cache):
-                yield step, 1
+            for run in self._through(kinds[names.ITERATOR], [ids[position]], position, length, cache):
+                yield run, 1
 
-    def _through(self, stages: list[str], ids: list[int], last: int, length: int, cache: _Values) -> Iterator[Step]:
+    def _through(self, stages: list[str], ids: list[int], last: int, length: int, cache: _Values) -> Iterator[StageRun]:
         """One part of the transformer after another, which change `cache`; `last` is the position of the last id."""
         values = {
             **_run(self._sessions[names.EMBEDDINGS], {names.INPUT_IDS: np.array([ids], np.int64)}),
@@ -166,7 +166,7 @@ class Pipeline:
             cache |= _grown({name: array for name, array in feeds.items() if name in cache}, made)
             (output,) = [name for name in made if not names.is_present(name)]
             values[output] = made[output]
-            yield Step(stage, feeds, output, made[output])
+            yield StageRun(stage, feeds, output, made[output])
 
     def _cache_length(self, prompt: int, tokens: int) -> int:
         """The context where the graph fixes it, else as much as the windows and the tokens after them take."""

@@ -78,13 +78,13 @@ def simulate(
     runs: list[_Run] = []
     hidden: list[NDArray[Any]] = []
     expected: list[NDArray[Any]] = []
-    for step, kept in pipeline.steps(ids, prompt):
-        if names.EMBEDDED in step.feeds:
-            last, total = (int(step.feeds[name].item()) for name in (names.PAST_SEQ_LEN, names.TOTAL_SEQ_LEN))
-            runs.append(_Run(names.stage_kind(step.stage), last, total, kept))
-            hidden.append(step.feeds[names.EMBEDDED])
-        if step.output == names.LAST_HIDDEN:
-            expected.append(step.hidden[:, :kept])
+    for run, kept in pipeline.stage_runs(ids, prompt):
+        if names.EMBEDDED in run.feeds:
+            last, total = (int(run.feeds[name].item()) for name in (names.PAST_SEQ_LEN, names.TOTAL_SEQ_LEN))
+            runs.append(_Run(names.stage_kind(run.stage), last, total, kept))
+            hidden.append(run.feeds[names.EMBEDDED])
+        if run.output == names.LAST_HIDDEN:
+            expected.append(run.hidden[:, :kept])
     parts = _parts(pipeline.placements())
     for part, stages in enumerate(parts):
         progress(f"simulate part {part + 1} of {len(parts)}")

@@ -85,10 +85,10 @@ def _run(raw: Json) -> Json:
     package = PACKAGES[execution_provider]
     software = f"{package} {importlib.metadata.version(package)}"
     runs, ids = [], some_ids(bundle, 1)
-    for step, _ in Pipeline(bundle, exact=True).steps(ids, len(ids) - 1):
-        file = names.stage_file(step.stage)
-        made, nodes = vendor(bundle / file, step.feeds, step.output)
-        reference = step.hidden.astype(np.float64)
+    for run, _ in Pipeline(bundle, exact=True).stage_runs(ids, len(ids) - 1):
+        file = names.stage_file(run.stage)
+        made, nodes = vendor(bundle / file, run.feeds, run.output)
+        reference = run.hidden.astype(np.float64)
         rms = float(np.sqrt(((made.astype(np.float64) - reference) ** 2).mean()))
         runs.append(VendorRun(file, software, rms / float(reference.std()), nodes))
     return to_json(VendorRuns(tuple(runs)))
