@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 from toolkit import names
@@ -11,7 +11,6 @@ from toolkit.checkpoint.families import FAMILIES
 from toolkit.checkpoint.side_files import Sampling, SideFiles
 from toolkit.errors import UnsupportedError
 from toolkit.target import Stage
-from toolkit.typed_json import JsonObject
 
 if TYPE_CHECKING:
     from toolkit.graph.builder import StageGraph
@@ -55,7 +54,7 @@ _RUNS: Final[dict[str, dict[str, bool]]] = {
 
 def genai_config(
     config: ModelConfig, side: SideFiles, stop_ids: Sequence[int], context_length: int, graphs: Sequence[StageGraph]
-) -> JsonObject:
+) -> Mapping[str, object]:
     """Composes the whole file as an object; `stop_ids` end an answer, `side` has how text is to be sampled."""
     bos = side.generation.bos_token_id
     model = {
@@ -109,7 +108,7 @@ def genai_type(config: ModelConfig) -> str:
     return found
 
 
-def _one_graph(graph: StageGraph) -> JsonObject:
+def _one_graph(graph: StageGraph) -> Mapping[str, object]:
     known = (names.INPUT_IDS, names.ATTENTION_MASK, names.POSITION_IDS)
     return {
         "filename": graph.stage.file,
@@ -119,7 +118,7 @@ def _one_graph(graph: StageGraph) -> JsonObject:
     }
 
 
-def _pipeline(graphs: Sequence[StageGraph]) -> JsonObject:
+def _pipeline(graphs: Sequence[StageGraph]) -> Mapping[str, object]:
     """Stages with a shared cache. The default session options name no provider: the cache lives with the CPU."""
     stages = {}
     for graph in graphs:
@@ -141,7 +140,7 @@ def _pipeline(graphs: Sequence[StageGraph]) -> JsonObject:
     }
 
 
-def _session_options(stage: Stage) -> JsonObject:
+def _session_options(stage: Stage) -> Mapping[str, object]:
     provider = [{stage.provider: dict(stage.provider_options)}] if stage.provider else []
     # 0 threads lets ORT choose one per core; genai's own default is half of the logical ones.
     return {
