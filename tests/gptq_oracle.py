@@ -35,7 +35,7 @@ def second_moment(x: Floats) -> Floats:
 def damped_moment(moment: Floats, factor: Factor, tokens: float = np.inf) -> Doubles:
     """H [Kp, Kp] as the factor is to take it, a mean over `tokens`: padding and silent channels stand alone."""
     K = moment.shape[0]
-    wide = np.zeros((factor.order.size, factor.order.size))
+    wide = np.zeros((factor.visits.order.size, factor.visits.order.size))
     wide[:K, :K] = moment
     diagonal = np.diagonal(wide).copy()
     wide *= 1 / (1 + K / tokens)

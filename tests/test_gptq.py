@@ -19,7 +19,7 @@ from tests.gptq_oracle import (
     second_moment,
 )
 from toolkit.quant.blockwise import QuantSpec, quantize_blocks
-from toolkit.quant.gptq import Factor, NotPositiveDefiniteError, corrected_target, factorize, gptq_blocks
+from toolkit.quant.gptq import Factor, NotPositiveDefiniteError, corrected_target, factorize
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
@@ -32,15 +32,15 @@ def _textbook(weight: Floats, moment: Floats, factor: Factor, spec: QuantSpec) -
     """Optimal brain quantization, a column at a time: the inverse of what is left of H, one elimination a column
     (arXiv 2208.11580, algorithm 3), no factor, no blocks of updates. Each block's scale is looked for when its first
     column is due, by the search that has tests of its own."""
-    padded = factor.order.size
+    padded = factor.visits.order.size
     left = np.zeros((len(weight), padded))
     left[:, : weight.shape[1]] = weight
     restored = np.zeros_like(left)
     inverse = np.linalg.inv(damped_moment(moment, factor))
-    for position, column in enumerate(factor.order):
+    for position, column in enumerate(factor.visits.order):
         if position % spec.block_size == 0:
-            members = factor.order[position : position + spec.block_size]
-            found = quantize_blocks(left[:, members].astype(np.float32), spec, factor.diagonal[members])
+            members = factor.visits.order[position : position + spec.block_size]
+            found = quantize_blocks(left[:, members].astype(np.float32), spec, factor.visits.diagonal[members])
             scale = found.scales[:, :1].astype(np.float64)
             half = np.full(scale.shape, float(1 << (spec.bits - 1)))
             zero = half if found.zero_points is None else (found.zero_points & (2**spec.bits - 1)).astype(np.float64)
@@ -58,7 +58,7 @@ def _textbook(weight: Floats, moment: Floats, factor: Factor, spec: QuantSpec) -
 def test_gptq_is_the_textbooks_recursion(width: int, spec: QuantSpec) -> None:
     weight, moment = heavy_tailed_weight(width), second_moment(correlated_input(width))
     factor = factorize(moment, spec.block_size)
-    found = restored_weight(gptq_blocks(weight, factor, spec).blocks, spec, width)
+    found = restored_weight(factor.solved(weight, spec).blocks, spec, width)
     expected = _textbook(weight, moment, factor, spec)
     # A tie that falls the other way in float32 moves what follows it in its row, and 8 bits have sixteen times as many:
     # .2 to .4 of the rows, by how BLAS orders its sums.
@@ -72,7 +72,7 @@ def test_gptq_is_the_textbooks_recursion(width: int, spec: QuantSpec) -> None:
 @pytest.mark.parametrize("width", WIDTHS)
 def test_gptq_errs_less_than_any_rounding(width: int, spec: QuantSpec) -> None:
     weight, moment = heavy_tailed_weight(width), second_moment(correlated_input(width))
-    solved = gptq_blocks(weight, factorize(moment, spec.block_size), spec).blocks
+    solved = factorize(moment, spec.block_size).solved(weight, spec).blocks
     ours = output_error(weight, restored_weight(solved, spec, width), moment)
     for algorithm in ("rtn", "kquant", "imatrix"):
         rounding = replace(spec, algorithm=algorithm)
@@ -83,7 +83,7 @@ def test_gptq_errs_less_than_any_rounding(width: int, spec: QuantSpec) -> None:
 
 def test_noise_is_the_plain_error(width: int = 260) -> None:
     spec, weight = QuantSpec(4, 32, algorithm="gptq"), heavy_tailed_weight(width)
-    blocks = gptq_blocks(weight, factorize(second_moment(correlated_input(width)), 32), spec).blocks
+    blocks = factorize(second_moment(correlated_input(width)), 32).solved(weight, spec).blocks
     assert blocks.noise == pytest.approx(float(((weight - restored_weight(blocks, spec, width)) ** 2).sum()), rel=1e-4)
 
 
@@ -91,7 +91,7 @@ def test_noise_is_the_plain_error(width: int = 260) -> None:
 def test_independent_inputs_are_rounded_as_the_search_rounds(spec: QuantSpec) -> None:
     """Nothing to make up for: H is diagonal, and every error stays where it is."""
     weight, scales = heavy_tailed_weight(256), np.exp(np.random.default_rng(3).standard_normal(256)).astype(np.float32)
-    blocks = gptq_blocks(weight, factorize(np.diag(scales), spec.block_size), spec).blocks
+    blocks = factorize(np.diag(scales), spec.block_size).solved(weight, spec).blocks
     searched = quantize_blocks(weight, replace(spec, algorithm="imatrix"), scales)
     found, expected = restored_weight(blocks, spec, 256), restored_weight(searched, spec, 256)
     if spec.bits == 4:
@@ -105,8 +105,8 @@ def test_columns_are_visited_by_their_moment_and_blocks_stay_together() -> None:
     moment = second_moment(correlated_input(260))
     factor = factorize(moment, 32)
     diagonal = np.diagonal(moment)
-    visits = factor.order.reshape(-1, 32)
-    assert sorted(factor.order.tolist()) == list(range(288))
+    visits = factor.visits.order.reshape(-1, 32)
+    assert sorted(factor.visits.order.tolist()) == list(range(288))
     assert all(len(set(block // 32)) == 1 for block in visits)
     largest = [max((diagonal[c] for c in block if c < 260), default=0) for block in visits]
     assert largest == sorted(largest, reverse=True)
@@ -122,14 +122,14 @@ def test_factor_is_of_the_damped_moment_in_the_order_of_visits(width: int, token
     factor = factorize(moment, 32, tokens)
     upper = factor.upper.astype(np.float64)
     assert np.array_equal(upper, np.triu(upper))
-    damped = damped_moment(moment, factor, tokens)[np.ix_(factor.order, factor.order)]
+    damped = damped_moment(moment, factor, tokens)[np.ix_(factor.visits.order, factor.visits.order)]
     np.testing.assert_allclose(upper @ upper.T, damped, atol=1e-5 * np.abs(damped).max())
 
 
 @pytest.mark.parametrize("spec", [QuantSpec(4, 32, algorithm="gptq"), QuantSpec(4, 32, True, "gptq", signed=True)])
 def test_a_solved_matrix_is_restored_as_its_blocks_are(spec: QuantSpec) -> None:
     weight, factor = heavy_tailed_weight(416), factorize(second_moment(correlated_input(416)), 32)
-    solved = gptq_blocks(weight, factor, spec, 0.9 * weight @ second_moment(correlated_input(416)))
+    solved = factor.solved(weight, spec, 0.9 * weight @ second_moment(correlated_input(416)))
     np.testing.assert_array_equal(solved.restored, restored_weight(solved.blocks, spec, 416))
 
 
@@ -137,7 +137,7 @@ def test_an_input_that_arrives_changed_is_solved_as_its_target_would_be() -> Non
     moment, weight, spec = second_moment(correlated_input(416)), heavy_tailed_weight(416), SPECS[1]
     factor, product = factorize(moment, spec.block_size), weight @ moment * np.float32(0.9)
     target = corrected_target(weight, product, factor)
-    at_once, after = gptq_blocks(weight, factor, spec, product), gptq_blocks(target, factor, spec)
+    at_once, after = factor.solved(weight, spec, product), factor.solved(target, spec)
     same = (np.abs(at_once.restored - after.restored) <= 1e-4 * np.abs(weight).max()).all(axis=1)
     assert same.mean() > 0.9
     assert at_once.blocks.noise == pytest.approx(float(np.square(at_once.restored - weight).sum()), rel=1e-4)
@@ -147,7 +147,7 @@ def test_a_silent_channel_keeps_its_weights() -> None:
     x = correlated_input(256)
     x[:, [3, 40, 41]] = 0
     moment, weight, spec = second_moment(x), heavy_tailed_weight(256), QuantSpec(8, 32, algorithm="gptq")
-    found = restored_weight(gptq_blocks(weight, factorize(moment, 32), spec).blocks, spec, 256)
+    found = restored_weight(factorize(moment, 32).solved(weight, spec).blocks, spec, 256)
     step = np.abs(weight).max() / 64
     assert np.abs(found - weight)[:, [3, 40, 41]].max() < step
 
@@ -158,9 +158,9 @@ def test_a_constant_channel_and_twins_are_solved() -> None:
     x[:, 9] = x[:, 8]
     moment, weight, spec = second_moment(x), heavy_tailed_weight(256), QuantSpec(4, 32, algorithm="gptq")
     factor = factorize(moment, 32)
-    found = restored_weight(gptq_blocks(weight, factor, spec).blocks, spec, 256)
+    found = restored_weight(factor.solved(weight, spec).blocks, spec, 256)
     assert np.isfinite(found).all()
-    searched = quantize_blocks(weight, replace(spec, algorithm="imatrix"), factor.diagonal)
+    searched = quantize_blocks(weight, replace(spec, algorithm="imatrix"), factor.visits.diagonal)
     assert output_error(weight, found, moment) < output_error(weight, restored_weight(searched, spec, 256), moment)
 
 
@@ -168,7 +168,7 @@ def test_a_constant_channel_and_twins_are_solved() -> None:
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_weights_of_a_single_value_stay(value: float, symmetric: bool) -> None:
     spec, weight = QuantSpec(4, 32, symmetric, "gptq"), np.full((4, 260), value, np.float32)
-    blocks = gptq_blocks(weight, factorize(second_moment(correlated_input(260)), 32), spec).blocks
+    blocks = factorize(second_moment(correlated_input(260)), 32).solved(weight, spec).blocks
     assert np.isfinite(blocks.scales).all()
     np.testing.assert_allclose(restored_weight(blocks, spec, 260), weight, atol=1e-5)
 
@@ -181,7 +181,7 @@ def test_an_indefinite_moment_is_damped_until_it_will_do() -> None:
     values[0] = -0.05 * mean
     indefinite = ((vectors * values) @ vectors.T).astype(np.float32)
     factor = factorize(indefinite, 32)
-    assert factor.added[0] == pytest.approx(0.2 * mean, rel=1e-3)
+    assert factor.damped.added[0] == pytest.approx(0.1 * mean, rel=1e-3)
     assert np.isfinite(factor.upper).all()
 
 
@@ -212,7 +212,7 @@ def test_the_target_is_the_best_for_an_input_that_arrives_changed() -> None:
     moment, cross = second_moment(arriving), np.asarray(exact.T @ arriving / np.float32(TOKENS), np.float32)
     factor = factorize(moment, 32)
     target = corrected_target(weight, weight @ cross, factor)
-    damping = np.diag(factor.added.astype(np.float64))
+    damping = np.diag(factor.damped.added.astype(np.float64))
     # Least squares, damped towards W: W (C + d) (H + d)^-1.
     wide = weight.astype(np.float64) @ (cross + damping) @ np.linalg.inv(moment + damping)
     np.testing.assert_allclose(target, wide, atol=2e-3)
@@ -226,6 +226,6 @@ def test_the_same_bytes_again() -> None:
         heavy_tailed_weight(416),
         factorize(second_moment(correlated_input(416)), 32),
     )
-    once, again = (gptq_blocks(weight, factor, spec).blocks for _ in range(2))
+    once, again = (factor.solved(weight, spec).blocks for _ in range(2))
     assert once.packed.tobytes() == again.packed.tobytes()
     assert once.scales.tobytes() == again.scales.tobytes()

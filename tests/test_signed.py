@@ -20,7 +20,7 @@ from tests.gptq_oracle import (
     second_moment,
 )
 from toolkit.quant.blockwise import QuantSpec, dequantize_blocks, quantize_blocks, signed_integers
-from toolkit.quant.gptq import factorize, gptq_blocks
+from toolkit.quant.gptq import factorize
 from toolkit.quant.ranges import HEADROOM, ActivationRange, uint16_parameters
 
 Floats = NDArray[np.float32]
@@ -138,12 +138,12 @@ def test_gptq_with_standing_scales_is_the_textbooks_recursion(spec: QuantSpec) -
         second_moment(correlated_input(WIDTH)),
     )
     factor = factorize(moment, WIDTH)
-    solved = gptq_blocks(weight, factor, spec).blocks
+    solved = factor.solved(weight, spec).blocks
     half = 1 << (spec.bits - 1)
     scales = np.repeat(solved.scales.astype(np.float64), spec.block_size, axis=1)
     left, expected = weight.astype(np.float64), np.zeros(weight.shape)
     inverse = np.linalg.inv(damped_moment(moment, factor))
-    for column in factor.order:
+    for column in factor.visits.order:
         x = left[:, column]
         expected[:, column] = np.clip(np.rint(x / scales[:, column]), -half, half - 1) * scales[:, column]
         left -= np.outer((x - expected[:, column]) / inverse[column, column], inverse[column])

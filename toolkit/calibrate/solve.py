@@ -24,14 +24,13 @@ from toolkit.checkpoint.weights import Tensors
 from toolkit.files import read_state, write_state
 from toolkit.quant.activations import Rounding, rounded_input
 from toolkit.quant.blockwise import QuantizedBlocks, QuantSpec, dequantize_blocks, quantize_blocks
-from toolkit.quant.gptq import Factor, NotPositiveDefiniteError, Solved, factorize, gptq_blocks
+from toolkit.quant.gptq import Factor, NotPositiveDefiniteError, factorize
+from toolkit.quant.gptq_tokens import TokenFactor, factorize_tokens, pays
 from toolkit.quant.ranges import ActivationRange
+from toolkit.quant.visits import Solved
 from toolkit.reference.decoder import Layer, embed, read_layer, rms_norm
 
 Floats = NDArray[np.float32]
-# Below about two tokens a channel GPTQ fits the text's accidents: worse than rounding (quantization.md of the field:
-# Olive's measurements).
-TOKENS_PER_CHANNEL: Final = 2
 _ROWS: Final = 8192
 _PROGRESS_FILE: Final = "progress.json"
 
@@ -197,9 +196,9 @@ class _LayerPass:
 
     def _solve(self, given: LinearInput, stream: Callable[[int], Iterator[Floats]]) -> None:
         solver = _InputSolver(given, self._problem)
-        if solver.wants_products(sum(self._lengths)):
+        if solver.wanted:
             rows = {tensor: self._exact.tensors[tensor] for tensor in solver.wanted}
-            solver.gather(zip(stream(0), stream(1), strict=True), rows)
+            solver.gather(zip(stream(0), stream(1), strict=True), sum(self._lengths), rows)
         self.fallbacks += solver.fallbacks
         for linear in given.linears:
             tensor = linear.weight
@@ -228,55 +227,55 @@ class _ArrivingLayer(Layer):
 
 
 class _InputSolver:
-    """The matrices that read one input, once its products are gathered; `wanted` are those to be solved."""
+    """The matrices that read one input, once that is gathered; `wanted` are those to be solved."""
 
     def __init__(self, given: LinearInput, problem: Problem) -> None:
         tensors = [names.weight(reader) for reader in given.readers]
         self.wanted = [tensor for tensor in tensors if problem.specs[tensor].rounded_by.solves]
-        self._given, self._problem, self._block_size = given, problem, problem.specs[tensors[0]].block_size
-        # Columns whose scales stand beforehand may be visited in any order.
-        self._visited = given.width if problem.specs[tensors[0]].signed else self._block_size
-        self._factor: Factor | None = None
+        self._given, self._problem, self._spec = given, problem, problem.specs[tensors[0]]
+        self._factor: Factor | TokenFactor | None = None
         self._cross: Floats | None = None
         self._products: dict[str, Floats] = {}
         self.fallbacks: list[Fallback] = []
 
-    def wants_products(self, tokens: int) -> bool:
-        """Whether anything is to be solved, and the text is long enough for it."""
-        if not self.wanted:
-            return False
-        needed = TOKENS_PER_CHANNEL * self._given.width
-        if tokens < needed:
-            reason = f"{tokens} calibration tokens, and {self._given.width} channels need {needed}"
-            self.fallbacks += [Fallback(tensor, reason) for tensor in self.wanted]
-        return tokens >= needed
+    def gather(
+        self, pairs: Iterator[tuple[Floats, Floats]], tokens: int, rows: Mapping[str, Floats] | None = None
+    ) -> None:
+        """The factor and what the targets need, from every sequence's exact and arriving input, `tokens` in all; `rows`
+        are the matrices where they are at hand."""
+        arrived = ((x, self._problem.arriving(self._given, self._given.name, arriving)) for x, arriving in pairs)
+        try:
+            if rows and pays(tokens, self._given.width, sum(weight.shape[0] for weight in rows.values())):
+                exact, arriving = (np.concatenate(side) for side in zip(*arrived, strict=True))
+                self._factor = factorize_tokens(exact, arriving, self._spec)
+            else:
+                self._factor = self._of_products(arrived, rows)
+        except NotPositiveDefiniteError as failed:
+            self.fallbacks += [Fallback(tensor, str(failed)) for tensor in self.wanted]
 
-    def gather(self, pairs: Iterator[tuple[Floats, Floats]], rows: Mapping[str, Floats] | None = None) -> None:
-        """The factor and what the targets need, from every sequence's exact and arriving input; `rows` are the
-        matrices where they are at hand."""
+    def solved(self, tensor: str, weight: Floats) -> Solved:
+        """Rows of a matrix, solved where that was asked for and possible, else rounded."""
+        spec, factor = self._problem.specs[tensor], self._factor
+        if tensor not in self.wanted or factor is None:
+            blocks = quantize_blocks(weight, spec, self._problem.importance.get(tensor))
+            return Solved(blocks, dequantize_blocks(blocks, spec, weight.shape[1]))
+        if isinstance(factor, TokenFactor):
+            return factor.solved(weight, spec)
+        return factor.solved(weight, spec, self._products[tensor] if self._cross is None else weight @ self._cross)
+
+    def _of_products(self, arrived: Iterator[tuple[Floats, Floats]], rows: Mapping[str, Floats] | None) -> Factor:
         few = rows is not None and sum(weight.shape[0] for weight in rows.values()) < self._given.width
         gathered = Products(self._given.width, np.concatenate(list(rows.values())) if rows and few else None)
-        for exact, arriving in pairs:
-            gathered.add(exact, self._problem.arriving(self._given, self._given.name, arriving))
+        for exact, arriving in arrived:
+            gathered.add(exact, arriving)
         moment, cross = gathered.result()
         if rows and few:
             ends = np.cumsum([weight.shape[0] for weight in rows.values()])
             self._products = dict(zip(rows, np.split(cross, ends[:-1]), strict=True))
         else:
             self._cross = cross
-        try:
-            self._factor = factorize(moment, self._visited, gathered.tokens)
-        except NotPositiveDefiniteError as failed:
-            self.fallbacks += [Fallback(tensor, str(failed)) for tensor in self.wanted]
-
-    def solved(self, tensor: str, weight: Floats) -> Solved:
-        """Rows of a matrix, solved where that was asked for and possible, else rounded."""
-        spec = self._problem.specs[tensor]
-        if tensor not in self.wanted or self._factor is None:
-            blocks = quantize_blocks(weight, spec, self._problem.importance.get(tensor))
-            return Solved(blocks, dequantize_blocks(blocks, spec, weight.shape[1]))
-        product = self._products[tensor] if self._cross is None else weight @ self._cross
-        return gptq_blocks(weight, self._factor, spec, product)
+        # Columns whose scales stand beforehand may be visited in any order.
+        return factorize(moment, self._given.width if self._spec.signed else self._spec.block_size, gathered.tokens)
 
 
 def _solve_head(
@@ -293,8 +292,7 @@ def _solve_head(
     norm = source.read(decoder.norm.weight)
     solver = _InputSolver(given, problem)
     ends = [(rms_norm(x, norm, config.rms_norm_eps) for x in stream) for stream in streams]
-    if solver.wants_products(sum(x.shape[0] for x in streams[0])):
-        solver.gather(zip(*ends, strict=True))
+    solver.gather(zip(*ends, strict=True), sum(x.shape[0] for x in streams[0]))
     for start in range(0, config.vocab_size, _ROWS):
         weight = source.read_rows(tensor, start, min(config.vocab_size, start + _ROWS))
         writer.write(tensor, start, weight, solver.solved(tensor, weight).blocks)

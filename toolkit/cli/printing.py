@@ -189,7 +189,8 @@ def _print_notes(report: Report) -> None:
         )
     fallbacks = weights.calibration.fallbacks if weights and weights.calibration else ()
     for why, count in Counter(row.reason for row in fallbacks).items():
-        click.echo(f"note: {count} matrices were searched, not solved by GPTQ: {why}")
+        were = "matrix was" if count == 1 else "matrices were"
+        click.echo(f"note: {count} {were} searched, not solved by GPTQ: {why}")
     if cache := report.kv_cache:
         click.echo(f"KV cache: {cache.bytes / 2**20:.0f} MiB for {cache.context_length} tokens when run")
     for row in report.partition or ():

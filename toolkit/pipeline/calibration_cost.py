@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from toolkit.calibrate.solve import TOKENS_PER_CHANNEL
 from toolkit.checkpoint.anatomy import LinearInput, decoder_of
 from toolkit.checkpoint.config import ModelConfig
 from toolkit.names import weight
@@ -31,22 +30,20 @@ class CalibrationCost:
     disk_bytes: int
 
 
-def calibration_tokens(recipe: Recipe, config: ModelConfig, form: Form) -> int:
-    """How much text the recipe's quality reads: for GPTQ enough for its widest input. Ranges alone need less."""
+def calibration_tokens(recipe: Recipe) -> int:
+    """How much text the recipe reads, or its quality if it does not say. Ranges alone need less."""
     if recipe.calibration_tokens:
         return recipe.calibration_tokens
     if not recipe.calibrated:
         return _RANGE_TOKENS
-    tokens = QUALITIES[recipe.quality].tokens or QUALITIES["balanced"].tokens
-    solved = _solved(recipe, config, form)
-    return max([tokens, *(TOKENS_PER_CHANNEL * given.width + LONGEST for given in solved)])
+    return QUALITIES[recipe.quality].tokens or QUALITIES["balanced"].tokens
 
 
 def calibration_cost(recipe: Recipe, config: ModelConfig, form: Form) -> CalibrationCost | None:
     """What calibrating takes for a recipe, the ranges of its activations included; None where nothing is read."""
     if not (recipe.calibrated or form.qdq):
         return None
-    tokens, solved = calibration_tokens(recipe, config, form), _solved(recipe, config, form)
+    tokens, solved = calibration_tokens(recipe), _solved(recipe, config, form)
     work = ranges_work(config, tokens) if form.qdq else Work()
     if recipe.calibrated:
         specs = planned_specs(config, recipe, form)

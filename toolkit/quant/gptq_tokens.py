@@ -1,0 +1,122 @@
+"""GPTQ from few tokens: the same solution as quant/gptq.py's, where there are fewer of them than channels.
+
+With Y = sqrt(kept / T) X~ [T, K] and D = `added` on the diagonal, H damped is D + Y'Y, and the loss of a row is
+|r + Y e'|^2 + e D e' for its error e, where r = sqrt(kept / T) (X~ - X) w' is what the layers before have cost. Columns
+come in strides; the best e of all columns F behind a stride B follows from r, so that B sees
+S = D_B + Y_B' P Y_B and g = r' P Y_B with P = (1 + Y_F D_F^-1 Y_F')^-1 [T, T]. P is found from the last stride to the
+first, P - P Y_B S^-1 Y_B' P: 4 T^2 K operations and 6 T N K, where H, its factor and two products with it take
+T K^2 + K^3 / 3 + 2 N K^2 + 4 T N K.
+N output features, K input features, Kp = K padded to whole blocks, T tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from toolkit.quant.blockwise import QuantSpec
+from toolkit.quant.gptq import DAMPINGS, NotPositiveDefiniteError, damped, upper_and_inverse
+from toolkit.quant.visits import Solved, Visits, round_in_order, visit_strides, visits
+
+Floats = NDArray[np.float32]
+
+
+def pays(tokens: int, channels: int, rows: int) -> bool:
+    """Whether so many tokens of an input are fewer operations than its second moment, for `rows` that read it."""
+    T, K, N = tokens, channels, rows
+    return 4.0 * T * T * K + 6.0 * T * N * K < T * K**2 + K**3 / 3 + 2.0 * N * K**2 + 4.0 * T * min(N, K) * K
+
+
+@dataclass(frozen=True)
+class _Stride:
+    """U and its inverse [n, n] with U U' = S, and P Y_B [T, n]."""
+
+    some: slice
+    upper: Floats
+    inverse: Floats
+    seen: Floats
+
+
+@dataclass(frozen=True)
+class TokenFactor:
+    """What GPTQ needs of an input's tokens: Y [T, Kp] in the order of visits, sqrt(kept / T) (X~ - X) [T, K], strides
+    from the first, P of all columns, and D [Kp] in the order of visits."""
+
+    tokens: Floats
+    moved: Floats
+    strides: tuple[_Stride, ...]
+    whole: Floats
+    added: Floats
+    visits: Visits
+
+    def solved(self, weight: Floats, spec: QuantSpec) -> Solved:
+        """`weight` [N, K] solved against what arrives."""
+        behind = weight @ self.moved.T
+        target = self._target(weight, behind) if spec.signed else weight
+        return round_in_order(weight, target, _Residual(weight, behind, self), self.visits, spec)
+
+    def _target(self, weight: Floats, behind: Floats) -> Floats:
+        """W' [N, K]: the best that is not rounded."""
+        moved = (behind @ self.whole) @ self.tokens / self.added
+        target = np.empty_like(moved)
+        target[:, self.visits.order] = moved
+        return np.ascontiguousarray(weight - target[:, : weight.shape[1]])
+
+
+class _Residual:
+    """r [N, T] as columns are rounded."""
+
+    def __init__(self, weight: Floats, behind: Floats, factor: TokenFactor) -> None:
+        self._factor, self._behind, self._strides = factor, behind, iter(factor.strides)
+        wide = np.zeros((weight.shape[0], factor.visits.order.size), np.float32)
+        wide[:, : weight.shape[1]] = weight
+        self._weight = wide[:, factor.visits.order]
+        self._before: slice | None = None
+
+    def left(self, some: slice, visited: Floats) -> tuple[Floats, Floats]:
+        """As `Columns` has it; strides come in their order."""
+        stride, before = next(self._strides), self._before
+        if before is not None:
+            self._behind += (visited[:, before] - self._weight[:, before]) @ self._factor.tokens[:, before].T
+        self._before = some
+        weighed = (self._behind @ stride.seen) @ stride.inverse.T
+        return np.ascontiguousarray(self._weight[:, some] @ stride.upper - weighed), stride.upper
+
+
+def factorize_tokens(exact: Floats, arriving: Floats, spec: QuantSpec) -> TokenFactor:
+    """The factor of an input [T, K] as it is and as it arrives, for matrices of one spec.
+
+    Raises NotPositiveDefiniteError if even a damping of the mean of the diagonal will not do.
+    """
+    T, K = arriving.shape
+    moments = np.einsum("tk,tk->k", arriving, arriving) / np.float32(T)
+    order = visits(moments, K if spec.signed else spec.block_size)
+    for damping in DAMPINGS:
+        taken = damped(order, K, T, damping)
+        tokens = np.zeros((T, order.order.size), np.float32)
+        tokens[:, :K] = np.sqrt(taken.kept / np.float32(T)) * arriving
+        tokens, added = tokens[:, order.order], taken.added[order.order]
+        try:
+            strides, whole = _backwards(tokens, added, spec)
+        except np.linalg.LinAlgError:
+            continue
+        if np.isfinite(whole).all():
+            moved = np.sqrt(taken.kept / np.float32(T)) * (arriving - exact)
+            return TokenFactor(tokens, moved, strides, whole, added, order)
+    raise NotPositiveDefiniteError("the second moment of the input is not positive definite")
+
+
+def _backwards(tokens: Floats, added: Floats, spec: QuantSpec) -> tuple[tuple[_Stride, ...], Floats]:
+    """Every stride, and P of all columns. Raises LinAlgError where float32 does not carry it."""
+    found: list[_Stride] = []
+    whole = np.eye(tokens.shape[0], dtype=np.float32)
+    for some in reversed(visit_strides(tokens.shape[1], 1 if spec.signed else spec.block_size)):
+        columns = np.ascontiguousarray(tokens[:, some])
+        seen = whole @ columns
+        upper, inverse = upper_and_inverse(columns.T @ seen + np.diag(added[some]))
+        weighed = seen @ inverse.T
+        whole -= weighed @ weighed.T
+        found.append(_Stride(some, upper, inverse, seen))
+    return tuple(reversed(found)), whole

@@ -1,0 +1,145 @@
+"""Columns of a matrix rounded in an order of visits, whatever says what is left of each: GPTQ's loop.
+
+A block of MatMulNBits is visited whole, so that no g_idx is needed; each block's scale is searched on its columns when
+its turn comes. Scales of `signed` specs stand before the first column is rounded, searched on the target as it comes:
+those of a row depend on each other. Then the order is free, whatever the blocks.
+N output features, K input features, Kp = K padded to whole blocks, J blocks a row.
+"""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from toolkit.quant import kernel, signed_kernel
+from toolkit.quant.blockwise import QuantizedBlocks, QuantSpec, pack_last_axis, quantize_blocks, weights_of_errors
+
+Floats = NDArray[np.float32]
+# Columns between two products with all that came before: wide enough for a matrix product to pay.
+_STRIDE: Final = 128
+
+
+@dataclass(frozen=True)
+class Visits:
+    """The order [Kp] in which columns are rounded, and diag(H) [Kp], which is 0 for what pads the last block."""
+
+    order: NDArray[np.int64]
+    diagonal: Floats
+
+    def strides(self, spec: QuantSpec) -> list[slice]:
+        """Columns by their place in the order, as many at a time as are rounded between two products."""
+        return visit_strides(self.order.size, spec.block_size if not spec.signed else 1)
+
+
+@dataclass(frozen=True)
+class Solved:
+    """A solved matrix: its blocks, in the layout of `quantize_blocks`, and the float32 [N, K] they stand for."""
+
+    blocks: QuantizedBlocks
+    restored: Floats
+
+
+class Columns(Protocol):
+    """What is left of a matrix' columns while they are rounded."""
+
+    def left(self, some: slice, visited: Floats) -> tuple[Floats, Floats]:
+        """z [N, n] and U [n, n] of some columns by their place in the order, those before them restored as `visited`
+        [N, some.start] has them: column k is best rounded from (z_k - sum over the columns j of `some` before k of
+        q_j U_jk) / U_kk."""
+        ...
+
+
+def visit_strides(columns: int, block_size: int) -> list[slice]:
+    """Slices of _STRIDE columns, or of a block where that is wider."""
+    stride = max(_STRIDE, block_size)
+    return [slice(start, min(start + stride, columns)) for start in range(0, columns, stride)]
+
+
+def visits(moments: Floats, block_size: int) -> Visits:
+    """Blocks by their largest diag(H) [K], columns within a block by their own."""
+    padded = -(-moments.size // block_size) * block_size
+    diagonal = np.zeros(padded, np.float32)
+    diagonal[: moments.size] = moments
+    blocks = diagonal.reshape(-1, block_size)
+    first = np.argsort(-blocks.max(axis=1), kind="stable")
+    within = np.argsort(-blocks, axis=1, kind="stable")
+    order = (first[:, None] * block_size + within[first]).reshape(-1)
+    return Visits(np.asarray(order, np.int64), diagonal)
+
+
+def round_in_order(weight: Floats, target: Floats, columns: Columns, order: Visits, spec: QuantSpec) -> Solved:
+    """`weight` [N, K] rounded column after column; scales that stand beforehand are searched on `target` [N, K]. The
+    `noise` of the blocks is the plain sum of squared errors against the weight."""
+    (N, K), padded = weight.shape, order.order.size
+    rounding: _SearchedScales | _StandingScales
+    rounding = _StandingScales(target, order, spec) if spec.signed else _SearchedScales(weight, order, spec)
+    levels, visited = np.empty((N, padded), np.uint8), np.empty((N, padded), np.float32)
+    workers = os.cpu_count() or 1
+    slices = [slice(k * N // workers, (k + 1) * N // workers) for k in range(workers)]
+    with ThreadPoolExecutor(workers) as pool:
+        for some in order.strides(spec):
+            left, triangle = columns.left(some, visited[:, : some.start])
+            made, values = np.empty(left.shape, np.uint8), np.empty_like(left)
+            done = [pool.submit(rounding.round, s, some, left[s], triangle, made[s], values[s]) for s in slices]
+            for future in done:
+                future.result()
+            levels[:, order.order[some]], visited[:, some] = made, values
+    restored = np.empty_like(visited)
+    restored[:, order.order] = visited
+    restored = np.ascontiguousarray(restored[:, :K])
+    miss = (restored - weight).reshape(-1)
+    return Solved(_assembled(levels, rounding, spec, float(np.vdot(miss, miss))), restored)
+
+
+class _SearchedScales:
+    """Each block's scale and zero point, searched when its turn comes."""
+
+    def __init__(self, weight: Floats, order: Visits, spec: QuantSpec) -> None:
+        shape = (weight.shape[0], spec.num_blocks(weight.shape[1]))
+        self.scales, self.zeros = np.empty(shape, np.float32), np.empty(shape, np.uint8)
+        self._worth, self._order, self._spec = weights_of_errors(order.diagonal)[order.order], order.order, spec
+
+    def round(
+        self, rows: slice, some: slice, left: Floats, triangle: Floats, levels: NDArray[np.uint8], restored: Floats
+    ) -> None:
+        """Some rows of some columns, as `kernel.gptq_columns`."""
+        spec, worth = self._spec, self._worth[some]
+        blocks = self._order[some][:: spec.block_size] // spec.block_size
+        scales, zeros = (np.empty((left.shape[0], blocks.size), kind) for kind in (np.float32, np.uint8))
+        kernel.gptq_columns(
+            left, triangle, worth, spec.bits, spec.symmetric, spec.block_size, levels, restored, scales, zeros
+        )
+        self.scales[rows, blocks], self.zeros[rows, blocks] = scales, zeros
+
+
+class _StandingScales:
+    """A signed spec's scales, searched beforehand."""
+
+    def __init__(self, target: Floats, order: Visits, spec: QuantSpec) -> None:
+        searched = quantize_blocks(target, spec, order.diagonal[: target.shape[1]])
+        self.scales, self._order, self._spec = searched.scales, order.order, spec
+        self.zeros = np.full(self.scales.shape, 1 << (spec.bits - 1), np.uint8)
+
+    def round(
+        self, rows: slice, some: slice, left: Floats, triangle: Floats, levels: NDArray[np.uint8], restored: Floats
+    ) -> None:
+        """Some rows of some columns, as `signed_kernel.round_signed_columns`."""
+        blocks = self._order[some] // self._spec.block_size
+        scales = np.ascontiguousarray(self.scales[rows][:, blocks])
+        signed_kernel.round_signed_columns(left, triangle, scales, self._spec.bits, levels, restored)
+
+
+def _assembled(
+    levels: NDArray[np.uint8], rounding: _SearchedScales | _StandingScales, spec: QuantSpec, noise: float
+) -> QuantizedBlocks:
+    N, J = rounding.scales.shape
+    beyond = J * spec.block_size - levels.shape[1]
+    levels = np.pad(levels, ((0, 0), (0, beyond)), constant_values=1 << (spec.bits - 1))
+    zero_points = None if spec.symmetric else pack_last_axis(rounding.zeros, spec.bits)
+    packed = pack_last_axis(levels.reshape(N, J, spec.block_size), spec.bits)
+    return QuantizedBlocks(packed, rounding.scales, zero_points, noise)
