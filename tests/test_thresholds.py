@@ -54,5 +54,5 @@ def test_plain_rounding_of_stories260k_fails_the_targets_threshold(stories260k: 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_targets_threshold_lies_below_plain_rounding_of_a_real_model(target: str) -> None:
-    """.0975 is symmetric rounding in blocks of 32 on Qwen2.5-Coder-0.5B, .0805 the rules of cpu at `balanced`."""
-    assert 0.0805 < TARGETS[target].validate["mean_kld"] < 0.0975
+    """.0975 is symmetric rounding in blocks of 32 on Qwen2.5-Coder-0.5B, .0286 blocks of 64 at `balanced`."""
+    assert 0.0286 < TARGETS[target].validate["mean_kld"] < 0.0975
