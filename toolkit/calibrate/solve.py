@@ -83,6 +83,54 @@ class Problem:
         return rounded_input(x, rounding, self.specs[names.weight(reader)].block_size, self.values[given.name])
 
 
+class Solver:
+    """Solves a model's matrices, a layer at a time and the head last; `folder` holds what is finished."""
+
+    def __init__(self, config: ModelConfig, sequences: Sequence[Sequence[int]], writer: Writer, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._config, self._sequences, self._writer, self._folder = config, sequences, writer, folder
+        self._lengths = [len(ids) for ids in sequences]
+        state = read_state(_Solved, folder / _PROGRESS_FILE) or _Solved(0, ())
+        whole = all(stream.is_whole() for stream in self._streams(state.layers))
+        self.layers, self._fallbacks = (state.layers, list(state.fallbacks)) if whole else (0, [])
+        self._begun = whole
+
+    def layer(self, source: Tensors, problem: Problem) -> None:
+        """Writes the next layer's matrices. `source` holds the weights as they are to be stored, folded if they are."""
+        if not self._begun:
+            exact, rounded = self._streams(0)
+            embedding = _rounded_embedding(source, problem)
+            exact.write(embed(source, list(ids)) for ids in self._sequences)
+            rounded.write(embedding(list(ids)) for ids in self._sequences)
+            self._begun = True
+        k = self.layers
+        layer = _LayerPass(self._config, source, k, problem, self._writer, self._folder, self._lengths)
+        layer.run(self._streams(k), self._streams(k + 1))
+        self._fallbacks += layer.fallbacks
+        self._writer.commit()
+        # Only now: a layer that the journal does not name is solved again.
+        write_state(self._folder / _PROGRESS_FILE, _Solved(k + 1, tuple(self._fallbacks)))
+        layer.finish()
+        for stream in self._streams(k):
+            stream.remove()
+        self.layers = k + 1
+
+    def head(self, source: Tensors, problem: Problem) -> list[Fallback]:
+        """Writes the head; returns every matrix that was rounded otherwise."""
+        streams = self._streams(self._config.num_hidden_layers)
+        fallbacks = self._fallbacks + _solve_head(self._config, source, problem, self._writer, streams)
+        self._writer.commit()
+        return fallbacks
+
+    def _streams(self, k: int) -> tuple[ActivationFile, ActivationFile]:
+        """The exact and the rounded stream before layer `k`."""
+        exact, rounded = (
+            ActivationFile(self._folder / f"{kind}-{k}.f32", self._lengths, self._config.hidden_size)
+            for kind in ("exact", "rounded")
+        )
+        return exact, rounded
+
+
 def solve(
     config: ModelConfig,
     source: Tensors,
@@ -96,33 +144,11 @@ def solve(
 
     `source` holds the weights as they are to be stored, folded if they are.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    lengths = [len(ids) for ids in sequences]
-
-    def stream(kind: str, k: int) -> ActivationFile:
-        return ActivationFile(folder / f"{kind}-{k}.f32", lengths, config.hidden_size)
-
-    state = read_state(_Solved, folder / _PROGRESS_FILE) or _Solved(0, ())
-    start, fallbacks = state.layers, list(state.fallbacks)
-    if not (stream("exact", start).is_whole() and stream("rounded", start).is_whole()):
-        start, fallbacks = 0, []
-        embedding = _rounded_embedding(source, problem)
-        stream("exact", 0).write(embed(source, list(ids)) for ids in sequences)
-        stream("rounded", 0).write(embedding(list(ids)) for ids in sequences)
-    for k in range(start, config.num_hidden_layers):
-        layer = _LayerPass(config, source, k, problem, writer, folder, lengths)
-        layer.run((stream("exact", k), stream("rounded", k)), (stream("exact", k + 1), stream("rounded", k + 1)))
-        fallbacks += layer.fallbacks
-        writer.commit()
-        # Only now: a layer that the journal does not name is solved again.
-        write_state(folder / _PROGRESS_FILE, _Solved(k + 1, tuple(fallbacks)))
-        layer.finish()
-        stream("exact", k).remove()
-        stream("rounded", k).remove()
-        progress(f"solved layer {k}")
-    last = config.num_hidden_layers
-    fallbacks += _solve_head(config, source, problem, writer, (stream("exact", last), stream("rounded", last)))
-    writer.commit()
+    solver = Solver(config, sequences, writer, folder)
+    while solver.layers < config.num_hidden_layers:
+        solver.layer(source, problem)
+        progress(f"solved layer {solver.layers - 1}")
+    fallbacks = solver.head(source, problem)
     progress("solved head")
     return fallbacks
 

@@ -58,8 +58,10 @@ def survey(
     wish: Wish,
     folder: Path,
     progress: Callable[[str], None] = lambda _: None,
+    after: Callable[[int, Survey], None] = lambda _, __: None,
 ) -> Survey:
-    """Runs the text through the model, layer by layer; `folder` holds what is finished.
+    """Runs the text through the model, layer by layer; `folder` holds what is finished. `after` is called with the
+    number of layers done and what is found so far, once for those done before and once after each.
 
     Raises NonFiniteError if an activation is NaN or infinite.
     """
@@ -78,12 +80,14 @@ def survey(
         if wish.probes:
             state.probes = _first_probes(config, source, sequences, wish)
     pass_over = _Pass(config, source, sum(lengths), wish)
+    after(start, Survey(state.inputs, {}, sum(lengths)))
     for k in range(start, config.num_hidden_layers):
         pass_over.layer(k, streams[k], streams[k + 1], state)
         save_state(folder, k + 1, state)
         streams[k].remove()
         state_file(folder, k).unlink(missing_ok=True)
         progress(f"calibrated layer {k}")
+        after(k + 1, Survey(state.inputs, {}, sum(lengths)))
     divergences = pass_over.head(streams[-1], state)
     progress("calibrated head")
     return Survey(state.inputs, divergences, sum(lengths))

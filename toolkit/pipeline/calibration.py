@@ -16,11 +16,13 @@ from toolkit.bundle.manifest import CalibrationText
 from toolkit.calibrate.facts import Survey
 from toolkit.calibrate.ladder import SharedFormat, spend_budget
 from toolkit.calibrate.ranges import activation_ranges
-from toolkit.calibrate.solve import Fallback, Problem, solve
+from toolkit.calibrate.solve import Fallback, Problem, Solver, solve
 from toolkit.calibrate.survey import Wish, shared_formats, survey
 from toolkit.checkpoint.anatomy import decoder_of
+from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.folded import FoldedTensors
-from toolkit.checkpoint.weights import expected_tensors
+from toolkit.checkpoint.remembered import RememberedWeights
+from toolkit.checkpoint.weights import WeightSource, expected_tensors
 from toolkit.errors import RecipeError
 from toolkit.files import file_sha256
 from toolkit.graph.layout import plan_layout
@@ -115,35 +117,116 @@ def _weights(
     start = time.perf_counter()
     recipe, checkpoint, config = plan.recipe, plan.checkpoint, plan.checkpoint.config
     specs = planned_specs(config, recipe, plan.target.form)
-    rounding, head_rounding = _rounding(plan.target.form), _rounding(CPU_FORM)
-    wish = Wish(specs, rounding, head_rounding, recipe.fold, recipe.bits_per_weight > 0)
-    found = survey(config, checkpoint.source, sequences, wish, work / "survey", progress)
-    surveyed = time.perf_counter()
-    folded = FoldedTensors(checkpoint.source, decoder_of(config).inputs, found.scales())
-    formats = _formats(plan, specs, found)
+    passes = _Passes(plan, sequences, specs, partial, work, progress)
+    if _solves(specs) and not recipe.bits_per_weight and not _waits_for_the_head(config, specs):
+        found, fallbacks, formats = *passes.together(), specs
+    else:
+        found = survey(config, checkpoint.source, sequences, passes.wish, work / "survey", progress)
+        formats, fallbacks = _formats(plan, specs, found), []
     layout = plan_layout(config, plan.target, recipe, formats)
     graphs = {name: nbytes for name, nbytes in plan.files.items() if name not in plan.layout.files}
     plan = replace(
         plan,
-        checkpoint=replace(checkpoint, source=folded),
+        checkpoint=replace(checkpoint, source=passes.folded(checkpoint.source, found)),
         layout=layout,
         files={**graphs, **layout.files},
         bits_per_weight=layout.bits_per_weight(),
     )
-    importance = {
+    if not passes.solving_s and _solves(formats):
+        fallbacks = passes.solved(plan, formats, found)
+    decided = _decided(read, recipe, found, fallbacks)
+    surveying_s = time.perf_counter() - start - passes.solving_s
+    took = replace(decided, survey_s=surveying_s, solve_s=passes.solving_s)
+    return Calibrated(plan, _importance(config, found), took)
+
+
+class _Passes:
+    """The survey and the solver over one plan's text; `solving_s` is what the solver has taken."""
+
+    def __init__(
+        self,
+        plan: ExportPlan,
+        sequences: list[list[int]],
+        specs: Mapping[str, QuantSpec],
+        partial: Path,
+        work: Path,
+        progress: Callable[[str], None],
+    ) -> None:
+        self._plan, self._sequences, self._specs = plan, sequences, specs
+        self._partial, self._work, self._progress = partial, work, progress
+        self._config, recipe = plan.checkpoint.config, plan.recipe
+        rounding = _rounding(plan.target.form)
+        self.wish = Wish(specs, rounding, _rounding(CPU_FORM), recipe.fold, recipe.bits_per_weight > 0)
+        self.solving_s = 0.0
+
+    def together(self) -> tuple[Survey, list[Fallback]]:
+        """Each layer surveyed, then solved, so that it is read once; for formats that stand beforehand."""
+        source = RememberedWeights(self._plan.checkpoint.source)
+        with open_solved(Destination(self._plan.layout, self._partial)) as writer:
+            solver = Solver(self._config, self._sequences, writer, self._work / "solve")
+
+            def solve_up_to(layers: int, found: Survey) -> None:
+                start = time.perf_counter()
+                while solver.layers < layers:
+                    solver.layer(self.folded(source, found), self._problem(self._specs, found))
+                    self._progress(f"solved layer {solver.layers - 1}")
+                source.forget()
+                self.solving_s += time.perf_counter() - start
+
+            found = survey(
+                self._config, source, self._sequences, self.wish, self._work / "survey", self._progress, solve_up_to
+            )
+            start = time.perf_counter()
+            source.forget()
+            fallbacks = solver.head(self.folded(self._plan.checkpoint.source, found), self._problem(self._specs, found))
+            self._progress("solved head")
+            self.solving_s += time.perf_counter() - start
+        return found, fallbacks
+
+    def solved(self, plan: ExportPlan, formats: Mapping[str, QuantSpec], found: Survey) -> list[Fallback]:
+        """Every matrix of a plan with its final layout, after the survey."""
+        start = time.perf_counter()
+        with open_solved(Destination(plan.layout, self._partial)) as writer:
+            fallbacks = solve(
+                self._config,
+                plan.checkpoint.source,
+                self._sequences,
+                self._problem(formats, found),
+                writer,
+                self._work / "solve",
+                self._progress,
+            )
+        self.solving_s = time.perf_counter() - start
+        return fallbacks
+
+    def folded(self, source: WeightSource, found: Survey) -> FoldedTensors:
+        """The checkpoint with what is folded so far."""
+        return FoldedTensors(source, decoder_of(self._config).inputs, found.scales())
+
+    def _problem(self, formats: Mapping[str, QuantSpec], found: Survey) -> Problem:
+        values = {name: facts.values for name, facts in found.inputs.items()}
+        importance = _importance(self._config, found)
+        return Problem(formats, importance, self.wish.rounding, self.wish.head_rounding, values)
+
+
+def _solves(formats: Mapping[str, QuantSpec]) -> bool:
+    return any(spec.rounded_by.solves for spec in formats.values())
+
+
+def _waits_for_the_head(config: ModelConfig, specs: Mapping[str, QuantSpec]) -> bool:
+    """Whether the embedding, which every layer behind it reads, is rounded by what arrives at the head."""
+    tensor = decoder_of(config).embedding.weight
+    return config.tie_word_embeddings and specs[tensor].rounded_by.reads_text
+
+
+def _importance(config: ModelConfig, found: Survey) -> dict[str, Floats]:
+    """Second moments of the columns of every matrix whose input was seen, by tensor."""
+    return {
         names.weight(reader): found.inputs[given.name].importance
         for given in decoder_of(config).inputs
+        if given.name in found.inputs
         for reader in given.readers
     }
-    fallbacks: list[Fallback] = []
-    if any(spec.rounded_by.solves for spec in formats.values()):
-        with open_solved(Destination(layout, partial)) as writer:
-            values = {name: facts.values for name, facts in found.inputs.items()}
-            problem = Problem(formats, importance, rounding, head_rounding, values)
-            fallbacks = solve(config, folded, sequences, problem, writer, work / "solve", progress)
-    decided = _decided(read, recipe, found, fallbacks)
-    took = replace(decided, survey_s=surveyed - start, solve_s=time.perf_counter() - surveyed)
-    return Calibrated(plan, importance, took)
 
 
 def calibration_text(plan: ExportPlan) -> TokenizedText:

@@ -13,6 +13,7 @@ import numpy as np
 
 from toolkit.checkpoint.anatomy import decoder_of
 from toolkit.checkpoint.config import ModelConfig
+from toolkit.checkpoint.remembered import Remembered
 from toolkit.checkpoint.weights import Tensors
 from toolkit.reference.decoder import Array, embed, head_rows, read_layer, rms_norm
 
@@ -33,35 +34,6 @@ class Forward:
     sequences: Sequence[list[int]]
 
 
-class _Remembered:
-    """`Tensors` that reads each piece from its source once, until it is told to forget."""
-
-    def __init__(self, source: Tensors) -> None:
-        self._source = source
-        self._whole: dict[str, Array] = {}
-        self._rows: dict[tuple[str, int, int], Array] = {}
-
-    def names(self) -> list[str]:
-        """Lists every tensor, in the order of the source."""
-        return self._source.names()
-
-    def read(self, name: str) -> Array:
-        """Reads a whole tensor as float32, once for all variants."""
-        if name not in self._whole:
-            self._whole[name] = self._source.read(name)
-        return self._whole[name]
-
-    def read_rows(self, name: str, start: int, stop: int) -> Array:
-        """Reads rows [start, stop) as float32, once for all variants."""
-        if (name, start, stop) not in self._rows:
-            self._rows[name, start, stop] = self._source.read_rows(name, start, stop)
-        return self._rows[name, start, stop]
-
-    def forget(self) -> None:
-        """Frees what was read so far."""
-        self._whole, self._rows = {}, {}
-
-
 def hidden_beside(
     config: ModelConfig, source: Tensors, runs: Sequence[Forward], progress: Callable[[str], None] = lambda _: None
 ) -> list[list[Array]]:
@@ -69,7 +41,7 @@ def hidden_beside(
 
     `progress` is called with the name of each finished layer.
     """
-    read = _Remembered(source)
+    read = Remembered(source)
     variants = [run.variant(read) for run in runs]
     hidden = [[embed(tensors, ids) for ids in run.sequences] for tensors, run in zip(variants, runs, strict=True)]
     read.forget()
@@ -90,7 +62,7 @@ def logits_beside(
     config: ModelConfig, source: Tensors, variants: Sequence[Variant], hidden: Sequence[Array]
 ) -> list[Array]:
     """[T, V] of each variant's hidden states [T, D], the head going by once for all, some rows at a time."""
-    read = _Remembered(source)
+    read = Remembered(source)
     made = [np.empty((states.shape[0], config.vocab_size), np.float32) for states in hidden]
     start = 0
     for blocks in zip(*(head_rows(config, variant(read)) for variant in variants), strict=True):

@@ -1,0 +1,70 @@
+"""Tensors that are read once for several who want them, until they are told to forget."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from toolkit.checkpoint.scan import Rows
+from toolkit.checkpoint.weights import Origin, Tensors, WeightSource
+
+Floats = NDArray[np.float32]
+
+
+class Remembered:
+    """`Tensors` that reads each piece from its source once, until it is told to forget."""
+
+    def __init__(self, source: Tensors) -> None:
+        self._source = source
+        self._whole: dict[str, Floats] = {}
+        self._rows: dict[tuple[str, int, int], Floats] = {}
+
+    def names(self) -> list[str]:
+        """Lists every tensor, in the order of the source."""
+        return self._source.names()
+
+    def read(self, name: str) -> Floats:
+        """Reads a whole tensor as float32, once."""
+        if name not in self._whole:
+            self._whole[name] = self._source.read(name)
+        return self._whole[name]
+
+    def read_rows(self, name: str, start: int, stop: int) -> Floats:
+        """Reads rows [start, stop) as float32, once."""
+        if (name, start, stop) not in self._rows:
+            self._rows[name, start, stop] = self._source.read_rows(name, start, stop)
+        return self._rows[name, start, stop]
+
+    def forget(self) -> None:
+        """Frees what was read so far."""
+        self._whole, self._rows = {}, {}
+
+
+class RememberedWeights(Remembered):
+    """The same as a `WeightSource`; `scan` goes to the source each time."""
+
+    def __init__(self, source: WeightSource) -> None:
+        super().__init__(source)
+        self._weights = source
+
+    def scan(self, chunk_bytes: int) -> Iterator[Rows]:
+        """Passes the source's rows on."""
+        return self._weights.scan(chunk_bytes)
+
+    def decode(self, rows: Rows, start: int, stop: int) -> Floats:
+        """Some rows of those that `scan` yielded."""
+        return self._weights.decode(rows, start, stop)
+
+    def identity(self) -> tuple[Origin, ...]:
+        """What the source comes from, cheaply."""
+        return self._weights.identity()
+
+    def digests(self) -> tuple[Origin, ...]:
+        """What the source comes from, in full."""
+        return self._weights.digests()
+
+    def bytes_read(self) -> int:
+        """How many bytes the source has read."""
+        return self._weights.bytes_read()
