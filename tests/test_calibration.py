@@ -432,10 +432,10 @@ def _loud_norm(folder: Path) -> None:
 
 
 BAD: dict[str, tuple[str | bytes | None, tuple[str, ...], str]] = {
-    "no text": ("", (), "holds no text"),
+    "no text": ("", (), "is empty"),
     "blank lines": ("\n\n  \n\n", (), "holds no text"),
     "not there": (None, (), "cannot be read"),
-    "not text": (b"\xff\xfe\x00\x80" * 50, (), "cannot be read"),
+    "not text": (b"\xff\xfe\x00\x80" * 50, (), "is not text in UTF-8"),
     "too short": ("Once upon a time.", (), "tokens of calibration text, at least 256 are needed: name a longer text"),
     "shorter than asked": ("Once upon a time. " * 200, ("calibration_tokens=9000",), "at least 9000 are needed"),
     "unknown quality": ("x", ("quality=bets",), "quality 'bets' is unknown (did you mean 'best'?)"),
