@@ -50,7 +50,7 @@ class RememberedWeights(Remembered):
         self._weights = source
 
     def scan(self, chunk_bytes: int) -> Iterator[Rows]:
-        """Passes the source's rows on."""
+        """Yields the source's rows, read anew each time."""
         return self._weights.scan(chunk_bytes)
 
     def decode(self, rows: Rows, start: int, stop: int) -> Floats:

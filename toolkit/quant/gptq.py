@@ -71,7 +71,7 @@ class _Whitened:
         self._white, self._upper = white, factor.upper
 
     def left(self, some: slice, visited: Floats) -> tuple[Floats, Floats]:
-        """As `Columns` has it."""
+        """Returns z [N, n] and U [n, n] of some columns, as `Columns` asks."""
         left = np.ascontiguousarray(self._white[:, some])
         if some.start:
             left -= visited @ self._upper[: some.start, some]

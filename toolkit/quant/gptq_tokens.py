@@ -76,7 +76,7 @@ class _Residual:
         self._before: slice | None = None
 
     def left(self, some: slice, visited: Floats) -> tuple[Floats, Floats]:
-        """As `Columns` has it; strides come in their order."""
+        """Returns z [N, n] and U [n, n] of the next stride, as `Columns` asks."""
         stride, before = next(self._strides), self._before
         if before is not None:
             self._behind += (visited[:, before] - self._weight[:, before]) @ self._factor.tokens[:, before].T
