@@ -261,8 +261,17 @@ def test_a_template_gets_the_special_tokens_that_transformers_gives_it(
     assert made.differs == () and rendered_by_genai(made.text, known, [probe])[0] == theirs
 
 
+def test_a_processors_template_is_read_where_the_tokenizer_has_none(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path, {}, {"chat_template.json": '{"chat_template": "p"}'})
+    found = shipped_template(folder)
+    assert found is not None and (found.text, found.source) == ("p", "chat_template.json")
+    found = shipped_template(checkpoint(tmp_path, {"chat_template": "t"}))
+    assert found is not None and found.text == "t"
+
+
 def test_no_template_and_no_default_template(tmp_path: Path) -> None:
-    assert shipped_template(checkpoint(tmp_path, {"chat_template": None})) is None
+    for empty in (None, "", []):
+        assert shipped_template(checkpoint(tmp_path, {"chat_template": empty})) is None
     checkpoint(tmp_path, {"chat_template": [{"name": "tool_use", "template": "t"}]})
     with pytest.raises(CheckpointError, match="tool_use and none named default"):
         shipped_template(tmp_path)

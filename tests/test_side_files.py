@@ -202,3 +202,35 @@ def test_no_end_at_all_is_refused() -> None:
         stop_tokens(_side(), (), VOCAB_SIZE)
     with pytest.raises(CheckpointError, match=r"config.json ends answers with token 5000"):
         stop_tokens(_side(), (5000,), VOCAB_SIZE)
+
+
+@pytest.mark.parametrize("key", ["top_k", "no_repeat_ngram_size", "min_length"])
+def test_a_whole_number_may_be_written_as_a_float(folder: Path, key: str) -> None:
+    _set(folder / "generation_config.json", **{key: 5.0})
+    value = getattr(read_side_files(folder, VOCAB_SIZE).generation.sampling, key)
+    assert value == 5 and isinstance(value, int)
+    _set(folder / "generation_config.json", **{key: 5.5})
+    with pytest.raises(CheckpointError, match=rf"{key} is 5\.5, expected a whole number"):
+        read_side_files(folder, VOCAB_SIZE)
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value", "said"),
+    [
+        ("tokenizer_config.json", "bos_token", 3, "bos_token is 3, expected a token's text"),
+        ("special_tokens_map.json", "pad_token", ["a"], "pad_token is ['a'], expected a token's text"),
+        ("tokenizer_config.json", "tokenizer_class", 3, "tokenizer_class is 3, expected a text"),
+        ("tokenizer_config.json", "add_bos_token", "yes", "add_bos_token is 'yes', expected true or false"),
+        ("chat_template.json", "chat_template", 3, "chat_template is 3, expected a text"),
+        ("config.json", "bos_token_id", 1024, "bos_token_id is 1024, expected an id below vocab_size 1024"),
+        ("config.json", "pad_token_id", 99999, "pad_token_id is 99999, expected an id below vocab_size 1024"),
+    ],
+)
+def test_a_setting_of_another_type_or_range_is_one_line(
+    tiny_r1: Path, folder: Path, file: str, key: str, value: object, said: str
+) -> None:
+    shutil.copy(tiny_r1 / "model.safetensors", folder)
+    _set(folder / file, **{key: value})
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(folder)
+    assert said in str(caught.value) and file in str(caught.value) and "\n" not in str(caught.value)

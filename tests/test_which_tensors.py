@@ -292,3 +292,71 @@ def test_an_adapter_in_the_checkpoints_folder_is_a_question(folder: Path) -> Non
     (folder / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"is a LoRA adapter for owner/base, no model.*--adapter"):
         open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("before", ["./", ".//./"])
+def test_an_index_may_say_that_shards_are_here(folder: Path, before: str) -> None:
+    tensors = _tensors(folder)
+    (folder / "model.safetensors").rename(folder / SHARD)
+    _index(folder, tensors, before + SHARD)
+    checkpoint = open_checkpoint(folder)
+    assert [origin.name for origin in checkpoint.source.identity()] == [SHARD] and checkpoint.notes == ()
+
+
+@pytest.mark.parametrize("before", ["../", "sub/", "/etc/", ".\\", "./../"])
+def test_an_index_may_not_lead_elsewhere(folder: Path, before: str) -> None:
+    _index(folder, _tensors(folder), before + SHARD)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="a shard must be a plain file name there"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("^", "_fsdp_wrapped_module."), ("self_attn.", "_checkpoint_wrapped_module.self_attn.")]
+)
+def test_wrappers_of_training_are_taken_off_and_said(folder: Path, old: str, new: str) -> None:
+    tensors = _tensors(folder)
+    _save(folder, {new + n if old == "^" else n.replace(old, new): value for n, value in tensors.items()})
+    checkpoint = open_checkpoint(folder)
+    assert np.array_equal(checkpoint.source.read(HEAD), tensors[HEAD].float().numpy())
+    assert any("_wrapped_module." in note for note in checkpoint.notes)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "said"),
+    [
+        ("model.", "as a part of another model"),
+        ("language_model.", "as a part of another model"),
+        ("transformer.", "names its tensors otherwise than its config.json calls for, transformer.lm_head.weight"),
+    ],
+)
+def test_other_names_are_not_downloaded_again(folder: Path, prefix: str, said: str) -> None:
+    _save(folder, {prefix + name: value for name, value in _tensors(folder).items()})
+    with pytest.raises(CheckpointError, match=said) as caught:
+        open_checkpoint(folder)
+    assert "download" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"init_lora_weights": "pissa_niter_16"}, "changed the base model's own weights"),
+        ({"init_lora_weights": "OLoRA"}, "changed the base model's own weights"),
+        ({"init_lora_weights": "loftq"}, "changed the base model's own weights"),
+        ({"layer_replication": [[0, 1]]}, "layer_replication is set"),
+        ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens is set"),
+    ],
+)
+def test_an_adapter_over_changed_weights_is_refused(folder: Path, config: dict[str, object], said: str) -> None:
+    made = _adapter(folder, _zeros(), **config)
+    with pytest.raises(UnsupportedError, match=said):
+        merge_adapter(open_checkpoint(folder), made)
+
+
+@pytest.mark.parametrize("begins", [True, False, "gaussian", "eva", "orthogonal", None])
+def test_how_an_adapters_own_factors_begin_does_not_matter(folder: Path, begins: object) -> None:
+    merge_adapter(open_checkpoint(folder), _adapter(folder, _zeros(), init_lora_weights=begins))
+
+
+def _zeros() -> Tensors:
+    return {f"{DOWN}.lora_A.weight": torch.zeros(4, 768), f"{DOWN}.lora_B.weight": torch.zeros(256, 4)}

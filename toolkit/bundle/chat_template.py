@@ -7,13 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from toolkit.checkpoint.side_files import SPECIAL_TOKENS_FILE, TEMPLATE_FILE, TEMPLATES_FOLDER, TOKENIZER_CONFIG_FILE
+from toolkit.checkpoint.side_files import (
+    PROCESSOR_TEMPLATE_FILE,
+    SPECIAL_TOKENS,
+    SPECIAL_TOKENS_FILE,
+    TEMPLATE_FILE,
+    TEMPLATES_FOLDER,
+    TOKENIZER_CONFIG_FILE,
+)
 from toolkit.errors import CheckpointError
 from toolkit.files import read_json, read_text
 
 ORIGINAL_FILE: Final = "chat_template.original.jinja"
 _DEFAULT: Final = "default"
-_SPECIAL_TOKENS: Final = tuple(f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 _MAX_BYTES: Final = 64 << 20
 _MAX_TEMPLATE_BYTES: Final = 1 << 20
 
@@ -29,10 +35,10 @@ class ShippedTemplate:
 
 
 def shipped_template(folder: Path) -> ShippedTemplate | None:
-    """The template for plain conversations; None where there is none.
+    """The template for plain conversations; None where there is none, or an empty one.
 
-    A file of its own counts before tokenizer_config.json. Raises CheckpointError for one that is no text, or several
-    without a default.
+    A file of its own counts before tokenizer_config.json, and a processor's chat_template.json last. Raises
+    CheckpointError for one that is no text, or several without a default.
     """
     named = _in_config(tokenizer_config(folder), folder / TOKENIZER_CONFIG_FILE)
     sources = dict.fromkeys(named, TOKENIZER_CONFIG_FILE)
@@ -42,6 +48,10 @@ def shipped_template(folder: Path) -> ShippedTemplate | None:
         if path.is_file():
             named[name] = read_text(path, _MAX_TEMPLATE_BYTES, CheckpointError)
             sources[name] = path.relative_to(folder).as_posix()
+    beside = folder / PROCESSOR_TEMPLATE_FILE
+    if not named and beside.is_file():
+        named = _in_config(read_json(beside, _MAX_BYTES, CheckpointError, "a checkpoint may have one"), beside)
+        sources = dict.fromkeys(named, PROCESSOR_TEMPLATE_FILE)
     if not named:
         return None
     if _DEFAULT not in named:
@@ -58,7 +68,7 @@ def special_tokens(folder: Path) -> dict[str, str]:
     ones, and those that tokenizer_config.json names by itself under `extra_special_tokens`."""
     given = _special_settings(folder)
     named = given.get("extra_special_tokens")
-    texts = {name: _text(given.get(name)) for name in _SPECIAL_TOKENS}
+    texts = {name: _text(given.get(name)) for name in SPECIAL_TOKENS}
     texts |= {name: _text(token) for name, token in named.items()} if isinstance(named, dict) else {}
     return {name: text for name, text in texts.items() if text}
 
@@ -96,7 +106,7 @@ def _in_config(config: Mapping[str, Any], path: Path) -> dict[str, str]:
         if not isinstance(given[0], str) or not isinstance(given[1], str):
             raise CheckpointError(f"{path}: chat_template is neither a text nor a list of named texts")
         found[given[0]] = given[1]
-    return found
+    return {name: text for name, text in found.items() if text}
 
 
 def _text(token: object) -> str | None:

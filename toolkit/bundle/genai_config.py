@@ -78,20 +78,21 @@ def genai_config(
         # 0.16.0 sizes the cache of a pipeline at window + 16 unless a chunk is the whole context.
         **({"chunk_size": context_length} if len(graphs) > 1 else {}),
         "past_present_share_buffer": True,
-        **_sampling(side.generation.sampling),
+        **_sampling(side.generation.sampling, config.vocab_size),
     }
     if model["bos_token_id"] is None:
         del model["bos_token_id"]
     return {"model": model, "search": search}
 
 
-def _sampling(given: Sampling) -> dict[str, bool | int | float]:
+def _sampling(given: Sampling, vocab_size: int) -> dict[str, bool | int | float]:
     """What onnxruntime-genai's `search` reads of it: all but min_p, for which 0.18 has no key."""
     optional = ("repetition_penalty", "no_repeat_ngram_size", "min_length")
     return {
         "do_sample": bool(given.do_sample),
         "temperature": 1.0 if given.temperature is None else given.temperature,
-        "top_k": 50 if given.top_k is None else given.top_k,
+        # It refuses to sample from more tokens than there are.
+        "top_k": min(50 if given.top_k is None else given.top_k, vocab_size),
         "top_p": 1.0 if given.top_p is None else given.top_p,
         **{key: value for key in optional if (value := getattr(given, key)) is not None},
     }

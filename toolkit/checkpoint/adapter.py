@@ -29,6 +29,22 @@ Floats = NDArray[np.float32]
 CONFIG_FILE: Final = "adapter_config.json"
 WEIGHTS_FILE: Final = "adapter_model.safetensors"
 _MAX_CONFIG_BYTES: Final = 4 << 20
+# Keys of what is added in another way than W + B A alpha / r, or elsewhere.
+_NOT_PLAIN: Final = (
+    "use_dora",
+    "fan_in_fan_out",
+    "lora_bias",
+    "megatron_config",
+    "trainable_token_indices",
+    "layer_replication",
+    "alora_invocation_tokens",
+    "use_qalora",
+    "use_bdlora",
+    "arrow_config",
+    "target_parameters",
+)
+# Ways to begin that take something out of the base model, so that W is another than the published one.
+_CHANGE_THE_BASE: Final = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _MERGE: Final = "merge it with PEFT first"
 _PREFIX: Final = "base_model.model."
 _FACTOR: Final = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(\.default)?(\.weight)?")
@@ -80,18 +96,18 @@ def _check_kind(config: Mapping[str, Any], folder: Path) -> None:
     """Raises UnsupportedError for an adapter that is not W + B A alpha / r."""
     kind = config.get("peft_type")
     if kind != "LORA":
+        raise UnsupportedError(f"{folder / CONFIG_FILE}: peft_type is {kind!r}, expected 'LORA': {_MERGE}")
+    begins = config.get("init_lora_weights")
+    if isinstance(begins, str) and begins.lower().startswith(_CHANGE_THE_BASE):
         raise UnsupportedError(
-            f"{folder / CONFIG_FILE}: peft_type is {kind!r}, expected 'LORA': merge it with PEFT first"
+            f"{folder / CONFIG_FILE}: init_lora_weights is {begins[:40]!r}, which changed the base model's own "
+            f"weights: {_MERGE}"
         )
-    for key in ("use_dora", "fan_in_fan_out", "lora_bias", "megatron_config", "trainable_token_indices"):
+    for key in _NOT_PLAIN:
         if config.get(key):
-            raise UnsupportedError(
-                f"{folder / CONFIG_FILE}: {key} is set, which is no plain LoRA: merge it with PEFT first"
-            )
+            raise UnsupportedError(f"{folder / CONFIG_FILE}: {key} is set, which is no plain LoRA: {_MERGE}")
     if config.get("bias") not in (None, "none"):
-        raise UnsupportedError(
-            f"{folder / CONFIG_FILE}: bias is {config['bias']!r}, expected 'none': merge it with PEFT first"
-        )
+        raise UnsupportedError(f"{folder / CONFIG_FILE}: bias is {config['bias']!r}, expected 'none': {_MERGE}")
 
 
 def _low_rank(

@@ -157,9 +157,9 @@ def parse_config(raw: Mapping[str, Any], path: Path) -> ModelConfig:
         tie_word_embeddings=read.flag("tie_word_embeddings", default=False),
         structure=family.structure(read, layers),
         rope=_parse_rope(read, positions),
-        bos_token_id=read.token_id("bos_token_id"),
+        bos_token_id=read.token_id("bos_token_id", read.count("vocab_size")),
         eos_token_ids=read.token_ids("eos_token_id"),
-        pad_token_id=read.token_id("pad_token_id"),
+        pad_token_id=read.token_id("pad_token_id", read.count("vocab_size")),
     )
 
 

@@ -65,9 +65,12 @@ class Fields:
             raise CheckpointError(f"{self.path}: {key} is {value!r:.60}, expected token ids")
         return tuple(ids)
 
-    def token_id(self, key: str) -> int | None:
-        """Returns the first of `token_ids`, None where there is none."""
+    def token_id(self, key: str, rows: int) -> int | None:
+        """Returns the first of `token_ids`, None where there is none; raises CheckpointError for one that is beyond the
+        embedding's rows."""
         ids = self.token_ids(key)
+        if ids and ids[0] >= rows:
+            raise CheckpointError(f"{self.path}: {key} is {ids[0]}, expected an id below vocab_size {rows}")
         return ids[0] if ids else None
 
 

@@ -23,6 +23,9 @@ SPECIAL_TOKENS_FILE: Final = "special_tokens_map.json"
 TEMPLATE_FILE: Final = "chat_template.jinja"
 # Where a checkpoint with several has those that are not the default.
 TEMPLATES_FOLDER: Final = "additional_chat_templates"
+# What processors of pictures and text are saved with.
+PROCESSOR_TEMPLATE_FILE: Final = "chat_template.json"
+SPECIAL_TOKENS: Final = tuple(f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 # Gemma's tokenizer.json, the largest published one, has 33 MB.
 _MAX_BYTES: Final = 256 << 20
 _MAX_TEMPLATE_BYTES: Final = 1 << 20
@@ -91,12 +94,24 @@ def read_side_files(folder: Path, vocab_size: int) -> SideFiles:
         for file, raw in ((TOKENIZER_CONFIG_FILE, config), (SPECIAL_TOKENS_FILE, special))
         if (text := _token_text(raw, "eos_token", folder / file))
     }
+    _check_settings(folder, config, special)
     return SideFiles(
         generation=_generation(_Values(folder / GENERATION_FILE), vocab_size),
         vocabulary=_vocabulary(tokenizer, folder / names.TOKENIZER_FILE) if tokenizer else None,
         eos_token=eos,
         templates=tuple(_templates(folder, config)),
     )
+
+
+def _check_settings(folder: Path, config: Mapping[str, Any], special: Mapping[str, Any]) -> None:
+    """Raises CheckpointError for a setting of the tokenizer that is of another type than programs take it for."""
+    for file, raw in ((TOKENIZER_CONFIG_FILE, config), (SPECIAL_TOKENS_FILE, special)):
+        for key in SPECIAL_TOKENS:
+            _token_text(raw, key, folder / file)
+    said = _Values(folder / TOKENIZER_CONFIG_FILE)
+    said.text("tokenizer_class")
+    for flag in ("add_bos_token", "add_eos_token"):
+        said.flag(flag)
 
 
 def _object(path: Path) -> dict[str, Any]:
@@ -127,8 +142,17 @@ class _Values:
         value = self._raw.get(key)
         if value is None:
             return None
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)  # 50.0, as some programs write every number
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 31:
             raise CheckpointError(f"{self._path}: {key} is {_short(value)}, expected a whole number of at least 0")
+        return value
+
+    def text(self, key: str) -> str | None:
+        """Returns a text, None where there is none; raises CheckpointError for anything else."""
+        value = self._raw.get(key)
+        if value is not None and not isinstance(value, str):
+            raise CheckpointError(f"{self._path}: {key} is {_short(value)}, expected a text")
         return value
 
     def flag(self, key: str) -> bool | None:
@@ -206,6 +230,7 @@ def _templates(folder: Path, config: Mapping[str, Any]) -> Iterator[str]:
             where = folder / TOKENIZER_CONFIG_FILE
             raise CheckpointError(f"{where}: chat_template is {_short(value)}, expected a text or a list of named ones")
         yield text
+    yield from filter(None, [_Values(folder / PROCESSOR_TEMPLATE_FILE).text("chat_template")])
     for path in (folder / TEMPLATE_FILE, *sorted((folder / TEMPLATES_FOLDER).glob("*.jinja"))):
         if path.exists():
             yield read_text(path, _MAX_TEMPLATE_BYTES, CheckpointError)

@@ -273,6 +273,12 @@ def _check_complete(found: Mapping[str, TensorRef], expected: Mapping[str, tuple
             f"{folder} has no {missing[0]}, and its config.json does not tie it to the embedding: if it was saved "
             "without its head, name the original; if the embedding is the head, set tie_word_embeddings to true"
         )
+    others = sorted(found.keys() - expected.keys())
+    if missing and len(others) >= len(missing):
+        raise CheckpointError(
+            f"{folder} names its tensors otherwise than its config.json calls for, {others[0][:80]} instead of "
+            f"{missing[0]} for instance: its config.json is another model's, or it was saved by another program"
+        )
     if missing:
         raise CheckpointError(f"{folder} lacks {len(missing)} tensors, the first is {missing[0]}: download it again")
 

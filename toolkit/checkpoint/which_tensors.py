@@ -22,7 +22,11 @@ ADAPTER_CONFIG_FILE: Final = "adapter_config.json"
 # The table's name where a model was saved from inside its head's wrapper.
 _EMBEDDING: Final = names.weight(names.EMBED_TOKENS).removeprefix("model.")
 # What wrappers put before every name: torch.compile, DataParallel, PEFT.
-_WRAPPERS: Final = ("_orig_mod.", "module.", "base_model.model.")
+_WRAPPERS: Final = ("_orig_mod.", "module.", "base_model.model.", "_fsdp_wrapped_module.")
+# What they put between modules.
+_BETWEEN: Final = ("_checkpoint_wrapped_module.", "_fsdp_wrapped_module.", "_orig_mod.")
+# Of a model that is a part of another: Lightning's, and those of pictures and text.
+_PART_OF: Final = ("model.model.", "language_model.model.", "model.language_model.")
 # What the names of quantized tensors end in, and whose they are.
 _QUANTIZED: Final = {
     ".qweight": "GPTQ or AWQ",
@@ -113,11 +117,16 @@ def _shards(index: Path) -> list[str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map")
     for file in weight_map.values():
-        if not isinstance(file, str) or PurePosixPath(file).name != file or "\\" in file or ":" in file:
+        if not isinstance(file, str) or PurePosixPath(file).parts != (_plain(file),) or "\\" in file or ":" in file:
             raise CheckpointError(f"{index} names {str(file)[:80]!r}: a shard must be a plain file name there")
         if not file.endswith(".safetensors"):
             raise CheckpointError(f"{index} names {file[:80]!r}: only safetensors are loaded")
-    return sorted(set(weight_map.values()))
+    return sorted({_plain(file) for file in weight_map.values()})
+
+
+def _plain(file: str) -> str:
+    """A shard's name without the `./` that may stand before it."""
+    return PurePosixPath(file).name
 
 
 def _refuse_quantized(refs: Mapping[str, TensorRef], folder: Path) -> None:
@@ -144,9 +153,18 @@ def _unwrapped(refs: Mapping[str, TensorRef], folder: Path) -> tuple[dict[str, T
         while wrapper := next((prefix for prefix in _WRAPPERS if bare.startswith(prefix)), ""):
             bare = bare.removeprefix(wrapper)
             removed += [wrapper] if wrapper not in removed else []
+        for wrapper in _BETWEEN:
+            if f".{wrapper}" in bare:
+                bare = bare.replace(f".{wrapper}", ".")
+                removed += [wrapper] if wrapper not in removed else []
         if bare in found:
             raise CheckpointError(f"{folder} holds {bare} twice, once with a wrapper's prefix: expected one of them")
         found[bare] = replace(ref, name=bare)
+    if part := next((prefix for prefix in _PART_OF if f"{prefix}{_EMBEDDING}" in found), ""):
+        raise CheckpointError(
+            f"{folder} names its tensors {part}…, as a part of another model: save that part alone, so that its table "
+            f"is called {names.weight(names.EMBED_TOKENS)}"
+        )
     notes = [f"names are read without {' and '.join(removed)}, which a wrapper put before them"] if removed else []
     if _EMBEDDING in found:
         found = {

@@ -20,7 +20,7 @@ from toolkit.bundle.manifest import ChangedFile
 from toolkit.bundle.reasoning import REASONING_FILE, reasoning
 from toolkit.bundle.stop_tokens import StopToken
 from toolkit.checkpoint.opened import Checkpoint
-from toolkit.checkpoint.side_files import GENERATION_FILE, TEMPLATE_FILE, TOKENIZER_CONFIG_FILE
+from toolkit.checkpoint.side_files import GENERATION_FILE, PROCESSOR_TEMPLATE_FILE, TEMPLATE_FILE, TOKENIZER_CONFIG_FILE
 from toolkit.errors import CheckpointError
 from toolkit.evaluate.encodes import checked_tokenizer
 from toolkit.evaluate.opens import Words
@@ -74,8 +74,12 @@ def plan_tokenizer(checkpoint: Checkpoint) -> TokenizerFiles:
         config = {**config, "chat_template": made.text}
         reasons += [f"chat template: {change}" for change in made.changes]
         reasons += [f"chat template, not as in jinja2 even so: {name}" for name in made.differs]
+        if shipped.source == PROCESSOR_TEMPLATE_FILE:
+            reasons.append(f"the chat template is that of {shipped.source}: the tokenizer has none")
         if shipped.others:
             reasons.append(f"chat templates named {', '.join(shipped.others)} are left out: one is read")
+    if "chat_template" in given and "chat_template" not in config:
+        reasons.append("a chat template that says nothing is left out")
     copied = tuple(name for name in _COPIED if (folder / name).is_file())
     if config == given:
         changed = (ChangedFile(TOKENIZER_CONFIG_FILE, tuple(reasons)),) if reasons else ()
@@ -87,12 +91,19 @@ def plan_tokenizer(checkpoint: Checkpoint) -> TokenizerFiles:
 
 
 def _how_to_get_one(folder: Path) -> str:
-    if any(folder.glob("*.model")):
+    """What makes it of the files that are there."""
+    sentencepiece, merges = any(folder.glob("*.model")), (folder / "merges.txt").is_file()
+    if sentencepiece or merges:
+        needed = "transformers and sentencepiece" if sentencepiece else "transformers"
         return (
-            "onnxruntime-genai needs it: with transformers and sentencepiece, "
+            f"onnxruntime-genai needs it: with {needed}, "
             "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) makes it"
         )
-    return "onnxruntime-genai needs it"
+    if (folder / "tekken.json").is_file():
+        return (
+            "onnxruntime-genai needs it, and tekken.json is Mistral's own format: take the model in Hugging Face layout"
+        )
+    return "onnxruntime-genai needs it: take it from the model that this one was made from"
 
 
 def _made(checkpoint: Checkpoint) -> Mapping[str, Any]:
