@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from tests.gguf_files import from_checkpoint
 from tests.random_models import make_checkpoint
 from toolkit.checkpoint.config import read_config
 from toolkit.checkpoint.download import hub_error
@@ -192,6 +193,41 @@ def test_a_header_longer_than_the_first_request_is_fetched_whole(hub: Hub, tmp_p
     path.write_bytes((1 << 60).to_bytes(8, "little") + data[8:])
     refused = _run(hub, tmp_path / "home", "inspect", REPO)
     assert refused.returncode == 2 and f"claims a header of {1 << 60} bytes" in refused.stderr.splitlines()[-1]
+
+
+def test_a_gguf_file_is_planned_by_its_header_and_then_downloaded_alone(hub: Hub, tmp_path: Path) -> None:
+    path = from_checkpoint(hub.folder).write(hub.folder / "small.gguf")
+    place = f"{REPO}:small.gguf"
+    looked = _run(hub, tmp_path / "home", "inspect", place, "--json")
+    assert looked.returncode == 0, looked.stderr
+    facts = json.loads(looked.stdout)
+    assert facts["files"] == [{"name": "small.gguf", "bytes": path.stat().st_size}] and facts["dtypes"] == {"F32": 27}
+    assert facts["download_bytes"] == path.stat().st_size and facts["file_type"] == "F32"
+    assert hub.sent["small.gguf"] <= (2 << 20) + 1 < path.stat().st_size / 10
+    words = [
+        "export",
+        "cpu",
+        "--checkpoint",
+        place,
+        "--precision",
+        "fp32",
+        "--no-validate",
+        "--set",
+        "context_length=64",
+    ]
+    planned = _run(hub, tmp_path / "home", *words, "--dry-run", "--json")
+    assert planned.returncode == 0 and json.loads(planned.stdout)["source"]["file_type"] == "F32", planned.stderr
+    assert not list((tmp_path / "home").rglob("*.gguf"))
+    done = _run(hub, tmp_path / "home", *words, "--out", str(tmp_path / "b"))
+    assert done.returncode == 0, done.stderr
+    manifest = json.loads((tmp_path / "b" / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest["checkpoint"][0]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert manifest["recipe"]["name"] == "small-cpu" and manifest["recipe"]["model"] == place
+    assert not list((tmp_path / "home").rglob("*.safetensors"))
+    offline = _run(hub, tmp_path / "home", "inspect", place, "--json", offline="1")
+    assert offline.returncode == 0 and "download_bytes" not in json.loads(offline.stdout), offline.stderr
+    missing = _run(hub, tmp_path / "home", "inspect", f"{REPO}:none.gguf")
+    assert missing.returncode == 2 and missing.stderr.count("\n") == 1, missing.stderr
 
 
 def test_a_revision_is_asked_for(hub: Hub, tmp_path: Path) -> None:

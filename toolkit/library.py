@@ -8,7 +8,7 @@ from pathlib import Path
 
 from toolkit.bundle.manifest import read_manifest
 from toolkit.checkpoint.adapter import merge_adapter
-from toolkit.checkpoint.download import is_hub_id, resolve_checkpoint
+from toolkit.checkpoint.download import hub_file, is_hub_id, resolve_checkpoint
 from toolkit.checkpoint.opened import Checkpoint, synthetic_checkpoint
 from toolkit.checkpoint.opened import open_checkpoint as open_folder
 from toolkit.checkpoint.remote import open_headers
@@ -223,7 +223,7 @@ def inspect(path: str | Path, *, revision: str | None = None) -> JsonObject:
     `revision` is a branch, tag or commit of a hub id. Raises CheckpointError for what is neither.
     """
     place = path.as_posix() if isinstance(path, Path) else path
-    if is_hub_id(place):
+    if is_hub_id(place) or hub_file(place):
         return inspect_checkpoint(open_headers(place, revision))
     return inspect_path(Path(path))
 

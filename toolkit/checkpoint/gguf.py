@@ -78,21 +78,23 @@ def open_gguf(path: Path) -> GgufModel:
     Raises CheckpointError for what is damaged or incomplete, UnsupportedError for an architecture, a tensor type or a
     tokenizer that is not read.
     """
-    return described(path, [read_gguf_header(file) for file in split_set(path)], rope_freqs)
+    headers = [read_gguf_header(file) for file in split_set(path)]
+    return gguf_model(path, headers, lambda refs: FileWeights(refs, [header.path for header in headers]))
 
 
-def described(
-    path: Path, headers: Sequence[GgufHeader], divisors: Callable[[Mapping[str, TensorRef]], Floats | None]
+def gguf_model(
+    path: Path, headers: Sequence[GgufHeader], stored: Callable[[dict[str, TensorRef]], FileWeights]
 ) -> GgufModel:
-    """What `open_gguf` returns, of headers that were read already; `divisors` reads the tensor rope_freqs."""
+    """What `open_gguf` returns, of headers that were read already; `stored` reads tensors, wherever they are."""
     tensors = _joined(headers)
     read = Metadata(headers[0].metadata, path)
-    raw = config_of(read, tensors, divisors(tensors))
+    divisors = tensors.get(ROPE_FREQS)
+    raw = config_of(read, tensors, None if divisors is None else stored(tensors).read(ROPE_FREQS).reshape(-1))
     config = parse_config(raw, path)
     found = {}
-    for stored, ref in tensors.items():
-        if stored != ROPE_FREQS:
-            name = checkpoint_name(stored)
+    for given, ref in tensors.items():
+        if given != ROPE_FREQS:
+            name = checkpoint_name(given)
             found[name] = replace(ref, name=name)
     refs = expected_refs(found, config, path, TYPE_BY_NAME)
     side = {
@@ -101,7 +103,7 @@ def described(
         names.TOKENIZER_FILE: tokenizer_of(read),
         TOKENIZER_CONFIG_FILE: tokenizer_config_of(read),
     }
-    source = GgufWeights(FileWeights(refs, [header.path for header in headers]), config)
+    source = GgufWeights(stored(refs), config)
     return GgufModel(config, source, side, _stored_as(read, refs))
 
 
@@ -112,12 +114,6 @@ def split_set(path: Path) -> list[Path]:
         return [path]
     count = int(found["count"])
     return [path.with_name(f"{found['stem']}-{k:05d}-of-{count:05d}{SUFFIX}") for k in range(1, count + 1)]
-
-
-def rope_freqs(tensors: Mapping[str, TensorRef]) -> Floats | None:
-    """The divisors of RoPE's inverse frequencies that a file holds; None where it holds none."""
-    ref = tensors.get(ROPE_FREQS)
-    return None if ref is None else FileWeights({ref.name: ref}, [ref.path]).read(ref.name).reshape(-1)
 
 
 def _joined(headers: Sequence[GgufHeader]) -> dict[str, TensorRef]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from toolkit.checkpoint.config import ModelConfig, read_config
-from toolkit.checkpoint.gguf import StoredAs, is_gguf, open_gguf
+from toolkit.checkpoint.gguf import GgufModel, StoredAs, is_gguf, open_gguf
 from toolkit.checkpoint.side_files import SideFiles, read_side_files
 from toolkit.checkpoint.synthetic import SyntheticWeights
 from toolkit.checkpoint.weights import WeightSource, open_weights
@@ -40,13 +40,16 @@ def open_checkpoint(place: Path) -> Checkpoint:
 
 
 def _opened_gguf(path: Path) -> Checkpoint:
-    """The checkpoint in a GGUF file, with a line that says what its weights are."""
-    model = open_gguf(path)
+    return gguf_checkpoint(open_gguf(path))
+
+
+def gguf_checkpoint(model: GgufModel, download_bytes: int = 0) -> Checkpoint:
+    """The checkpoint that a GGUF file is, with a line that says what its weights are; `download_bytes` are not here."""
     folder, stored = model.side_folder(model.source), model.stored_as
     side = read_side_files(folder, model.config.vocab_size)
     kind = f"a {stored.file_type} file of {stored.bits_per_weight:.2f} bits a weight"
     notes = (f"the weights are those of {kind}, dequantized", *_ids_beyond(side, model.config.vocab_size))
-    return Checkpoint(folder, model.config, model.source, False, side, notes, stored_as=stored)
+    return Checkpoint(folder, model.config, model.source, False, side, notes, download_bytes, stored)
 
 
 def _opened_folder(folder: Path) -> Checkpoint:

@@ -1,8 +1,9 @@
-"""A checkpoint on the hub, looked at without its weights: its JSON files, and the headers of its safetensors files."""
+"""A checkpoint on the hub, looked at without its weights: its JSON files, and the headers of its weights."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import io
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Final, NoReturn
@@ -11,16 +12,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toolkit.checkpoint.config import read_config
-from toolkit.checkpoint.download import hub_error, is_hub_id, resolve_checkpoint
-from toolkit.checkpoint.opened import Checkpoint, open_checkpoint
+from toolkit.checkpoint.download import hub_error, hub_file, is_hub_id, resolve_checkpoint
+from toolkit.checkpoint.gguf import gguf_model, split_set
+from toolkit.checkpoint.gguf_header import parse_gguf_header
+from toolkit.checkpoint.gguf_names import ROPE_FREQS
+from toolkit.checkpoint.opened import Checkpoint, gguf_checkpoint, open_checkpoint
 from toolkit.checkpoint.safetensors import TensorRef, header_length, parse_header
 from toolkit.checkpoint.scan import Rows
 from toolkit.checkpoint.side_files import read_side_files
-from toolkit.checkpoint.weights import FileWeights, Origin, find_tensors, weight_files
+from toolkit.checkpoint.weights import FileWeights, Origin, find_tensors, weight_files, widen
 from toolkit.errors import CheckpointError
 
 # What most headers fit into.
 _FIRST_BYTES: Final = 1 << 17
+# A GGUF header holds a vocabulary: some megabytes.
+_GGUF_BYTES: Final = 2 << 20
 
 
 class HeadersAlone(FileWeights):
@@ -63,6 +69,8 @@ def open_headers(place: str, revision: str | None = None) -> Checkpoint:
     What is whole on this machine, a folder or a hub id that was downloaded before, is opened as it is. Raises
     CheckpointError for what is incomplete, damaged or no checkpoint.
     """
+    if on_hub := hub_file(place):
+        return _open_gguf_headers(place, *on_hub, revision)
     folder = resolve_checkpoint(place, revision, weights=False)
     if not is_hub_id(place) or all(file.is_file() for file in weight_files(folder)):
         return open_checkpoint(folder)
@@ -82,6 +90,88 @@ def open_headers(place: str, revision: str | None = None) -> Checkpoint:
     side = read_side_files(folder, config.vocab_size)
     source = HeadersAlone(place, found.refs, sizes)
     return Checkpoint(folder, config, source, False, side, download_bytes=sum(sizes.values()))
+
+
+def _open_gguf_headers(place: str, repository: str, file: str, revision: str | None) -> Checkpoint:
+    """The same for a GGUF file, or the set that it is of: its vocabulary is in its header, so some megabytes."""
+    try:
+        return open_checkpoint(_cached(repository, file, revision))
+    except FileNotFoundError:
+        pass
+    ranges: list[_RemoteFile] = []
+    headers = []
+    try:
+        for path in split_set(Path(file)):
+            remote = _RemoteFile(repository, path, revision)
+            ranges.append(remote)
+            headers.append(parse_gguf_header(io.BufferedReader(remote, _GGUF_BYTES), remote.size, path))
+    except CheckpointError:
+        raise
+    except Exception as problem:  # the client's errors have no common root short of Exception
+        raise hub_error(place, revision, problem) from None
+    sizes = {remote.path: remote.size for remote in ranges}
+    model = gguf_model(Path(file), headers, lambda refs: _GgufHeadersAlone(place, refs, sizes, ranges))
+    return gguf_checkpoint(model, download_bytes=sum(sizes.values()))
+
+
+def _cached(repository: str, file: str, revision: str | None) -> Path:
+    """The path of a file that was downloaded before, its whole set with it. Raises FileNotFoundError otherwise."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = [
+        try_to_load_from_cache(repository, path.as_posix(), revision=revision or "main")
+        for path in split_set(Path(file))
+    ]
+    if not all(isinstance(path, str) for path in found):
+        raise FileNotFoundError(file)
+    first = Path(str(found[0]))
+    return first.with_name(Path(file).name)
+
+
+class _RemoteFile(io.RawIOBase):
+    """A file on the hub, read by range requests from its beginning on; `size` is known from the start."""
+
+    def __init__(self, repository: str, path: Path, revision: str | None) -> None:
+        from huggingface_hub import hf_hub_url
+
+        self.path, self._at = path, 0
+        self._url = hf_hub_url(repository, path.as_posix(), revision=revision)
+        response = _get(self._url, 0, 1)
+        self.size = int(response.headers.get("Content-Range", f"/{len(response.content)}").rsplit("/", 1)[-1])
+
+    def readable(self) -> bool:
+        """Returns true, which is what `io.BufferedReader` asks."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fills a buffer with the next bytes, and returns how many there were."""
+        content = self.bytes(self._at, min(len(buffer), self.size - self._at))
+        buffer[: len(content)] = content
+        self._at += len(content)
+        return len(content)
+
+    def bytes(self, start: int, count: int) -> bytes:
+        """Reads `count` bytes of the file from `start` on."""
+        content: bytes = _get(self._url, start, count).content[:count] if count else b""
+        return content
+
+
+class _GgufHeadersAlone(HeadersAlone):
+    """Headers of GGUF files; the one tensor that belongs to the config, RoPE's divisors, is fetched when it is read."""
+
+    def __init__(
+        self, place: str, refs: dict[str, TensorRef], sizes: dict[Path, int], files: Sequence[_RemoteFile]
+    ) -> None:
+        super().__init__(place, refs, sizes)
+        self._remote = {remote.path: remote for remote in files}
+
+    def read_rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
+        """Rows of the divisors; raises CheckpointError for a weight, which is not here."""
+        if name != ROPE_FREQS:
+            return super().read_rows(name, start, stop)
+        ref = self._refs[name]
+        raw = np.frombuffer(self._remote[ref.path].bytes(ref.offset, ref.nbytes), np.uint8)
+        return widen(raw, ref.dtype)[start:stop]
 
 
 def _remote_header(place: str, folder: Path, path: Path) -> tuple[dict[str, TensorRef], int]:
