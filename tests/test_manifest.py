@@ -30,6 +30,7 @@ def manifest_of(recipe_name: str) -> Manifest:
         compiled={"context": "34"},
         stop_tokens=(StopToken(2, "</s>", ("config.json",)),),
         changed=(ChangedFile("tokenizer_config.json", ("another class",)),),
+        side_files=(FileEntry("config.json", 3, "cd"), FileEntry("additional_chat_templates/rag.jinja", 1, "ab")),
     )
 
 

@@ -59,11 +59,14 @@ def test_the_same_request_keeps_the_bundle(folder: Path, tmp_path: Path) -> None
     made = _made_at(out)
     (said,) = _export(folder, out)
     assert str(out) in said and "kept" in said and "--force" in said and _made_at(out) == made
+    for path in folder.iterdir():  # as a fresh copy of the same files has it, or what is rebuilt from a GGUF file
+        os.utime(path)
+    assert "kept" in _export(folder, out)[0] and _made_at(out) == made
     assert not out.with_name("b.partial").exists()
     assert _export(folder, out, force=True) == [] and _made_at(out) > made
 
 
-@pytest.mark.parametrize("what", ["recipe", "weights", "tokenizer", "config", "damaged", "missing"])
+@pytest.mark.parametrize("what", ["recipe", "weights", "tokenizer", "config", "template", "damaged", "missing"])
 def test_anything_else_makes_it_anew(folder: Path, tmp_path: Path, what: str) -> None:
     out = tmp_path / "b"
     _export(folder, out)
@@ -80,6 +83,14 @@ def test_anything_else_makes_it_anew(folder: Path, tmp_path: Path, what: str) ->
         os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     elif what == "config":
         (folder / "config.json").write_bytes((folder / "config.json").read_bytes() + b"\n")
+    elif what == "template":
+        # One that went into another file of the bundle, and is as old as ever.
+        (folder / "chat_template.jinja").write_text("{% if true %}\n{{ messages[0].content }}{% endif %}")
+        os.utime(folder / "chat_template.jinja", ns=(0, 0))
+        _export(folder, out)
+        made = _made_at(out)
+        (folder / "chat_template.jinja").write_text("{% if true %}\n{{ messages[1].content }}{% endif %}")
+        os.utime(folder / "chat_template.jinja", ns=(0, 0))
     elif what == "damaged":
         os.truncate(out / "model.onnx.data", 10)
         made = 0

@@ -10,6 +10,7 @@ from typing import Any, Final
 from toolkit import names
 from toolkit.bundle.stop_tokens import StopToken
 from toolkit.checkpoint.opened import Checkpoint
+from toolkit.checkpoint.side_files import side_paths
 from toolkit.checkpoint.weights import Origin
 from toolkit.errors import BundleError, RecipeError
 from toolkit.files import FileEntry, digest_fits, file_entry, file_sha256, read_json, with_digest, write_json
@@ -45,7 +46,8 @@ class Manifest:
     `recipe` is the recipe as it was resolved, `precision` int4 or fp32, `versions` those of the packages that decide
     what comes out. `checkpoint` names the files that the weights were read from. `compiled` has, by the context stage
     of each part that was compiled ahead of time, a digest of all that its binary was made from. `stop_tokens` end an
-    answer, each with where that is said. `changed` names the files of the checkpoint that the bundle has otherwise.
+    answer, each with where that is said. `changed` names the files of the checkpoint that the bundle has otherwise,
+    `side_files` all of it beside the weights that were read.
     """
 
     schema_version: int
@@ -59,6 +61,7 @@ class Manifest:
     compiled: dict[str, str] | None = None
     stop_tokens: tuple[StopToken, ...] = ()
     changed: tuple[ChangedFile, ...] = ()
+    side_files: tuple[FileEntry, ...] = ()
 
     def with_files(self, changed: Iterable[FileEntry]) -> Manifest:
         """The manifest with these entries added, or put in place of those of the same name."""
@@ -80,6 +83,7 @@ class _WrittenManifest:
     compiled: dict[str, str] | None = None
     stop_tokens: tuple[StopToken, ...] = ()
     changed: tuple[ChangedFile, ...] = ()
+    side_files: tuple[FileEntry, ...] = ()
 
 
 def begin_manifest(
@@ -93,8 +97,23 @@ def begin_manifest(
     identity = checkpoint.source.identity()
     versions, synthetic = package_versions(), checkpoint.synthetic
     return Manifest(
-        SCHEMA_VERSION, versions, recipe, precision, synthetic, identity, (), calibration, stop_tokens=stop_tokens
+        SCHEMA_VERSION,
+        versions,
+        recipe,
+        precision,
+        synthetic,
+        identity,
+        (),
+        calibration,
+        stop_tokens=stop_tokens,
+        side_files=()
+        if synthetic
+        else tuple(_side_entry(path, checkpoint.folder) for path in side_paths(checkpoint.folder)),
     )
+
+
+def _side_entry(path: Path, folder: Path) -> FileEntry:
+    return replace(file_entry(path), name=path.relative_to(folder).as_posix())
 
 
 def write_manifest(
@@ -142,6 +161,7 @@ def read_manifest(folder: Path) -> Manifest:
         written.compiled,
         written.stop_tokens,
         written.changed,
+        written.side_files,
     )
 
 

@@ -103,6 +103,21 @@ def read_side_files(folder: Path, vocab_size: int) -> SideFiles:
     )
 
 
+def side_paths(folder: Path) -> list[Path]:
+    """The files of a checkpoint beside its weights that decide what a bundle of it is, those that are there."""
+    named = (
+        names.CONFIG_FILE,
+        GENERATION_FILE,
+        names.TOKENIZER_FILE,
+        TOKENIZER_CONFIG_FILE,
+        SPECIAL_TOKENS_FILE,
+        PROCESSOR_TEMPLATE_FILE,
+        TEMPLATE_FILE,
+    )
+    paths = [*(folder / name for name in named), *sorted((folder / TEMPLATES_FOLDER).glob("*.jinja"))]
+    return [path for path in paths if path.is_file()]
+
+
 def _check_settings(folder: Path, config: Mapping[str, Any], special: Mapping[str, Any]) -> None:
     """Raises CheckpointError for a setting of the tokenizer that is of another type than programs take it for."""
     for file, raw in ((TOKENIZER_CONFIG_FILE, config), (SPECIAL_TOKENS_FILE, special)):

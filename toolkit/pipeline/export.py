@@ -146,7 +146,7 @@ def _exported(
         tokenizer = plan_tokenizer(checkpoint)
         pad = pad_token_id(checkpoint.config, checkpoint.side)
         asked = [(plan, calibration_text(plan) if plan.calibration_cost else None) for plan in plans]
-        wanted = asked if force else _missing(asked, tokenizer.copied, note)
+        wanted = asked if force else _missing(asked, note)
         if not wanted:
             return [plan.out for plan in plans]
         check_machine([plan for plan, _ in wanted], written_bytes([plan.out for plan, _ in wanted]))
@@ -165,15 +165,12 @@ def _exported(
 
 
 def _missing(
-    asked: Sequence[tuple[ExportPlan, TokenizedText | None]],
-    tokenizer_files: Sequence[str],
-    note: Callable[[str], None],
+    asked: Sequence[tuple[ExportPlan, TokenizedText | None]], note: Callable[[str], None]
 ) -> list[tuple[ExportPlan, TokenizedText | None]]:
     """Those whose bundle does not stand there yet. Raises RecipeError for a validated one that would be lost."""
     missing = []
     for plan, text in asked:
-        side_files = [plan.checkpoint.folder / name for name in (*tokenizer_files, names.CONFIG_FILE)]
-        if is_made(plan, text.origin if text else None, side_files):
+        if is_made(plan, text.origin if text else None):
             note(f"{plan.out} was made of the same recipe, checkpoint and versions: kept (--force makes it anew)")
         else:
             check_replaceable(plan)
