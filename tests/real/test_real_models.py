@@ -166,8 +166,8 @@ def _texts() -> list[str]:
     """More than 500 texts: words, code, numbers, other scripts, spaces, and what special tokens look like."""
     own = []
     for name in ("reasoning.jsonl", "calibration.jsonl"):
-        for line in (ROOT / "models" / name).read_text(encoding="utf-8").splitlines():
-            own += [part for value in json.loads(line).values() for part in str(value).split("\n")]
+        whole = (ROOT / "models" / name).read_text(encoding="utf-8").replace("\\n", "\n")
+        own += [whole[start : start + 150] for start in range(0, len(whole), 150)]
     odd = ["", " ", "  a", "\n\n\t x", "it's IT'S we'LL", "3.14 1234567 ½ ²", "naïve nai\u0308ve", "日本語 한국어"]
     odd += [
         "🙂👩\u200d👩",
