@@ -228,7 +228,9 @@ def test_an_adapter_is_merged(folder: Path, config: dict[str, object], scale: fl
             found = merged.source.decode(rows, rows.start, rows.stop)
             assert np.abs(found - expected[rows.start : rows.stop].numpy()).max() < 1e-4
         rows.release()
-    assert [origin.name for origin in merged.source.digests()] == ["model.safetensors", "adapter_model.safetensors"]
+    files = ["model.safetensors", "adapter_model.safetensors", "adapter_config.json"]
+    assert [origin.name for origin in merged.source.digests()] == files
+    assert [origin.name for origin in merged.source.identity()] == files
 
 
 def test_an_adapters_embedding_and_whole_modules(folder: Path) -> None:

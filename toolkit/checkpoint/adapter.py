@@ -181,13 +181,18 @@ class MergedTensors:
 
     def identity(self) -> tuple[Origin, ...]:
         """Name, size and time of change of the checkpoint's files and of the adapter's."""
-        stat = self._path.stat()
-        return (*self._source.identity(), Origin(self._path.name, stat.st_size, mtime_ns=stat.st_mtime_ns))
+        stats = [(path.name, path.stat()) for path in self._files()]
+        own = (Origin(name, stat.st_size, mtime_ns=stat.st_mtime_ns) for name, stat in stats)
+        return (*self._source.identity(), *own)
 
     def digests(self) -> tuple[Origin, ...]:
         """Name, size and SHA-256 of the checkpoint's files and of the adapter's."""
-        own = Origin(self._path.name, self._path.stat().st_size, file_sha256(self._path))
-        return (*self._source.digests(), own)
+        own = (Origin(path.name, path.stat().st_size, file_sha256(path)) for path in self._files())
+        return (*self._source.digests(), *own)
+
+    def _files(self) -> tuple[Path, Path]:
+        """The adapter's factors, and the settings that scale them."""
+        return self._path, self._path.with_name(CONFIG_FILE)
 
     def _merged(self, name: str, values: Floats, start: int) -> Floats:
         if name not in self._added:
