@@ -136,7 +136,19 @@ def read_json(path: Path, max_bytes: int, error: type[ToolkitError], expected: s
         raise error(f"{path} is not valid JSON: {str(problem)[:120]}") from None
     if not isinstance(value, dict):
         raise error(f"{path} holds a JSON {type(value).__name__}, expected an object")
+    # Only an escape brings one in, and most files have none.
+    if b"\\ud" in text.lower() and not is_unicode(value):
+        raise error(f"{path} holds half of a surrogate pair, an escape such as \\ud800, which is no text")
     return value
+
+
+def is_unicode(value: object) -> bool:
+    """Whether every text in a value can be written down: halves of surrogate pairs cannot."""
+    try:
+        json.dumps(value, ensure_ascii=False, default=str).encode("utf-8")
+    except (UnicodeEncodeError, TypeError, ValueError):
+        return False
+    return True
 
 
 def write_state(path: Path, value: object) -> None:

@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-EXPORT: Final = (
-    *("export", "cpu", "--checkpoint", "{checkpoint}", "--out", "{out}", "--no-validate"),
-    *("--quality", "fast", "--set", "context_length=64"),
-)
+_PLACED: Final = ("--checkpoint", "{checkpoint}", "--out", "{out}", "--no-validate")
+EXPORT: Final = ("export", "cpu", *_PLACED, "--quality", "fast", "--set", "context_length=64")
 RESUMED: Final = (
-    *("export", "cpu", "--checkpoint", "{checkpoint}", "--out", "{out}", "--no-validate"),
+    *("export", "cpu", *_PLACED),
     *("--quality", "best", "--calibration", "{text}", "--set", "context_length=64", "--set", "calibration_tokens=300"),
 )
 GENERATE: Final = ("generate", "{bundle}", "--prompt", "the cat", "--max-new-tokens", "2")
@@ -51,11 +49,11 @@ PARSERS: Final[tuple[Parser, ...]] = (
     Parser("special_tokens_map", ("checkpoint/special_tokens_map.json",), (EXPORT,), 0.04),
     Parser("chat_template", ("checkpoint/chat_template.jinja",), (EXPORT,), 0.02, structured=False),
     Parser("adapter", ("adapter/adapter_config.json",), ((*EXPORT, "--adapter", "{adapter}"),), 0.03),
-    Parser("recipe", ("recipe.yaml",), (("export", "{recipe}", *EXPORT[2:]),), 0.08),
+    Parser("recipe", ("recipe.yaml",), (("export", "{recipe}", *_PLACED),), 0.08),
     Parser(
         "set",
         (),
-        (("export", "{recipe}", *EXPORT[2:], "--set", "{value}"),),
+        (("export", "{recipe}", *_PLACED, "--set", "{value}"),),
         0.06,
         structured=False,
         words=(

@@ -45,6 +45,8 @@ _NOT_PLAIN: Final = (
 )
 # Ways to begin that take something out of the base model, so that W is another than the published one.
 _CHANGE_THE_BASE: Final = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# What float32 holds.
+_MOST_ALPHA: Final = 1e38
 _MERGE: Final = "merge it with PEFT first"
 _PREFIX: Final = "base_model.model."
 _FACTOR: Final = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(\.default)?(\.weight)?")
@@ -133,8 +135,8 @@ def _low_rank(
         )
     module, rank = name.removesuffix(".weight"), a.shape[0]
     alpha = _by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", rank))
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise CheckpointError(f"{path.with_name(CONFIG_FILE)}: lora_alpha is {alpha!r}, expected a number")
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < _MOST_ALPHA:
+        raise CheckpointError(f"{path.with_name(CONFIG_FILE)}: lora_alpha is {alpha!r:.60}, expected a number")
     return LowRank(a, b, alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
 
 

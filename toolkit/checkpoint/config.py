@@ -123,11 +123,11 @@ def parse_config(raw: Mapping[str, Any], path: Path) -> ModelConfig:
     family = FAMILIES.get(str(raw.get("model_type")))
     if family is None:
         raise UnsupportedError(
-            f"{path}: model_type {raw.get('model_type')!r} is not supported, expected one of {', '.join(FAMILIES)}"
+            f"{path}: model_type {raw.get('model_type')!r:.60} is not supported, expected one of {', '.join(FAMILIES)}"
         )
     read = Fields(raw, path, family.defaults)
     if raw.get("hidden_act", "silu") != "silu":
-        raise UnsupportedError(f"{path}: hidden_act {raw['hidden_act']!r} is not supported, expected 'silu'")
+        raise UnsupportedError(f"{path}: hidden_act {raw['hidden_act']!r:.60} is not supported, expected 'silu'")
     if (method := _quantized_by(raw)) is not None:
         raise UnsupportedError(
             f"{path}: the checkpoint is already quantized{method}: name the original in bf16, fp16 or fp32"
@@ -168,10 +168,10 @@ def _parse_rope(read: Fields, positions: int) -> RopeConfig:
     path = read.path
     scaling = read.get("rope_parameters") or read.get("rope_scaling") or {}
     if not isinstance(scaling, dict):
-        raise CheckpointError(f"{path}: rope parameters are {scaling!r}, expected an object")
+        raise CheckpointError(f"{path}: rope parameters are {scaling!r:.60}, expected an object")
     rope_type = scaling.get("rope_type", scaling.get("type", "default"))
     if rope_type not in ROPE_TYPES:
-        raise UnsupportedError(f"{path}: rope_type {rope_type!r} is not supported, expected {', '.join(ROPE_TYPES)}")
+        raise UnsupportedError(f"{path}: rope_type {rope_type!r:.60} is not supported, expected {', '.join(ROPE_TYPES)}")
     partial = scaling.get("partial_rotary_factor", read.get("partial_rotary_factor"))
     if partial not in (None, 1, 1.0):
         raise UnsupportedError(f"{path}: partial_rotary_factor is not supported, expected 1.0")
@@ -192,8 +192,8 @@ def _parse_rope(read: Fields, positions: int) -> RopeConfig:
     if rope_type == "linear":
         return RopeConfig(rope_type, theta, factor=number("factor"))
     original = scaling.get("original_max_position_embeddings") or positions
-    if isinstance(original, bool) or not isinstance(original, int) or original <= 0:
-        raise CheckpointError(f"{path}: original_max_position_embeddings is {original!r}, expected a token count")
+    if isinstance(original, bool) or not isinstance(original, int) or not 0 < original < 1 << 31:
+        raise CheckpointError(f"{path}: original_max_position_embeddings is {original!r:.40}, expected a token count")
     if rope_type == "llama3":
         low, high = number("low_freq_factor"), number("high_freq_factor")
         if low >= high:

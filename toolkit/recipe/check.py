@@ -18,6 +18,10 @@ RULE_ALGORITHMS: Final = (AUTO, *ALGORITHMS)
 BITS: Final = (4, 8)
 BLOCK_SIZES: Final = (16, 32, 64, 128, 256)
 FIGURES: Final = threshold_names()
+# A threshold beyond this is none, and infinity cannot be written down.
+_MOST: Final = 1e300
+# What file systems take, less what is put around a bundle's name.
+_LONGEST_NAME: Final = 200
 
 
 def check_rule(rule: QuantRule, where: str) -> None:
@@ -27,13 +31,18 @@ def check_rule(rule: QuantRule, where: str) -> None:
     if rule.algorithm not in RULE_ALGORITHMS:
         hint, known = nearest(str(rule.algorithm), RULE_ALGORITHMS), " or ".join(RULE_ALGORITHMS)
         raise RecipeError(f"{where}: algorithm {rule.algorithm!r} is unknown{hint}, expected {known}")
-    if rule.bits not in BITS or rule.block_size not in BLOCK_SIZES or isinstance(rule.bits, bool):
+    if not (_is_one_of(rule.bits, BITS) and _is_one_of(rule.block_size, BLOCK_SIZES)):
         raise RecipeError(
-            f"{where}: {rule.bits!r} bits in blocks of {rule.block_size!r}, expected 4 or 8 bits in blocks of "
+            f"{where}: {rule.bits!r:.40} bits in blocks of {rule.block_size!r:.40}, expected 4 or 8 bits in blocks of "
             f"{', '.join(map(str, BLOCK_SIZES))}"
         )
     if not isinstance(rule.symmetric, bool):
         raise RecipeError(f"{where}: symmetric is {rule.symmetric!r}, expected true or false")
+
+
+def _is_one_of(value: object, known: tuple[int, ...]) -> bool:
+    """Whether a value is one of these whole numbers; 8.0 is equal to 8 and none."""
+    return type(value) is int and value in known
 
 
 def check_tasks(raw: Any, where: str) -> None:
@@ -55,8 +64,11 @@ def check_recipe(recipe: Recipe, where: str) -> None:
         value = getattr(recipe, key)
         if not isinstance(value, str) or not value:
             raise RecipeError(f"{where}: {key} is {value!r}, expected a word")
-    if Path(recipe.name).name != recipe.name or recipe.name.startswith("."):
-        raise RecipeError(f"{where}: name {recipe.name!r} must be usable as a folder name")
+    plain = Path(recipe.name).name == recipe.name and recipe.name.isprintable()
+    if not plain or recipe.name.startswith(".") or len(recipe.name.encode()) > _LONGEST_NAME:
+        raise RecipeError(
+            f"{where}: name {recipe.name!r:.60} must be usable as a folder name, of {_LONGEST_NAME} bytes at most"
+        )
     length = recipe.context_length
     if isinstance(length, bool) or not isinstance(length, int) or length < 1:
         raise RecipeError(f"{where}: context_length is {length!r}, expected a token count")
@@ -71,9 +83,9 @@ def check_recipe(recipe: Recipe, where: str) -> None:
 
 def _check_thresholds(thresholds: dict[str, float], where: str) -> None:
     if not isinstance(thresholds, dict) or not all(
-        isinstance(v, int | float) and not isinstance(v, bool) for v in thresholds.values()
+        isinstance(v, int | float) and not isinstance(v, bool) and abs(v) < _MOST for v in thresholds.values()
     ):
-        raise RecipeError(f"{where}: validate is {thresholds!r}, expected figures with their thresholds")
+        raise RecipeError(f"{where}: validate is {thresholds!r:.200}, expected figures with their thresholds")
     for figure in thresholds:
         if figure not in FIGURES:
             hint = nearest(str(figure), FIGURES)
@@ -81,7 +93,7 @@ def _check_thresholds(thresholds: dict[str, float], where: str) -> None:
 
 
 def _check_calibration(recipe: Recipe, where: str) -> None:
-    if recipe.quality not in QUALITIES:
+    if not isinstance(recipe.quality, str) or recipe.quality not in QUALITIES:
         hint = nearest(str(recipe.quality), list(QUALITIES))
         raise RecipeError(f"{where}: quality {recipe.quality!r} is unknown{hint}, expected {' or '.join(QUALITIES)}")
     if not isinstance(recipe.calibration, str) or not recipe.calibration:

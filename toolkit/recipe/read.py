@@ -11,7 +11,7 @@ from typing import Any, Final
 import yaml
 
 from toolkit.errors import RecipeError
-from toolkit.files import read_text
+from toolkit.files import is_unicode, read_text
 from toolkit.recipe.check import check_recipe, check_rule, check_target, check_tasks
 from toolkit.recipe.recipe import QuantRule, Recipe
 from toolkit.recipe.tree import find_recipe, meant_recipe
@@ -96,7 +96,10 @@ class _PlainLoader(yaml.SafeLoader):
 def _parsed(text: str) -> Any:
     """What YAML means. Raises ValueError for what is none, or for a value such as `!!int x` that cannot be."""
     try:
-        return yaml.load(text, _PlainLoader)
+        value = yaml.load(text, _PlainLoader)
+        if "\\" in text and not is_unicode(value):
+            raise ValueError("half of a surrogate pair is no text")
+        return value
     except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as problem:
         raise ValueError(str(problem) or type(problem).__name__) from None
 
