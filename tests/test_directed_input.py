@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Final
 from unittest import mock
 
 import pytest
 
-from tests.hostile.parsers import EXPORT, GENERATE, PARSERS, RESUMED
+from tests.hostile.parsers import PARSERS
 from tests.hostile.sandbox import Sandbox
 from tests.hostile.worker import cheap
 

@@ -150,6 +150,10 @@ class Sandbox:
             shutil.rmtree(self.root / parser.on)
             shutil.copytree(self.root / "whole" / parser.on, self.root / parser.on)
             shutil.rmtree(self.root / f"{parser.on}.compile", ignore_errors=True)
+        self.cleared()
+
+    def cleared(self) -> None:
+        """Removes what exports made and left."""
         for path in self.root.iterdir():
             if path.name.startswith(("out", ".out")):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()

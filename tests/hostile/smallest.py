@@ -1,4 +1,4 @@
-"""The smallest checkpoint that becomes a bundle: fifty kilobytes, so that a hundred thousand damaged ones are cheap."""
+"""The smallest checkpoint that becomes a bundle: a hundred kilobytes, so that a hundred thousand damaged ones are cheap."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Final
 import numpy as np
 
 VOCABULARY: Final = 264
-HIDDEN: Final = 32
+HIDDEN: Final = 64
 CONTEXT: Final = 64
 CONFIG: Final[dict[str, Any]] = {
     "architectures": ["Qwen2ForCausalLM"],

@@ -171,7 +171,9 @@ def _parse_rope(read: Fields, positions: int) -> RopeConfig:
         raise CheckpointError(f"{path}: rope parameters are {scaling!r:.60}, expected an object")
     rope_type = scaling.get("rope_type", scaling.get("type", "default"))
     if rope_type not in ROPE_TYPES:
-        raise UnsupportedError(f"{path}: rope_type {rope_type!r:.60} is not supported, expected {', '.join(ROPE_TYPES)}")
+        raise UnsupportedError(
+            f"{path}: rope_type {rope_type!r:.60} is not supported, expected {', '.join(ROPE_TYPES)}"
+        )
     partial = scaling.get("partial_rotary_factor", read.get("partial_rotary_factor"))
     if partial not in (None, 1, 1.0):
         raise UnsupportedError(f"{path}: partial_rotary_factor is not supported, expected 1.0")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import signal
 import sys
 import traceback
@@ -24,9 +25,10 @@ from toolkit.errors import ToolkitError
 _RESUMED = ("export", "compile")
 # Characters of a message: it may quote what it found.
 _LONGEST = 1000
-# What the system refuses for want of space, rights or handles; other errors of it are faults of the toolkit.
+# What the system refuses for want of space, rights or handles, or of a path; other errors of it are the toolkit's.
 _OF_THE_MACHINE = tuple(
-    getattr(errno, name, -1) for name in "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM EIO EMFILE ENFILE ENOMEM".split()
+    getattr(errno, name, -1)
+    for name in "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM EIO EMFILE ENFILE ENOMEM ENAMETOOLONG ELOOP ESTALE".split()
 )
 
 
@@ -61,12 +63,23 @@ def main() -> None:
     except MemoryError:
         _leave(words, 2, "MachineError", "the memory of this machine is used up: close other programs")
     except OSError as problem:
+        if not _has_a_folder():
+            _leave(words, 2, "MachineError", "the folder that this runs in is gone: change to another")
         if problem.errno not in _OF_THE_MACHINE:
             _fault(words, problem)
         where = f"{problem.filename}: " if problem.filename else ""
         _leave(words, 2, "MachineError", f"{where}{problem.strerror}, says the system: see to it and run again")
     except Exception as problem:
         _fault(words, problem)
+
+
+def _has_a_folder() -> bool:
+    """Whether the current folder still exists."""
+    try:
+        os.getcwd()
+    except OSError:
+        return False
+    return True
 
 
 def _fault(words: list[str], problem: Exception) -> NoReturn:
@@ -95,6 +108,16 @@ def _leave(words: list[str], code: int, kind: str, message: str) -> NoReturn:
         traceback.print_exc()
     if "--json" in words:
         document = {"error": {"kind": kind, "message": message, "exit_code": code}}
-        click.echo(json.dumps(document, indent=2, ensure_ascii=False))
-    click.echo(f"error: {message}", err=True)
+        _echo(json.dumps(document, indent=2))
+    _echo(f"error: {message}", err=True)
     sys.exit(code)
+
+
+def _echo(text: str, err: bool = False) -> None:
+    """Prints what there is to say of a failure; where that cannot be written, the exit code has to do."""
+    try:
+        click.echo(text, err=err)
+    except OSError:
+        # Or the interpreter tries again as it ends, and complains.
+        descriptor = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(descriptor, 2 if err else 1)

@@ -79,8 +79,13 @@ def running() -> Iterator[None]:
     try:
         yield
     except Exception as problem:  # its errors have no common root short of Exception
-        reason = (str(problem).splitlines() or [type(problem).__name__])[0][:300]
-        raise BundleError(f"onnxruntime-genai cannot run the bundle: {reason}: see `toolkit check`") from None
+        raise BundleError(
+            f"onnxruntime-genai cannot run the bundle: {_first_line(problem)}: see `toolkit check`"
+        ) from None
+
+
+def _first_line(problem: Exception) -> str:
+    return (str(problem).splitlines() or [type(problem).__name__])[0][:300]
 
 
 def open_model(bundle: Path, on_cpu: bool = False) -> OpenModel:
@@ -91,6 +96,9 @@ def open_model(bundle: Path, on_cpu: bool = False) -> OpenModel:
     """
     if not (bundle / names.GENAI_CONFIG_FILE).is_file():
         raise BundleError(f"{bundle} has no {names.GENAI_CONFIG_FILE}: not a bundle")
+    for path in bundle.iterdir():
+        if not (path.is_file() or path.is_dir()):
+            raise BundleError(f"{path} is no regular file, which a runtime would wait for: `toolkit verify {bundle}`")
     try:
         import onnxruntime_genai as og
     except ImportError:
@@ -106,7 +114,7 @@ def open_model(bundle: Path, on_cpu: bool = False) -> OpenModel:
     try:
         model = og.Model(folder.name if folder else str(bundle))
     except Exception as problem:  # whatever the runtime throws
-        raise BundleError(f"onnxruntime-genai cannot open {bundle}: {str(problem).splitlines()[0][:300]}") from None
+        raise BundleError(f"onnxruntime-genai cannot open {bundle}: {_first_line(problem)}") from None
     return OpenModel(og, model, settings, time.perf_counter() - start, folder)
 
 

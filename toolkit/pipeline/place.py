@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 
 from toolkit import names
 from toolkit.errors import MachineError, RecipeError
-from toolkit.files import check_writable, write_text
+from toolkit.files import check_writable, is_unicode, write_text
 from toolkit.partition.data_files import JOURNAL_FILE
 
 CALIBRATION_FOLDER: Final = "calibration"
@@ -33,7 +33,7 @@ def held(bundles: Sequence[Path]) -> Iterator[None]:
     The system releases what a killed process held.
     """
     with ExitStack() as stack:
-        for bundle in sorted({bundle.resolve() for bundle in bundles}):
+        for bundle in sorted({Path(os.path.realpath(bundle)) for bundle in bundles}):
             key = hashlib.sha256(os.path.normcase(bundle).encode("utf-8", "surrogateescape")).hexdigest()[:32]
             lock = FileLock(Path(tempfile.gettempdir()) / f"toolkit-{key}.lock", timeout=0)
             try:
@@ -67,6 +67,10 @@ def check_place(out: Path) -> None:
     """
     if not out.name:
         raise RecipeError(f"{out} cannot be a bundle: name a folder with --out")
+    if not is_unicode(str(out)) or not out.name.isprintable():
+        raise RecipeError(
+            f"{str(out)!r} has bytes in its name that are no text, which runtimes do not open: name another"
+        )
     _refuse_what_stands(out)
     above = next(path for path in out.absolute().parents if os.path.lexists(path))
     if not above.is_dir():

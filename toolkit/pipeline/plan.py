@@ -115,7 +115,9 @@ def plan_export(recipe: Recipe, checkpoint: Checkpoint, out: Path, precision: st
     if target.form.qdq and precision == "int4":
         # Gathered whole before they are turned: what is waiting, and the pieces of it joined.
         packing += 2 * 2 * max(unit.slots[0].nbytes for unit in layout.matrices() if unit.spec and unit.spec.signed)
-    existing = next(p for p in out.resolve().parents if p.is_dir())
+    # Unlike `resolve`, of a loop of links too; and the root has no parents.
+    place = Path(os.path.realpath(out))
+    existing = next((p for p in place.parents if p.is_dir()), place)
     return ExportPlan(
         recipe=recipe,
         target=target,
