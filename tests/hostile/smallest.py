@@ -1,4 +1,4 @@
-"""The smallest checkpoint that becomes a bundle: a hundred kilobytes, so that a hundred thousand damaged ones are cheap."""
+"""The smallest checkpoint that becomes a bundle: 100 kB, so that a hundred thousand damaged ones are cheap."""
 
 from __future__ import annotations
 

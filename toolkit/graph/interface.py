@@ -112,7 +112,7 @@ def load_graph(path: Path) -> ir.Model:
     try:
         return ir.load(path)
     except Exception as problem:  # protobuf's errors have no common root short of Exception
-        raise BundleError(f"{path} is not an ONNX graph: {str(problem).splitlines()[0][:120]}") from None
+        raise BundleError(f"{path} is not an ONNX graph: {str(problem)[:120]!r}") from None
 
 
 def _type(value: ir.Value) -> ValueType:
