@@ -28,6 +28,8 @@ _VERSIONS: Final = (2, 3)
 # The largest published files have some two thousand tensors and a hundred keys.
 _MOST_TENSORS: Final = 1 << 16
 _MOST_KEYS: Final = 1 << 14
+# Ten times the largest vocabulary's merges.
+_MOST_VALUES: Final = 1 << 22
 _LONGEST_NAME: Final = 256
 _BUFFER: Final = 1 << 20
 _MOST_DIMENSIONS: Final = 4
@@ -174,8 +176,8 @@ def _value(read: _Bounded, kind: int, key: str) -> Value:
         return _numbers(read, kind, 1, key)[0]
     inner = read.number("I")
     if inner == _STRING:
-        return read.texts(read.count(f"texts in {key[:80]}", MAX_HEADER_BYTES // 8), key[:80])
-    return _numbers(read, inner, read.count(f"values in {key[:80]}", MAX_HEADER_BYTES), key)
+        return read.texts(read.count(f"texts in {key[:80]}", _MOST_VALUES), key[:80])
+    return _numbers(read, inner, read.count(f"values in {key[:80]}", _MOST_VALUES), key)
 
 
 def _numbers(read: _Bounded, kind: int, count: int, key: str) -> list[int] | list[float] | list[bool]:
