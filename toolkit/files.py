@@ -195,7 +195,9 @@ def _read_bounded(path: Path, max_bytes: int, error: type[ToolkitError], mark_to
 
 
 def file_sha256(path: Path) -> str:
-    """Returns the SHA-256 of a file, in hexadecimal."""
+    """Returns the SHA-256 of a file, in hexadecimal. Raises OSError for a pipe or a device, which may have no end."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "no regular file", str(path))
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

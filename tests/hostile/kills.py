@@ -1,6 +1,6 @@
 """`python -m tests.hostile.kills [--kind K] [--how H] [--every N]`: commands stopped at each event, and gone on with.
 
-Every kind of bundle, calibrated and not, a validation and a compilation; stopped by SIGKILL, SIGTERM, Ctrl-C or a full
+Every kind of bundle, calibrated and not, one made again, and a validation; stopped by SIGKILL, SIGTERM, Ctrl-C or a full
 disk. Afterwards there is no bundle or a whole one, and the same command again ends in the bytes of one that nothing
 happened to, with nothing left beside it. Commands run in forks of one process that has everything imported, so this
 needs a POSIX system.
@@ -29,8 +29,8 @@ from tests.hostile.worker import in_this_process
 
 _LONGEST_S: Final = 120
 _CODES: Final = {"kill": -signal.SIGKILL, "term": 143, "interrupt": 130, FULL: 2}
-# Dates and seconds; and what is only made by a step that is not compared.
-_NOT_COMPARED: Final = ("report.json", "report.html", "compile.log")
+# Dates and seconds.
+_NOT_COMPARED: Final = ("report.json", "report.html")
 _BUNDLES: Final = {
     "cpu fast": ("cpu", "fast"),
     "cpu best": ("cpu", "best"),
@@ -41,7 +41,7 @@ _BUNDLES: Final = {
     "dml best": ("dml", "best"),
     "vitisai balanced": ("vitisai", "balanced"),
 }
-KINDS: Final = (*_BUNDLES, "export again", "validate", "compile")
+KINDS: Final = (*_BUNDLES, "export again", "validate")
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,6 @@ class Trials:
         """The command of a kind. What runs here once is imported and compiled in every fork."""
         if kind in _BUNDLES:
             return Trial(self._export(*_BUNDLES[kind]))
-        if kind == "compile":
-            bundle = self._made("qnn", "fast", "profile=float16")
-            return Trial(("compile", str(self._out)), bundle)
         bundle = self._made("cpu", "fast")
         if kind == "export again":
             return Trial((*self._export("cpu", "fast"), "--force"), bundle)

@@ -127,6 +127,9 @@ def _nodes(graph: ir.Graph) -> list[NodeFacts]:
     dtypes = {str(value.name): _dtype(value) for value in given}
     facts = []
     for node in graph:
+        if not isinstance(node.op_type, str) or not isinstance(node.domain, str):
+            # What protobuf gives for bytes that are no UTF-8.
+            raise ValueError(f"operator {node.op_type!r} of domain {node.domain!r} is no text")
         inputs = [str(value.name) for value in node.inputs if value is not None]
         decides = _LIKE.get(node.op_type, 0)
         dtype = dtypes.get(inputs[decides], "?") if len(inputs) > decides else "?"

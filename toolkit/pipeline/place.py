@@ -55,7 +55,9 @@ def followed(out: Path) -> Path:
         leads_to = out.resolve() if out.is_symlink() or not out.name else out
         if not leads_to.is_symlink():
             return leads_to
-    except (OSError, RuntimeError):  # RuntimeError is what a loop of links is before Python 3.13
+    except OSError as problem:
+        raise RecipeError(f"{out} can be no folder: {problem.strerror}: name another --out") from None
+    except RuntimeError:  # a loop of links, before Python 3.13
         pass
     raise RecipeError(f"{out} is a link that leads nowhere: name another --out")
 
