@@ -1,9 +1,9 @@
 """`python -m tests.hostile.kills [--kind K] [--how H] [--every N]`: commands stopped at each event, and gone on with.
 
 Every kind of bundle, calibrated and not, one made again, and a validation; stopped by SIGKILL, SIGTERM, Ctrl-C or a
-full disk. Afterwards there is no bundle or a whole one, and the same command again ends in the bytes of one that nothing
-happened to, with nothing left beside it. Commands run in forks of one process that has everything imported, so this
-needs a POSIX system.
+full disk. Afterwards there is no bundle or a whole one, and the same command again ends in the bytes of one that
+nothing happened to, with nothing left beside it. Commands run in forks of one process that has everything imported, so
+this needs a POSIX system.
 """
 
 from __future__ import annotations
