@@ -21,7 +21,7 @@ from toolkit.errors import MachineError, UnsupportedError
 from toolkit.evaluate.renders import NOT_TRIED, STUB_SETTINGS, open_tokenizer
 from toolkit.files import write_json
 
-_SECONDS: Final = 120
+_SECONDS: Final = 300
 # Classes that onnxruntime-genai knows, for a tokenizer.json of a class that it does not.
 _KNOWN_CLASSES: Final = ("PreTrainedTokenizerFast", "LlamaTokenizerFast", "GemmaTokenizerFast")
 _TEXTS: Final = {
