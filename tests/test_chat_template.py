@@ -270,7 +270,8 @@ def test_a_processors_template_is_read_where_the_tokenizer_has_none(tmp_path: Pa
 
 
 def test_no_template_and_no_default_template(tmp_path: Path) -> None:
-    for empty in (None, "", []):
+    nothing: tuple[object, ...] = (None, "", [])
+    for empty in nothing:
         assert shipped_template(checkpoint(tmp_path, {"chat_template": empty})) is None
     checkpoint(tmp_path, {"chat_template": [{"name": "tool_use", "template": "t"}]})
     with pytest.raises(CheckpointError, match="tool_use and none named default"):

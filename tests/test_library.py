@@ -58,7 +58,7 @@ def test_the_public_names_are_these_and_each_is_there() -> None:
     for name in PUBLIC:
         assert getattr(toolkit, name).__doc__.strip(), name
     with pytest.raises(AttributeError, match="no attribute 'exprot'"):
-        _ = toolkit.exprot  # type: ignore[attr-defined]
+        _ = toolkit.exprot
 
 
 def test_type_checkers_see_what_python_sees() -> None:

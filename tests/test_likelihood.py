@@ -70,7 +70,8 @@ def test_where_a_continuation_begins_and_what_it_weighs(
 ) -> None:
     assert scorer.parted(context, continuation) == (before, targets)
     total, greedy = scorer.of_continuation(context, continuation)
-    assert (total, greedy) == (pytest.approx(expected(before, targets)[0], abs=1e-6), expected(before, targets)[1])
+    wanted, is_greedy = expected(before, targets)
+    assert total == pytest.approx(wanted, abs=1e-6) and greedy == is_greedy
     # And again where the logits are remembered.
     assert scorer.of_continuation(context, continuation) == (total, greedy)
 

@@ -52,6 +52,6 @@ def test_a_row_of_an_odd_number_is_rounded_as_an_even_one(bits: int) -> None:
     odd_rows, even_rows = dequantize_blocks(odd_blocks, spec, 101), dequantize_blocks(even_blocks, spec, 102)
     assert np.allclose(odd_rows, even_rows[:, :101], rtol=1e-4)
     moment = (x := correlated_input(101)).T @ x / len(x)
-    solved = dequantize_blocks(factorize(moment, 101).solved(weight, spec).blocks, spec, 101)
+    solved = dequantize_blocks(factorize(moment.astype(np.float32), 101).solved(weight, spec).blocks, spec, 101)
     plain = dequantize_blocks(odd_blocks, spec, 101)
     assert np.square(x @ (solved - weight).T).sum() < np.square(x @ (plain - weight).T).sum()

@@ -19,7 +19,25 @@ from toolkit.bundle.settings import Settings, read_settings
 from toolkit.errors import BundleError
 from toolkit.graph.interface import read_interface
 
-ODD = (None, True, -1, 0, 1.5, 10**30, math.nan, math.inf, "", "x", "\ud800", "../x", [], [None], {}, {"x": 1}, [[]])
+ODD: tuple[object, ...] = (
+    None,
+    True,
+    -1,
+    0,
+    1.5,
+    10**30,
+    math.nan,
+    math.inf,
+    "",
+    "x",
+    "\ud800",
+    "../x",
+    [],
+    [None],
+    {},
+    {"x": 1},
+    [[]],
+)
 
 
 @pytest.fixture(scope="module")

@@ -47,7 +47,7 @@ def test_null_is_as_if_it_were_absent(folder: Path) -> None:
 
 
 def test_what_is_said_is_read(folder: Path) -> None:
-    sampling = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95, "min_p": 0.05}
+    sampling: dict[str, Any] = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95, "min_p": 0.05}
     sampling |= {"repetition_penalty": 1.1, "no_repeat_ngram_size": 3, "min_length": 2}
     _set(folder / "generation_config.json", eos_token_id=[3, 4], bos_token_id=5, pad_token_id=6, **sampling)
     assert read_side_files(folder, VOCAB_SIZE).generation == Generation((3, 4), 5, 6, Sampling(**sampling))

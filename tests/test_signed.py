@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -119,7 +120,7 @@ def test_onnx_runtime_restores_what_we_meant(spec: QuantSpec) -> None:
         helper.make_tensor("s", TensorProto.FLOAT, dims, scales.tobytes(), raw=True),
         helper.make_tensor("z", kind, dims, zeros.tobytes(), raw=True),
     ]
-    how = {"axis": 1} if one else {"axis": 0, "block_size": spec.block_size}
+    how: dict[str, Any] = {"axis": 1} if one else {"axis": 0, "block_size": spec.block_size}
     node = helper.make_node("DequantizeLinear", ["w", "s", "z"], ["y"], **how)
     out = helper.make_tensor_value_info("y", TensorProto.FLOAT, shape)
     graph = helper.make_graph([node], "g", [], [out], tensors)
