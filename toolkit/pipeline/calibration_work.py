@@ -20,6 +20,7 @@ from toolkit.pipeline.work import Work
 from toolkit.quant.awq import CANDIDATES, thinned_count
 from toolkit.quant.blockwise import QuantSpec
 from toolkit.quant.formats import other_formats
+from toolkit.quant.gptq_tokens import products_of_moment, products_of_tokens
 
 # Passes over a weight: to search its scale and round it, to restore it, to solve its column.
 PASSES_TO_SEARCH: Final = 26.0
@@ -115,10 +116,8 @@ def _probes(config: ModelConfig, tokens: int) -> Work:
 
 
 def _factor_products(rows: int, width: int, tokens: int) -> float:
-    """Both products, the factor, the corrected target and the updates (quant/gptq.py, calibrate/solve.py)."""
-    few = rows < width
-    products = 1.0 * tokens * width**2 + (4.0 * tokens * rows * width if few else 2.0 * tokens * width**2)
-    return products + 1.4 * width**3 + (5.0 if few else 7.0) * rows * width**2
+    """What an input's factor and its matrices take, from tokens or from their second moment, by the one that pays."""
+    return min(products_of_tokens(tokens, width, rows), products_of_moment(tokens, width, rows))
 
 
 def _weights(given: LinearInput) -> int:

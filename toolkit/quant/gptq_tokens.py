@@ -4,8 +4,7 @@ With Y = sqrt(kept / T) X~ [T, K] and D = `added` on the diagonal, H damped is D
 |r + Y e'|^2 + e D e' for its error e, where r = sqrt(kept / T) (X~ - X) w' is what the layers before have cost. Columns
 come in strides; the best e of all columns F behind a stride B follows from r, so that B sees
 S = D_B + Y_B' P Y_B and g = r' P Y_B with P = (1 + Y_F D_F^-1 Y_F')^-1 [T, T]. P is found from the last stride to the
-first, P - P Y_B S^-1 Y_B' P: 4 T^2 K operations and 6 T N K, where H, its factor and two products with it take
-T K^2 + K^3 / 3 + 2 N K^2 + 4 T N K.
+first, P - P Y_B S^-1 Y_B' P.
 N output features, K input features, Kp = K padded to whole blocks, T tokens.
 """
 
@@ -23,10 +22,23 @@ from toolkit.quant.visits import Solved, Visits, round_in_order, visit_strides, 
 Floats = NDArray[np.float32]
 
 
+def products_of_tokens(tokens: int, channels: int, rows: int) -> float:
+    """How many operations GPTQ takes for `rows` that read an input, from its tokens: both products with what the layers
+    before have cost, P, and the residual before and after each stride."""
+    T, K, N = float(tokens), channels, rows
+    return 4 * T * T * K + 6 * T * N * K
+
+
+def products_of_moment(tokens: int, channels: int, rows: int) -> float:
+    """The same from its second moment: that and W C, U, and two products with it (quant/gptq.py)."""
+    T, K, N = float(tokens), channels, rows
+    cross = 4 * T * N * K if N < K else 2 * T * K**2 + 2 * N * K**2
+    return T * K**2 + cross + K**3 / 3 + 2 * N * K**2
+
+
 def pays(tokens: int, channels: int, rows: int) -> bool:
-    """Whether so many tokens of an input are fewer operations than its second moment, for `rows` that read it."""
-    T, K, N = tokens, channels, rows
-    return 4.0 * T * T * K + 6.0 * T * N * K < T * K**2 + K**3 / 3 + 2.0 * N * K**2 + 4.0 * T * min(N, K) * K
+    """Whether an input's tokens are fewer operations than its second moment."""
+    return products_of_tokens(tokens, channels, rows) < products_of_moment(tokens, channels, rows)
 
 
 @dataclass(frozen=True)
