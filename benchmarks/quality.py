@@ -31,6 +31,7 @@ from toolkit.evaluate.positions import open_positions
 from toolkit.evaluate.tasks import read_task
 from toolkit.pipeline.text import LONGEST, token_sequences
 from toolkit.progress import progress_line
+from toolkit.quality import QUALITIES
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 
@@ -44,10 +45,11 @@ class Candidate:
 
 
 def candidates(budgets: list[float], hidden_size: int) -> list[Candidate]:
-    """Every algorithm x block size that divides the rows of the embedding, with and without rotation, folding and
-    budgets of bits per weight."""
+    """The rules of the cpu target at each quality; every algorithm x block size that divides the rows of the embedding,
+    with and without rotation, folding and budgets of bits per weight."""
     sizes = [size for size in (32, 64, 128) if hidden_size % size == 0]
     found = [Candidate("rtn 32 symmetric", {"quantize": [_rule(32, "rtn", symmetric=True)], "rotate": False})]
+    found += [Candidate(f"own rules, {quality}", {"quality": quality}) for quality in QUALITIES]
     for block_size in sizes:
         found.append(Candidate(f"rtn {block_size}", {"quantize": [_rule(block_size, "rtn")], "rotate": False}))
         for quality in ("fast", "balanced", "best"):
