@@ -14,26 +14,33 @@ Floats = NDArray[np.float32]
 
 
 class ActivationFile:
-    """[T, width] float32 for each sequence. A name that exists is whole: it is given after the last byte."""
+    """[T, width] float32 of sequences, of which some are read at a time: `lengths` has those of each batch. A name that
+    exists is whole: it is given after the last byte."""
 
-    def __init__(self, path: Path, lengths: Sequence[int], width: int) -> None:
+    def __init__(self, path: Path, lengths: Sequence[tuple[int, ...]], width: int) -> None:
         self.path, self._lengths, self._width = path, tuple(lengths), width
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens all sequences have."""
+        return sum(map(sum, self._lengths))
 
     def is_whole(self) -> bool:
         """Whether the file is there with every sequence."""
-        return self.path.is_file() and self.path.stat().st_size == 4 * sum(self._lengths) * self._width
+        return self.path.is_file() and self.path.stat().st_size == 4 * self.tokens * self._width
 
     def write(self, sequences: Iterable[Floats]) -> ActivationFile:
-        """Takes every sequence in order; returns itself."""
+        """Takes every sequence in order, one or several at a time; returns itself."""
         with replacing(self.path) as fresh, fresh.open("wb") as file:
             for x in sequences:
                 np.ascontiguousarray(x, np.float32).tofile(file)
         return self
 
-    def __iter__(self) -> Iterator[Floats]:
+    def __iter__(self) -> Iterator[tuple[Floats, tuple[int, ...]]]:
+        """Each batch of sequences behind each other, and their lengths."""
         with self.path.open("rb") as file:
-            for length in self._lengths:
-                yield np.fromfile(file, np.float32, length * self._width).reshape(length, self._width)
+            for lengths in self._lengths:
+                yield np.fromfile(file, np.float32, sum(lengths) * self._width).reshape(-1, self._width), lengths
 
     def remove(self) -> None:
         """Deletes the file, if it is there."""

@@ -26,7 +26,7 @@ from toolkit.checkpoint.weights import Tensors
 from toolkit.errors import NonFiniteError, UnsupportedError
 from toolkit.files import read_state, write_state
 from toolkit.quant.ranges import ActivationRange
-from toolkit.reference.decoder import Layer, embed, read_layer
+from toolkit.reference.decoder import Layer, batched, embed, read_layer
 
 Floats = NDArray[np.float32]
 _FILE: Final = "ranges.json"
@@ -47,7 +47,7 @@ def activation_ranges(
     Raises NonFiniteError if an activation is NaN or infinite, UnsupportedError for values that float16 cannot hold.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lengths = [len(ids) for ids in sequences]
+    lengths = batched([len(ids) for ids in sequences])
     streams = [
         ActivationFile(folder / f"hidden-{k}.f32", lengths, config.hidden_size)
         for k in range(config.num_hidden_layers + 1)
@@ -59,7 +59,7 @@ def activation_ranges(
         streams[0].write(embed(source, list(ids)) for ids in sequences)
     for k in range(start, config.num_hidden_layers):
         layer = _WatchedLayer(read_layer(config, source, k))
-        streams[k + 1].write(layer(x) for x in streams[k])
+        streams[k + 1].write(layer(x, lengths) for x, lengths in streams[k])
         found |= layer.ranges(percentile)
         write_state(folder / _FILE, _Found(k + 1, found))
         streams[k].remove()
@@ -83,8 +83,8 @@ class _WatchedLayer(Layer):
         self._inputs = {given.name for given in exact.anatomy.inputs}
         self._seen: dict[str, list[tuple[Floats, Floats]]] = defaultdict(list)
 
-    def __call__(self, x: Floats) -> Floats:
-        y = super().__call__(x)
+    def __call__(self, x: Floats, lengths: Sequence[int] = ()) -> Floats:
+        y = super().__call__(x, lengths)
         self._check_float16("hidden states", float(np.abs(y).max()))
         return y
 

@@ -28,7 +28,7 @@ from toolkit.quant.gptq import Factor, NotPositiveDefiniteError, factorize
 from toolkit.quant.gptq_tokens import TokenFactor, factorize_tokens, pays
 from toolkit.quant.ranges import ActivationRange
 from toolkit.quant.visits import Solved
-from toolkit.reference.decoder import Layer, embed, read_layer, rms_norm
+from toolkit.reference.decoder import Layer, batched, embed, read_layer, rms_norm
 
 Floats = NDArray[np.float32]
 _ROWS: Final = 8192
@@ -89,7 +89,7 @@ class Solver:
     def __init__(self, config: ModelConfig, sequences: Sequence[Sequence[int]], writer: Writer, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._config, self._sequences, self._writer, self._folder = config, sequences, writer, folder
-        self._lengths = [len(ids) for ids in sequences]
+        self._lengths = batched([len(ids) for ids in sequences])
         state = read_state(_Solved, folder / _PROGRESS_FILE) or _Solved(0, ())
         whole = all(stream.is_whole() for stream in self._streams(state.layers))
         self.layers, self._fallbacks = (state.layers, list(state.fallbacks)) if whole else (0, [])
@@ -175,7 +175,7 @@ class _LayerPass:
         problem: Problem,
         writer: Writer,
         folder: Path,
-        lengths: Sequence[int],
+        lengths: Sequence[tuple[int, ...]],
     ) -> None:
         self._config, self._k, self._problem, self._writer = config, k, problem, writer
         self._folder, self._lengths = folder, lengths
@@ -199,16 +199,16 @@ class _LayerPass:
     ) -> None:
         """The same for one sublayer: what its first linears read, what its last reads, then the stream after it."""
         layers: tuple[Layer, Layer] = (self._exact, self._rounded)
-        self._solve(half.normed_input, lambda n: (layers[n].normed(half, x) for x in before[n]))
+        self._solve(half.normed_input, lambda n: (layers[n].normed(half, x) for x, _ in before[n]))
         inner = [
             self._spill(f"{half.inner_input.name}.{n}", half.inner_input.width).write(
-                layers[n].inner(half, layers[n].normed(half, x)) for x in before[n]
+                layers[n].inner(half, layers[n].normed(half, x), lengths) for x, lengths in before[n]
             )
             for n in (0, 1)
         ]
-        self._solve(half.inner_input, lambda n: iter(inner[n]))
+        self._solve(half.inner_input, lambda n: (y for y, _ in inner[n]))
         for n in (0, 1):
-            after[n].write(layers[n].added(half, x, y) for x, y in zip(before[n], inner[n], strict=True))
+            after[n].write(layers[n].added(half, x, y) for (x, _), (y, _) in zip(before[n], inner[n], strict=True))
 
     def finish(self) -> None:
         """Removes the files that held activations of this layer."""
@@ -224,7 +224,7 @@ class _LayerPass:
         solver = _InputSolver(given, self._problem)
         if solver.wanted:
             rows = {tensor: self._exact.tensors[tensor] for tensor in solver.wanted}
-            solver.gather(zip(stream(0), stream(1), strict=True), sum(self._lengths), rows)
+            solver.gather(zip(stream(0), stream(1), strict=True), sum(map(sum, self._lengths)), rows)
         self.fallbacks += solver.fallbacks
         for linear in given.linears:
             tensor = linear.weight
@@ -317,8 +317,8 @@ def _solve_head(
         return []
     norm = source.read(decoder.norm.weight)
     solver = _InputSolver(given, problem)
-    ends = [(rms_norm(x, norm, config.rms_norm_eps) for x in stream) for stream in streams]
-    solver.gather(zip(*ends, strict=True), sum(x.shape[0] for x in streams[0]))
+    ends = [(rms_norm(x, norm, config.rms_norm_eps) for x, _ in stream) for stream in streams]
+    solver.gather(zip(*ends, strict=True), streams[0].tokens)
     for start in range(0, config.vocab_size, _ROWS):
         weight = source.read_rows(tensor, start, min(config.vocab_size, start + _ROWS))
         writer.write(tensor, start, weight, solver.solved(tensor, weight).blocks)

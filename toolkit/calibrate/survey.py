@@ -31,7 +31,7 @@ from toolkit.quant.awq import FoldChoice, Reader, choose_scales, output_loss, th
 from toolkit.quant.blockwise import QuantSpec, dequantize_blocks, quantize_blocks
 from toolkit.quant.formats import other_formats, use_of
 from toolkit.quant.ranges import ActivationRange
-from toolkit.reference.decoder import Layer, embed, read_layer, rms_norm
+from toolkit.reference.decoder import Layer, batched, embed, read_layer, rms_norm, through_layer
 from toolkit.reference.divergence import Diverging, mean_divergences
 
 Floats = NDArray[np.float32]
@@ -66,7 +66,7 @@ def survey(
     Raises NonFiniteError if an activation is NaN or infinite.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lengths = [len(ids) for ids in sequences]
+    lengths, tokens = batched([len(ids) for ids in sequences]), sum(map(len, sequences))
     streams = [
         ActivationFile(folder / f"hidden-{k}.f32", lengths, config.hidden_size)
         for k in range(config.num_hidden_layers + 1)
@@ -79,18 +79,18 @@ def survey(
         streams[0].write(embed(source, list(ids)) for ids in sequences)
         if wish.probes:
             state.probes = _first_probes(config, source, sequences, wish)
-    pass_over = _Pass(config, source, sum(lengths), wish)
-    after(start, Survey(state.inputs, {}, sum(lengths)))
+    pass_over = _Pass(config, source, tokens, wish)
+    after(start, Survey(state.inputs, {}, tokens))
     for k in range(start, config.num_hidden_layers):
         pass_over.layer(k, streams[k], streams[k + 1], state)
         save_state(folder, k + 1, state)
         streams[k].remove()
         state_file(folder, k).unlink(missing_ok=True)
         progress(f"calibrated layer {k}")
-        after(k + 1, Survey(state.inputs, {}, sum(lengths)))
+        after(k + 1, Survey(state.inputs, {}, tokens))
     divergences = pass_over.head(streams[-1], state)
     progress("calibrated head")
-    return Survey(state.inputs, divergences, sum(lengths))
+    return Survey(state.inputs, divergences, tokens)
 
 
 def shared_formats(
@@ -124,7 +124,7 @@ class _Pass:
         layer = read_layer(self._config, self._source, k)
         inputs = layer.anatomy.inputs
         seen = {given.name: InputStatistics(given.name, given.width, self._tokens) for given in inputs}
-        after.write(_through(layer, x, seen) for x in before)
+        after.write(_through(layer, x, lengths, seen) for x, lengths in before)
         for given in inputs:
             read = {linear.module: layer.tensors[linear.weight] for linear in given.linears}
             state.inputs[given.name] = self._facts(given, seen[given.name], read, self._wish.rounding)
@@ -136,8 +136,8 @@ class _Pass:
             rounded = _RoundedLayer(layer)
             for linear in given.linears:
                 rounded.round(linear, self._wish.specs[linear.weight], state.inputs[given.name], self._wish.rounding)
-            fresh[given.name] = [rounded(x) for x in exact]
-        state.probes = {name: [layer(x) for x in probe] for name, probe in state.probes.items()} | fresh
+            fresh[given.name] = through_layer(rounded, exact)
+        state.probes = {name: through_layer(layer, probe) for name, probe in state.probes.items()} | fresh
 
     def head(self, before: ActivationFile, state: State) -> dict[str, float]:
         """The head's facts; the divergence of every probe."""
@@ -145,7 +145,7 @@ class _Pass:
         norm = source.read(decoder.norm.weight)
         given = decoder.head_input
         statistics = InputStatistics(given.name, given.width, self._tokens)
-        for x in before:
+        for x, _ in before:
             statistics.add(rms_norm(x, norm, config.rms_norm_eps))
         rows = _spread_rows(source, names.weight(given.name), config.vocab_size)
         state.inputs[given.name] = self._facts(given, statistics, {given.name: rows}, self._wish.head_rounding)
@@ -192,11 +192,11 @@ class _Pass:
         return InputFacts(sample.moments, sample.values(), fold, losses)
 
 
-def _through(layer: Layer, x: Floats, seen: Mapping[str, InputStatistics]) -> Floats:
-    """One sequence through a layer, each input counted."""
+def _through(layer: Layer, x: Floats, lengths: Sequence[int], seen: Mapping[str, InputStatistics]) -> Floats:
+    """Sequences through a layer, each input counted."""
     for half in layer.anatomy.sublayers:
         normed = seen[half.normed_input.name].add(layer.normed(half, x))
-        x = layer.added(half, x, seen[half.inner_input.name].add(layer.inner(half, normed)))
+        x = layer.added(half, x, seen[half.inner_input.name].add(layer.inner(half, normed, lengths)))
     return x
 
 

@@ -15,7 +15,7 @@ from toolkit.checkpoint.anatomy import decoder_of
 from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.remembered import Remembered
 from toolkit.checkpoint.weights import Tensors
-from toolkit.reference.decoder import Array, embed, head_rows, read_layer, rms_norm
+from toolkit.reference.decoder import Array, embed, head_rows, read_layer, rms_norm, through_layer
 
 # What a variant makes of the checkpoint's tensors; the checkpoint itself is `exact`.
 Variant = Callable[[Tensors], Tensors]
@@ -47,8 +47,7 @@ def hidden_beside(
     read.forget()
     for layer_index in range(config.num_hidden_layers):
         for k, tensors in enumerate(variants):
-            layer = read_layer(config, tensors, layer_index)
-            hidden[k] = [layer(x) for x in hidden[k]]
+            hidden[k] = through_layer(read_layer(config, tensors, layer_index), hidden[k])
         read.forget()
         progress(f"layer {layer_index}")
     norm = decoder_of(config).norm.weight

@@ -8,7 +8,7 @@ B is 1 throughout; T tokens, D hidden, H heads, K kv heads, G = H/K, Dh head_dim
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 import numpy as np
@@ -21,6 +21,8 @@ from toolkit.checkpoint.weights import Tensors
 
 Array = NDArray[np.float32]
 _HEAD_ROWS: Final = 16384
+# Tokens of short sequences that go through a layer together.
+_TOGETHER: Final = 2048
 # Queries whose scores are in memory at once: later keys than theirs are not looked at.
 _QUERIES: Final = 128
 
@@ -39,11 +41,30 @@ def reference_hidden(
     """
     hidden = [embed(source, ids) for ids in sequences]
     for layer_index in range(config.num_hidden_layers):
-        layer = read_layer(config, source, layer_index)
-        hidden = [layer(x) for x in hidden]
+        hidden = through_layer(read_layer(config, source, layer_index), hidden)
         progress(f"layer {layer_index}")
     norm = source.read(decoder_of(config).norm.weight)
     return [rms_norm(x, norm, config.rms_norm_eps) for x in hidden]
+
+
+def through_layer(layer: Layer, pieces: Sequence[Array]) -> list[Array]:
+    """Each sequence [T, D] through a layer, several at a time where they are short."""
+    done: list[Array] = []
+    for lengths in batched([x.shape[0] for x in pieces]):
+        together = layer(np.concatenate(pieces[len(done) : len(done) + len(lengths)]), lengths)
+        done += np.split(together, np.cumsum(lengths)[:-1])
+    return done
+
+
+def batched(lengths: Sequence[int]) -> list[tuple[int, ...]]:
+    """Lengths of sequences in order, as many together as make some thousand tokens: matrix products want many rows."""
+    groups: list[list[int]] = []
+    for length in lengths:
+        if groups and sum(groups[-1]) + length <= _TOGETHER:
+            groups[-1].append(length)
+        else:
+            groups.append([length])
+    return [tuple(group) for group in groups]
 
 
 def embed(source: Tensors, ids: list[int]) -> Array:
@@ -76,10 +97,10 @@ class Layer:
     def __init__(self, config: ModelConfig, anatomy: DecoderLayer, tensors: dict[str, Array]) -> None:
         self.config, self.anatomy, self.tensors = config, anatomy, tensors
 
-    def __call__(self, x: Array) -> Array:
-        """[T, D] to [T, D], causal, from position 0."""
+    def __call__(self, x: Array, lengths: Sequence[int] = ()) -> Array:
+        """[T, D] to [T, D], causal, from position 0; `lengths` are those of several sequences behind each other."""
         for half in self.anatomy.sublayers:
-            x = self.added(half, x, self.inner(half, self.normed(half, x)))
+            x = self.added(half, x, self.inner(half, self.normed(half, x), lengths))
         return x
 
     def finish(self, x: Array, mixed: Array) -> Array:
@@ -92,19 +113,25 @@ class Layer:
         """[T, D], what the linears behind the norm of a sublayer read of the residual stream [T, D]."""
         return self.rms_norm(half.norm, x)
 
-    def inner(self, half: Sublayer, normed: Array) -> Array:
+    def inner(self, half: Sublayer, normed: Array, lengths: Sequence[int] = ()) -> Array:
         """[T, D] to what the last linear of a sublayer reads: [T, H * Dh], or [T, intermediate_size]."""
-        return self.mixed(half, normed) if isinstance(half, Attention) else self.mlp_hidden(half, normed)
+        return self.mixed(half, normed, lengths) if isinstance(half, Attention) else self.mlp_hidden(half, normed)
 
     def added(self, half: Sublayer, x: Array, inner: Array) -> Array:
         """The residual stream [T, D] with a sublayer's output added."""
         return x + self.linear(half.last, inner)
 
-    def mixed(self, attention: Attention, normed: Array) -> Array:
-        """[T, D] to [T, H * Dh], causal, from position 0."""
-        positions = np.arange(normed.shape[0])
-        q, k, v = self.project(normed, positions)
-        return attend(q, k, v, positions, attention.window, self.config.rotary_head_dim)
+    def mixed(self, attention: Attention, normed: Array, lengths: Sequence[int] = ()) -> Array:
+        """[T, D] to [T, H * Dh], causal, each sequence from position 0."""
+        each = [np.arange(length) for length in lengths or (normed.shape[0],)]
+        cuts = np.cumsum([positions.size for positions in each])[:-1]
+        pieces = (np.split(part, cuts) for part in self.project(normed, np.concatenate(each)))
+        return np.concatenate(
+            [
+                attend(q, k, v, positions, attention.window, self.config.rotary_head_dim)
+                for q, k, v, positions in zip(*pieces, each, strict=True)
+            ]
+        )
 
     def mlp_hidden(self, mlp: Mlp, normed: Array) -> Array:
         """The MLP's activations [T, intermediate_size] of its normed input [T, D]."""
