@@ -32,8 +32,9 @@ def test_help_imports_nothing_heavy() -> None:
     assert time.perf_counter() - begin < 2  # half a second on a quiet machine
 
 
-@pytest.mark.parametrize("recipe", ["1.5b-cpu", "14b-cpu", "70b-cpu", "0528-8b-cpu"])
-def test_dry_run_needs_no_checkpoint_and_writes_nothing(recipe: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("recipe", "gigabytes"), [("1.5b-cpu", 2), ("14b-cpu", 7), ("70b-cpu", 2), ("0528-8b-cpu", 6)])
+def test_dry_run_needs_no_checkpoint_and_writes_nothing(recipe: str, gigabytes: int, tmp_path: Path) -> None:
+    """Memory is some layers' and an input's; the 70B is rounded without text."""
     done = called("export", recipe, "--dry-run", "--json", "--out", str(tmp_path / "b"))
     if done.returncode == 2 and done.stderr.startswith("error: the disk has"):
         return  # as an export of it would say here
@@ -42,7 +43,7 @@ def test_dry_run_needs_no_checkpoint_and_writes_nothing(recipe: str, tmp_path: P
     assert list(tmp_path.iterdir()) == []
     data = next(file["bytes"] for file in plan["files"] if file["name"] == "model.onnx.data")
     assert data == pytest.approx(plan["bits_per_weight"] * plan["weights"] / 8, rel=0.01)
-    assert plan["peak_memory_bytes"] < 2 << 30
+    assert plan["peak_memory_bytes"] < gigabytes << 30
 
 
 def test_dry_run_forecasts_what_the_export_writes(tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ JSON_CASES: Final[tuple[tuple[str, str, Any, str], ...]] = (
     ("index", "weight_map.lm_head\\.weight", "/etc/passwd", "plain file name"),
     ("index", "weight_map.lm_head\\.weight", 7, "plain file name"),
     ("index", "weight_map.lm_head\\.weight", "gone.safetensors", "missing"),
-    ("index", "weight_map.lm_head\\.weight", LONG, "only safetensor"),
+    ("index", "weight_map.lm_head\\.weight", LONG, "names 'xxx"),
     ("adapter", "lora_alpha", HUGE, "lora_alpha is"),
     ("adapter", "lora_alpha", float("nan"), "lora_alpha is"),
     ("adapter", "peft_type", [], "peft_type is"),

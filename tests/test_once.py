@@ -14,7 +14,7 @@ from toolkit.checkpoint.config import read_config
 from toolkit.checkpoint.opened import open_checkpoint
 from toolkit.checkpoint.weights import expected_tensors, open_weights
 from toolkit.partition.lower import lower
-from toolkit.pipeline import calibration, export
+from toolkit.pipeline import calibration, calibration_cost, export
 from toolkit.pipeline.text import token_sequences
 from toolkit.recipe import load_recipe
 
@@ -79,11 +79,12 @@ def test_a_calibrated_export_reads_twice_what_text_runs_through(tiny_r1: Path, t
     assert 1.5 * size < _conversion(bundle)["bytes_read"] <= 2 * size + _looked_at(tiny_r1)
 
 
-@pytest.mark.parametrize(("algorithm", "reads"), [("imatrix", 2), ("gptq", 3)])
+@pytest.mark.parametrize(("algorithm", "free", "reads"), [("imatrix", 0, 2), ("gptq", 1 << 40, 2), ("gptq", 0, 3)])
 def test_a_budget_measures_divergences_in_the_same_pass(
-    algorithm: str, reads: int, tiny_r1: Path, tmp_path: Path
+    algorithm: str, free: int, reads: int, tiny_r1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is solved waits until the budget is spent, which is known at the model's end."""
+    """What is solved waits until the budget is spent, which is known at the model's end: it is kept where it fits."""
+    monkeypatch.setattr(calibration_cost, "free_memory_bytes", lambda: free)
     changes = [*CALIBRATED, "bits_per_weight=4.9", f"quantize.0.algorithm={algorithm}"]
     recipe, checkpoint = load_recipe("tiny-r1-cpu", changes), open_checkpoint(tiny_r1)
     bundle = export_bundle(recipe, checkpoint, tmp_path / "b")

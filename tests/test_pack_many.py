@@ -499,10 +499,10 @@ def test_what_stops_the_second_bundle_leaves_the_pass_over_the_weights_done(
 ) -> None:
     orders, write_report, seen = _orders(tmp_path, "dml", "qnn"), export.write_report, []
 
-    def full(folder: Path, report: dict[str, Any]) -> None:
+    def full(folder: Path, *rest: Any) -> None:
         if folder.name.startswith("qnn"):
             raise OSError(28, "No space left on device", str(folder))
-        write_report(folder, report)
+        write_report(folder, *rest)
 
     monkeypatch.setattr(export, "write_report", full)
     with pytest.raises(MachineError, match=r"qnn\.partial cannot be written: No space left on device"):

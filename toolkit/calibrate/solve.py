@@ -31,7 +31,8 @@ from toolkit.quant.visits import Solved
 from toolkit.reference.decoder import Layer, batched, embed, read_layer, rms_norm
 
 Floats = NDArray[np.float32]
-_ROWS: Final = 8192
+# As many as the reference takes of a head at once, so that who remembers rows has them.
+_ROWS: Final = 16384
 _PROGRESS_FILE: Final = "progress.json"
 
 

@@ -29,7 +29,7 @@ from toolkit.graph.layout import plan_layout
 from toolkit.partition.data_files import Destination
 from toolkit.partition.solved import open_solved
 from toolkit.partition.stored import StoredTensors
-from toolkit.pipeline.calibration_cost import calibration_tokens
+from toolkit.pipeline.calibration_cost import calibration_tokens, remembers
 from toolkit.pipeline.plan import ExportPlan
 from toolkit.pipeline.text import LONGEST, find_text, token_sequences
 from toolkit.quant.activations import Rounding
@@ -121,7 +121,7 @@ def _weights(
     if _solves(specs) and not recipe.bits_per_weight and not _waits_for_the_head(config, specs):
         found, fallbacks, formats = *passes.together(), specs
     else:
-        found = survey(config, checkpoint.source, sequences, passes.wish, work / "survey", progress)
+        found = survey(config, passes.source, sequences, passes.wish, work / "survey", progress)
         formats, fallbacks = _formats(plan, specs, found), []
     layout = plan_layout(config, plan.target, recipe, formats)
     graphs = {name: nbytes for name, nbytes in plan.files.items() if name not in plan.layout.files}
@@ -154,7 +154,9 @@ class _Passes:
     ) -> None:
         self._plan, self._sequences, self._specs = plan, sequences, specs
         self._partial, self._work, self._progress = partial, work, progress
-        self._config, recipe = plan.checkpoint.config, plan.recipe
+        self._config, recipe, source = plan.checkpoint.config, plan.recipe, plan.checkpoint.source
+        kept = remembers(recipe, self._config, plan.target.form)
+        self.source: WeightSource = RememberedWeights(source) if kept else source
         rounding = _rounding(plan.target.form)
         self.wish = Wish(specs, rounding, _rounding(CPU_FORM), recipe.fold, recipe.bits_per_weight > 0)
         self.solving_s = 0.0
@@ -189,7 +191,7 @@ class _Passes:
         with open_solved(Destination(plan.layout, self._partial)) as writer:
             fallbacks = solve(
                 self._config,
-                plan.checkpoint.source,
+                self.folded(self.source, found),
                 self._sequences,
                 self._problem(formats, found),
                 writer,

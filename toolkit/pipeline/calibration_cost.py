@@ -7,12 +7,15 @@ from typing import Final
 
 from toolkit.checkpoint.anatomy import LinearInput, decoder_of
 from toolkit.checkpoint.config import ModelConfig
+from toolkit.checkpoint.weights import parameter_count
+from toolkit.machine import free_memory_bytes
 from toolkit.names import weight
 from toolkit.pipeline.calibration_work import layer_weights, ranges_work, solving_work, survey_work
 from toolkit.pipeline.text import LONGEST
 from toolkit.pipeline.work import Work
 from toolkit.quality import QUALITIES
 from toolkit.quant.formats import planned_specs
+from toolkit.quant.gptq_tokens import pays
 from toolkit.recipe import Recipe
 from toolkit.target import Form
 
@@ -39,6 +42,13 @@ def calibration_tokens(recipe: Recipe) -> int:
     return QUALITIES[recipe.quality].tokens or QUALITIES["balanced"].tokens
 
 
+def remembers(recipe: Recipe, config: ModelConfig, form: Form) -> bool:
+    """Whether the weights stay in memory between the survey, which a budget waits for, and the solver: so they are read
+    once for both, where they fit twice into what is free."""
+    both = recipe.calibrated and recipe.bits_per_weight > 0 and bool(_solved(recipe, config, form))
+    return both and 8 * parameter_count(config) < free_memory_bytes()
+
+
 def calibration_cost(recipe: Recipe, config: ModelConfig, form: Form) -> CalibrationCost | None:
     """What calibrating takes for a recipe, the ranges of its activations included; None where nothing is read."""
     if not (recipe.calibrated or form.qdq):
@@ -51,23 +61,32 @@ def calibration_cost(recipe: Recipe, config: ModelConfig, form: Form) -> Calibra
     if solved:
         work += solving_work(config, solved, tokens)
     layer_bytes = 4 * layer_weights(config) // config.num_hidden_layers
-    widest = max((given.width for given in solved), default=0)
+    factors = max((_factor_bytes(given, tokens) for given in solved), default=0)
+    kept = 4 * parameter_count(config) if remembers(recipe, config, form) else 0
     wide = 4 * LONGEST * config.intermediate_size * 4
     streams = 4 * tokens * config.hidden_size
     spills = 4 * tokens * (config.q_size + config.hidden_size + config.intermediate_size)
     return CalibrationCost(
         tokens=tokens,
         work=work,
-        memory_bytes=int(_layers_held(recipe, bool(solved)) * layer_bytes) + 18 * widest**2 + wide,
+        memory_bytes=int(_layers_held(recipe, bool(solved)) * layer_bytes) + factors + wide + kept,
         disk_bytes=2 * streams + (2 * (streams + spills) if solved else 0),
     )
 
 
+def _factor_bytes(given: LinearInput, tokens: int) -> int:
+    """What GPTQ holds of an input: its tokens five times over and P, or its second moment and what is made of it."""
+    rows = sum(linear.out_features for linear in given.linears)
+    if pays(tokens, given.width, rows):
+        return 20 * tokens * given.width + 8 * tokens**2 + 8 * tokens * rows
+    return 18 * given.width**2
+
+
 def _layers_held(recipe: Recipe, solves: bool) -> float:
     """Layers' worth of float32 weights: the exact one and half of one on its way in; with probes or GPTQ a rounded one
-    and what it is made of."""
+    and what it is made of, and a folded one."""
     if solves:
-        return 3.0
+        return 4.0
     return 2.5 if recipe.bits_per_weight else 1.5
 
 
