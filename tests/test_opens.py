@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -116,3 +117,11 @@ def test_without_genai_the_report_says_so(exports: Exports, monkeypatch: pytest.
     monkeypatch.setattr(opens, "run_apart", lambda *_, **__: made)
     said = open_apart(exports("cpu"), None)
     assert isinstance(said, NotMeasured) and said.name == "conversion.opened"
+
+
+def test_the_process_that_opens_imports_little() -> None:
+    """Every export waits for it: graphs' and quantizers' packages would be most of its time."""
+    loaded = "import sys, toolkit.evaluate.opens; print(*{name.split('.')[0] for name in sys.modules})"
+    said = subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True, check=True).stdout.split()
+    assert "jinja2" in said
+    assert {"numba", "onnx", "onnx_ir", "onnxruntime", "sympy"} & set(said) == set()

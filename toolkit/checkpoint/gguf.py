@@ -26,7 +26,7 @@ from toolkit.checkpoint.gguf_header import GgufHeader, read_gguf_header
 from toolkit.checkpoint.gguf_metadata import Metadata
 from toolkit.checkpoint.gguf_names import ROPE_FREQS, checkpoint_name, rotated_heads, to_halves
 from toolkit.checkpoint.gguf_tokenizer import tokenizer_config_of, tokenizer_of
-from toolkit.checkpoint.gguf_types import FILE_TYPES, TYPE_BY_NAME
+from toolkit.checkpoint.gguf_types import FILE_TYPES, TYPE_BY_NAME, StoredAs
 from toolkit.checkpoint.safetensors import TensorRef
 from toolkit.checkpoint.scan import Rows, whole_tensors
 from toolkit.checkpoint.side_files import GENERATION_FILE, TOKENIZER_CONFIG_FILE
@@ -37,16 +37,6 @@ from toolkit.files import write_json
 Floats = NDArray[np.float32]
 SUFFIX: Final = ".gguf"
 _SPLIT: Final = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
-
-
-@dataclass(frozen=True)
-class StoredAs:
-    """How a checkpoint's weights were stored before they were read: the file's type by its own word, such as Q4_K_M,
-    bits a weight over all of them, and how many tensors are of each type."""
-
-    file_type: str
-    bits_per_weight: float
-    tensors: dict[str, int]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from toolkit.checkpoint.config import ModelConfig, read_config
-from toolkit.checkpoint.gguf import GgufModel, StoredAs, is_gguf, open_gguf
+from toolkit.checkpoint.gguf import GgufModel, is_gguf, open_gguf
+from toolkit.checkpoint.gguf_types import StoredAs
 from toolkit.checkpoint.side_files import SideFiles, read_side_files
 from toolkit.checkpoint.synthetic import SyntheticWeights
 from toolkit.checkpoint.weights import WeightSource, open_weights

@@ -19,8 +19,8 @@ from toolkit.apart import ChildFailed, answer, run_apart
 from toolkit.bundle.settings import Settings, read_settings
 from toolkit.errors import BundleError, MachineError
 from toolkit.evaluate.encodes import encoded_otherwise
+from toolkit.evaluate.linked import linked_copy
 from toolkit.evaluate.renders import NOT_TRIED, TemplateJob, rendered_otherwise
-from toolkit.evaluate.session import linked_copy
 from toolkit.machine import peak_rss_bytes
 from toolkit.report.sections import NotMeasured, Opened
 from toolkit.typed_json import Json, from_json, to_json

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -20,6 +18,7 @@ from toolkit.bundle.cache import cache_bytes
 from toolkit.bundle.compiled import uncompiled_settings
 from toolkit.bundle.settings import Settings, read_settings
 from toolkit.errors import BundleError, MachineError
+from toolkit.evaluate.linked import linked_copy
 from toolkit.machine import free_memory_bytes
 from toolkit.target import TARGETS
 
@@ -198,28 +197,3 @@ def _check_cache(bundle: Path, settings: Settings) -> None:
             f"the KV cache of {length} tokens takes {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free: "
             "export with a smaller --set context_length, or close other programs"
         )
-
-
-def linked_copy(bundle: Path, settings: Settings, within: Path | None = None) -> tempfile.TemporaryDirectory[str]:
-    """Returns a folder beside the bundle, or `within` another, with its files by other names and settings of its own.
-
-    Raises MachineError if it cannot be made.
-    """
-    try:
-        folder = tempfile.TemporaryDirectory(
-            prefix=f".{bundle.name}-", dir=within or bundle.parent, ignore_cleanup_errors=True
-        )
-        for path in bundle.iterdir():
-            if path.name != names.GENAI_CONFIG_FILE and path.is_file():
-                _link_or_copy(path, Path(folder.name) / path.name)
-        (Path(folder.name) / names.GENAI_CONFIG_FILE).write_text(settings.text, encoding="utf-8")
-    except OSError as problem:
-        raise MachineError(f"no copy of {bundle} can be made beside it: {problem.strerror}") from None
-    return folder
-
-
-def _link_or_copy(path: Path, other: Path) -> None:
-    try:
-        os.link(path, other)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(path, other)

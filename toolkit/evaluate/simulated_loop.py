@@ -15,7 +15,8 @@ from toolkit.bundle.compiled import uncompiled_settings
 from toolkit.bundle.settings import read_settings
 from toolkit.epcontext.htp import PACKAGE, PROVIDER, plugin_library, simulator_options
 from toolkit.errors import BundleError
-from toolkit.evaluate.session import OpenModel, linked_copy
+from toolkit.evaluate.linked import linked_copy
+from toolkit.evaluate.session import OpenModel
 from toolkit.typed_json import Json, from_json, to_json
 
 

@@ -1,0 +1,37 @@
+"""A bundle's files under other settings: links beside them, so that nothing is copied and the bundle stays as it is."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from toolkit import names
+from toolkit.bundle.settings import Settings
+from toolkit.errors import MachineError
+
+
+def linked_copy(bundle: Path, settings: Settings, within: Path | None = None) -> tempfile.TemporaryDirectory[str]:
+    """Returns a folder beside the bundle, or `within` another, with its files by other names and settings of its own.
+
+    Raises MachineError if it cannot be made.
+    """
+    try:
+        folder = tempfile.TemporaryDirectory(
+            prefix=f".{bundle.name}-", dir=within or bundle.parent, ignore_cleanup_errors=True
+        )
+        for path in bundle.iterdir():
+            if path.name != names.GENAI_CONFIG_FILE and path.is_file():
+                _link_or_copy(path, Path(folder.name) / path.name)
+        (Path(folder.name) / names.GENAI_CONFIG_FILE).write_text(settings.text, encoding="utf-8")
+    except OSError as problem:
+        raise MachineError(f"no copy of {bundle} can be made beside it: {problem.strerror}") from None
+    return folder
+
+
+def _link_or_copy(path: Path, other: Path) -> None:
+    try:
+        os.link(path, other)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(path, other)
