@@ -11,11 +11,14 @@ import pytest
 
 import toolkit
 
+ROOT = Path(__file__).resolve().parent.parent
 PUBLIC = [
     "Answer",
     "BundleError",
+    "BundleFacts",
     "Checkpoint",
     "CheckpointError",
+    "CheckpointFacts",
     "Conversation",
     "Effort",
     "ExportPlan",
@@ -134,7 +137,10 @@ def test_validate_check_verify_and_inspect(bundle: Path) -> None:
     assert report.parity is not None and report.parity.tokens >= 64
     assert report.verdict is not None and report.verdict.passed
     assert toolkit.check(bundle).passed and toolkit.verify(bundle) == []
-    assert toolkit.inspect(bundle)["kind"] == "bundle"
+    made, read = toolkit.inspect(bundle), toolkit.inspect(ROOT / "models" / "tiny-r1")
+    assert isinstance(made, toolkit.BundleFacts) and isinstance(read, toolkit.CheckpointFacts)
+    assert made.manifest.recipe.name == "tiny-r1-cpu" and made.operators["GroupQueryAttention"] == 4
+    assert read.config.model_type == "qwen2" and read.parameters == 3_674_368 and read.dtypes == {"BF16": 51}
     speed = toolkit.bench(bundle, prompt_tokens=8, new_tokens=4, repeat=1)
     assert speed.decode_tokens_per_s > 0
     with pytest.raises(toolkit.UnsupportedError, match="no ahead-of-time compiler"):

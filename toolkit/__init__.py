@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from toolkit.library import recipes as recipes
     from toolkit.library import validate as validate
     from toolkit.library import verify as verify
+    from toolkit.pipeline.inspect import BundleFacts as BundleFacts
+    from toolkit.pipeline.inspect import CheckpointFacts as CheckpointFacts
     from toolkit.pipeline.judge.effort import Effort as Effort
     from toolkit.pipeline.plan import ExportPlan as ExportPlan
     from toolkit.recipe.read import load_recipe as load_recipe
@@ -45,8 +47,10 @@ __version__ = "0.1.0"
 _PUBLIC: Final = {
     "Answer": "toolkit.evaluate.conversation",
     "BundleError": "toolkit.errors",
+    "BundleFacts": "toolkit.pipeline.inspect",
     "Checkpoint": "toolkit.checkpoint.opened",
     "CheckpointError": "toolkit.errors",
+    "CheckpointFacts": "toolkit.pipeline.inspect",
     "Conversation": "toolkit.evaluate.conversation",
     "Effort": "toolkit.pipeline.judge.effort",
     "ExportPlan": "toolkit.pipeline.plan",

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any, Final, TypedDict
 
 from toolkit.errors import MachineError
+
+
+class CompilerOptions(TypedDict, total=False):
+    """What numba's `njit` is told: to let other threads run, to divide by zero as numpy does, and which liberties it
+    may take with float arithmetic."""
+
+    nogil: bool
+    error_model: str
+    fastmath: set[str]
 
 
 def _njit() -> Any:
@@ -26,7 +35,7 @@ def require_compiler(what: str = "quantizing") -> None:
         raise MachineError(f"{what} needs numba, which is not installed: pip install 'onnx-distill-toolkit[convert]'")
 
 
-def machine_code(function: Any, options: dict[str, Any], what: str) -> Any:
+def machine_code(function: Any, options: CompilerOptions, what: str) -> Any:
     """`function` as machine code, kept on disk for the next run where some folder for it can be written.
 
     Without numba it comes back as something that raises MachineError when it is called.

@@ -20,7 +20,7 @@ from toolkit.pipeline.catalogue import RecipeRow, recipe_rows
 from toolkit.pipeline.check import CheckResult, check_bundle
 from toolkit.pipeline.compile import compile_bundle, compile_exported
 from toolkit.pipeline.export import Order, export_planned, plan_exports
-from toolkit.pipeline.inspect import inspect_checkpoint, inspect_path
+from toolkit.pipeline.inspect import BundleFacts, CheckpointFacts, inspect_checkpoint, inspect_path
 from toolkit.pipeline.judge import Effort, judge_bundle
 from toolkit.pipeline.place import followed, held
 from toolkit.pipeline.plan import ExportPlan, shorten_context
@@ -28,7 +28,6 @@ from toolkit.recipe import Recipe, load_recipe, meant_recipe
 from toolkit.report.intact import verify_bundle
 from toolkit.report.sections import PartitionRow, Report, Speed
 from toolkit.target import TARGETS
-from toolkit.typed_json import JsonObject
 
 Progress = Callable[[str], None]
 
@@ -217,7 +216,7 @@ def bench(
     return measure_speed(Path(bundle), prompt_tokens, new_tokens, repeat, on_cpu)
 
 
-def inspect(path: str | Path, *, revision: str | None = None) -> JsonObject:
+def inspect(path: str | Path, *, revision: str | None = None) -> CheckpointFacts | BundleFacts:
     """What a checkpoint, here or on the hub, or a bundle is, read from headers alone: no weights are downloaded.
 
     `revision` is a branch, tag or commit of a hub id. Raises CheckpointError for what is neither.

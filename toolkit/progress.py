@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -77,8 +77,10 @@ class _Bar:
         if step.phase != self._phase:
             self._phase = step.phase
             self._shown.reset(self._task, total=step.total or None, phase=step.phase)
-        changes: dict[str, Any] = {"completed": step.done} if step.done else {"advance": 1}
-        self._shown.update(self._task, description=str(step), **changes)
+        if step.done:
+            self._shown.update(self._task, description=str(step), completed=step.done)
+        else:
+            self._shown.update(self._task, description=str(step), advance=1)
 
 
 class _Lines:

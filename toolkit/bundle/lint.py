@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from toolkit import names
 from toolkit.bundle.genai_config import GENAI_TYPES
 from toolkit.bundle.lint_pipeline import lint_pipeline
 from toolkit.bundle.settings import DecoderSettings, GenaiConfig, ModelSettings, config_of, read_genai_config
 from toolkit.graph.interface import GraphInterface, read_interface
-from toolkit.typed_json import JsonObject
+from toolkit.typed_json import Json
 
 # What every version from 0.12.2 on reads, by object, `*` for any stage (src/config.cpp of onnxruntime-genai).
 _KEYS: Final = {
@@ -166,11 +166,11 @@ def _patterns(decoder: DecoderSettings) -> list[str]:
     ]
 
 
-def _unknown_keys(config: JsonObject) -> list[str]:
+def _unknown_keys(config: Json) -> list[str]:
     problems = []
     for path, known in _KEYS.items():
         for at, found in _objects(config, path):
-            for key in sorted(set(found) - known):
+            for key in sorted(found - known):
                 since = f"only {_SINCE[key]} and later read" if key in _SINCE else "no version is known to read"
                 problems.append(
                     f"{at or 'the root'} has {key!r}, which {since}: not every onnxruntime-genai from 0.12.2 on"
@@ -178,11 +178,11 @@ def _unknown_keys(config: JsonObject) -> list[str]:
     return problems
 
 
-def _objects(config: JsonObject, path: str) -> list[tuple[str, JsonObject]]:
-    """(key path, object) for each that a path means; arrays are looked through, `*` is every key."""
-    found: list[tuple[str, Any]] = [("", config)]
+def _objects(config: Json, path: str) -> list[tuple[str, set[str]]]:
+    """(key path, keys) of each object that a path means; arrays are looked through, `*` is every key."""
+    found: list[tuple[str, Json]] = [("", config)]
     for part in filter(None, path.split(".")):
-        step: list[tuple[str, Any]] = []
+        step: list[tuple[str, Json]] = []
         for at, value in found:
             for entry in value if isinstance(value, list) else [value]:
                 if isinstance(entry, dict):
@@ -190,7 +190,7 @@ def _objects(config: JsonObject, path: str) -> list[tuple[str, JsonObject]]:
                     step += [(f"{at}.{key}".lstrip("."), entry[key]) for key in keys if key in entry]
         found = step
     spread = [(at, entry) for at, value in found for entry in (value if isinstance(value, list) else [value])]
-    return [(at, entry) for at, entry in spread if isinstance(entry, dict)]
+    return [(at, set(entry)) for at, entry in spread if isinstance(entry, dict)]
 
 
 def _named(decoder: DecoderSettings, graphs: list[GraphInterface]) -> list[str]:

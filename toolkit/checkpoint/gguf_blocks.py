@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 
 from toolkit.checkpoint.gguf_types import TYPE_BY_NAME
 from toolkit.errors import CheckpointError, MachineError
-from toolkit.jit import machine_code
+from toolkit.jit import CompilerOptions, machine_code
 
 _F = np.float32
 # Sums and products as they are written: what is read has to be what llama.cpp reads.
-_OPTIONS: Final[dict[str, Any]] = {"nogil": True, "error_model": "numpy"}
+_OPTIONS: Final[CompilerOptions] = {"nogil": True, "error_model": "numpy"}
 _HALVES: Final = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
 
 

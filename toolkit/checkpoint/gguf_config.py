@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Final
+from typing import Final, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,7 @@ from toolkit.checkpoint.gguf_metadata import Metadata
 from toolkit.checkpoint.gguf_names import ROPE_FREQS, families_by_architecture
 from toolkit.checkpoint.safetensors import TensorRef
 from toolkit.errors import CheckpointError, UnsupportedError
-from toolkit.typed_json import JsonObject
+from toolkit.typed_json import Json
 
 # What changes a model's function and has no key in the families that are read; the value at which it does not.
 _MUST_BE: Final = {
@@ -43,7 +43,22 @@ _LLAMA3_LENGTH: Final = 8192
 _SAME: Final = 1e-4
 
 
-def config_of(read: Metadata, tensors: Mapping[str, TensorRef], rope_freqs: NDArray[np.float32] | None) -> JsonObject:
+class RopeScaling(TypedDict, total=False):
+    """config.json's `rope_scaling`; `rope_type` says which of the other keys there are."""
+
+    rope_type: str
+    factor: float
+    original_max_position_embeddings: int
+    beta_fast: float
+    beta_slow: float
+    attention_factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+
+
+def config_of(
+    read: Metadata, tensors: Mapping[str, TensorRef], rope_freqs: NDArray[np.float32] | None
+) -> Mapping[str, Json]:
     """The config.json; `rope_freqs` [D/2] are the divisors of inverse frequencies, if the file has any.
 
     Raises UnsupportedError for an architecture, or a part of one, that no family has.
@@ -87,7 +102,7 @@ def config_of(read: Metadata, tensors: Mapping[str, TensorRef], rope_freqs: NDAr
     }
 
 
-def generation_of(read: Metadata) -> JsonObject:
+def generation_of(read: Metadata) -> Mapping[str, Json]:
     """The generation_config.json: ids that end an answer, and how the file wants text to be sampled."""
     ends = [
         read.count(f"tokenizer.ggml.{name}_token_id", least=0)
@@ -95,7 +110,7 @@ def generation_of(read: Metadata) -> JsonObject:
         if read.has(f"tokenizer.ggml.{name}_token_id")
     ]
     ids = {**_special_ids(read), "eos_token_id": list(dict.fromkeys(ends)) or None}
-    sampling: JsonObject = {key: read.number(name) for key, name in _SAMPLING.items() if read.has(name)}
+    sampling: dict[str, float | bool] = {key: read.number(name) for key, name in _SAMPLING.items() if read.has(name)}
     if read.has("general.sampling.top_k"):
         sampling["top_k"] = read.count("general.sampling.top_k", least=0)
     if sampling:
@@ -121,7 +136,7 @@ def _check_plain(read: Metadata) -> None:
 
 def _rope_scaling(
     read: Metadata, head_dim: int, theta: float, rope_freqs: NDArray[np.float32] | None
-) -> JsonObject | None:
+) -> RopeScaling | None:
     kind = read.text(".rope.scaling.type", "none")
     if rope_freqs is not None:
         return _llama3(read, head_dim, theta, rope_freqs.astype(np.float64))
@@ -138,16 +153,17 @@ def _rope_scaling(
     return _yarn(read)
 
 
-def _yarn(read: Metadata) -> JsonObject:
+def _yarn(read: Metadata) -> RopeScaling:
     factor = read.number(".rope.scaling.factor")
-    found: JsonObject = {
+    found: RopeScaling = {
         "rope_type": "yarn",
         "factor": factor,
         "original_max_position_embeddings": read.count(".rope.scaling.original_context_length"),
     }
-    for key in ("beta_fast", "beta_slow"):
-        if read.has(name := f".rope.scaling.yarn_{key}"):
-            found[key] = read.number(name)
+    if read.has(".rope.scaling.yarn_beta_fast"):
+        found["beta_fast"] = read.number(".rope.scaling.yarn_beta_fast")
+    if read.has(".rope.scaling.yarn_beta_slow"):
+        found["beta_slow"] = read.number(".rope.scaling.yarn_beta_slow")
     if read.has(".rope.scaling.attn_factor"):
         # The converter writes HF's attention_factor and its attn_factor there, which transformers does not read. What
         # takes back YaRN's own factor is the latter, of DeepSeek-R1-0528-Qwen3-8B.
@@ -157,7 +173,7 @@ def _yarn(read: Metadata) -> JsonObject:
     return found
 
 
-def _llama3(read: Metadata, head_dim: int, theta: float, divisors: NDArray[np.float64]) -> JsonObject:
+def _llama3(read: Metadata, head_dim: int, theta: float, divisors: NDArray[np.float64]) -> RopeScaling:
     """Llama3's parameters from what they make of each inverse frequency.
 
     A wavelength below a first limit is left, one beyond a second is divided by `factor`, and between them 1/divisor is

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from toolkit.typed_json import JsonObject
+from toolkit.checkpoint.tokenizer_json import Step
 
 _CONTRACTIONS: Final = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS: Final = r"[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -38,9 +38,9 @@ class PreTokenizer:
     ignore_merges: bool = False
     adds_bos: bool = False
 
-    def to_json(self) -> JsonObject:
+    def to_json(self) -> Step:
         """Returns the `pre_tokenizer` of a tokenizer.json."""
-        steps: list[JsonObject] = [
+        steps: list[Step] = [
             {"type": "Split", "pattern": {"Regex": split}, "behavior": "Isolated", "invert": False}
             for split in self.splits
         ]

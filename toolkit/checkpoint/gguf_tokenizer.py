@@ -11,8 +11,9 @@ from typing import Final
 
 from toolkit.checkpoint.gguf_metadata import Metadata
 from toolkit.checkpoint.gguf_pre import PRE_TOKENIZERS, PreTokenizer
+from toolkit.checkpoint.tokenizer_json import AddedToken, BpeModel, Step, TokenizerJson, TokenizerSteps
 from toolkit.errors import CheckpointError, UnsupportedError
-from toolkit.typed_json import JsonObject
+from toolkit.typed_json import Json
 
 # Kinds of tokens, as llama.h numbers them (enum llama_token_type).
 _NORMAL: Final = 1
@@ -24,7 +25,7 @@ _SPACE: Final = "▁"
 _BYTE_LEVEL: Final = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 
 
-def tokenizer_of(read: Metadata) -> JsonObject:
+def tokenizer_of(read: Metadata) -> TokenizerJson:
     """The tokenizer.json. Raises UnsupportedError for a kind that is not rebuilt, CheckpointError for tokens, kinds,
     merges or scores that do not belong together."""
     model = read.text("tokenizer.ggml.model", "none")
@@ -42,7 +43,7 @@ def tokenizer_of(read: Metadata) -> JsonObject:
         twice = next(token for k, token in enumerate(tokens) if kinds[k] != _UNUSED and vocab[token] != k)
         raise CheckpointError(f"{read.path}: the token {twice[:40]!r} stands twice in its vocabulary")
     parts = build(read, tokens, kinds, vocab)
-    added = [
+    added: list[AddedToken] = [
         {
             "id": k,
             "content": tokens[k],
@@ -58,7 +59,7 @@ def tokenizer_of(read: Metadata) -> JsonObject:
     return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, **parts}
 
 
-def tokenizer_config_of(read: Metadata) -> JsonObject:
+def tokenizer_config_of(read: Metadata) -> Mapping[str, Json]:
     """The tokenizer_config.json, with the chat template. Raises CheckpointError for a special token that is none."""
     tokens = read.texts("tokenizer.ggml.tokens")
     special = {
@@ -90,7 +91,7 @@ def _special_id(read: Metadata, name: str, tokens: int) -> int | None:
     return token_id
 
 
-def _bpe(read: Metadata, tokens: Sequence[str], kinds: Sequence[int], vocab: Mapping[str, int]) -> JsonObject:
+def _bpe(read: Metadata, tokens: Sequence[str], kinds: Sequence[int], vocab: Mapping[str, int]) -> TokenizerSteps:
     """Byte-level BPE: merges as they stand, cut as the file's `pre` says."""
     pre = _pre_tokenizer(read)
     merges = read.texts("tokenizer.ggml.merges")
@@ -107,14 +108,16 @@ def _bpe(read: Metadata, tokens: Sequence[str], kinds: Sequence[int], vocab: Map
     }
 
 
-def _sentencepiece(read: Metadata, tokens: Sequence[str], kinds: Sequence[int], vocab: Mapping[str, int]) -> JsonObject:
+def _sentencepiece(
+    read: Metadata, tokens: Sequence[str], kinds: Sequence[int], vocab: Mapping[str, int]
+) -> TokenizerSteps:
     """SentencePiece's BPE: a space is a mark before its word, and what is no token is written in bytes."""
     scores = read.numbers("tokenizer.ggml.scores")
     if len(scores) != len(tokens):
         raise CheckpointError(f"{read.path} has {len(tokens)} tokens and the scores of {len(scores)}, expected as many")
     pieces = {token: scores[k] for token, k in vocab.items() if kinds[k] == _NORMAL}
-    steps: list[JsonObject] = [{"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}]
-    decoders: list[JsonObject] = [
+    steps: list[Step] = [{"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}]
+    decoders: list[Step] = [
         {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
         {"type": "ByteFallback"},
         {"type": "Fuse"},
@@ -148,7 +151,7 @@ def merges_by_score(pieces: Mapping[str, float], vocab: Mapping[str, int]) -> li
     return [(left, right) for _, left, right in found]
 
 
-def _model(vocab: Mapping[str, int], merges: Sequence[str], ignore_merges: bool = False) -> JsonObject:
+def _model(vocab: Mapping[str, int], merges: Sequence[str], ignore_merges: bool = False) -> BpeModel:
     return {
         "type": "BPE",
         "dropout": None,
@@ -182,7 +185,7 @@ def _adds_eos(read: Metadata) -> bool:
     return read.flag("tokenizer.ggml.add_eos_token", default=False)
 
 
-def _template(read: Metadata, tokens: Sequence[str]) -> JsonObject | None:
+def _template(read: Metadata, tokens: Sequence[str]) -> Step | None:
     """The post-processor that puts special tokens around a text; None where there are none."""
     wanted = {"bos": _adds_bos(read), "eos": _adds_eos(read)}
     ids = {name: _special_id(read, name, len(tokens)) for name, wants in wanted.items() if wants}
@@ -190,7 +193,7 @@ def _template(read: Metadata, tokens: Sequence[str]) -> JsonObject | None:
     if not around:
         return None
 
-    def sequence(letter: str, type_id: int) -> Iterator[JsonObject]:
+    def sequence(letter: str, type_id: int) -> Iterator[Step]:
         if "bos" in around:
             yield {"SpecialToken": {"id": tokens[around["bos"]], "type_id": type_id}}
         yield {"Sequence": {"id": letter, "type_id": type_id}}
@@ -208,7 +211,7 @@ def _template(read: Metadata, tokens: Sequence[str]) -> JsonObject | None:
     }
 
 
-_KINDS: Final[dict[str, Callable[[Metadata, Sequence[str], Sequence[int], Mapping[str, int]], JsonObject]]] = {
+_KINDS: Final[dict[str, Callable[[Metadata, Sequence[str], Sequence[int], Mapping[str, int]], TokenizerSteps]]] = {
     "gpt2": _bpe,
     "llama": _sentencepiece,
 }

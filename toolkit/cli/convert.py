@@ -123,7 +123,7 @@ def inspect(path: str, revision: str | None, as_json: bool) -> None:
     """What a checkpoint, a folder or a hub id, or a bundle is, from headers alone."""
     from toolkit import library
 
-    facts = library.inspect(path, revision=revision)
+    facts = library.inspect(path, revision=revision).as_json()
     if as_json:
         click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
         return

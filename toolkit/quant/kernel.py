@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from toolkit.jit import machine_code
+from toolkit.jit import CompilerOptions, machine_code
 
 _F = np.float32
 # Below the first, 1/scale nears what float32 can hold and a block counts as zeros; below the second, the search's
@@ -22,10 +22,10 @@ _F = np.float32
 _SMALLEST_SCALE: Final = np.float32(1e-36)
 _SMALLEST_SEARCHED: Final = np.float32(1e-9)
 # Weights are finite by the time they come here, and the sign of a zero means nothing.
-_OPTIONS: Final[dict[str, Any]] = {"nogil": True, "error_model": "numpy", "fastmath": {"nnan", "ninf", "nsz"}}
+_OPTIONS: Final[CompilerOptions] = {"nogil": True, "error_model": "numpy", "fastmath": {"nnan", "ninf", "nsz"}}
 
 
-def compiled(function: Any, options: dict[str, Any] = _OPTIONS) -> Any:
+def compiled(function: Any, options: CompilerOptions = _OPTIONS) -> Any:
     """`function` as machine code; without numba it raises MachineError when it is called."""
     return machine_code(function, options, "quantizing")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Final
@@ -33,7 +33,8 @@ def load_recipe(name_or_path: str, changes: Sequence[str] = (), checkpoint: str 
     """
     word = meant_recipe(name_or_path, checkpoint)
     if word in TARGETS:
-        raw, where = _of_target(word, checkpoint), f"target {word}"
+        raw: JsonObject = {**_of_target(word, checkpoint)}
+        where = f"target {word}"
     else:
         path = find_recipe(word)
         raw, where = _read(path), f"recipe {path}"
@@ -117,7 +118,7 @@ def _anchor(raw: JsonObject, folder: Path) -> None:
             raise RecipeError(f"the recipe's model {model} would be {place}, which does not exist")
 
 
-def _of_target(target: str, checkpoint: str | None) -> JsonObject:
+def _of_target(target: str, checkpoint: str | None) -> dict[str, str]:
     if not checkpoint:
         raise RecipeError(f"{target!r} is a bare target: name what to convert with --checkpoint FOLDER_OR_HUB_ID")
     stem = Path(checkpoint).resolve().name if Path(checkpoint).exists() else re.split("[/:]", checkpoint)[-1]
@@ -157,7 +158,7 @@ def _rule(raw: Any, where: str) -> QuantRule:
     return rule
 
 
-def _check_keys(raw: JsonObject, kind: type[Any], required: Sequence[str], where: str) -> None:
+def _check_keys(raw: Collection[str], kind: type[Any], required: Sequence[str], where: str) -> None:
     known = [field.name for field in fields(kind)]
     for key in raw:
         if key not in known:

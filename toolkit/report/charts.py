@@ -307,7 +307,7 @@ def _mark_strip(one: Distribution, low: float, high: float, y: int) -> list[str]
 
 
 def _svg(kind: str, height: float, label: str, parts: Iterable[str], style: str = "") -> str:
-    attributes: dict[str, object] = {"class": f"chart {kind}", "width": "100%", "height": height, "role": "img"}
+    attributes: dict[str, str | float] = {"class": f"chart {kind}", "width": "100%", "height": height, "role": "img"}
     attributes["aria-label"] = label
     if style:
         attributes["style"] = style
