@@ -70,13 +70,17 @@ class GgufFile:
             at += len(stored.raw) + -len(stored.raw) % self.alignment
         return made
 
-    def write(self, path: Path) -> Path:
-        """Writes the file and returns its path."""
+    def content(self) -> bytes:
+        """The whole file."""
         made = self.header()
         made += bytes(-len(made) % self.alignment)
         for stored in self.tensors.values():
             made += stored.raw + bytes(-len(stored.raw) % self.alignment)
-        path.write_bytes(made)
+        return made
+
+    def write(self, path: Path) -> Path:
+        """Writes the file and returns its path."""
+        path.write_bytes(self.content())
         return path
 
 

@@ -31,24 +31,36 @@ _BATCH: Final = 100
 # Longer than any command may take by the oracle, which is stricter.
 _HANGS_S: Final = 120.0
 _EXAMPLES_SHOWN: Final = 2
+_TOLD_EVERY: Final = 10_000
+# A worker that holds more between two batches gives way to a new one.
+_MOST_HELD_BYTES: Final = 3 << 30
 
 
 class Worker:
-    """A worker process and what it says; one that died or hangs is replaced by a new one in the same sandbox."""
+    """A worker process and what it says; one that died, hangs or holds much memory is replaced by a new one.
 
-    def __init__(self, root: Path) -> None:
-        self._root = root
+    `cpu_s` and `peak_bytes` are the seconds that all of them computed, and the most memory that one has had.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._started = folder, 0
+        self.cpu_s, self.peak_bytes = 0.0, 0
         self._start()
 
     def _start(self) -> None:
-        command = [sys.executable, "-m", "tests.hostile.worker", str(self._root)]
+        """Starts one in a sandbox of its own, since who was cut off leaves a damaged one."""
+        shutil.rmtree(self._folder / f"sandbox-{self._started}", ignore_errors=True)
+        self._started += 1
+        self._cpu_s = 0.0
+        root = self._folder / f"sandbox-{self._started}"
+        command = [sys.executable, "-m", "tests.hostile.worker", str(root)]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8"
         )
         self._lines: queue.Queue[str] = queue.Queue()
         threading.Thread(target=self._read, args=(self._process, self._lines), daemon=True).start()
         if "ready" not in self._next():
-            log = self._root.with_name(f"{self._root.name}.log")
+            log = root.with_name(f"{root.name}.log")
             raise SystemExit(f"the worker does not start: {log.read_text(errors='replace')[-2000:]}")
 
     @staticmethod
@@ -87,6 +99,11 @@ class Worker:
                 found.append((mutant, line))
             else:
                 mutant = line
+        self.cpu_s += line["cpu_s"] - self._cpu_s
+        self._cpu_s, self.peak_bytes = line["cpu_s"], max(self.peak_bytes, line["peak_bytes"])
+        if line["peak_bytes"] > _MOST_HELD_BYTES:
+            self.close()
+            self._start()
         return found
 
     def close(self) -> None:
@@ -117,13 +134,15 @@ class Tally:
             print(f"FAILED {name}: {outcome['why']}\n  again: python -m tests.hostile --repeat {path}", flush=True)
 
     def show(self) -> int:
-        """Prints the table; returns how many failed."""
+        """Prints the table, and how often each way to fail was seen; returns how many failed."""
         whole: Counter[str] = Counter()
         print(f"{'parser':20} {'mutants':>8} {'accepted':>8} {'refused':>8} {'failed':>8}")
         for name, row in [*self.counts.items(), ("all", whole)]:
             if row is not whole:
                 whole.update(row)
             print(f"{name:20} {row.total():8} " + " ".join(f"{row[k]:8}" for k in ("accepted", "refused", "failed")))
+        for (name, why), count in self.ways.most_common():
+            print(f"{count} x {name}: {why}")
         return whole["failed"]
 
 
@@ -140,6 +159,15 @@ def batches(parsers: list[Parser], mutants: int, seed: int) -> list[dict[str, An
             left -= count
     Random(seed).shuffle(jobs)
     return jobs
+
+
+def _say_how_far(tally: Tally, said: int, seconds: float) -> int:
+    """Prints a line at every ten thousand mutants; returns how many tens of thousands have been told of."""
+    count = sum(row.total() for row in tally.counts.values())
+    failed = sum(row["failed"] for row in tally.counts.values())
+    if count // _TOLD_EVERY > said:
+        print(f"{count} mutants, {failed} failed, {seconds:.0f} s", flush=True)
+    return count // _TOLD_EVERY
 
 
 def _fails_again(worker: Worker, path: Path) -> bool:
@@ -161,19 +189,22 @@ def main() -> None:
     asked = options.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="hostile-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
     begin, tally = time.monotonic(), Tally()
-    worker = Worker(folder / "sandbox")
+    worker = Worker(folder)
     try:
         if asked.repeat:
             sys.exit(any([_fails_again(worker, path) for path in asked.repeat]))
         chosen = [parser for parser in PARSERS if not asked.parser or parser.name in asked.parser]
         print(f"seed {asked.seed}, {asked.mutants} mutants of {len(chosen)} parsers", flush=True)
+        said = 0
         for job in batches(chosen, asked.mutants, asked.seed):
             for mutant, outcome in worker.done(job):
                 tally.add(mutant, outcome)
+            said = _say_how_far(tally, said, time.monotonic() - begin)
             if time.monotonic() - begin > 60 * asked.minutes:
                 break
         failed = tally.show()
-        print(f"{time.monotonic() - begin:.0f} s, seed {asked.seed}")
+        took = f"{time.monotonic() - begin:.0f} s, {worker.cpu_s:.0f} s of CPU"
+        print(f"{took}, at most {worker.peak_bytes / 2**20:.0f} MiB, seed {asked.seed}", flush=True)
         sys.exit(bool(failed))
     finally:
         worker.close()

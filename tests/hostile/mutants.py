@@ -101,6 +101,66 @@ ODD_TEXTS: Final = (
 )
 
 
+# Where a value of YAML stands: anchors within anchors, aliases of what is around them, tags, merges, and depths.
+_YAML_VALUES: Final = (
+    b"&a [" + b", ".join([b"x"] * 9) + b"]",
+    b"[&a [x, x, x, x, x, x, x, x, x]"
+    + b"".join(b", &%c [%s]" % (98 + k, b", ".join([b"*%c" % (97 + k)] * 9)) for k in range(9))
+    + b"]",
+    b"&a {x: *a}",
+    b"&a [&b [*a, *b]]",
+    b"{<<: &a {bits: 4}, <<: *a}",
+    b"{<<: [x]}",
+    b"{? {x: y} : z}",
+    b"!!int 99",
+    b"!!int ''",
+    b"!!float x",
+    b"!!bool maybe",
+    b"!!null x",
+    b"!!str 4",
+    b"!!seq {}",
+    b"!!map []",
+    b"!!pairs [x]",
+    b"!!timestamp 2001-99-99",
+    b"!!binary ====",
+    b"!!python/object/apply:os.getcwd []",
+    b"!local x",
+    b"!<tag:yaml.org,2002:int> x",
+    b"190:20:30",
+    b"0b2",
+    b"0o9",
+    b".inf",
+    b".nan",
+    b"-.INF",
+    b"1_000",
+    b"~",
+    b"on",
+    b"|\n  x",
+    b">-\n",
+    b"%YAML 9.9",
+    b"@x",
+    b"`x",
+    b"[" * 200,
+    b"{a: " * 60 + b"1" + b"}" * 60,
+    b"[" * 60 + b"]" * 60,
+    b"'" + b"x" * 5000 + b"'",
+)
+
+
+def damaged_yaml(content: bytes, random: Random) -> bytes:
+    """`content` with one or two of its values, behind `: `, `- ` or `=`, replaced by something odd of YAML."""
+    for _ in range(random.choice((1, 1, 2))):
+        starts = [k + 1 for k in range(1, len(content)) if content[k - 1 : k + 1] in (b": ", b"- ") or content[k] == 61]
+        if not starts:
+            break
+        at = random.choice(starts)
+        ends = [k for k in (content.find(sign, at) for sign in (b"\n", b",", b"}")) if k >= 0]
+        value = random.choice(_YAML_VALUES)
+        value = random.choice((value, b"&a " + value, b"*a", b"!!str " + value))
+        content = content[:at] + value + content[min(ends, default=len(content)) :]
+    return content
+
+
 def damaged_bytes(content: bytes, random: Random) -> bytes:
     """`content` with one to four changes: bits, bytes, pieces that go, come twice, move, or are something else."""
     made = bytearray(content)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
 _PLACED: Final = ("--checkpoint", "{checkpoint}", "--out", "{out}", "--no-validate")
 EXPORT: Final = ("export", "cpu", *_PLACED, "--quality", "fast", "--set", "context_length=64")
@@ -22,40 +22,45 @@ _VALIDATE: Final = (
 class Parser:
     """`files` of the sandbox, one of which is damaged; `commands`, of which each reads it; `share` of all mutants.
 
-    `words` are damaged texts of the command line instead, put where `{value}` is. `structured` says whether the files
-    are JSON whose places can be changed one by one; `on` is the part of the sandbox that the commands change.
+    `words` are damaged texts of the command line instead, put where `{value}` is. `form` says how places of the files
+    can be changed one by one: those of JSON, of a header, or none ("bytes"); `on` is the part of the sandbox that the
+    commands change.
     """
 
     name: str
     files: tuple[str, ...]
     commands: tuple[tuple[str, ...], ...]
     share: float
-    structured: bool = True
+    form: Literal["json", "safetensors", "gguf", "bytes"] = "json"
     on: str = "out"
     words: tuple[str, ...] = ()
 
 
 _BUNDLE_COMMANDS: Final = (("check", "{bundle}"), ("verify", "{bundle}"), ("inspect", "{bundle}"))
+_ADAPTED: Final = (*EXPORT, "--adapter", "{adapter}")
+_FROM_GGUF: Final = tuple("{gguf}" if word == "{checkpoint}" else word for word in EXPORT)
 _COMPILE: Final = ("compile", "{pipeline}")
 _SHARD: Final = "checkpoint/model-00001-of-00002.safetensors"
 
 PARSERS: Final[tuple[Parser, ...]] = (
-    Parser("safetensors", (_SHARD,), (EXPORT,), 0.16, structured=False),
+    Parser("safetensors", (_SHARD,), (EXPORT,), 0.14, "safetensors"),
+    Parser("gguf", ("model.gguf",), (_FROM_GGUF,), 0.06, "gguf"),
     Parser("index", ("checkpoint/model.safetensors.index.json",), (EXPORT,), 0.08),
     Parser("config", ("checkpoint/config.json",), (EXPORT,), 0.12),
     Parser("generation_config", ("checkpoint/generation_config.json",), (EXPORT,), 0.06),
     Parser("tokenizer", ("checkpoint/tokenizer.json",), (EXPORT,), 0.04),
     Parser("tokenizer_config", ("checkpoint/tokenizer_config.json",), (EXPORT,), 0.03),
     Parser("special_tokens_map", ("checkpoint/special_tokens_map.json",), (EXPORT,), 0.04),
-    Parser("chat_template", ("checkpoint/chat_template.jinja",), (EXPORT,), 0.02, structured=False),
-    Parser("adapter", ("adapter/adapter_config.json",), ((*EXPORT, "--adapter", "{adapter}"),), 0.03),
+    Parser("chat_template", ("checkpoint/chat_template.jinja",), (EXPORT,), 0.02, form="bytes"),
+    Parser("adapter", ("adapter/adapter_config.json",), (_ADAPTED,), 0.03),
+    Parser("adapter's weights", ("adapter/adapter_model.safetensors",), (_ADAPTED,), 0.02, "safetensors"),
     Parser("recipe", ("recipe.yaml",), (("export", "{recipe}", *_PLACED),), 0.08),
     Parser(
         "set",
         (),
         (("export", "{recipe}", *_PLACED, "--set", "{value}"),),
         0.06,
-        structured=False,
+        form="bytes",
         words=(
             "quantize.0.bits=8",
             "context_length=32",
@@ -68,12 +73,12 @@ PARSERS: Final[tuple[Parser, ...]] = (
     ),
     Parser("task", ("task.jsonl",), (("export", *EXPORT[1:6], "--dry-run", "--task", "{task}"),), 0.03),
     Parser("calibration text", ("text.jsonl",), (RESUMED,), 0.01),
-    Parser("journal", ("out.partial/journal.jsonl",), (RESUMED,), 0.003, structured=False, on="out.partial"),
+    Parser("journal", ("out.partial/journal.jsonl",), (RESUMED,), 0.003, form="bytes", on="out.partial"),
     Parser("request", ("out.partial/request.json",), (RESUMED,), 0.002, on="out.partial"),
-    Parser("calibration state", ("out.partial/calibration/*",), (RESUMED,), 0.005, structured=False, on="out.partial"),
+    Parser("calibration state", ("out.partial/calibration/*",), (RESUMED,), 0.005, form="bytes", on="out.partial"),
     Parser("manifest", ("bundle/manifest.json",), _BUNDLE_COMMANDS, 0.06),
     Parser("genai_config", ("bundle/genai_config.json",), (*_BUNDLE_COMMANDS, GENERATE), 0.05),
-    Parser("graph", ("bundle/model.onnx",), (("check", "{bundle}"), ("inspect", "{bundle}"), GENERATE), 0.02, False),
+    Parser("graph", ("bundle/model.onnx",), (("check", "{bundle}"), ("inspect", "{bundle}"), GENERATE), 0.02, "bytes"),
     Parser("bundle's tokenizer", ("bundle/tokenizer.json", "bundle/tokenizer_config.json"), (GENERATE,), 0.02),
     Parser("reasoning", ("bundle/reasoning.json",), (*_BUNDLE_COMMANDS, GENERATE), 0.01),
     Parser("report", ("out/report.json",), (EXPORT,), 0.015, on="out"),
@@ -91,7 +96,7 @@ PARSERS: Final[tuple[Parser, ...]] = (
         ("pipeline/context.onnx", "pipeline/embeddings.onnx"),
         (("check", "{pipeline}"), ("inspect", "{pipeline}"), _COMPILE),
         0.01,
-        structured=False,
+        form="bytes",
         on="pipeline",
     ),
 )

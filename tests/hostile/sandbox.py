@@ -19,7 +19,7 @@ import yaml
 
 from tests.command_line import called
 from tests.hostile.parsers import EXPORT, RESUMED, Parser
-from tests.hostile.smallest import HIDDEN, TEMPLATE, make_smallest, safetensors
+from tests.hostile.smallest import HIDDEN, TEMPLATE, make_smallest, safetensors, smallest_gguf
 
 # A command that reads a few damaged kilobytes is over in this; the slowest whole one takes a second.
 _LONGEST_S: Final = 20.0
@@ -64,15 +64,15 @@ class Sandbox:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self._pieces = {"checkpoint", "adapter", "bundle", "pipeline", "out.partial", "recipe.yaml", "task.jsonl"}
         self.seen = _Watch(root)
-        self._peak_bytes = _peak_bytes()
+        self._peak_bytes = peak_bytes()
 
     def make(self) -> None:
         """Makes every piece, and a copy of those that commands may change."""
         make_smallest(self.root / "checkpoint")
         (self.root / "tmp").mkdir()
         _make_adapter(self.root / "adapter")
+        smallest_gguf().write(self.root / "model.gguf")
         (self.root / "recipe.yaml").write_text(yaml.safe_dump(_RECIPE, sort_keys=False), encoding="utf-8")
         (self.root / "template").write_text(TEMPLATE, encoding="utf-8")
         task = {"question": "the 3 and 4", "answer": "7", "checker": "number"}
@@ -94,6 +94,7 @@ class Sandbox:
         paths = {name: self.root / name for name in ("checkpoint", "adapter", "bundle", "pipeline", "out")}
         files = {
             "recipe": self.root / "recipe.yaml",
+            "gguf": self.root / "model.gguf",
             "task": self.root / "task.jsonl",
             "text": self.root / "text.jsonl",
         }
@@ -171,7 +172,7 @@ class Sandbox:
             except BaseException as problem:
                 return Outcome("failed", f"{command[0]}: {type(problem).__name__} out of main(): {problem!s:.200}")
         took, before = time.monotonic() - begin, self._peak_bytes
-        self._peak_bytes = _peak_bytes()
+        self._peak_bytes = peak_bytes()
         lines = done.stderr.splitlines()
         errors = [line for line in lines if line.startswith("error: ")]
         said = errors[-1] if errors else lines[-1] if lines else ""
@@ -262,7 +263,7 @@ def _passing(kind: type[BaseException]) -> Iterator[None]:
         return
 
 
-def _peak_bytes() -> int:
+def peak_bytes() -> int:
     """The most memory that the process has had so far, 0 where the system does not say."""
     try:
         import resource

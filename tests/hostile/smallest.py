@@ -9,6 +9,8 @@ from typing import Any, Final
 
 import numpy as np
 
+from tests.gguf_files import GgufFile, Stored, byte_vocabulary, f32, stored_name
+
 VOCABULARY: Final = 264
 HIDDEN: Final = 64
 CONTEXT: Final = 64
@@ -90,6 +92,37 @@ def safetensors(tensors: dict[str, np.ndarray]) -> bytes:
         data += raw
     text = json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + data
+
+
+def smallest_gguf() -> GgufFile:
+    """The same weights in a GGUF file, the linears in blocks of 4 and of 8 bits, with a vocabulary of bytes."""
+    vocabulary = byte_vocabulary(VOCABULARY)
+    # One merge, whose token takes the place of the first unused one.
+    at = vocabulary["tokenizer.ggml.tokens"].index("[PAD0]")
+    vocabulary["tokenizer.ggml.tokens"][at], vocabulary["tokenizer.ggml.token_type"][at] = "th", 1
+    metadata = {
+        "general.architecture": "qwen2",
+        "qwen2.block_count": 1,
+        "qwen2.context_length": CONTEXT,
+        "qwen2.embedding_length": HIDDEN,
+        "qwen2.feed_forward_length": HIDDEN,
+        "qwen2.attention.head_count": 2,
+        "qwen2.attention.head_count_kv": 1,
+        "qwen2.attention.layer_norm_rms_epsilon": 1e-6,
+        "qwen2.rope.freq_base": 10000.0,
+        "tokenizer.chat_template": TEMPLATE,
+        **vocabulary,
+        "tokenizer.ggml.merges": ["t h"],
+    }
+    tensors = dict[str, Stored]()
+    for k, (name, values) in enumerate(_tensors().items()):
+        # Type 2 is Q4_0, of 16 bytes behind a float16 scale for 32 weights, type 8 is Q8_0, of 32.
+        number, nbytes = ((2, 16), (8, 32))[k % 2]
+        blocks = values.size // 32 if "proj.weight" in name else 0
+        raw = b"".join(b"\x00\x20" + bytes((7 * k + j) % 251 for j in range(nbytes)) for k in range(blocks))
+        stored = Stored(number, values.shape, raw) if blocks else f32(values.astype(np.float32))
+        tensors[stored_name(name)] = stored
+    return GgufFile(metadata, tensors)
 
 
 def _tensors() -> dict[str, np.ndarray]:

@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -24,9 +25,10 @@ from unittest import mock
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
-from tests.hostile.mutants import damaged_bytes, damaged_json
+from tests.hostile.headers import damaged_gguf, damaged_header, safetensors_header, with_header
+from tests.hostile.mutants import damaged_bytes, damaged_json, damaged_yaml
 from tests.hostile.parsers import PARSERS, Parser
-from tests.hostile.sandbox import Outcome, Sandbox
+from tests.hostile.sandbox import Outcome, Sandbox, peak_bytes
 from toolkit.apart import ChildFailed
 
 _MOST_ADDRESSES: Final = 24 << 30
@@ -42,7 +44,7 @@ def tried(names: list[str], sandbox: Sandbox, number: int, count: int, say: Call
     """Tries `count` mutants of each parser, those that the seed `number` makes."""
     for name in names:
         parser = next(parser for parser in PARSERS if parser.name == name)
-        if parser.structured and number % 2:
+        if parser.form != "bytes" and number % 2:
             _structures(parser, sandbox, number, count, say)
         else:
             for k in range(count):
@@ -50,29 +52,35 @@ def tried(names: list[str], sandbox: Sandbox, number: int, count: int, say: Call
 
 
 def _damaged(parser: Parser, sandbox: Sandbox, random: Random) -> dict[str, Any]:
+    """A mutant with bytes changed, in a file's header more often than behind it."""
     if parser.words:
-        made = damaged_bytes(random.choice(parser.words).encode(), random)
+        text = random.choice(parser.words).encode()
+        made = random.choice((damaged_bytes, damaged_yaml))(text, random)
         # What a command line can hold: no zero byte.
         return {"value": made.replace(b"\x00", b"").decode("utf-8", "surrogateescape")}
     file = random.choice([name for pattern in parser.files for name in sandbox.names(pattern)])
-    return {"file": file, "content": damaged_bytes(sandbox.original(file), random)}
+    whole = sandbox.original(file)
+    if parser.form in ("safetensors", "gguf") and random.random() < 0.75:
+        return {"file": file, "content": damaged_header(parser.form, whole, random)}
+    damage = random.choice((damaged_bytes, damaged_yaml)) if file.endswith(".yaml") else damaged_bytes
+    return {"file": file, "content": damage(whole, random)}
 
 
 def _structures(
     parser: Parser, sandbox: Sandbox, number: int, count: int, say: Callable[[dict[str, Any]], None]
 ) -> None:
-    """Hypothesis' own examples of the parser's documents. YAML is a superset of JSON, lines hold it too."""
+    """Mutants with places changed of the parser's documents, most of them Hypothesis' own examples."""
+    if parser.form == "gguf":
+        for k in range(count):
+            made = damaged_gguf(Random(f"{parser.name} {number} {k}"))
+            _say(parser, sandbox, {"file": parser.files[0], "content": made}, say)
+        return
     file = Random(number).choice(parser.files)
-    text = sandbox.original(file).decode("utf-8")
-    if file.endswith(".yaml"):
-        import yaml
-
-        document = yaml.safe_load(text)
-    else:
-        document = json.loads(text.splitlines()[0] if file.endswith(".jsonl") else text)
+    whole = sandbox.original(file)
 
     def one(content: bytes) -> None:
-        _say(parser, sandbox, {"file": file, "content": content}, say)
+        made = with_header(whole, content) if parser.form == "safetensors" else content
+        _say(parser, sandbox, {"file": file, "content": made}, say)
 
     plan = settings(
         max_examples=count,
@@ -81,7 +89,19 @@ def _structures(
         phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )
-    seed(number)(plan(given(damaged_json(document))(one)))()
+    seed(number)(plan(given(damaged_json(_document(parser, file, whole)))(one)))()
+
+
+def _document(parser: Parser, file: str, whole: bytes) -> Any:
+    """What a file says. YAML is a superset of JSON, lines hold it too."""
+    if parser.form == "safetensors":
+        return safetensors_header(whole)
+    text = whole.decode("utf-8")
+    if file.endswith(".yaml"):
+        import yaml
+
+        return yaml.safe_load(text)
+    return json.loads(text.splitlines()[0] if file.endswith(".jsonl") else text)
 
 
 def _say(parser: Parser, sandbox: Sandbox, mutant: dict[str, Any], say: Callable[[dict[str, Any]], None]) -> None:
@@ -169,7 +189,7 @@ def main() -> None:
                 _say(parser, sandbox, mutant, say)
             else:
                 tried([job["parser"]], sandbox, job["seed"], job["count"], say)
-            say({"done": True})
+            say({"done": True, "cpu_s": time.process_time(), "peak_bytes": peak_bytes()})
 
 
 def _bound_memory() -> None:
