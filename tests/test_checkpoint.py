@@ -28,7 +28,8 @@ from toolkit.checkpoint.config import ModelConfig, RopeConfig, parse_config, rea
 from toolkit.checkpoint.safetensors import read_header
 from toolkit.checkpoint.scan import ReadBytes, Rows, scan_file
 from toolkit.checkpoint.synthetic import SyntheticWeights
-from toolkit.checkpoint.weights import Origin, WeightSource, expected_tensors, open_weights
+from toolkit.checkpoint.weights import Origin, WeightSource, check_finite, expected_tensors, open_weights
+from toolkit.errors import NonFiniteError
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
@@ -349,3 +350,14 @@ def test_a_shard_of_nothing_but_computed_tensors_is_hashed_too(stories260k: Path
         rows.release()
     expected = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in tmp_path.glob("*.safetensors")}
     assert {entry.name: entry.sha256 for entry in source.digests()} == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "said"), [(np.inf, "1 NaN or infinite"), (np.nan, "1 NaN"), (6e28, "up to 6e\\+28, whose")]
+)
+def test_weights_that_no_arithmetic_survives_are_named(value: float, said: str) -> None:
+    values = np.ones((2, 3), np.float32)
+    values[1, 1] = -value
+    with pytest.raises(NonFiniteError, match=f"x.weight holds .*{said}"):
+        check_finite(values, "x.weight")
+    check_finite(np.full((2, 3), 1e18, np.float32), "x.weight")

@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 
-from tests.hostile.parsers import PARSERS
+from tests.hostile.parsers import PARSERS, Parser
 from tests.hostile.sandbox import Sandbox
 from tests.hostile.worker import cheap
 
@@ -122,6 +122,9 @@ JSON_CASES: Final[tuple[tuple[str, str, Any, str], ...]] = (
     ("manifest", "recipe.activation_percentile", HUGE, "activation_percentile"),
     ("manifest", "stop_tokens", 3, "stop_tokens is 3"),
     ("manifest", "versions", [], "versions is []"),
+    ("report", "created", "yesterday", "was changed after it was written"),
+    ("report", "conversion.wall_s", float("nan"), "was changed after it was written"),
+    ("report", "conversion.wall_s", "x", "expected a number"),
 )
 # A file, and its whole content.
 FILE_CASES: Final[tuple[tuple[str, bytes, str], ...]] = (
@@ -193,6 +196,7 @@ SETTINGS: Final[tuple[tuple[str, str], ...]] = (
     ("context_length=!!int x", "is not YAML"),
     ("context_length=!!timestamp x", "is not YAML"),
     ("context_length=2001-99-99", "is not YAML"),
+    ("context_length=!!int ''", "is not YAML"),
     ("context_length=2001-01-01", "context_length is"),
     ("validate=&a {x: *a}", "is not YAML"),
     ("validate.mean_kld=.inf", "validate is"),
@@ -220,6 +224,13 @@ def _tried(sandbox: Sandbox, name: str, mutant: dict[str, Any], said: str) -> No
     parser = next(parser for parser in PARSERS if parser.name == name)
     outcome = sandbox.tried(parser, mutant)
     assert outcome.kind == ("refused" if said else "accepted") and said in outcome.why, outcome
+
+
+@pytest.mark.parametrize("parser", [parser for parser in PARSERS if parser.files], ids=lambda parser: parser.name)
+def test_a_whole_file_is_accepted(parser: Parser, sandbox: Sandbox) -> None:
+    """Or its mutants would all be refused for another reason than their own."""
+    file = sandbox.names(parser.files[0])[0]
+    _tried(sandbox, parser.name, {"file": file, "content": sandbox.original(file)}, ACCEPTED)
 
 
 @pytest.mark.parametrize(("name", "place", "value", "said"), JSON_CASES, ids=lambda value: f"{value!r:.30}")

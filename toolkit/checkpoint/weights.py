@@ -173,13 +173,17 @@ def widen(raw: NDArray[np.uint8], dtype: str) -> NDArray[np.float32]:
 
 
 def check_finite(values: NDArray[np.float32], name: str) -> None:
-    """Raises NonFiniteError with the tensor and the count; one NaN or infinity makes the sum of squares one."""
+    """Raises NonFiniteError with the tensor and the count; one NaN or infinity makes the sum of squares one. So do
+    weights beyond about 1e19, which no model has and no arithmetic in float32 survives."""
     flat = values.reshape(-1)
     if np.isfinite(np.vdot(flat, flat)):
         return
     bad = int(values.size - np.count_nonzero(np.isfinite(values)))
     if bad == 0:
-        return
+        raise NonFiniteError(
+            f"{name} holds values of up to {float(np.abs(flat).max()):.3g}, whose squares float32 cannot hold: it is "
+            "damaged, compare its hash"
+        )
     raise NonFiniteError(
         f"{name} holds {bad} NaN or infinite values: it was published so, or is damaged: compare its hash"
     )

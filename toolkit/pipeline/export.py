@@ -34,7 +34,7 @@ from toolkit.pipeline.place import (
     written_bytes,
 )
 from toolkit.pipeline.plan import ExportPlan, check_machine, plan_export
-from toolkit.pipeline.standing import check_replaceable, is_made
+from toolkit.pipeline.standing import check_replaceable, check_reported, is_made
 from toolkit.pipeline.tokenizer import TokenizerFiles, plan_tokenizer, write_tokenizer
 from toolkit.progress import counted
 from toolkit.quant.ranges import ActivationRange
@@ -171,6 +171,7 @@ def _missing(
     missing = []
     for plan, text in asked:
         if is_made(plan, text.origin if text else None):
+            check_reported(plan)
             note(f"{plan.out} was made of the same recipe, checkpoint and versions: kept (--force makes it anew)")
         else:
             check_replaceable(plan)

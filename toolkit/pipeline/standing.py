@@ -7,6 +7,7 @@ from dataclasses import replace
 from toolkit.bundle.manifest import CalibrationText, Manifest, begin_manifest, read_manifest
 from toolkit.errors import BundleError, RecipeError
 from toolkit.pipeline.plan import ExportPlan
+from toolkit.report.intact import report_problems
 from toolkit.report.summary import validated_report
 
 
@@ -28,6 +29,12 @@ def is_made(plan: ExportPlan, text: CalibrationText | None) -> bool:
     if not all((p := plan.out / e.name).is_file() and p.stat().st_size == e.bytes for e in found.files):
         return False
     return found.checkpoint == plan.checkpoint.source.digests()
+
+
+def check_reported(plan: ExportPlan) -> None:
+    """Raises BundleError for a finished bundle whose report is not as it was written: it would be kept as if whole."""
+    if problem := next(report_problems(plan.out, read_manifest(plan.out)), None):
+        raise BundleError(f"{problem}, or replace the bundle with --force")
 
 
 def _request(manifest: Manifest) -> Manifest:

@@ -101,7 +101,15 @@ def _parsed(text: str) -> Any:
         if "\\" in text and not is_unicode(value):
             raise ValueError("half of a surrogate pair is no text")
         return value
-    except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as problem:
+    except (
+        yaml.YAMLError,
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+    ) as problem:
         raise ValueError(str(problem) or type(problem).__name__) from None
 
 

@@ -41,13 +41,14 @@ def verify_bundle(bundle: Path) -> Verified:
     known = {entry.name for entry in manifest.files} | {names.MANIFEST_FILE}
     known |= {names.REPORT_FILE, names.REPORT_PAGE_FILE, names.COMPILE_LOG_FILE}
     extra = sorted(path.name for path in bundle.iterdir() if path.name not in known)
-    problems = [*verify_manifest(bundle), *_report_problems(bundle, manifest)]
+    problems = [*verify_manifest(bundle), *report_problems(bundle, manifest)]
     problems += [f"{name} is extra: the manifest does not name it" for name in extra if name not in _OF_HOSTS]
     notes = [f"{name} is extra, put there by a program that keeps models" for name in extra if name in _OF_HOSTS]
     return Verified(tuple(problems), tuple(notes))
 
 
-def _report_problems(bundle: Path, manifest: Manifest) -> Iterator[str]:
+def report_problems(bundle: Path, manifest: Manifest) -> Iterator[str]:
+    """A line for each of a bundle's two reports that is not as it was written, or is another bundle's."""
     again, digested = f"`toolkit validate {bundle}` writes it anew", False
     try:
         raw = read_json(bundle / names.REPORT_FILE, _MAX_BYTES, BundleError, again)
