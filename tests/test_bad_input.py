@@ -80,7 +80,7 @@ CASES: dict[str, tuple[Callable[[Path], None], str]] = {
     "corrupt header": (_corrupt_header, "corrupt header"),
     "missing tensors": (_edit_config("num_hidden_layers", 5), "lacks 12 tensors"),
     "unused tensors": (_edit_config("num_hidden_layers", 3), "does not call for"),
-    "wrong shape": (_edit_config("intermediate_size", 512), "expected BF16/F16/F32 [512, 256]"),
+    "wrong shape": (_edit_config("intermediate_size", 512), "expected [512, 256]"),
     "unknown family": (_edit_config("model_type", "gpt9"), "'gpt9' is not supported"),
     "unknown rope": (_edit_config("rope_scaling", {"rope_type": "dynamic", "factor": 2}), "'dynamic'"),
     "context too long": (_edit_config("max_position_embeddings", 512), "--set context_length=512"),

@@ -4,44 +4,27 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-import safetensors.numpy
-import safetensors.torch
 import torch
 
-from toolkit.checkpoint.adapter import merge_adapter
+from tests.checkpoint_folders import DOWN, HEAD, TABLE, Tensors, copied, save_tensors, set_keys, tensors_of
 from toolkit.checkpoint.opened import open_checkpoint
-from toolkit.errors import CheckpointError, ToolkitError, UnsupportedError
+from toolkit.errors import CheckpointError, UnsupportedError
 
-HEAD = "lm_head.weight"
-TABLE = "model.embed_tokens.weight"
 INDEX = "model.safetensors.index.json"
 SHARD = "model-00001-of-00001.safetensors"
-Tensors = dict[str, torch.Tensor]
 
 
 @pytest.fixture
 def folder(tiny_r1: Path, tmp_path: Path) -> Path:
-    for path in [*tiny_r1.glob("*.json"), tiny_r1 / "model.safetensors"]:
-        shutil.copy(path, tmp_path)
-    return tmp_path
-
-
-def _tensors(folder: Path) -> Tensors:
-    return safetensors.torch.load_file(folder / "model.safetensors")
-
-
-def _save(folder: Path, tensors: Tensors, file: str = "model.safetensors") -> None:
-    safetensors.torch.save_file({name: value.contiguous() for name, value in tensors.items()}, folder / file)
+    return copied(tiny_r1, tmp_path)
 
 
 def _config(folder: Path, **values: object) -> None:
-    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    (folder / "config.json").write_text(json.dumps(raw | values), encoding="utf-8")
+    set_keys(folder / "config.json", **values)
 
 
 def _index(folder: Path, tensors: Tensors, file: str) -> None:
@@ -49,8 +32,8 @@ def _index(folder: Path, tensors: Tensors, file: str) -> None:
 
 
 def test_a_file_wins_over_a_stale_index_as_in_transformers_and_is_said(folder: Path) -> None:
-    tensors = _tensors(folder)
-    _save(folder, {name: torch.zeros_like(value) for name, value in tensors.items()}, SHARD)
+    tensors = tensors_of(folder)
+    save_tensors(folder, {name: torch.zeros_like(value) for name, value in tensors.items()}, SHARD)
     _index(folder, tensors, SHARD)
     checkpoint = open_checkpoint(folder)
     assert np.array_equal(checkpoint.source.read(HEAD), tensors[HEAD].float().numpy())
@@ -67,7 +50,7 @@ def test_a_file_wins_over_a_stale_index_as_in_transformers_and_is_said(folder: P
 
 
 def test_an_index_over_shards_is_no_choice_and_says_nothing(folder: Path) -> None:
-    tensors = _tensors(folder)
+    tensors = tensors_of(folder)
     (folder / "model.safetensors").rename(folder / SHARD)
     _index(folder, tensors, SHARD)
     assert open_checkpoint(folder).notes == ()
@@ -81,7 +64,19 @@ def test_what_is_not_read_is_named(folder: Path) -> None:
         open_checkpoint(folder)
 
 
-@pytest.mark.parametrize(("file", "said"), [("pytorch_model.bin", "pickles"), ("model.gguf", "GGUF")])
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [
+        ("pytorch_model.bin", "pickles"),
+        ("model.gguf", "GGUF"),
+        ("flax_model.msgpack", "for Flax alone"),
+        ("tf_model.h5", "for TensorFlow alone"),
+        ("model.onnx", "ONNX graphs"),
+        ("__0_0.distcp", "shards of a training run"),
+        ("model.safetensors.incomplete", "a download that is not finished"),
+        ("model.fp16.safetensors", r"rename it to model\.safetensors"),
+    ],
+)
 def test_another_format_alone_is_named(folder: Path, file: str, said: str) -> None:
     (folder / "model.safetensors").rename(folder / file)
     with pytest.raises(CheckpointError, match=said):
@@ -91,8 +86,8 @@ def test_another_format_alone_is_named(folder: Path, file: str, said: str) -> No
 @pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "base_model.model.", "module._orig_mod."])
 def test_a_wrappers_prefix_is_taken_off_and_said(folder: Path, prefix: str) -> None:
     expected = open_checkpoint(folder).source
-    head, tensors = expected.read(HEAD), _tensors(folder)
-    _save(folder, {prefix + name: value for name, value in tensors.items()})
+    head, tensors = expected.read(HEAD), tensors_of(folder)
+    save_tensors(folder, {prefix + name: value for name, value in tensors.items()})
     checkpoint = open_checkpoint(folder)
     assert checkpoint.source.names() == expected.names()
     assert np.array_equal(checkpoint.source.read(HEAD), head)
@@ -103,16 +98,16 @@ def test_a_wrappers_prefix_is_taken_off_and_said(folder: Path, prefix: str) -> N
 
 
 def test_one_tensor_under_two_names_is_refused(folder: Path) -> None:
-    tensors = _tensors(folder)
-    _save(folder, tensors | {f"module.{HEAD}": tensors[HEAD].clone()})
+    tensors = tensors_of(folder)
+    save_tensors(folder, tensors | {f"module.{HEAD}": tensors[HEAD].clone()})
     with pytest.raises(CheckpointError, match=r"holds lm_head\.weight twice"):
         open_checkpoint(folder)
 
 
 def test_a_base_model_without_its_head(folder: Path) -> None:
     """As AutoModel saves it: no `model.`, and no head, which is right where the embedding is tied to it."""
-    tensors = {name.removeprefix("model."): value for name, value in _tensors(folder).items() if name != HEAD}
-    _save(folder, tensors)
+    tensors = {name.removeprefix("model."): value for name, value in tensors_of(folder).items() if name != HEAD}
+    save_tensors(folder, tensors)
     with pytest.raises(CheckpointError, match=r"has no lm_head.weight, and its config.json does not tie it"):
         open_checkpoint(folder)
     _config(folder, tie_word_embeddings=True)
@@ -121,10 +116,19 @@ def test_a_base_model_without_its_head(folder: Path) -> None:
 
 def test_a_tied_head_that_is_another_is_refused(folder: Path) -> None:
     _config(folder, tie_word_embeddings=True)
-    with pytest.raises(CheckpointError, match=r"lm_head.weight with other weights than the embedding"):
+    refusal = r"lm_head.weight with other weights than the embedding"
+    with pytest.raises(CheckpointError, match=refusal):
         open_checkpoint(folder)
-    tensors = _tensors(folder)
-    _save(folder, tensors | {HEAD: tensors[TABLE].clone()})
+    tensors = tensors_of(folder)
+    for row in (5, 1023):  # whichever it is
+        head = tensors[TABLE].clone()
+        head[row, 7] += 1
+        save_tensors(folder, tensors | {HEAD: head})
+        with pytest.raises(CheckpointError, match=refusal):
+            open_checkpoint(folder)
+    save_tensors(folder, tensors | {HEAD: tensors[TABLE].float()})  # the same numbers in another dtype
+    assert open_checkpoint(folder).notes == ()
+    save_tensors(folder, tensors | {HEAD: tensors[TABLE].clone()})
     assert open_checkpoint(folder).notes == ()
 
 
@@ -135,17 +139,21 @@ def test_a_tied_head_that_is_another_is_refused(folder: Path) -> None:
         ("model.layers.0.mlp.down_proj.weight_packed", "compressed-tensors"),
         ("model.layers.0.mlp.down_proj.weight_scale_inv", "FP8 with block scales"),
         ("model.layers.0.mlp.down_proj.weight.quant_state.bitsandbytes__nf4", "bitsandbytes"),
+        ("model.layers.0.mlp.down_proj.W_q", "HQQ"),
+        ("model.layers.0.mlp.down_proj.codes", "AQLM"),
+        ("model.layers.0.mlp.down_proj.weight_scale_2", "ModelOpt"),
+        ("model.layers.0.mlp.down_proj.weight._data", "quanto"),
     ],
 )
 def test_a_quantized_checkpoint_is_named_as_such(folder: Path, name: str, whose: str) -> None:
-    _save(folder, _tensors(folder) | {name: torch.zeros(4, dtype=torch.int32)})
+    save_tensors(folder, tensors_of(folder) | {name: torch.zeros(4, dtype=torch.int32)})
     with pytest.raises(UnsupportedError, match=f"is quantized already.*{whose}"):
         open_checkpoint(folder)
 
 
 def test_mlx_is_known_by_its_scales_and_biases(folder: Path) -> None:
     module = "model.layers.0.mlp.down_proj"
-    _save(folder, _tensors(folder) | {f"{module}.scales": torch.zeros(4), f"{module}.biases": torch.zeros(4)})
+    save_tensors(folder, tensors_of(folder) | {f"{module}.scales": torch.zeros(4), f"{module}.biases": torch.zeros(4)})
     with pytest.raises(UnsupportedError, match="by MLX"):
         open_checkpoint(folder)
 
@@ -166,6 +174,136 @@ def test_a_config_that_says_so_names_the_method(folder: Path, values: dict[str, 
     assert "download it again" not in str(found.value)
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.int32])
+def test_numbers_that_only_a_quantizer_stores_are_named(folder: Path, dtype: torch.dtype) -> None:
+    """As some save them, without a word in config.json."""
+    tensors = tensors_of(folder)
+    save_tensors(folder, tensors | {f"{DOWN}.weight": tensors[f"{DOWN}.weight"].to(dtype)})
+    with pytest.raises(UnsupportedError, match=r"is quantized already: model.*down_proj.weight is .*name the original"):
+        open_checkpoint(folder)
+
+
+def test_float64_is_read_as_float32(folder: Path) -> None:
+    tensors = {name: value.double() * (1 + 1e-9) for name, value in tensors_of(folder).items()}
+    save_tensors(folder, tensors)
+    source = open_checkpoint(folder).source
+    assert np.array_equal(source.read(HEAD), tensors[HEAD].float().numpy())
+    for rows in source.scan(1 << 18):
+        if rows.name == HEAD:
+            found = source.decode(rows, rows.start, rows.stop)
+            assert np.array_equal(found, tensors[HEAD][rows.start : rows.stop].float().numpy())
+        rows.release()
+    save_tensors(folder, tensors | {HEAD: tensors[HEAD] + 1e300})
+    with pytest.raises(CheckpointError, match="NaN or infinite"):
+        open_checkpoint(folder).source.read(HEAD)
+
+
+def _halves(folder: Path) -> tuple[list[str], list[str]]:
+    """Two shards without an index; returns the names of the tensors in each."""
+    tensors = tensors_of(folder)
+    names = sorted(tensors)
+    parts = names[:10], names[10:]
+    for number, part in enumerate(parts, 1):
+        save_tensors(folder, {name: tensors[name] for name in part}, f"model-{number:05}-of-00002.safetensors")
+    (folder / "model.safetensors").unlink()
+    return parts
+
+
+def test_shards_whose_index_is_gone_are_read_and_said(folder: Path) -> None:
+    head = tensors_of(folder)[HEAD].float().numpy()
+    _halves(folder)
+    checkpoint = open_checkpoint(folder)
+    assert np.array_equal(checkpoint.source.read(HEAD), head)
+    assert any(f"no {INDEX}" in note for note in checkpoint.notes)
+    (folder / "model-00001-of-00002.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"model-00001-of-00002.safetensors is missing"):
+        open_checkpoint(folder)
+
+
+def test_a_tensor_in_two_shards_is_that_of_the_one_that_the_index_names(folder: Path) -> None:
+    tensors = tensors_of(folder)
+    first, second = _halves(folder)
+    name, stale = first[0], "model-00002-of-00002.safetensors"
+    save_tensors(folder, {name: torch.zeros_like(tensors[name])} | {other: tensors[other] for other in second}, stale)
+    with pytest.raises(CheckpointError, match=f"{name} stands in"):
+        open_checkpoint(folder)
+    where = dict.fromkeys(second, stale) | dict.fromkeys(first, "model-00001-of-00002.safetensors")
+    (folder / INDEX).write_text(json.dumps({"weight_map": where}), encoding="utf-8")
+    checkpoint = open_checkpoint(folder)
+    assert np.array_equal(checkpoint.source.read(name), tensors[name].float().numpy())
+    assert any(name in note and "the index names" in note for note in checkpoint.notes)
+
+
+def test_a_tied_table_under_its_heads_name_alone(folder: Path) -> None:
+    tensors = tensors_of(folder)
+    save_tensors(folder, {name: value for name, value in tensors.items() if name != TABLE})
+    with pytest.raises(CheckpointError, match=f"lacks 1 tensors, the first is {TABLE}"):
+        open_checkpoint(folder)
+    _config(folder, tie_word_embeddings=True)
+    checkpoint = open_checkpoint(folder)
+    assert np.array_equal(checkpoint.source.read(TABLE), tensors[HEAD].float().numpy())
+    assert checkpoint.notes == ("lm_head.weight is read as the embedding, which it is tied to",)
+
+
+@pytest.mark.parametrize("name", ["v_head.summary.weight", "mtp.fc.weight", f"{DOWN}.k_scale", "vision_tower.x"])
+def test_what_stands_beside_the_decoder_is_left_and_said(folder: Path, name: str) -> None:
+    save_tensors(folder, tensors_of(folder) | {name: torch.zeros(4)})
+    (note,) = open_checkpoint(folder).notes
+    assert "beside the decoder" in note and name in note
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("model.layers.4.mlp.down_proj.weight", "num_hidden_layers is 4 in its config.json, and there are more"),
+        ("model.layers.0.self_attn.o_proj.bias", "lacks attention_bias"),
+        ("lm_head.bias", "lacks attention_bias"),
+        ("model.layers.0.self_attn.q_norm.weight", "its config.json is another model's"),
+    ],
+)
+def test_what_the_decoder_would_compute_with_is_refused(folder: Path, name: str, said: str) -> None:
+    save_tensors(folder, tensors_of(folder) | {name: torch.zeros(4)})
+    with pytest.raises(CheckpointError, match=said):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("vocab_size", [1000, 1100])
+def test_another_vocabulary_than_the_configs_says_what_to_set(folder: Path, vocab_size: int) -> None:
+    _config(folder, vocab_size=vocab_size)
+    with pytest.raises(CheckpointError, match=r"embed_tokens.weight has 1024 rows.*set vocab_size to 1024"):
+        open_checkpoint(folder)
+
+
+def test_a_link_to_nothing_is_named(folder: Path) -> None:
+    """As a cache leaves them whose files were removed."""
+    for file in ("model.safetensors", "tokenizer_config.json", "generation_config.json", "config.json"):
+        kept = (folder / file).read_bytes()
+        (folder / file).unlink()
+        try:
+            (folder / file).symlink_to("../blobs/gone")
+        except OSError:
+            pytest.skip("no links here")
+        with pytest.raises(CheckpointError, match=rf"{file} is a link to a file that is gone"):
+            open_checkpoint(folder)
+        (folder / file).unlink()
+        (folder / file).write_bytes(kept)
+
+
+@pytest.mark.parametrize("text", ["<!DOCTYPE html><html>", '{"error":"Repository not found"}', "# xet version 0\n"])
+def test_a_page_in_place_of_weights_is_called_one(folder: Path, text: str) -> None:
+    (folder / "model.safetensors").write_text(text, encoding="utf-8")
+    with pytest.raises(CheckpointError, match="no safetensors file but a text that begins with"):
+        open_checkpoint(folder)
+
+
+def test_a_folder_of_checkpoints_names_one(folder: Path) -> None:
+    (folder / "checkpoint-500").mkdir()
+    for path in [path for path in folder.iterdir() if path.is_file()]:
+        path.rename(folder / "checkpoint-500" / path.name)
+    with pytest.raises(CheckpointError, match=r"config.json is missing.*checkpoint-500 does: name that folder"):
+        open_checkpoint(folder)
+
+
 def test_rows_beyond_a_tensor_are_an_error(folder: Path) -> None:
     source = open_checkpoint(folder).source
     rows = source.read(TABLE).shape[0]
@@ -184,121 +322,9 @@ def test_ids_beyond_the_embedding_are_warned_of(folder: Path) -> None:
     assert "1 ids beyond the embedding's 1024 rows" in note and "<tool_call>" in note
 
 
-# LoRA: every case is merged by torch in float64 beside.
-
-
-def _adapter(folder: Path, tensors: Tensors, **config: object) -> Path:
-    made = folder / "adapter"
-    made.mkdir()
-    whole = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none"} | config
-    (made / "adapter_config.json").write_text(json.dumps(whole), encoding="utf-8")
-    named = {f"base_model.model.{name}": value.contiguous() for name, value in tensors.items()}
-    safetensors.torch.save_file(named, made / "adapter_model.safetensors")
-    return made
-
-
-def _factors(shape: tuple[int, ...], rank: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(rank, shape[1], generator=generator), torch.randn(shape[0], rank, generator=generator)
-
-
-DOWN = "model.layers.1.mlp.down_proj"
-
-
-@pytest.mark.parametrize(
-    ("config", "scale"),
-    [
-        ({}, 2.0),
-        ({"use_rslora": True}, 4.0),
-        ({"alpha_pattern": {"down_proj": 16}}, 4.0),
-        ({"alpha_pattern": {"up_proj": 16}}, 2.0),
-    ],
-)
-def test_an_adapter_is_merged(folder: Path, config: dict[str, object], scale: float) -> None:
-    base = _tensors(folder)
-    a, b = _factors(base[f"{DOWN}.weight"].shape)
-    adapter = _adapter(folder, {f"{DOWN}.lora_A.weight": a, f"{DOWN}.lora_B.weight": b}, **config)
-    merged = merge_adapter(open_checkpoint(folder), adapter)
-    expected = base[f"{DOWN}.weight"].double() + scale * (b.double() @ a.double())
-    assert np.abs(merged.source.read(f"{DOWN}.weight") - expected.numpy()).max() < 1e-4
-    assert np.abs(merged.source.read_rows(f"{DOWN}.weight", 3, 9) - expected[3:9].numpy()).max() < 1e-4
-    assert np.array_equal(merged.source.read(HEAD), base[HEAD].float().numpy())
-    for rows in merged.source.scan(1 << 18):
-        if rows.name == f"{DOWN}.weight":
-            found = merged.source.decode(rows, rows.start, rows.stop)
-            assert np.abs(found - expected[rows.start : rows.stop].numpy()).max() < 1e-4
-        rows.release()
-    files = ["model.safetensors", "adapter_model.safetensors", "adapter_config.json"]
-    assert [origin.name for origin in merged.source.digests()] == files
-    assert [origin.name for origin in merged.source.identity()] == files
-
-
-def test_an_adapters_embedding_and_whole_modules(folder: Path) -> None:
-    base = _tensors(folder)
-    rows, width = base[TABLE].shape
-    a, b = torch.randn(4, rows), torch.randn(width, 4)
-    own_head = torch.randn(base[HEAD].shape)
-    tensors = {"model.embed_tokens.lora_embedding_A": a, "model.embed_tokens.lora_embedding_B": b, HEAD: own_head}
-    merged = merge_adapter(open_checkpoint(folder), _adapter(folder, tensors))
-    expected = base[TABLE].double() + 2 * (b.double() @ a.double()).T
-    assert np.abs(merged.source.read(TABLE) - expected.numpy()).max() < 1e-4
-    assert np.array_equal(merged.source.read(HEAD), own_head.numpy())
-
-
-def _dora(tensors: Tensors, config: dict[str, object]) -> None:
-    config["use_dora"] = True
-
-
-def _other_model(tensors: Tensors, config: dict[str, object]) -> None:
-    tensors["model.layers.99.mlp.down_proj.lora_A.weight"] = torch.zeros(4, 4)
-
-
-def _other_shape(tensors: Tensors, config: dict[str, object]) -> None:
-    tensors[f"{DOWN}.lora_B.weight"] = torch.zeros(3, 4)
-
-
-def _half(tensors: Tensors, config: dict[str, object]) -> None:
-    del tensors[f"{DOWN}.lora_B.weight"]
-
-
-def _prompt_tuning(tensors: Tensors, config: dict[str, object]) -> None:
-    config["peft_type"] = "PROMPT_TUNING"
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (_dora, "use_dora is set"),
-        (_other_model, "fit no matrix"),
-        (_other_shape, r"the factors of .*down_proj.weight are \[3, 4\]"),
-        (_half, "fit no matrix"),
-        (_prompt_tuning, "peft_type is 'PROMPT_TUNING'"),
-    ],
-)
-def test_what_is_no_plain_lora_of_this_model_is_refused(
-    folder: Path, change: Callable[[Tensors, dict[str, object]], None], said: str
-) -> None:
-    a, b = _factors(_tensors(folder)[f"{DOWN}.weight"].shape)
-    tensors: Tensors = {f"{DOWN}.lora_A.weight": a, f"{DOWN}.lora_B.weight": b}
-    config: dict[str, object] = {}
-    change(tensors, config)
-    with pytest.raises(ToolkitError, match=said):
-        merge_adapter(open_checkpoint(folder), _adapter(folder, tensors, **config))
-
-
-def test_an_adapter_in_the_checkpoints_folder_is_a_question(folder: Path) -> None:
-    config = {"peft_type": "LORA", "base_model_name_or_path": "owner/base"}
-    (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
-    with pytest.raises(CheckpointError, match="holds a LoRA adapter beside its base"):
-        open_checkpoint(folder)
-    (folder / "config.json").unlink()
-    with pytest.raises(CheckpointError, match=r"is a LoRA adapter for owner/base, no model.*--adapter"):
-        open_checkpoint(folder)
-
-
 @pytest.mark.parametrize("before", ["./", ".//./"])
 def test_an_index_may_say_that_shards_are_here(folder: Path, before: str) -> None:
-    tensors = _tensors(folder)
+    tensors = tensors_of(folder)
     (folder / "model.safetensors").rename(folder / SHARD)
     _index(folder, tensors, before + SHARD)
     checkpoint = open_checkpoint(folder)
@@ -307,7 +333,7 @@ def test_an_index_may_say_that_shards_are_here(folder: Path, before: str) -> Non
 
 @pytest.mark.parametrize("before", ["../", "sub/", "/etc/", ".\\", "./../"])
 def test_an_index_may_not_lead_elsewhere(folder: Path, before: str) -> None:
-    _index(folder, _tensors(folder), before + SHARD)
+    _index(folder, tensors_of(folder), before + SHARD)
     (folder / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="a shard must be a plain file name there"):
         open_checkpoint(folder)
@@ -317,8 +343,8 @@ def test_an_index_may_not_lead_elsewhere(folder: Path, before: str) -> None:
     ("old", "new"), [("^", "_fsdp_wrapped_module."), ("self_attn.", "_checkpoint_wrapped_module.self_attn.")]
 )
 def test_wrappers_of_training_are_taken_off_and_said(folder: Path, old: str, new: str) -> None:
-    tensors = _tensors(folder)
-    _save(folder, {new + n if old == "^" else n.replace(old, new): value for n, value in tensors.items()})
+    tensors = tensors_of(folder)
+    save_tensors(folder, {new + n if old == "^" else n.replace(old, new): value for n, value in tensors.items()})
     checkpoint = open_checkpoint(folder)
     assert np.array_equal(checkpoint.source.read(HEAD), tensors[HEAD].float().numpy())
     assert any("_wrapped_module." in note for note in checkpoint.notes)
@@ -333,32 +359,7 @@ def test_wrappers_of_training_are_taken_off_and_said(folder: Path, old: str, new
     ],
 )
 def test_other_names_are_not_downloaded_again(folder: Path, prefix: str, said: str) -> None:
-    _save(folder, {prefix + name: value for name, value in _tensors(folder).items()})
+    save_tensors(folder, {prefix + name: value for name, value in tensors_of(folder).items()})
     with pytest.raises(CheckpointError, match=said) as caught:
         open_checkpoint(folder)
     assert "download" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("config", "said"),
-    [
-        ({"init_lora_weights": "pissa_niter_16"}, "changed the base model's own weights"),
-        ({"init_lora_weights": "OLoRA"}, "changed the base model's own weights"),
-        ({"init_lora_weights": "loftq"}, "changed the base model's own weights"),
-        ({"layer_replication": [[0, 1]]}, "layer_replication is set"),
-        ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens is set"),
-    ],
-)
-def test_an_adapter_over_changed_weights_is_refused(folder: Path, config: dict[str, object], said: str) -> None:
-    made = _adapter(folder, _zeros(), **config)
-    with pytest.raises(UnsupportedError, match=said):
-        merge_adapter(open_checkpoint(folder), made)
-
-
-@pytest.mark.parametrize("begins", [True, False, "gaussian", "eva", "orthogonal", None])
-def test_how_an_adapters_own_factors_begin_does_not_matter(folder: Path, begins: object) -> None:
-    merge_adapter(open_checkpoint(folder), _adapter(folder, _zeros(), init_lora_weights=begins))
-
-
-def _zeros() -> Tensors:
-    return {f"{DOWN}.lora_A.weight": torch.zeros(4, 768), f"{DOWN}.lora_B.weight": torch.zeros(256, 4)}

@@ -135,6 +135,8 @@ def read_json(path: Path, max_bytes: int, error: type[ToolkitError], expected: s
         raise error(f"{path} is missing: {expected}") from None
     except OSError as problem:
         raise error(f"{path} cannot be read: {problem.strerror}") from None
+    except UnicodeDecodeError:
+        raise error(f"{path} is not valid JSON: it is no text in UTF-8, save it as that") from None
     except (ValueError, RecursionError) as problem:
         raise error(f"{path} is not valid JSON: {str(problem)[:120]}") from None
     if not isinstance(value, dict):
@@ -143,6 +145,15 @@ def read_json(path: Path, max_bytes: int, error: type[ToolkitError], expected: s
     if b"\\ud" in text.lower() and not is_unicode(value):
         raise error(f"{path} holds half of a surrogate pair, an escape such as \\ud800, which is no text")
     return value
+
+
+def is_there(path: Path, error: type[ToolkitError]) -> bool:
+    """Whether a file is there. Raises `error` for a link to one that is gone, as half a download leaves them."""
+    if path.exists():
+        return True
+    if path.is_symlink():
+        raise error(f"{path} is a link to a file that is gone: download it again, or copy what it links to")
+    return False
 
 
 def is_unicode(value: object) -> bool:

@@ -15,8 +15,9 @@ from typing import Any, Final
 from toolkit.checkpoint.families import FAMILIES
 from toolkit.checkpoint.family import Structure
 from toolkit.checkpoint.fields import Fields, positive
+from toolkit.checkpoint.other_formats import missing_config
 from toolkit.errors import CheckpointError, UnsupportedError
-from toolkit.files import read_json
+from toolkit.files import is_there, read_json
 from toolkit.names import CONFIG_FILE
 
 ROPE_TYPES: Final = ("default", "linear", "llama3", "yarn")
@@ -99,6 +100,8 @@ def read_config(folder: Path) -> ModelConfig:
     family or RoPE type outside `FAMILIES` and `ROPE_TYPES`.
     """
     path = folder / CONFIG_FILE
+    if folder.is_dir() and not is_there(path, CheckpointError):
+        raise missing_config(folder)
     return parse_config(read_checkpoint_json(path, _MAX_CONFIG_BYTES), path)
 
 

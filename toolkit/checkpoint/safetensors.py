@@ -19,10 +19,10 @@ from toolkit.errors import CheckpointError
 from toolkit.files import LFS_POINTER
 
 MAX_HEADER_BYTES: Final = 100_000_000
-ITEM_BYTES: Final = {"BF16": 2, "F16": 2, "F32": 4}
+# float64 is rounded to float32 as it is read: what is quantized has eight bits at most.
+ITEM_BYTES: Final = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}
 _KNOWN_BYTES: Final = {
     **ITEM_BYTES,
-    "F64": 8,
     "I64": 8,
     "I32": 4,
     "I16": 2,
@@ -60,7 +60,8 @@ def read_header(path: Path) -> dict[str, TensorRef]:
             length = header_length(file.read(8), size, path)
             text = file.read(length)
     except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing: the checkpoint is incomplete, download it again") from None
+        gone = "a link to a file that is gone" if path.is_symlink() else "missing: the checkpoint is incomplete"
+        raise CheckpointError(f"{path} is {gone}, download it again") from None
     except OSError as problem:
         raise CheckpointError(f"{path} cannot be read: {problem.strerror}") from None
     return parse_header(text, path, size)
@@ -72,6 +73,11 @@ def header_length(prefix: bytes, size: int, path: Path) -> int:
         raise CheckpointError(f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` in its folder")
     if len(prefix) < 8:
         raise CheckpointError(f"{path} has {size} bytes, too few for a safetensors file: download it again")
+    if all(32 <= byte < 127 or byte in b"\r\n\t" for byte in prefix):
+        raise CheckpointError(
+            f"{path} is no safetensors file but a text that begins with {prefix.decode()!r}, a page or a message in "
+            "its place: download it again"
+        )
     (length,) = struct.unpack("<Q", prefix)
     if length > min(size - 8, MAX_HEADER_BYTES):
         raise CheckpointError(

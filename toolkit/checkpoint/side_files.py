@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from toolkit import names
 from toolkit.errors import CheckpointError
-from toolkit.files import read_json, read_text
+from toolkit.files import is_there, read_json, read_text
 
 GENERATION_FILE: Final = "generation_config.json"
 TOKENIZER_CONFIG_FILE: Final = "tokenizer_config.json"
@@ -131,7 +131,7 @@ def _check_settings(folder: Path, config: Mapping[str, Any], special: Mapping[st
 
 def _object(path: Path) -> dict[str, Any]:
     """The JSON object in a file; an empty one where there is no file."""
-    return read_json(path, _MAX_BYTES, CheckpointError, _EXPECTED) if path.exists() else {}
+    return read_json(path, _MAX_BYTES, CheckpointError, _EXPECTED) if is_there(path, CheckpointError) else {}
 
 
 class _Values:
@@ -247,7 +247,7 @@ def _templates(folder: Path, config: Mapping[str, Any]) -> Iterator[str]:
         yield text
     yield from filter(None, [_Values(folder / PROCESSOR_TEMPLATE_FILE).text("chat_template")])
     for path in (folder / TEMPLATE_FILE, *sorted((folder / TEMPLATES_FOLDER).glob("*.jinja"))):
-        if path.exists():
+        if is_there(path, CheckpointError):
             yield read_text(path, _MAX_TEMPLATE_BYTES, CheckpointError)
 
 

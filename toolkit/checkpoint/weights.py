@@ -8,8 +8,9 @@ every file once from end to end.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -20,17 +21,22 @@ from toolkit import names
 from toolkit.checkpoint.anatomy import decoder_of
 from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.gguf_blocks import dequantize
+from toolkit.checkpoint.other_formats import refuse_integers
 from toolkit.checkpoint.safetensors import ITEM_BYTES, TensorRef, read_header
 from toolkit.checkpoint.scan import ReadBytes, Rows, read_exactly, scan_file
-from toolkit.checkpoint.which_tensors import choose_files, module_tensors
+from toolkit.checkpoint.which_tensors import ChosenFiles, choose_files, module_tensors
 from toolkit.errors import CheckpointError, NonFiniteError
 from toolkit.files import file_sha256
 from toolkit.machine import fits_the_page_cache
 
-# A head that is not the embedding differs from it everywhere: so many rows are looked at.
-_COMPARED_ROWS: Final = 64
+# A head is compared with its embedding in pieces of so many numbers.
+_COMPARED_AT_ONCE: Final = 1 << 21
 # Buffers old checkpoints carry that are computed, not learned.
 _COMPUTED_SUFFIXES: Final = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias")
+# What a decoder's tensors begin with; others are heads and towers beside it. Scales are those of an 8-bit cache.
+_DECODERS: Final = ("model.", "lm_head.")
+_CACHE_SCALES: Final = (".k_scale", ".v_scale", ".q_scale", ".prob_scale")
+_LAYER: Final = re.compile(r"model\.layers\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -136,7 +142,7 @@ class FileWeights:
         return self._read.total
 
     def dtype(self, name: str) -> str:
-        """The stored dtype of a tensor: BF16, F16 or F32, or a type of GGUF such as Q4_K."""
+        """The stored dtype of a tensor: BF16, F16, F32 or F64, or a type of GGUF such as Q4_K."""
         return self._refs[name].dtype
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -149,7 +155,7 @@ class FileWeights:
         return self.read_rows(name, 0, shape[0] if shape else 1).reshape(shape)
 
     def read_rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
-        """Rows as float32, exact for every stored dtype; raises NonFiniteError on NaN or infinity in them."""
+        """Rows as float32, exact for every stored dtype but F64; raises NonFiniteError on NaN or infinity in them."""
         ref = self._refs[name]
         rows = ref.shape[0] if ref.shape else 1
         if not 0 <= start <= stop <= rows:
@@ -162,11 +168,14 @@ class FileWeights:
 
 
 def widen(raw: NDArray[np.uint8], dtype: str) -> NDArray[np.float32]:
-    """Stored bytes as a flat float32 array: BF16, F16 and F32 exactly, types of GGUF as llama.cpp reads them."""
+    """Stored bytes as flat float32: BF16, F16 and F32 exactly, F64 rounded, GGUF's types as llama.cpp reads them."""
     if dtype == "F32":
         return raw.view("<f4").astype(np.float32, copy=False)
     if dtype == "F16":
         return raw.view("<f2").astype(np.float32)
+    if dtype == "F64":
+        with np.errstate(over="ignore"):  # what float32 does not hold is infinite, and then named as such
+            return raw.view("<f8").astype(np.float32)
     if dtype == "BF16":
         return np.asarray(np.left_shift(raw.view("<u2"), 16, dtype=np.uint32).view(np.float32))
     return dequantize(raw, dtype)
@@ -232,18 +241,54 @@ def find_tensors(folder: Path, config: ModelConfig, read: Callable[[Path], dict[
     for a quantized checkpoint.
     """
     chosen = choose_files(folder)
+    stored, placed = _all_tensors(chosen, read)
+    found, renamed = module_tensors(stored, folder)
+    found, tied = _with_tied_table(found, config)
+    _check_complete(found, expected_tensors(config), folder)
+    decoder = {name: ref for name, ref in found.items() if name.startswith(_DECODERS) and not _is_cache_scale(name)}
+    beside = sorted(found.keys() - decoder.keys())
+    left = [f"not read: {len(beside)} tensors beside the decoder, such as {beside[0][-80:]}"] if beside else []
+    head = names.weight(names.LM_HEAD)
+    ignorable = {head} if config.tie_word_embeddings else set()
+    refs = expected_refs(decoder, config, folder, ITEM_BYTES, ignorable)
+    other = found.get(head) if config.tie_word_embeddings else None
+    return FoundTensors(refs, (*chosen.notes, *placed, *renamed, *tied, *left), other)
+
+
+def _all_tensors(
+    chosen: ChosenFiles, read: Callable[[Path], dict[str, TensorRef]]
+) -> tuple[dict[str, TensorRef], list[str]]:
+    """The tensors of all files. One that stands in several is that of the file which the index names, with a line that
+    says so; raises CheckpointError if it names neither."""
     stored: dict[str, TensorRef] = {}
+    twice: list[str] = []
     for file in chosen.files:
         refs = read(file)
         for name in refs.keys() & stored.keys():
-            raise CheckpointError(f"{name} stands in {stored[name].path.name} and in {file.name}: expected one of them")
+            named, earlier = chosen.named.get(name), stored[name].path.name
+            if named not in (earlier, file.name):
+                raise CheckpointError(f"{name} stands in {earlier} and in {file.name}: expected one of them")
+            if named == earlier:
+                del refs[name]
+            twice.append(name)
         stored |= refs
-    found, renamed = module_tensors(stored, folder)
-    head = names.weight(names.LM_HEAD)
-    ignorable = {head} if config.tie_word_embeddings else set()
-    refs = expected_refs(found, config, folder, ITEM_BYTES, ignorable)
-    other = found.get(head) if config.tie_word_embeddings else None
-    return FoundTensors(refs, (*chosen.notes, *renamed), other)
+    said = f"{len(twice)} tensors stand in several files, such as {min(twice)}: read from" if twice else ""
+    return stored, [f"{said} the one that the index names"] if twice else []
+
+
+def _with_tied_table(found: dict[str, TensorRef], config: ModelConfig) -> tuple[dict[str, TensorRef], list[str]]:
+    """The tensors with a tied embedding that was saved under its head's name alone, and a line that says so."""
+    table, head = names.weight(names.EMBED_TOKENS), names.weight(names.LM_HEAD)
+    if not config.tie_word_embeddings or table in found or head not in found:
+        return found, []
+    others = {name: ref for name, ref in found.items() if name != head}
+    return {**others, table: replace(found[head], name=table)}, [
+        f"{head} is read as the embedding, which it is tied to"
+    ]
+
+
+def _is_cache_scale(name: str) -> bool:
+    return name.endswith(_CACHE_SCALES)
 
 
 def expected_refs(
@@ -261,12 +306,35 @@ def expected_refs(
     _check_complete(found, expected, place)
     extra = [n for n in found.keys() - expected.keys() - set(ignorable) if not n.endswith(_COMPUTED_SUFFIXES)]
     if extra:
-        raise CheckpointError(f"{place} holds {len(extra)} tensors its config does not call for, such as {min(extra)}")
+        raise CheckpointError(f"{place} holds {_not_called_for(sorted(extra), config)}")
+    refuse_integers((found[name] for name in expected), dtypes, place)
     for name, shape in expected.items():
-        ref = found[name]
-        if ref.shape != shape or ref.dtype not in dtypes:
-            raise CheckpointError(f"{name} is {ref.dtype} {list(ref.shape)}, expected {'/'.join(dtypes)} {list(shape)}")
+        if found[name].shape != shape:
+            raise CheckpointError(_other_shape(found[name], shape))
     return {name: found[name] for name in expected}
+
+
+def _not_called_for(extra: list[str], config: ModelConfig) -> str:
+    """What there is beside what the config calls for, and what that may mean."""
+    beyond = [name for name in extra if (layer := _LAYER.match(name)) and int(layer[1]) >= config.num_hidden_layers]
+    first = (beyond or extra)[0]
+    said = f"{len(extra)} tensors its config does not call for, such as {first[-100:]}: "
+    if beyond:
+        return f"{said}num_hidden_layers is {config.num_hidden_layers} in its config.json, and there are more"
+    if all(name.endswith(".bias") for name in extra):
+        return f"{said}its config.json is another model's, or lacks attention_bias or mlp_bias"
+    return f"{said}its config.json is another model's"
+
+
+def _other_shape(ref: TensorRef, shape: tuple[int, ...]) -> str:
+    """What to say of a tensor that has another shape than the config calls for."""
+    tables = (names.weight(names.EMBED_TOKENS), names.weight(names.LM_HEAD))
+    if ref.name in tables and len(ref.shape) == 2 and ref.shape[1:] == shape[1:]:
+        return (
+            f"{ref.name} has {ref.shape[0]} rows, and vocab_size is {shape[0]} in config.json: if tokens were added or "
+            f"taken away, set vocab_size to {ref.shape[0]}"
+        )
+    return f"{ref.name} is {ref.dtype} {list(ref.shape)}, expected {list(shape)}: its config.json is another model's"
 
 
 def _check_complete(found: Mapping[str, TensorRef], expected: Mapping[str, tuple[int, ...]], folder: Path) -> None:
@@ -283,18 +351,30 @@ def _check_complete(found: Mapping[str, TensorRef], expected: Mapping[str, tuple
             f"{folder} names its tensors otherwise than its config.json calls for, {others[0][:80]} instead of "
             f"{missing[0]} for instance: its config.json is another model's, or it was saved by another program"
         )
+    if missing and all(name.endswith(".bias") for name in missing):
+        raise CheckpointError(
+            f"{folder} lacks {len(missing)} biases, the first is {missing[0]}: its config.json is another model's, or "
+            "says attention_bias or mlp_bias of a model that has none"
+        )
     if missing:
-        raise CheckpointError(f"{folder} lacks {len(missing)} tensors, the first is {missing[0]}: download it again")
+        raise CheckpointError(
+            f"{folder} lacks {len(missing)} tensors, the first is {missing[0]}: it was saved in part, or its "
+            "config.json is another model's; if files are missing, download it again"
+        )
 
 
 def _check_tied(source: FileWeights, head: TensorRef, folder: Path) -> None:
     """Raises CheckpointError for a head that is not the embedding it is said to be tied to."""
     name = names.weight(names.EMBED_TOKENS)
     own = FileWeights({head.name: head}, [head.path])
-    rows = source.shape(name)[0]
-    same = head.shape == source.shape(name) and head.dtype in ITEM_BYTES
-    for row in range(0, rows, max(1, rows // _COMPARED_ROWS)) if same else ():
-        same &= bool(np.array_equal(source.read_rows(name, row, row + 1), own.read_rows(head.name, row, row + 1)))
+    shape = source.shape(name)
+    same, step = head.shape == shape, max(1, _COMPARED_AT_ONCE // max(shape[-1], 1))
+    refuse_integers([head], ITEM_BYTES, folder)
+    for row in range(0, shape[0], step) if same else ():
+        stop = min(row + step, shape[0])
+        same = np.array_equal(source.read_rows(name, row, stop), own.read_rows(head.name, row, stop))
+        if not same:
+            break
     if not same:
         raise CheckpointError(
             f"{folder} holds {head.name} with other weights than the embedding, and its config.json says they are "

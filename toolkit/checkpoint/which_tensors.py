@@ -7,15 +7,17 @@ said, or refused with what to do.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Final
 
 from toolkit import names
+from toolkit.checkpoint.other_formats import refuse_other_formats, refuse_quantized
 from toolkit.checkpoint.safetensors import TensorRef
-from toolkit.errors import CheckpointError, UnsupportedError
-from toolkit.files import read_json
+from toolkit.errors import CheckpointError
+from toolkit.files import is_there, read_json
 
 _MAX_INDEX_BYTES: Final = 64 << 20
 ADAPTER_CONFIG_FILE: Final = "adapter_config.json"
@@ -27,26 +29,18 @@ _WRAPPERS: Final = ("_orig_mod.", "module.", "base_model.model.", "_fsdp_wrapped
 _BETWEEN: Final = ("_checkpoint_wrapped_module.", "_fsdp_wrapped_module.", "_orig_mod.")
 # Of a model that is a part of another: Lightning's, and those of pictures and text.
 _PART_OF: Final = ("model.model.", "language_model.model.", "model.language_model.")
-# What the names of quantized tensors end in, and whose they are.
-_QUANTIZED: Final = {
-    ".qweight": "GPTQ or AWQ",
-    ".qzeros": "GPTQ or AWQ",
-    ".weight_packed": "compressed-tensors",
-    ".weight_scale_inv": "FP8 with block scales",
-    ".weight_scale": "FP8 or compressed-tensors",
-    ".quant_state.bitsandbytes__nf4": "bitsandbytes",
-    ".quant_state.bitsandbytes__fp4": "bitsandbytes",
-    ".SCB": "bitsandbytes",
-    "_blocks": "MXFP4",
-}
+# A shard's place among the others, as every program that writes shards names them.
+_SHARD: Final = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
 
 
 @dataclass(frozen=True)
 class ChosenFiles:
-    """The files that hold the weights, in order, and a line for each choice that has to be said."""
+    """The files that hold the weights, in order, and a line for each choice that has to be said. `named` has the file
+    of each tensor by the index, if there is one."""
 
     files: tuple[Path, ...]
     notes: tuple[str, ...] = ()
+    named: Mapping[str, str] = field(default_factory=dict)
 
 
 def choose_files(folder: Path) -> ChosenFiles:
@@ -57,18 +51,23 @@ def choose_files(folder: Path) -> ChosenFiles:
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder: name a checkpoint in Hugging Face layout")
     whole, index = folder / names.SAFETENSORS_FILE, folder / names.SAFETENSORS_INDEX_FILE
-    shards = _shards(index) if index.exists() else [whole.name]
+    named = _weight_map(index) if is_there(index, CheckpointError) else {}
+    shards = sorted(set(named.values())) or [whole.name]
     notes = []
-    if whole.exists() and whole.name not in shards:
-        shards = [whole.name]
+    if is_there(whole, CheckpointError) and whole.name not in shards:
+        shards, named = [whole.name], {}
         notes = [f"{index.name} is not read: {whole.name} stands beside it, and is what transformers reads"]
+    elif not named and not whole.exists():
+        if not (shards := _shards_without_index(folder)):
+            refuse_other_formats(folder)
+            shards = [whole.name]
+        else:
+            notes = [f"there is no {index.name}: shards are read as their names say, {len(shards)} of them"]
     files = tuple(folder / shard for shard in shards)
-    if not index.exists() and not whole.exists():
-        _refuse_other_formats(folder)
     unread = sorted(path.name for path in folder.glob("*.safetensors") if path not in files)
     if unread:
         notes.append(f"not read: {', '.join(unread)[:200]}")
-    return ChosenFiles(files, tuple(notes))
+    return ChosenFiles(files, tuple(notes), named)
 
 
 def module_tensors(refs: Mapping[str, TensorRef], folder: Path) -> tuple[dict[str, TensorRef], list[str]]:
@@ -76,7 +75,7 @@ def module_tensors(refs: Mapping[str, TensorRef], folder: Path) -> tuple[dict[st
 
     Raises UnsupportedError for quantized ones, CheckpointError for an adapter that is not merged.
     """
-    _refuse_quantized(refs, folder)
+    refuse_quantized(refs, folder)
     return _unwrapped(refs, folder)
 
 
@@ -97,22 +96,19 @@ def refuse_adapter(folder: Path) -> None:
     )
 
 
-def _refuse_other_formats(folder: Path) -> None:
-    """Raises CheckpointError for a folder whose weights are no safetensors in Hugging Face's layout."""
-    kinds = {path.suffix for path in folder.iterdir()}
-    if any(folder.glob("consolidated*.safetensors")):
-        raise CheckpointError(
-            f"{folder} holds consolidated.safetensors alone, Mistral's own format: download the files in Hugging Face "
-            f"layout, {names.SAFETENSORS_FILE} or shards with an index"
-        )
-    if ".gguf" in kinds:
-        raise CheckpointError(f"{folder} holds a GGUF file and no safetensors: name the file itself to convert it")
-    if kinds & {".bin", ".pt", ".pth"}:
-        raise CheckpointError(f"{folder} holds .bin pickles, which are never loaded: convert to safetensors first")
+def _shards_without_index(folder: Path) -> list[str]:
+    """Every shard of the one set that the names of a folder's files tell of, the missing ones too; none where they tell
+    of none, or of several."""
+    found = [match for path in folder.glob("*.safetensors") if (match := _SHARD.fullmatch(path.name))]
+    sets = {(match["stem"], int(match["count"])) for match in found}
+    if len(sets) != 1:
+        return []
+    ((stem, count),) = sets
+    return [f"{stem}-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
 
 
-def _shards(index: Path) -> list[str]:
-    """The files that an index names, each once; names may not leave the folder."""
+def _weight_map(index: Path) -> dict[str, str]:
+    """The file of each tensor, as an index names it; names may not leave the folder."""
     weight_map = read_json(index, _MAX_INDEX_BYTES, CheckpointError, "").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map")
@@ -121,7 +117,7 @@ def _shards(index: Path) -> list[str]:
             raise CheckpointError(f"{index} names {str(file)[:80]!r}: a shard must be a plain file name there")
         if not file.endswith(".safetensors"):
             raise CheckpointError(f"{index} names {file[:80]!r}: only safetensors are loaded")
-    return sorted({_plain(file) for file in weight_map.values()})
+    return {name: _plain(file) for name, file in weight_map.items()}
 
 
 def _plain(file: str) -> str:
@@ -129,17 +125,17 @@ def _plain(file: str) -> str:
     return PurePosixPath(file).name
 
 
-def _refuse_quantized(refs: Mapping[str, TensorRef], folder: Path) -> None:
-    """Raises UnsupportedError for tensors that only a quantizer writes."""
-    for name in refs:
-        for suffix, whose in _QUANTIZED.items():
-            if name.endswith(suffix):
-                raise UnsupportedError(
-                    f"{folder} is quantized already ({whose}: it holds {name[-100:]}): name the original checkpoint in "
-                    "bf16, fp16 or fp32"
-                )
-    if any(name.removesuffix(".scales") + ".biases" in refs for name in refs if name.endswith(".scales")):
-        raise UnsupportedError(f"{folder} is quantized already, by MLX: name the original checkpoint in bf16 or fp16")
+def without_wrappers(name: str) -> tuple[str, list[str]]:
+    """A tensor's name without what wrappers of training put before and between its modules, and what those were."""
+    removed = []
+    while wrapper := next((prefix for prefix in _WRAPPERS if name.startswith(prefix)), ""):
+        name = name.removeprefix(wrapper)
+        removed.append(wrapper)
+    for wrapper in _BETWEEN:
+        if f".{wrapper}" in name:
+            name = name.replace(f".{wrapper}", ".")
+            removed.append(wrapper)
+    return name, removed
 
 
 def _unwrapped(refs: Mapping[str, TensorRef], folder: Path) -> tuple[dict[str, TensorRef], list[str]]:
@@ -149,14 +145,8 @@ def _unwrapped(refs: Mapping[str, TensorRef], folder: Path) -> tuple[dict[str, T
     found: dict[str, TensorRef] = {}
     removed: list[str] = []
     for name, ref in refs.items():
-        bare = name
-        while wrapper := next((prefix for prefix in _WRAPPERS if bare.startswith(prefix)), ""):
-            bare = bare.removeprefix(wrapper)
-            removed += [wrapper] if wrapper not in removed else []
-        for wrapper in _BETWEEN:
-            if f".{wrapper}" in bare:
-                bare = bare.replace(f".{wrapper}", ".")
-                removed += [wrapper] if wrapper not in removed else []
+        bare, wrappers = without_wrappers(name)
+        removed += [wrapper for wrapper in wrappers if wrapper not in removed]
         if bare in found:
             raise CheckpointError(f"{folder} holds {bare} twice, once with a wrapper's prefix: expected one of them")
         found[bare] = replace(ref, name=bare)
