@@ -72,6 +72,11 @@ def physical_cores() -> int:
     return psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
 
 
+def is_running(process: int) -> bool:
+    """Whether a process of that number is there."""
+    return psutil.pid_exists(process)
+
+
 def peak_rss_bytes() -> int:
     """Returns the most bytes that this process ever held."""
     peak = getattr(psutil.Process().memory_info(), "peak_wset", None)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import queue
 import re
 import shutil
@@ -31,6 +32,8 @@ _BATCH: Final = 100
 # Longer than any command may take by the oracle, which is stricter.
 _HANGS_S: Final = 120.0
 _EXAMPLES_SHOWN: Final = 2
+# A campaign takes one core.
+_THREADS: Final = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 _TOLD_EVERY: Final = 10_000
 # A worker that holds more between two batches gives way to a new one.
 _MOST_HELD_BYTES: Final = 3 << 30
@@ -54,8 +57,9 @@ class Worker:
         self._cpu_s = 0.0
         root = self._folder / f"sandbox-{self._started}"
         command = [sys.executable, "-m", "tests.hostile.worker", str(root)]
+        environment = {**os.environ, **dict.fromkeys(_THREADS, "1")}
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8"
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8", env=environment
         )
         self._lines: queue.Queue[str] = queue.Queue()
         threading.Thread(target=self._read, args=(self._process, self._lines), daemon=True).start()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib
 import json
 import os
 import shutil
@@ -20,28 +21,24 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from tests.command_line import called
 from tests.hostile.smallest import make_smallest
 from tests.hostile.stopped import FULL, HOWS, Events, Stop
-from tests.hostile.worker import in_this_process
+from tests.hostile.worker import CALLED_HERE, in_this_process
+from toolkit.quality import QUALITIES
+from toolkit.target import TARGETS
 
 _LONGEST_S: Final = 120
 _CODES: Final = {"kill": -signal.SIGKILL, "term": 143, "interrupt": 130, FULL: 2}
 # Dates and seconds.
 _NOT_COMPARED: Final = ("report.json", "report.html")
-_BUNDLES: Final = {
-    "cpu fast": ("cpu", "fast"),
-    "cpu best": ("cpu", "best"),
-    "cpu-split balanced": ("cpu-split", "balanced"),
-    "qnn fast": ("qnn", "fast", "profile=float16"),
-    "qnn best": ("qnn", "best"),
-    "openvino balanced": ("openvino", "balanced"),
-    "dml best": ("dml", "best"),
-    "vitisai balanced": ("vitisai", "balanced"),
-}
-KINDS: Final = (*_BUNDLES, "export again", "validate")
+# What a bundle of the smallest checkpoint needs said beside its target; `fast` reads no text, which uint16 ranges need.
+_CHANGES: Final = {"qnn fast": ("profile=float16",)}
+_BUNDLES: Final = {f"{target} {quality}": (target, quality) for target in TARGETS for quality in QUALITIES}
+_OTHERS: Final = ("export again", "validate", "validate qnn", "compile", "compile again")
+KINDS: Final = (*_BUNDLES, *_OTHERS)
 
 
 @dataclass(frozen=True)
@@ -81,24 +78,36 @@ class Trials:
         """The command of a kind. What runs here once is imported and compiled in every fork."""
         if kind in _BUNDLES:
             return Trial(self._export(*_BUNDLES[kind]))
-        bundle = self._made("cpu", "fast")
+        bundle = self._made("cpu" if kind in ("export again", "validate") else "qnn", "fast")
         if kind == "export again":
             return Trial((*self._export("cpu", "fast"), "--force"), bundle)
+        if kind == "compile":
+            return Trial(("compile", str(self._out)), bundle)
+        if kind == "compile again":
+            return Trial(("compile", str(self._out), "--soc", "x-elite"), self._compiled(bundle))
         options = ("--tokens", "20", "--no-speed", "--no-simulate", "--no-tasks", "--no-baseline")
         return Trial(("validate", str(self._out), "--checkpoint", str(self._root / "checkpoint"), *options), bundle)
 
-    def _export(self, target: str, quality: str, *changes: str) -> tuple[str, ...]:
+    def _compiled(self, bundle: Path) -> Path:
+        """A copy of a bundle that has been compiled for its own SoC."""
+        self._clear(bundle)
+        code, said, _ = self._forked(("compile", str(self._out)), Stop(self._root / "none", 1 << 60, "kill"))
+        assert code == 0, said
+        return Path(shutil.copytree(self._out, bundle.with_name(f"{bundle.name}-compiled"), dirs_exist_ok=True))
+
+    def _export(self, target: str, quality: str) -> tuple[str, ...]:
         window = () if target in ("cpu", "dml") else ("window=32",)
-        given = [w for change in ("context_length=64", *window, *changes) for w in ("--set", change)]
+        changes = ("context_length=64", *window, *_CHANGES.get(f"{target} {quality}", ()))
+        given = [word for change in changes for word in ("--set", change)]
         if quality != "fast":
             given += ["--calibration", str(self._root / "text.jsonl"), "--set", "calibration_tokens=300"]
         place = ("--checkpoint", str(self._root / "checkpoint"), "--out", str(self._out))
         return ("export", target, *place, "--quality", quality, "--no-validate", "--no-compile", *given)
 
-    def _made(self, target: str, quality: str, *changes: str) -> Path:
+    def _made(self, target: str, quality: str) -> Path:
         """A bundle made by an export, beside the place of those that are stopped."""
         self._clear(None)
-        done = called(*self._export(target, quality, *changes))
+        done = called(*self._export(target, quality))
         assert done.returncode == 0, done.stderr
         return Path(shutil.copytree(self._out, self._root / f"{target}-{quality}", dirs_exist_ok=True))
 
@@ -170,9 +179,8 @@ class Trials:
     def _in_fork(self, words: tuple[str, ...], stop: Stop, heard: Path, listed: Path) -> None:
         """Never returns."""
         from toolkit.cli.commands import main
-        from toolkit.evaluate import opens
 
-        setattr(opens, "run_apart", in_this_process)  # noqa: B010  a process for each would be most of the time
+        _without_children()
         for descriptor, path in ((1, os.devnull), (2, heard)):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), descriptor)
         sys.stdout, sys.stderr = (os.fdopen(k, "w", encoding="utf-8") for k in (1, 2))
@@ -189,6 +197,33 @@ class Trials:
         listed.write_text("\n".join(events.names), encoding="utf-8")
         sys.stderr.flush()
         os._exit(code if isinstance(code, int) else int(code is not None))
+
+
+def _without_children() -> None:
+    """Calls here what has a process of its own, which would be most of the time; and a compiler that copies."""
+    for name in CALLED_HERE:
+        setattr(importlib.import_module(name), "run_apart", in_this_process)  # noqa: B010  a stand-in of another type
+    setattr(importlib.import_module("toolkit.epcontext.parts"), "run_apart", _compiled)  # noqa: B010
+    setattr(importlib.import_module("toolkit.pipeline.compile"), "htp_version", lambda: "0")  # noqa: B010
+
+
+def _compiled(_: str, job: dict[str, Any], log: Path) -> dict[str, Any]:
+    """What the compiler's process leaves and answers: each stage as one EPContext node, and one binary for all."""
+    import onnx
+
+    stages, out, bundle = job["stages"], Path(job["out"]), Path(job["bundle"])
+    binary = f"{stages[0]}_ctx_qnn.bin"
+    log.write_text("compiled\n", encoding="utf-8")
+    (out / binary).write_bytes(json.dumps(job["options"], sort_keys=True).encode() * 50)
+    for stage in stages:
+        model = onnx.load(bundle / f"{stage}.onnx", load_external_data=False)
+        graph = model.graph
+        given, made = [value.name for value in graph.input], [value.name for value in graph.output]
+        attributes = {"embed_mode": 0, "ep_cache_context": binary, "main_context": int(stage == stages[0])}
+        node = onnx.helper.make_node("EPContext", given, made, name="ctx", domain="com.microsoft", **attributes)
+        whole = onnx.helper.make_graph([node], "compiled", graph.input, graph.output)
+        onnx.save(onnx.helper.make_model(whole, opset_imports=model.opset_import), str(out / f"{stage}_ctx.onnx"))
+    return {"peak_rss_bytes": 1 << 20}
 
 
 def _content(bundle: Path) -> dict[str, str]:

@@ -43,8 +43,8 @@ _COMPILE: Final = ("compile", "{pipeline}")
 _SHARD: Final = "checkpoint/model-00001-of-00002.safetensors"
 
 PARSERS: Final[tuple[Parser, ...]] = (
-    Parser("safetensors", (_SHARD,), (EXPORT,), 0.14, "safetensors"),
-    Parser("gguf", ("model.gguf",), (_FROM_GGUF,), 0.06, "gguf"),
+    Parser("safetensors", (_SHARD,), (EXPORT,), 0.16, "safetensors"),
+    Parser("gguf", ("model.gguf",), (_FROM_GGUF,), 0.05, "gguf"),
     Parser("index", ("checkpoint/model.safetensors.index.json",), (EXPORT,), 0.08),
     Parser("config", ("checkpoint/config.json",), (EXPORT,), 0.12),
     Parser("generation_config", ("checkpoint/generation_config.json",), (EXPORT,), 0.06),
@@ -54,7 +54,7 @@ PARSERS: Final[tuple[Parser, ...]] = (
     Parser("chat_template", ("checkpoint/chat_template.jinja",), (EXPORT,), 0.02, form="bytes"),
     Parser("adapter", ("adapter/adapter_config.json",), (_ADAPTED,), 0.03),
     Parser("adapter's weights", ("adapter/adapter_model.safetensors",), (_ADAPTED,), 0.02, "safetensors"),
-    Parser("recipe", ("recipe.yaml",), (("export", "{recipe}", *_PLACED),), 0.08),
+    Parser("recipe", ("recipe.yaml",), (("export", "{recipe}", *_PLACED),), 0.06),
     Parser(
         "set",
         (),

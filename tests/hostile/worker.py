@@ -33,7 +33,7 @@ from toolkit.apart import ChildFailed
 
 _MOST_ADDRESSES: Final = 24 << 30
 # Modules that have a process of their own, and what each does there.
-_CALLED_HERE: Final = {
+CALLED_HERE: Final = {
     "toolkit.evaluate.encodes": "_checked",
     "toolkit.evaluate.renders": "_checked",
     "toolkit.evaluate.opens": "_open",
@@ -131,7 +131,7 @@ def cheap() -> Iterator[None]:
             (toolkit.typed_json, "field_kinds"),
         ):
             stack.enter_context(mock.patch.object(module, name, cache(getattr(module, name))))
-        for module_name in _CALLED_HERE:
+        for module_name in CALLED_HERE:
             importlib.import_module(module_name)
             stack.enter_context(mock.patch(f"{module_name}.run_apart", in_this_process))
         stack.enter_context(mock.patch("toolkit.evaluate.renders._bound_memory"))
@@ -145,7 +145,7 @@ def cheap() -> Iterator[None]:
 def in_this_process(module: str, job: object, **_: object) -> Any:
     """What `run_apart` does, without a process."""
     try:
-        work = getattr(importlib.import_module(module), _CALLED_HERE[module])
+        work = getattr(importlib.import_module(module), CALLED_HERE[module])
         made = work(json.loads(json.dumps(job)))
         return json.loads(json.dumps(made))
     except Exception as problem:

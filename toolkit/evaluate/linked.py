@@ -10,17 +10,19 @@ from pathlib import Path
 from toolkit import names
 from toolkit.bundle.settings import Settings
 from toolkit.errors import MachineError
+from toolkit.machine import is_running
 
 
 def linked_copy(bundle: Path, settings: Settings, within: Path | None = None) -> tempfile.TemporaryDirectory[str]:
     """Returns a folder beside the bundle, or `within` another, with its files by other names and settings of its own.
 
-    Raises MachineError if it cannot be made.
+    The name holds the number of this process; what processes left that were killed goes first. Raises MachineError if
+    it cannot be made.
     """
+    place, begins = within or bundle.parent, f".{bundle.name}-on-cpu-"
     try:
-        folder = tempfile.TemporaryDirectory(
-            prefix=f".{bundle.name}-", dir=within or bundle.parent, ignore_cleanup_errors=True
-        )
+        _remove_left(place, begins)
+        folder = tempfile.TemporaryDirectory(prefix=f"{begins}{os.getpid()}-", dir=place, ignore_cleanup_errors=True)
         for path in bundle.iterdir():
             if path.name != names.GENAI_CONFIG_FILE and path.is_file():
                 _link_or_copy(path, Path(folder.name) / path.name)
@@ -28,6 +30,14 @@ def linked_copy(bundle: Path, settings: Settings, within: Path | None = None) ->
     except OSError as problem:
         raise MachineError(f"no copy of {bundle} can be made beside it: {problem.strerror}") from None
     return folder
+
+
+def _remove_left(place: Path, begins: str) -> None:
+    """Removes the linked copies whose processes ended without."""
+    for path in place.iterdir():
+        number = path.name.removeprefix(begins).partition("-")[0] if path.name.startswith(begins) else ""
+        if number.isdecimal() and not is_running(int(number)):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _link_or_copy(path: Path, other: Path) -> None:
