@@ -219,7 +219,11 @@ def _compiled(_: str, job: dict[str, Any], log: Path) -> dict[str, Any]:
         model = onnx.load(bundle / f"{stage}.onnx", load_external_data=False)
         graph = model.graph
         given, made = [value.name for value in graph.input], [value.name for value in graph.output]
-        attributes = {"embed_mode": 0, "ep_cache_context": binary, "main_context": int(stage == stages[0])}
+        attributes: dict[str, Any] = {
+            "embed_mode": 0,
+            "ep_cache_context": binary,
+            "main_context": int(stage == stages[0]),
+        }
         node = onnx.helper.make_node("EPContext", given, made, name="ctx", domain="com.microsoft", **attributes)
         whole = onnx.helper.make_graph([node], "compiled", graph.input, graph.output)
         onnx.save(onnx.helper.make_model(whole, opset_imports=model.opset_import), str(out / f"{stage}_ctx.onnx"))
