@@ -58,7 +58,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def disk_errors(*places: Path) -> Iterator[None]:
-    """While bundles are written at `places`, what the system refuses is a ToolkitError of one line."""
+    """Raises a ToolkitError of one line for whatever the system refuses while bundles are written at `places`."""
     try:
         yield
     except OSError as problem:

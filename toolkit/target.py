@@ -129,7 +129,7 @@ class Target:
 
     @property
     def partitioned(self) -> bool:
-        """Whether a bundle is embeddings, context, iterator and lm_head rather than one model."""
+        """Returns whether a bundle is embeddings, context, iterator and lm_head rather than one model."""
         return self.window > 0
 
     def in_precision(self, precision: str) -> Target:
@@ -141,7 +141,7 @@ class Target:
         return any(known.rotates for known in self.profiles if known.name == profile)
 
     def in_profile(self, name: str) -> Target:
-        """This row in one of its profiles; itself for no name."""
+        """Returns this row in one of its profiles, or as it is where no profile is named."""
         if not name:
             return self
         profile = next(profile for profile in self.profiles if profile.name == name)

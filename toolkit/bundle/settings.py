@@ -102,7 +102,7 @@ class SearchSettings:
 
 @dataclass(frozen=True)
 class GenaiConfig:
-    """The whole file as it stands."""
+    """What genai_config.json says, key by key, as far as it is read here."""
 
     model: ModelSettings
     search: SearchSettings
@@ -209,7 +209,8 @@ def read_genai_config(bundle: Path) -> JsonObject:
 
 
 def config_of(raw: JsonObject) -> GenaiConfig:
-    """The file's object, typed. Raises ValueError in one line for a value that no version would read as its key."""
+    """Returns what genai_config.json's object says, typed. Raises ValueError in one line for a value of a type that no
+    version of onnxruntime-genai would read for its key."""
     model = raw.get("model", {})
     if isinstance(model, dict) and _is_id(model.get("eos_token_id")):
         model = {**model, "eos_token_id": [model["eos_token_id"]]}

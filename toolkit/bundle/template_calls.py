@@ -193,7 +193,7 @@ class EngineExpressions(Expressions):
         return f"{found}.items"
 
     def _kept(self, node: Node, element: nodes.Name, scope: Scope) -> tuple[str, str]:
-        """What a loop keeps of each element of a list, and under which condition; empty for always."""
+        """Returns what a loop keeps of each element of a list, and the condition for it, empty for always."""
         arguments = list(node.args)
         if node.name == "map":
             if not arguments or not isinstance(arguments[0], nodes.Const):
@@ -320,5 +320,5 @@ class EngineExpressions(Expressions):
 
 
 def _replaced(text: str, old: str, new: str) -> str:
-    """`text` with every `old` as `new`, all three of them expressions."""
+    """Returns the expression `text` with `new` in place of every `old`, which are expressions too."""
     return f"({text}.split({old})|join({new}))"

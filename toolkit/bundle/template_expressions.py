@@ -288,7 +288,7 @@ class Expressions:
         return written[name]
 
     def _defined(self, node: Node, scope: Scope, wanted: bool) -> str:
-        """`is defined`. The engine says so of what is there and not none."""
+        """Writes `is defined`, which the engine answers with true where a variable is there and not none."""
         if isinstance(node, nodes.Name) and scope.find(node.name) is None:
             if node.name in INPUTS or node.name in ("raise_exception", "strftime_now", "namespace", "range"):
                 return "true" if wanted else "false"

@@ -54,7 +54,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
 
 def compile_template(source: str) -> jinja2.Template:
-    """The template in transformers' environment. Raises jinja2.TemplateError for one that is none."""
+    """Compiles a template in the environment that transformers renders it in. Raises jinja2.TemplateError for a text
+    that is no template."""
     environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception

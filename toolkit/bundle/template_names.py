@@ -156,7 +156,7 @@ def _is_outer(node: nodes.Node, child: nodes.Node) -> bool:
 
 
 def _is_one_of(child: nodes.Node, parts: Sequence[nodes.Node]) -> bool:
-    """By identity: nodes that look alike are equal."""
+    """Returns whether one of `parts` is this very node; by `==` nodes that look alike would be equal."""
     return any(child is part for part in parts)
 
 

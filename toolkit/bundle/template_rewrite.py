@@ -168,7 +168,7 @@ class _Statements:
         return self.expressions.write(node, scope)
 
     def _resets(self, scope: Scope) -> str:
-        """Variables of a body as they are at its beginning, in each iteration and each call."""
+        """Returns statements that set a body's variables, in each iteration and each call, as they were before it."""
         text = ""
         for name in sorted(scope.resets):
             given = scope.declared[name]

@@ -167,7 +167,7 @@ class DecoderLayer:
 
     @property
     def inputs(self) -> tuple[LinearInput, ...]:
-        """What its linears read, in the order it is computed."""
+        """Returns what the linears read, in the order in which it is computed."""
         return tuple(given for half in self.sublayers for given in (half.normed_input, half.inner_input))
 
     @property

@@ -59,7 +59,7 @@ def _compiled(function: Any) -> Any:
 
 @_compiled
 def _half(halves: Any, block: Any, at: int) -> Any:
-    """The float16 at a byte of a block."""
+    """Returns the float16 that begins at a byte of a block, as float32 by the table `halves`."""
     return halves[np.int64(block[at]) | (np.int64(block[at + 1]) << 8)]
 
 

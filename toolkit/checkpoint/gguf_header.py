@@ -112,7 +112,7 @@ class _Bounded:
         return taken
 
     def number(self, kind: str) -> int:
-        """One whole number, little-endian; `kind` is what `struct` calls it."""
+        """Reads one whole number, little-endian, of the `kind` that `struct` calls so."""
         (value,) = struct.unpack(f"<{kind}", self.take(struct.calcsize(f"<{kind}")))
         return int(value)
 

@@ -38,7 +38,7 @@ class Hadamard:
 
 
 def is_known(n: int) -> bool:
-    """Whether there is a `Hadamard` of order n."""
+    """Returns whether `Hadamard` can make a matrix of order n."""
     try:
         _factors(n)
     except UnsupportedError:

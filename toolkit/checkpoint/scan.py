@@ -113,8 +113,8 @@ def scan_file(
 
 
 def whole_tensors(rows: Iterable[Rows], wanted: Callable[[str], bool]) -> Iterator[Rows]:
-    """The rows of a scan, those of each wanted tensor gathered into one: as stored, in memory of their own, or with no
-    `raw` where they had none."""
+    """Yields the rows of a scan, those of each wanted tensor gathered into one piece: as they are stored, in memory of
+    their own, and without `raw` where the pieces had none."""
     gathered: list[Rows] = []
     for piece in rows:
         if gathered and gathered[0].name != piece.name:

@@ -71,8 +71,9 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class SideFiles:
-    """Everything the folder says beside the weights. `vocabulary` is None where there is no tokenizer.json; `eos_token`
-    has the text of the tokenizer's end-of-text token by the file that names it, `templates` every chat template."""
+    """What a checkpoint's folder says beside the weights. `vocabulary` is None where there is no tokenizer.json,
+    `eos_token` the text of the tokenizer's end-of-text token by the file that names it, `templates` every chat
+    template."""
 
     generation: Generation = Generation()
     vocabulary: Vocabulary | None = None
@@ -135,7 +136,7 @@ def _object(path: Path) -> dict[str, Any]:
 
 
 class _Values:
-    """Typed reads of one file's keys; null is absent."""
+    """Reads one file's keys as the types they should have; null counts as absent."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._raw = path, _object(path)

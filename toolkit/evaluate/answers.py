@@ -62,7 +62,7 @@ class Answers:
         return Answered(accuracy, float(self.tokens.mean()), float(self.truncated.mean()), error)
 
     def first(self, count: int) -> Answers:
-        """The answers to the first `count` questions alone."""
+        """Returns the answers to the first `count` questions alone."""
         return Answers(self.right[:count], self.tokens[:count], self.truncated[:count])
 
 
@@ -111,7 +111,8 @@ def first_of(asked: Asked, count: int) -> Asked:
 
 
 def reference_answers(config: ModelConfig, source: Tensors, asked: Asked) -> Answers:
-    """What the reference forward answers with the tensors of `source`, in groups whose cache fits `_CACHE_BYTES`."""
+    """Returns what the reference answers with the tensors of `source`; it asks in groups whose KV cache fits
+    `_CACHE_BYTES`."""
     room = max(asked.rooms)
     token_bytes = 8 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     group = max(1, _CACHE_BYTES // (token_bytes * (max(map(len, asked.ids)) + room)))

@@ -130,7 +130,7 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def _candidates(given: Mapping[str, Any]) -> Iterator[tuple[list[str], Mapping[str, Any]]]:
-    """Settings to try, each with what is changed in them."""
+    """Yields settings to try, each with what is changed in them, in words."""
     yield [], given
     whole = {key: value for key, value in given.items() if value is not None}
     dropped = ["null is taken for absent"] if len(whole) < len(given) else []

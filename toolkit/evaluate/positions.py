@@ -26,7 +26,7 @@ _Values = dict[str, NDArray[Any]]
 
 
 class Positions(Protocol):
-    """A bundle that gives logits of every position."""
+    """A bundle opened so that it gives the logits of every position, not of the last alone."""
 
     def placements(self) -> dict[str, dict[str, int]]:
         """Returns, by stage and execution provider, how many nodes run there, as ORT assigned them after its own
@@ -153,7 +153,8 @@ class Pipeline:
                 yield run, 1
 
     def _through(self, stages: list[str], ids: list[int], last: int, length: int, cache: _Values) -> Iterator[StageRun]:
-        """One part of the transformer after another, which change `cache`; `last` is the position of the last id."""
+        """Runs the transformer's parts one after the other and yields the run of each; `cache` is changed in place, and
+        `last` is the position of the last id."""
         values = {
             **_run(self._sessions[names.EMBEDDINGS], {names.INPUT_IDS: np.array([ids], np.int64)}),
             names.PAST_SEQ_LEN: np.array([[last]], np.int32),

@@ -134,7 +134,8 @@ def plain_attention(
     past: list[ir.Value],
     where: Geometry,
 ) -> tuple[ir.Value, list[ir.Value]]:
-    """What GroupQueryAttention computes, for B = 1 and a cache of fixed length: ([1, S, H * Dh], present pair)."""
+    """Builds what GroupQueryAttention computes in plain operators, for B = 1 and a cache of fixed length. Returns the
+    attention's output [1, S, H * Dh] and the present keys and values."""
     path = f"/model/layers.{layer.index}/attn"
     H, K, Dh = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     q, k, v = (

@@ -50,6 +50,6 @@ class SolvedWriter:
 
 @contextmanager
 def open_solved(destination: Destination) -> Iterator[SolvedWriter]:
-    """A writer into a bundle's data files, made in full size if they are not there yet."""
+    """Opens a writer into a bundle's data files, which it makes in full size where they are not there yet."""
     with open_data_files([destination], resume=destination.is_begun()) as files:
         yield SolvedWriter(destination, files)

@@ -77,7 +77,7 @@ class StoredTensors:
         return weight
 
     def _slot_rows(self, slot: Slot, start: int, stop: int) -> NDArray[Any]:
-        """Along the first axis."""
+        """Returns rows [start, stop) of a slot along its first axis, as they are stored."""
         found = self._bytes(slot, start, stop)
         return found.view(_DTYPES.get(slot.dtype, np.uint8)).reshape(stop - start, *slot.shape[1:])
 

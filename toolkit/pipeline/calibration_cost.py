@@ -75,7 +75,8 @@ def calibration_cost(recipe: Recipe, config: ModelConfig, form: Form) -> Calibra
 
 
 def _factor_bytes(given: LinearInput, tokens: int) -> int:
-    """What GPTQ holds of an input: its tokens five times over and P, or its second moment and what is made of it."""
+    """Returns the bytes that GPTQ holds of an input: its tokens five times over and P, or its second moment and what is
+    made of that."""
     rows = sum(linear.out_features for linear in given.linears)
     if pays(tokens, given.width, rows):
         return 20 * tokens * given.width + 8 * tokens**2 + 8 * tokens * rows

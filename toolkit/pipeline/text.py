@@ -50,7 +50,8 @@ def token_sequences(checkpoint: Checkpoint, text: Path, tokens: int, shortest: i
 
 
 def find_text(name: str, recipe_name: str, target: str, checkpoint: Checkpoint) -> Path:
-    """A text by path, or by name: the checkpoint's own, or those beside the model's facts or among all models."""
+    """Returns the file of a text, named by its path, or by a name: a file of it beside the checkpoint, beside the
+    model's facts, or among all models that come with the toolkit."""
     path = Path(name)
     if path.suffix or len(path.parts) > 1:
         return path

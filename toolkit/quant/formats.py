@@ -130,7 +130,8 @@ def check_rules(config: ModelConfig, recipe: Recipe) -> None:
 
 
 def idle_rules(config: ModelConfig, recipe: Recipe) -> list[str]:
-    """A line for each rule about the head of a checkpoint whose head is the embedding's table."""
+    """Returns a line for each rule that matches the LM head alone, and so decides nothing, where the head is the
+    embedding's table."""
     if not config.tie_word_embeddings:
         return []
     return [

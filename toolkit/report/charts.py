@@ -183,7 +183,7 @@ def dot_strip(values: Sequence[float], low: float, high: float, label: str, cent
 
 
 def timeline(stages: Sequence[tuple[str, float, str]], total: float, label: str) -> str:
-    """Stages (name, seconds, printed duration) one under the other, each bar starting where the one before ended."""
+    """Draws stages (name, seconds, printed duration) one under the other; each bar begins where the last one ended."""
     parts, start = [], 0.0
     whole = max(total, sum(seconds for _, seconds, _ in stages)) or 1.0
     for row, (name, seconds, text) in enumerate(stages):

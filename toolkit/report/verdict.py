@@ -38,7 +38,7 @@ def judge(report: Report, thresholds: Mapping[str, float]) -> Verdict:
 
 
 def value_of(figure: Figure, report: Report) -> float | None:
-    """A figure's value in a report, the worst over the tasks; None if it was not measured."""
+    """Returns a figure's value in a report, the worst over the tasks, or None if it was not measured."""
     if figure.sampled:
         worst = _worst(figure, report)
         return worst.value if worst else None

@@ -55,7 +55,7 @@ class ReferenceAnswers:
 
 
 def task_rows(subject: Subject, tasks: list[Asked], reference: ReferenceAnswers) -> tuple[TaskRow, ...]:
-    """Accuracy and length of the bundle's answers to each task, and the checkpoint's where it answers too."""
+    """Returns a row a task: accuracy and length of the bundle's answers, and of the checkpoint's where it has any."""
     rows = []
     for asked in tasks:
         subject.progress(f"task {asked.task.name}: {len(asked.ids)} questions")
@@ -96,7 +96,7 @@ def baseline_rows(subject: Subject, tasks: list[Asked], reference: ReferenceAnsw
 
 
 def answers_not_measured(subject: Subject, rows: Sequence[TaskRow]) -> list[NotMeasured]:
-    """Why there are no tasks, or no answers of the checkpoint to them."""
+    """Returns why there are no tasks in a report, or no answers of the checkpoint to them."""
     if any(row.reference_accuracy is None for row in rows):
         reason = "the checkpoint as float32 does not fit into this machine's memory"
         return [NotMeasured("tasks.reference_accuracy", reason)]

@@ -96,7 +96,7 @@ def validation_work(
 
 
 def _token_work(config: ModelConfig, form: Form) -> Work:
-    """One token through the bundle by itself."""
+    """Returns the work of one token that goes through the bundle by itself."""
     weights = layer_weights(config) + config.vocab_size * config.hidden_size
     nodes = _QDQ_NODES if form.qdq else _FUSED_NODES if form.fused and form.packed_qkv else _PLAIN_NODES
     steps = _NODE_STEPS * (nodes * config.num_hidden_layers + 10)
