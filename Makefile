@@ -3,8 +3,8 @@ TARGET ?= cpu
 MUTANTS ?= 100000
 PYTHON ?= python3.11
 BIN = .venv/bin
-# Two processes, a file of tests in one of them: what a file shares is made once.
-SIDE_BY_SIDE = -n 2 --dist loadfile
+# Two processes, a file of tests in one of them: what a file shares is made once. The longest files come first.
+SIDE_BY_SIDE = -n 2 --dist loadfile --no-loadscope-reorder
 EXPORT_OPTIONS = $(if $(CHECKPOINT),--checkpoint $(CHECKPOINT)) $(if $(OUT),--out $(OUT))
 
 .PHONY: help export models test test-fast test-real test-slow test-hostile test-tiers check docs validate bench bench-quality same-bytes

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import jsonschema
 import pytest
@@ -17,6 +18,7 @@ from toolkit.report.schema import SCHEMA_FILE
 
 if TYPE_CHECKING:
     from tests.exports import Exports
+    from tests.hostile.sandbox import Sandbox
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # The models are small: threads of BLAS would wait for each other longer than they work, and last bits depend on them.
@@ -75,6 +77,38 @@ def _every_report_keeps_to_its_schema() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("toolkit.report.summary.write_json", checked)
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _exports_are_short() -> Iterator[None]:
+    """Hundreds of exports prove something else than how they end."""
+    from tests.in_process import short_exports
+
+    with short_exports():
+        yield
+
+
+@pytest.fixture(scope="session")
+def whole_sandbox(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `make test-hostile` damages, made once a session: the folder of a `Sandbox`."""
+    from tests.hostile.sandbox import Sandbox
+    from tests.hostile.worker import cheap
+
+    root = tmp_path_factory.mktemp("hostile") / "sandbox"
+    root.mkdir()
+    with cheap(), mock.patch("tempfile.tempdir", str(root / "tmp")):
+        Sandbox(root).make()
+    return root
+
+
+@pytest.fixture(scope="module")
+def sandbox(whole_sandbox: Path) -> Iterator[Sandbox]:
+    """Everything that can be damaged; commands of the module's tests run in this process, without syncing."""
+    from tests.hostile.sandbox import Sandbox
+    from tests.hostile.worker import cheap
+
+    with cheap(), mock.patch("tempfile.tempdir", str(whole_sandbox / "tmp")):
+        yield Sandbox(whole_sandbox)
 
 
 @pytest.fixture(scope="session")

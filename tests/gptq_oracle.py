@@ -49,7 +49,7 @@ def restored_weight(blocks: QuantizedBlocks, spec: QuantSpec, width: int) -> Dou
     return dequantize_blocks(blocks, spec, width).astype(np.float64)
 
 
-def output_error(weight: Floats, restored: Doubles, moment: Floats) -> float:
+def output_error(weight: Floats, restored: Floats | Doubles, moment: Floats) -> float:
     """tr((W - Q) H (W - Q)'), the mean squared error of the output over tokens."""
     miss = weight - restored
     return float(np.sum((miss @ moment.astype(np.float64)) * miss))

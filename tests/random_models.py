@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import transformers
+from transformers import PreTrainedModel
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 
@@ -54,7 +55,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def make_checkpoint(family: str, extra: dict[str, Any], folder: Path) -> torch.nn.Module:
+def make_checkpoint(family: str, extra: dict[str, Any], folder: Path) -> PreTrainedModel:
     """Two layers with seeded weights, written to the folder; returns transformers' model of them."""
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(
@@ -77,5 +78,5 @@ def make_checkpoint(family: str, extra: dict[str, Any], folder: Path) -> torch.n
         if name.endswith("bias") or "norm" in name:
             parameter.data.add_(torch.randn_like(parameter) * 0.3)
     model.save_pretrained(folder)
-    made: torch.nn.Module = model
+    made: PreTrainedModel = model
     return made

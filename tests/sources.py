@@ -20,6 +20,7 @@ class Watched:
 
     def __init__(self, source: WeightSource, broken: str = "") -> None:
         self._source, self._broken = source, broken
+        self.bytes_read = source.bytes_read
         self.decoded: set[str] = set()
 
     def names(self) -> list[str]:

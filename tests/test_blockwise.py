@@ -34,7 +34,7 @@ def test_matmulnbits_computes_with_our_dequantized_weights(spec: QuantSpec, widt
     weight = np.random.default_rng(0).standard_normal((24, width)).astype(np.float32)
     weight[3] = 0
     blocks = quantize_blocks(weight, spec)
-    inputs = {"x": np.eye(width, dtype=np.float32), "b": blocks.packed, "s": blocks.scales}
+    inputs: dict[str, np.ndarray] = {"x": np.eye(width, dtype=np.float32), "b": blocks.packed, "s": blocks.scales}
     if blocks.zero_points is not None:
         inputs["z"] = blocks.zero_points
     node = helper.make_node(
@@ -56,7 +56,7 @@ def test_matmulnbits_computes_with_our_dequantized_weights(spec: QuantSpec, widt
 def test_gather_block_quantized_reads_our_rows(spec: QuantSpec) -> None:
     weight = np.random.default_rng(1).standard_normal((24, 256)).astype(np.float32)
     blocks = quantize_blocks(weight, spec)
-    inputs = {"d": blocks.packed.reshape(24, -1), "x": np.arange(24), "s": blocks.scales}
+    inputs: dict[str, np.ndarray] = {"d": blocks.packed.reshape(24, -1), "x": np.arange(24), "s": blocks.scales}
     if blocks.zero_points is not None:
         inputs["z"] = blocks.zero_points
     node = helper.make_node(

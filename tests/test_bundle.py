@@ -37,10 +37,11 @@ def bundles(exports: Exports, tmp_path_factory: pytest.TempPathFactory) -> dict[
 
 @pytest.fixture(scope="session")
 def reports(bundles: dict[str, Path]) -> dict[str, dict[str, Any]]:
-    """Both bundles judged through the command line, on a fifth of the questions."""
+    """Both bundles judged through the command line: a fifth of the questions, and fewer where all answers are equal."""
     found = {}
     for precision, bundle in bundles.items():
-        done = called("validate", str(bundle), "--examples", "100", "--json")
+        fewer = ["--examples", "100"] if precision == "int4" else ["--examples", "30", "--no-baseline", "--no-speed"]
+        done = called("validate", str(bundle), *fewer, "--json")
         assert done.returncode == 0, done.stderr
         found[precision] = json.loads(done.stdout)
     return found
@@ -102,7 +103,7 @@ def test_graph_passes_the_checker_and_loads_without_a_warning(bundles: dict[str,
 
 
 def test_a_missed_threshold_is_exit_code_1_and_says_so(tiny_r1: Path, tmp_path: Path) -> None:
-    words = ["--set", "validate.mean_kld=0.0000001", "--no-tasks", "--no-speed", "--tokens", "200"]
+    words = ["--set", "validate.mean_kld=0.0000001", *SET_EIGHT_BITS, "--no-tasks", "--no-speed", "--tokens", "200"]
     done = called("export", "tiny-r1-cpu", "--out", str(tmp_path / "b"), *words)
     assert done.returncode == 1, done.stderr
     assert "FAIL: mean_kld" in done.stdout
@@ -126,13 +127,14 @@ def test_export_killed_anywhere_resumes_to_the_same_bytes(bundles: dict[str, Pat
     out = tmp_path / "killed"
     export = [sys.executable, "-m", "toolkit", "export", "tiny-r1-cpu", "--no-validate", *SET_EIGHT_BITS, "--out"]
     command = [*export, str(out)]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     begin = time.monotonic()
     subprocess.run([*export, str(tmp_path / "whole")], cwd=ROOT, check=True, **quiet)
     whole = time.monotonic() - begin
     kills = 0
-    # Later and later into the run, each kill on what the one before left behind.
-    for tenth in range(3, 11):
+    # Later and later into the run, each kill on what the one before left behind. (tests/hostile/kills.py stops exports
+    # at every event; this is the true signal, in a process as users start it.)
+    for tenth in (4, 6, 7, 8, 9):
         child = subprocess.Popen(command, cwd=ROOT, **quiet)
         try:
             child.wait(timeout=whole * tenth / 10)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -40,7 +41,7 @@ def _product(
 ) -> Floats:
     """ORT's own MatMulNBits."""
     blocks = quantize_blocks(weight, spec, importance)
-    arrays = {"b": blocks.packed, "s": blocks.scales}
+    arrays: dict[str, NDArray[Any]] = {"b": blocks.packed, "s": blocks.scales}
     if blocks.zero_points is not None:
         arrays["z"] = blocks.zero_points
     node = helper.make_node(
@@ -91,7 +92,9 @@ def test_rounded_activations_end_in_a_shorter_block() -> None:
     np.testing.assert_array_equal(found[:, 64:], rounded_activations(np.ascontiguousarray(x[:, 64:]), 32))
 
 
-@pytest.mark.parametrize("spec", [QuantSpec(b, k, s, "imatrix") for b in (4, 8) for k in (32, 128) for s in (0, 1)])
+@pytest.mark.parametrize(
+    "spec", [QuantSpec(b, k, s, "imatrix") for b in (4, 8) for k in (32, 128) for s in (False, True)]
+)
 def test_importance_buys_error_where_it_counts(spec: QuantSpec) -> None:
     rng = np.random.default_rng(4)
     weight = rng.standard_t(4, (64, 260)).astype(np.float32)
@@ -221,8 +224,8 @@ def test_folding_changes_no_output(case: str, tmp_path: Path) -> None:
     scales = {}
     for given in decoder_of(config).inputs:
         if given.writers:
-            rows = np.exp(rng.standard_normal(given.width // given.shared)).astype(np.float32)
-            heads = rows.reshape(-1, 1, given.head_dim).repeat(given.shared, axis=1)
+            factors = np.exp(rng.standard_normal(given.width // given.shared)).astype(np.float32)
+            heads = factors.reshape(-1, 1, given.head_dim).repeat(given.shared, axis=1)
             scales[given.name] = heads.reshape(-1)
     assert len(scales) == 4 * config.num_hidden_layers + (not config.tie_word_embeddings)
     folded = FoldedTensors(checkpoint.source, decoder_of(config).inputs, scales)

@@ -21,6 +21,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
+from transformers import PreTrainedModel
 
 from tests.random_models import LLAMA3, YARN, make_checkpoint
 from toolkit.checkpoint import scan
@@ -113,17 +114,18 @@ def test_yarn_reads_factor_times_the_original_length(rope: str, positions: int, 
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> torch.nn.Module:
+def model(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedModel:
     """A random Qwen2 with numbers that are easily lost: a negative zero, subnormals, fp16's largest."""
     made = make_checkpoint("Qwen2", {}, tmp_path_factory.mktemp("qwen2"))
     made.get_parameter("model.embed_tokens.weight").data[5, :4] = torch.tensor([-0.0, 6e-8, 1e-40, 65504.0])
     return made
 
 
-def _store(model: torch.nn.Module, form: str, folder: Path) -> dict[str, torch.Tensor]:
+def _store(model: PreTrainedModel, form: str, folder: Path) -> dict[str, torch.Tensor]:
     """Saves the model in a form of STORED; returns its tensors as they were saved."""
     dtype = {"fp16": torch.float16, "fp32": torch.float32}.get(form.split()[0], torch.bfloat16)
-    saved = copy.deepcopy(model).to(dtype)
+    saved = copy.deepcopy(model)
+    torch.nn.Module.to(saved, dtype)
     tensors = dict(saved.state_dict())
     saved.config.save_pretrained(folder)
     if form.endswith("shards"):
@@ -166,7 +168,7 @@ def _reassemble(
 
 
 @pytest.mark.parametrize("form", STORED)
-def test_every_read_equals_torch(form: str, model: torch.nn.Module, tmp_path: Path) -> None:
+def test_every_read_equals_torch(form: str, model: PreTrainedModel, tmp_path: Path) -> None:
     oracle = {name: tensor.float().numpy() for name, tensor in _store(model, form, tmp_path).items()}
     source = open_weights(tmp_path, read_config(tmp_path))
     assert sorted(source.names()) == sorted(oracle)
@@ -182,7 +184,7 @@ def test_every_read_equals_torch(form: str, model: torch.nn.Module, tmp_path: Pa
 
 
 @pytest.fixture(scope="module")
-def with_extras(model: torch.nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def with_extras(model: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An fp32 checkpoint, tied, with tensors that its config ignores at its beginning, inside and at its end."""
     folder = tmp_path_factory.mktemp("extras")
     tensors = _store(model, "fp32", folder)
@@ -197,7 +199,7 @@ def with_extras(model: torch.nn.Module, tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.fixture(scope="module")
-def in_shards(model: torch.nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def in_shards(model: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shards")
     _store(model, "bf16 shards", folder)
     return folder

@@ -70,7 +70,8 @@ def test_synthetic_bundle_is_marked_and_judged(tmp_path: Path) -> None:
 
 
 def test_bare_target_converts_a_checkpoint_without_a_recipe(tiny_r1: Path, tmp_path: Path) -> None:
-    done = called("export", "cpu", "--checkpoint", str(tiny_r1), "--out", str(tmp_path / "b"), "--no-validate")
+    words = ["--checkpoint", str(tiny_r1), "--out", str(tmp_path / "b"), "--no-validate", "--quality", "fast"]
+    done = called("export", "cpu", *words)
     assert done.returncode == 0, done.stderr
     manifest = json.loads((tmp_path / "b" / "manifest.json").read_text(encoding="utf-8"))
     assert manifest["recipe"]["name"] == "tiny-r1-cpu" and manifest["recipe"]["context_length"] == 1024

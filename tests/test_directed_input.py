@@ -3,34 +3,45 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any, Final
-from unittest import mock
 
 import pytest
 
 from tests.hostile.parsers import PARSERS, Parser
 from tests.hostile.sandbox import Sandbox
-from tests.hostile.worker import cheap
 
 HUGE: Final = 10**400
 LONG: Final = "x" * 70_000
 DEEP: Final = "[" * 3000 + "]" * 3000
 LFS: Final = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 ACCEPTED: Final = ""
+NONE_LISTED: Final[list[Any]] = []
+NO_KEYS: Final[dict[str, Any]] = {}
 
 # A file, the keys to a place in it, what is put there, and a part of what is said; nothing for what is accepted.
 JSON_CASES: Final[tuple[tuple[str, str, Any, str], ...]] = (
     *(
         ("config", key, value, f"{key} is")
         for key in ("hidden_size", "vocab_size", "num_attention_heads")
-        for value in (HUGE, -1, 0, 1.5, "32", True, [], {})
+        for value in (HUGE, -1, 0, 1.5, "32", True, NONE_LISTED, NO_KEYS)
     ),
-    *(("config", "rope_theta", value, "rope_theta is") for value in (HUGE, -1, 0, float("nan"), float("inf"), "1", [])),
-    *(("config", "rope_scaling.factor", value, "rope factor is") for value in (HUGE, 0, float("inf"), None, [], "x")),
+    *(
+        ("config", "rope_theta", value, "rope_theta is")
+        for value in (HUGE, -1, 0, float("nan"), float("inf"), "1", NONE_LISTED)
+    ),
+    *(
+        ("config", "rope_scaling.factor", value, "rope factor is")
+        for value in (HUGE, 0, float("inf"), None, NONE_LISTED, "x")
+    ),
     *(("config", "rms_norm_eps", value, "rms_norm_eps is") for value in (HUGE, -1e-6, "x", None)),
-    *(("config", "model_type", value, "is not supported") for value in (None, [], {}, 3, "gpt9", LONG, "../x")),
-    *(("config", "rope_scaling.rope_type", value, "is not supported") for value in ([], {}, None, 3, "dynamic")),
+    *(
+        ("config", "model_type", value, "is not supported")
+        for value in (None, NONE_LISTED, NO_KEYS, 3, "gpt9", LONG, "../x")
+    ),
+    *(
+        ("config", "rope_scaling.rope_type", value, "is not supported")
+        for value in (NONE_LISTED, NO_KEYS, None, 3, "dynamic")
+    ),
     ("config", "rope_scaling", [], ACCEPTED),
     ("config", "rope_scaling", [1], "rope parameters are"),
     ("config", "rope_scaling", "yarn", "rope parameters are"),
@@ -49,10 +60,13 @@ JSON_CASES: Final[tuple[tuple[str, str, Any, str], ...]] = (
     *(
         ("generation_config", key, value, f"{key} is")
         for key in ("temperature", "top_p", "repetition_penalty")
-        for value in (HUGE, -1, "x", [], float("nan"))
+        for value in (HUGE, -1, "x", NONE_LISTED, float("nan"))
     ),
-    *(("generation_config", "top_k", value, "top_k is") for value in (HUGE, -1, 1.5, "x", [])),
-    *(("generation_config", "eos_token_id", value, "eos_token_id") for value in (HUGE, -1, 1.5, "x", [[]], 264)),
+    *(("generation_config", "top_k", value, "top_k is") for value in (HUGE, -1, 1.5, "x", NONE_LISTED)),
+    *(
+        ("generation_config", "eos_token_id", value, "eos_token_id")
+        for value in (HUGE, -1, 1.5, "x", [NONE_LISTED], 264)
+    ),
     ("generation_config", "eos_token_id", None, ACCEPTED),
     ("generation_config", "eos_token_id", [], ACCEPTED),
     ("generation_config", "do_sample", "true", "expected true or false"),
@@ -207,17 +221,6 @@ SETTINGS: Final[tuple[tuple[str, str], ...]] = (
     ("target=[]", "target"),
     ("bits_per_weight=" + "9" * 400, "bits_per_weight is"),
 )
-
-
-@pytest.fixture(scope="module")
-def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
-    """Everything that can be damaged; commands run in this process, without syncing."""
-    root = tmp_path_factory.mktemp("hostile") / "sandbox"
-    root.mkdir()
-    with cheap(), mock.patch("tempfile.tempdir", str(root / "tmp")):
-        made = Sandbox(root)
-        made.make()
-        yield made
 
 
 def _tried(sandbox: Sandbox, name: str, mutant: dict[str, Any], said: str) -> None:

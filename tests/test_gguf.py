@@ -160,7 +160,7 @@ def test_a_file_is_inspected_planned_and_exported(tmp_path: Path) -> None:
     assert json.loads((bundle / "tokenizer.json").read_text(encoding="utf-8"))["model"]["type"] == "BPE"
 
 
-Change = Callable[[GgufFile], None]
+Change = Callable[[GgufFile], object]
 
 
 def _metadata(**changes: Any) -> Change:
@@ -176,7 +176,7 @@ def _tensor(name: str, stored: Stored) -> Change:
 
 
 def _set(**changes: Any) -> Change:
-    return lambda file: [setattr(file, key, value) for key, value in changes.items()] and None
+    return lambda file: vars(file).update(changes)
 
 
 ZEROS = f32(np.zeros((4, 4), np.float32))
@@ -216,8 +216,8 @@ BAD: dict[str, tuple[Change, str]] = {
     ),
     "a tensor that the config does not call for": (_tensor("blk.0.ffn_gate_exps.weight", ZEROS), "does not call for"),
     "a tensor of another shape": (_tensor("output_norm.weight", ZEROS), "model.norm.weight is F32 [4, 4], expected"),
-    "a tensor that is missing": (lambda file: file.tensors.pop("output_norm.weight") and None, "lacks 1 tensors"),
-    "no embedding": (lambda file: file.tensors.pop("token_embd.weight") and None, "has no token_embd.weight"),
+    "a tensor that is missing": (lambda file: file.tensors.pop("output_norm.weight"), "lacks 1 tensors"),
+    "no embedding": (lambda file: file.tensors.pop("token_embd.weight"), "has no token_embd.weight"),
     "another architecture": (_metadata(general__architecture="mamba"), "'mamba' is not supported, expected one of"),
     "no architecture": (
         lambda file: file.metadata.pop("general.architecture") and None,

@@ -129,7 +129,8 @@ def test_factor_is_of_the_damped_moment_in_the_order_of_visits(width: int, token
 @pytest.mark.parametrize("spec", [QuantSpec(4, 32, algorithm="gptq"), QuantSpec(4, 32, True, "gptq", signed=True)])
 def test_a_solved_matrix_is_restored_as_its_blocks_are(spec: QuantSpec) -> None:
     weight, factor = heavy_tailed_weight(416), factorize(second_moment(correlated_input(416)), 32)
-    solved = factor.solved(weight, spec, 0.9 * weight @ second_moment(correlated_input(416)))
+    product = np.asarray(0.9 * weight @ second_moment(correlated_input(416)), np.float32)
+    solved = factor.solved(weight, spec, product)
     np.testing.assert_array_equal(solved.restored, restored_weight(solved.blocks, spec, 416))
 
 

@@ -48,7 +48,7 @@ PUBLIC = [
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("library") / "tiny"
-    plans = toolkit.plan("tiny-r1-cpu", out=out)
+    plans = toolkit.plan("tiny-r1-cpu", quality="fast", out=out)
     assert not out.exists()
     assert toolkit.export(plans) == [out]
     return out
@@ -98,11 +98,11 @@ def test_wheels_tell_type_checkers() -> None:
 
 
 def test_a_plan_says_what_an_export_makes(bundle: Path) -> None:
-    (plan,) = toolkit.plan("tiny-r1-cpu", out=bundle)
+    (plan,) = toolkit.plan("tiny-r1-cpu", quality="fast", out=bundle)
     assert isinstance(plan, toolkit.ExportPlan)
     assert (bundle / "model.onnx.data").stat().st_size == pytest.approx(plan.files["model.onnx.data"], rel=0.1)
-    recipe = toolkit.load_recipe("tiny-r1-cpu")
-    assert isinstance(recipe, toolkit.Recipe) and recipe.quality == plan.recipe.quality == "balanced"
+    recipe, (own,) = toolkit.load_recipe("tiny-r1-cpu"), toolkit.plan("tiny-r1-cpu")
+    assert isinstance(recipe, toolkit.Recipe) and recipe.quality == own.recipe.quality == "balanced"
     (fast,) = toolkit.plan("tiny-r1-cpu", synthetic=True)
     assert fast.recipe.quality == "fast" and fast.opened.synthetic
     (best,) = toolkit.plan("tiny-r1-cpu", quality="best", changes=["context_length=512"])

@@ -5,29 +5,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from unittest import mock
 
 import pytest
 
 from tests.command_line import ROOT, called
 from tests.hostile.parsers import EXPORT, GENERATE
 from tests.hostile.sandbox import Sandbox
-from tests.hostile.worker import cheap
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="pipes, devices and such names are POSIX systems'")
 _RUN = [sys.executable, "-m", "toolkit"]
-
-
-@pytest.fixture(scope="module")
-def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
-    root = tmp_path_factory.mktemp("odd") / "sandbox"
-    root.mkdir()
-    with cheap(), mock.patch("tempfile.tempdir", str(root / "tmp")):
-        made = Sandbox(root)
-        made.make()
-        yield made
 
 
 def _refused(said: str, *words: str) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.exports import Exports
+from toolkit.apart import run_apart
 from toolkit.bundle.chat_template import shipped_template, special_tokens
 from toolkit.errors import BundleError
 from toolkit.evaluate import opens
@@ -19,6 +20,12 @@ from toolkit.evaluate.renders import TemplateJob
 from toolkit.files import write_json
 from toolkit.report.sections import NotMeasured, Opened
 from toolkit.report.summary import load_report
+
+
+@pytest.fixture(autouse=True)
+def _as_users_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a process of its own, which other tests spare themselves."""
+    monkeypatch.setattr(opens, "run_apart", run_apart)
 
 
 @pytest.fixture(scope="module")

@@ -172,7 +172,7 @@ def test_a_form_under_another_provider_is_named(pair: tuple[str, str], made: Pat
     assert placement.nodes_legal < placement.nodes and placement.nodes_outside == 0
 
 
-MATMUL = {"K": 64, "N": 64, "bits": 4, "block_size": 32}
+MATMUL: dict[str, Any] = {"K": 64, "N": 64, "bits": 4, "block_size": 32}
 GQA = "com.microsoft:GroupQueryAttention"
 NBITS = "com.microsoft:MatMulNBits"
 WITH_BIAS = "float16 uint8 float16 uint8 int32 float16"

@@ -497,7 +497,7 @@ def test_a_resumed_bundle_leaves_a_finished_one_it_shares_with_alone(tiny_r1: Pa
 def test_what_stops_the_second_bundle_leaves_the_pass_over_the_weights_done(
     tiny_r1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    orders, write_report, seen = _orders(tmp_path, "dml", "qnn"), export.write_report, []
+    orders, write_report, seen = _orders(tmp_path, "dml", "qnn"), export.write_report, list[str]()
 
     def full(folder: Path, *rest: Any) -> None:
         if folder.name.startswith("qnn"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -129,16 +130,17 @@ def test_a_tool_is_measured_and_its_complaint_is_the_reason_it_failed(tmp_path: 
 def _write_builder_model(path: Path, left_out: str = "", tied: bool = False) -> tuple[dict[str, np.ndarray], int]:
     """Nodes and constants as onnxruntime-genai 0.18 names them for stories260k's shape; the dequantized matrices by the
     checkpoint's names, and the bytes of all constants. Nothing joins the nodes."""
-    generator, constants, nodes, matrices = np.random.default_rng(0), [], [], {}
+    generator, matrices = np.random.default_rng(0), dict[str, np.ndarray]()
+    constants, nodes = list[onnx.TensorProto](), list[onnx.NodeProto]()
 
     def linear(node: str, parts: dict[str, int], in_features: int, symmetric: bool = True) -> None:
         spec = QuantSpec(4, 32, symmetric)
         blocks = quantize_blocks(generator.standard_normal((sum(parts.values()), in_features), np.float32), spec)
         zeros = [] if blocks.zero_points is None else [blocks.zero_points.reshape(-1)]
-        arrays = [blocks.packed, blocks.scales, *zeros]
+        arrays: list[np.ndarray] = [blocks.packed, blocks.scales, *zeros]
         inputs = [f"{node}/{k}" for k in range(len(arrays))]
         constants.extend(numpy_helper.from_array(a, name) for a, name in zip(arrays, inputs, strict=True))
-        shape = {"N": sum(parts.values()), "K": in_features, "bits": 4, "block_size": 32}
+        shape: dict[str, Any] = {"N": sum(parts.values()), "K": in_features, "bits": 4, "block_size": 32}
         nodes.append(helper.make_node("MatMulNBits", ["x", *inputs], ["y"], node, domain="com.microsoft", **shape))
         values, start = dequantize_blocks(blocks, spec, in_features), 0
         for name, rows in parts.items():

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from tests.command_line import run
+from tests.command_line import called, run
 from tests.exports import Exports
 from tests.graphs import EIGHT_BITS, export_bundle
 from tests.prompts import NEW_TOKENS, prompt_lengths, prompt_of, reference_tokens
@@ -25,7 +25,7 @@ from toolkit.evaluate.positions import open_positions
 from toolkit.evaluate.session import OpenModel, continuations, open_model
 from toolkit.evaluate.speed import measure_speed
 from toolkit.pipeline import plan
-from toolkit.pipeline.export import Order, export_bundles
+from toolkit.pipeline.export import Order, check_exports, export_bundles, plan_exports
 from toolkit.recipe import load_recipe
 from toolkit.reference.decoder import reference_logits
 from toolkit.target import TARGETS
@@ -262,21 +262,19 @@ def test_max_length_counts_whole_windows(
 
 @pytest.mark.parametrize("target", PROVIDERS)
 def test_a_bundle_without_its_provider_says_what_to_do(
-    quantized: dict[str, Path], target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    quantized: dict[str, Path], target: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     provider, package = PROVIDERS[target]
     # As on a machine without the plugin, which may be installed here.
-    (tmp_path / "onnxruntime_qnn.py").write_text("raise ImportError\n", encoding="utf-8")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setitem(sys.modules, "onnxruntime_qnn", None)
     with pytest.raises(MachineError, match=f"no {provider} with its device, .*{re.escape(package)}.*--on-cpu"):
         open_model(quantized[target])
     words = ["generate", str(quantized[target]), "--prompt", "Add 4 and 5."]
-    refused = run(*words)
+    refused = called(*words)
     last = refused.stderr.splitlines()[-1]
     assert refused.returncode == 2 and refused.stdout == ""
     assert last.startswith("error: ") and all(word in last for word in (provider, package, "--on-cpu"))
-    done = run(*words, "--on-cpu")
+    done = called(*words, "--on-cpu")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().endswith("9")
 
@@ -327,16 +325,19 @@ def test_a_cache_beyond_the_machine_is_refused_with_a_context_that_fits(
     checkpoint, ram = open_checkpoint(tiny_r1), int(1024 * bytes_a_token * share)
     monkeypatch.setattr(plan, "ram_bytes", lambda: ram)
     recipe = load_recipe(f"tiny-r1-{target}", [f"window={window}", *EIGHT_BITS])
+    order = Order(recipe, tmp_path / "b")
     with pytest.raises(MachineError, match=r"KV cache of 1024 tokens is .* GiB, .* --set context_length=\d+$") as said:
-        export_bundle(recipe, checkpoint, tmp_path / "b")
+        export_bundles([order], checkpoint)
     assert list(tmp_path.iterdir()) == []
     fits = int(re.findall(r"\d+$", str(said.value))[0])
     assert 0 < fits < 1024 and fits % window == 0 and fits * bytes_a_token <= ram
     smaller = load_recipe(f"tiny-r1-{target}", [f"window={window}", f"context_length={fits}", *EIGHT_BITS])
-    bundle = export_bundle(smaller, checkpoint, tmp_path / "b")
-    assert read_genai_config(bundle)["search"]["max_length"] == fits
+    check_exports(plan_exports([replace(order, recipe=smaller)], checkpoint))
+    if share == 0.6:  # and made once
+        bundle = export_bundle(smaller, checkpoint, tmp_path / "b")
+        assert read_genai_config(bundle)["search"]["max_length"] == fits
     monkeypatch.setattr(plan, "ram_bytes", lambda: 1024 * bytes_a_token)
-    export_bundle(recipe, checkpoint, tmp_path / "whole")
+    check_exports(plan_exports([order], checkpoint))
 
 
 @pytest.mark.parametrize(
@@ -352,9 +353,7 @@ def test_a_cache_beyond_the_machine_is_refused_with_a_context_that_fits(
     ],
 )
 def test_a_window_that_cannot_be_is_refused(recipe: str, window: str, message: str, tmp_path: Path) -> None:
-    done: subprocess.CompletedProcess[str] = run(
-        "export", recipe, "--out", str(tmp_path / "b"), "--set", f"window={window}", "--no-validate"
-    )
+    done = called("export", recipe, "--out", str(tmp_path / "b"), "--set", f"window={window}", "--no-validate")
     assert done.returncode == 2 and list(tmp_path.iterdir()) == []
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ") and re.search(message, line)

@@ -122,7 +122,7 @@ def test_section_is_there_with_its_data_and_gone_without(name: str, report: Repo
 
 
 def test_a_bare_report_is_a_page_too(report: Report) -> None:
-    bare = {field.name: None for field in fields(Report) if field.default is None}
+    bare: dict[str, Any] = {field.name: None for field in fields(Report) if field.default is None}
     page = render_report(replace(report, **bare, not_measured=(NotMeasured("speed", "left out"),)))
     assert _Reader(page).sections() == {"machine", "not-measured"} and "Not judged" in page and "left out" in page
 

@@ -26,7 +26,7 @@ from typing import Any, Final
 from tests.command_line import called
 from tests.hostile.smallest import make_smallest
 from tests.hostile.stopped import FULL, HOWS, Events, Stop
-from tests.hostile.worker import CALLED_HERE, in_this_process
+from tests.in_process import CALLED_HERE, in_this_process
 from toolkit.quality import QUALITIES
 from toolkit.target import TARGETS
 

@@ -29,15 +29,10 @@ from tests.hostile.headers import damaged_gguf, damaged_header, safetensors_head
 from tests.hostile.mutants import damaged_bytes, damaged_json, damaged_yaml
 from tests.hostile.parsers import PARSERS, Parser
 from tests.hostile.sandbox import Outcome, Sandbox, peak_bytes
+from tests.in_process import CALLED_HERE, in_this_process
 from toolkit.apart import ChildFailed
 
 _MOST_ADDRESSES: Final = 24 << 30
-# Modules that have a process of their own, and what each does there.
-CALLED_HERE: Final = {
-    "toolkit.evaluate.encodes": "_checked",
-    "toolkit.evaluate.renders": "_checked",
-    "toolkit.evaluate.opens": "_open",
-}
 
 
 def tried(names: list[str], sandbox: Sandbox, number: int, count: int, say: Callable[[dict[str, Any]], None]) -> None:
@@ -140,17 +135,6 @@ def cheap() -> Iterator[None]:
         stack.enter_context(mock.patch("toolkit.pipeline.compile.htp_version", lambda: "0"))
         stack.enter_context(mock.patch("os.fsync"))
         yield
-
-
-def in_this_process(module: str, job: object, **_: object) -> Any:
-    """What `run_apart` does, without a process."""
-    try:
-        work = getattr(importlib.import_module(module), CALLED_HERE[module])
-        made = work(json.loads(json.dumps(job)))
-        return json.loads(json.dumps(made))
-    except Exception as problem:
-        reason = " ".join(str(problem).split()) or type(problem).__name__
-        raise ChildFailed(1, f"error: {reason}") from None
 
 
 def _no_compiler(*_: object, **__: object) -> Any:

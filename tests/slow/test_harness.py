@@ -162,7 +162,7 @@ def _run(python: Path, words: list[str | Path]) -> str:
 
 def _evaluate(python: Path, bundle: Path, folder: Path, tasks: str, out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """(results by task, samples by task in the order of the rows) of `toolkit harness`."""
-    words = ["--include_path", folder, "--tasks", tasks, "--output_path", out, "--log_samples"]
+    words = ["--include_path", str(folder), "--tasks", tasks, "--output_path", str(out), "--log_samples"]
     _run(python, ["-m", "toolkit", "harness", bundle, *words])
     (results,) = out.rglob("results_*.json")
     samples = {}
@@ -230,7 +230,8 @@ def test_a_text_longer_than_the_context_goes_by_windows(
     python: Path, bundles: dict[str, Path], folder: Path, rows: list[dict[str, Any]], tiny_r1: Path, tmp_path: Path
 ) -> None:
     _, samples = _evaluate(python, bundles["short"], folder, "rolling", tmp_path)
-    tokenizer, windows, owners, counts = Tokenizer.from_file(str(tiny_r1 / "tokenizer.json")), [], [], []
+    tokenizer = Tokenizer.from_file(str(tiny_r1 / "tokenizer.json"))
+    windows, owners, counts = list[list[int]](), list[int](), list[int]()
     for k, row in enumerate(rows):
         ids = [BOS, *tokenizer.encode(row["text"]).ids]
         for stop in [*range(SHORT + 1, len(ids), SHORT), len(ids)]:
@@ -266,8 +267,8 @@ def test_a_request_that_cannot_be_met_is_one_line(python: Path, bundles: dict[st
         (bundles["cpu"], ["--gen_kwargs", "num_beams=4"], "generation option 'num_beams' is not supported"),
         (bundles["cpu"].parent / "gone", [], "cannot be read"),
     ):
-        words = ["--include_path", folder, "--tasks", "whole", "--limit", "1", *options]
-        command = [python, "-m", "toolkit", "harness", bundle, *words]
+        words = ["--include_path", str(folder), "--tasks", "whole", "--limit", "1", *options]
+        command = [str(python), "-m", "toolkit", "harness", str(bundle), *words]
         done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", cwd=ROOT)
         assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: "), done.stderr[-2000:]
         assert message in done.stderr.splitlines()[-1]
