@@ -11,7 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from tests.checkpoint_folders import DOWN, HEAD, TABLE, Tensors, copied, tensors_of
+from tests.checkpoint_folders import DOWN, HEAD, TABLE, Tensors, copied, save_tensors, tensors_of
 from toolkit.checkpoint.adapter import merge_adapter
 from toolkit.checkpoint.opened import open_checkpoint
 from toolkit.errors import CheckpointError, ToolkitError, UnsupportedError
@@ -44,6 +44,10 @@ def _factors(shape: tuple[int, ...], rank: int = 4) -> tuple[torch.Tensor, torch
         ({"use_rslora": True}, 4.0),
         ({"alpha_pattern": {"down_proj": 16}}, 4.0),
         ({"alpha_pattern": {"up_proj": 16}}, 2.0),
+        ({"alpha_pattern": {r"layers\.1\.mlp\..*": 16}}, 4.0),
+        ({"alpha_pattern": {r"^model\.layers\.\d+\.mlp\.down_proj": 16}}, 4.0),
+        ({"alpha_pattern": {r"layers\.2\.mlp\..*": 16}}, 2.0),
+        ({"rank_pattern": {"down_proj": 4}, "r": 64}, 2.0),
     ],
 )
 def test_an_adapter_is_merged(folder: Path, config: dict[str, object], scale: float) -> None:
@@ -77,6 +81,54 @@ def test_an_adapters_embedding_and_whole_modules(folder: Path) -> None:
     assert np.array_equal(merged.source.read(HEAD), own_head.numpy())
 
 
+@pytest.mark.parametrize(
+    ("prefix", "factor", "saved"),
+    [
+        ("base_model.model.", ".weight", "lm_head.modules_to_save.default.weight"),
+        ("base_model.model.base_model.model.", ".default.weight", "lm_head.modules_to_save.weight"),
+        ("base_model.model._orig_mod.", ".my_adapter.weight", HEAD),
+        ("", "", HEAD),
+    ],
+)
+def test_names_of_other_savers(folder: Path, prefix: str, factor: str, saved: str) -> None:
+    base = tensors_of(folder)
+    a, b = _factors(base[f"{DOWN}.weight"].shape)
+    own_head = torch.randn(base[HEAD].shape)
+    named = {f"{DOWN}.lora_A{factor}": a, f"{DOWN}.lora_B{factor}": b, saved: own_head}
+    made = _adapter(folder, {}, modules_to_save=["lm_head"])
+    save_tensors(made, {prefix + name: value for name, value in named.items()}, "adapter_model.safetensors")
+    merged = merge_adapter(open_checkpoint(folder), made)
+    expected = base[f"{DOWN}.weight"].double() + 2 * (b.double() @ a.double())
+    assert np.abs(merged.source.read(f"{DOWN}.weight") - expected.numpy()).max() < 1e-4
+    assert np.array_equal(merged.source.read(HEAD), own_head.numpy())
+
+
+def test_factors_are_added_to_a_base_that_comes_with_them(folder: Path) -> None:
+    """As PEFT saves an embedding whose rows were trained, or a whole state."""
+    base = tensors_of(folder)
+    a, b = _factors(base[f"{DOWN}.weight"].shape)
+    own = torch.randn(base[f"{DOWN}.weight"].shape)
+    tensors = {f"{DOWN}.lora_A.weight": a, f"{DOWN}.lora_B.weight": b, f"{DOWN}.base_layer.weight": own}
+    merged = merge_adapter(open_checkpoint(folder), _adapter(folder, tensors)).source
+    expected = (own.double() + 2 * (b.double() @ a.double())).numpy()
+    assert np.abs(merged.read(f"{DOWN}.weight") - expected).max() < 1e-4
+    assert np.abs(merged.read_rows(f"{DOWN}.weight", 3, 9) - expected[3:9]).max() < 1e-4
+
+
+def test_what_stands_in_place_of_an_adapters_weights_is_named(folder: Path) -> None:
+    made = _adapter(folder, _zeros())
+    (made / "tokenizer.json").write_text("{}", encoding="utf-8")
+    assert any("tokenizer.json" in note for note in merge_adapter(open_checkpoint(folder), made).notes)
+    (made / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+    assert merge_adapter(open_checkpoint(folder), made).notes == ()
+    (made / "adapter_model.safetensors").rename(made / "adapter_model.bin")
+    with pytest.raises(CheckpointError, match="a pickle, which is never loaded"):
+        merge_adapter(open_checkpoint(folder), made)
+    (made / "adapter_model.bin").unlink()
+    with pytest.raises(CheckpointError, match="the adapter is incomplete"):
+        merge_adapter(open_checkpoint(folder), made)
+
+
 def _dora(tensors: Tensors, config: dict[str, object]) -> None:
     config["use_dora"] = True
 
@@ -97,6 +149,43 @@ def _prompt_tuning(tensors: Tensors, config: dict[str, object]) -> None:
     config["peft_type"] = "PROMPT_TUNING"
 
 
+def _magnitudes(tensors: Tensors, config: dict[str, object]) -> None:
+    tensors[f"{DOWN}.lora_magnitude_vector"] = torch.ones(256)
+
+
+def _integers(tensors: Tensors, config: dict[str, object]) -> None:
+    tensors[f"{DOWN}.lora_A.weight"] = tensors[f"{DOWN}.lora_A.weight"].to(torch.int8)
+
+
+def _without_rank(tensors: Tensors, config: dict[str, object]) -> None:
+    for side in "AB":
+        tensors[f"{DOWN}.lora_{side}.weight"] = torch.zeros({"A": (0, 768), "B": (256, 0)}[side])
+
+
+def _of_another_rank(tensors: Tensors, config: dict[str, object]) -> None:
+    config["r"] = 16
+
+
+def _head_not_saved(tensors: Tensors, config: dict[str, object]) -> None:
+    config["modules_to_save"] = ["lm_head"]
+
+
+def _two_adapters(tensors: Tensors, config: dict[str, object]) -> None:
+    tensors[f"{DOWN}.lora_A.second.weight"] = tensors[f"{DOWN}.lora_A.weight"].clone()
+
+
+def _without_alpha(tensors: Tensors, config: dict[str, object]) -> None:
+    config["lora_alpha"] = None
+
+
+def _endless_pattern(tensors: Tensors, config: dict[str, object]) -> None:
+    config["alpha_pattern"] = {r"(\w+\w+)+x": 3}
+
+
+def _nothing(tensors: Tensors, config: dict[str, object]) -> None:
+    tensors.clear()
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -105,6 +194,15 @@ def _prompt_tuning(tensors: Tensors, config: dict[str, object]) -> None:
         (_other_shape, r"the factors of .*down_proj.weight are \[3, 4\]"),
         (_half, "fit no matrix"),
         (_prompt_tuning, "peft_type is 'PROMPT_TUNING'"),
+        (_magnitudes, "of DoRA"),
+        (_integers, "is I8, expected BF16"),
+        (_without_rank, "its factors have 0"),
+        (_of_another_rank, "the rank of .*down_proj.weight is 16, and its factors have 4"),
+        (_head_not_saved, "modules_to_save names 'lm_head', and adapter_model.safetensors has no weights of it"),
+        (_two_adapters, "expected one adapter in a file"),
+        (_without_alpha, "lora_alpha is None, expected a number"),
+        (_endless_pattern, "is not understood"),
+        (_nothing, "holds no tensors"),
     ],
 )
 def test_what_is_no_plain_lora_of_this_model_is_refused(

@@ -33,15 +33,18 @@ JSON_CASES: Final[tuple[tuple[str, str, Any, str], ...]] = (
         ("config", "rope_scaling.factor", value, "rope factor is")
         for value in (HUGE, 0, float("inf"), None, NONE_LISTED, "x")
     ),
-    *(("config", "rms_norm_eps", value, "rms_norm_eps is") for value in (HUGE, -1e-6, "x", None)),
+    *(("config", "rms_norm_eps", value, "rms_norm_eps is") for value in (HUGE, -1e-6, "x")),
     *(
         ("config", "model_type", value, "is not supported")
         for value in (None, NONE_LISTED, NO_KEYS, 3, "gpt9", LONG, "../x")
     ),
     *(
         ("config", "rope_scaling.rope_type", value, "is not supported")
-        for value in (NONE_LISTED, NO_KEYS, None, 3, "dynamic")
+        for value in (NONE_LISTED, NO_KEYS, 3, "dynamic")
     ),
+    ("config", "rms_norm_eps", None, ACCEPTED),
+    ("config", "max_position_embeddings", None, ACCEPTED),
+    ("config", "rope_scaling.rope_type", None, "and no rope_type"),
     ("config", "rope_scaling", [], ACCEPTED),
     ("config", "rope_scaling", [1], "rope parameters are"),
     ("config", "rope_scaling", "yarn", "rope parameters are"),
@@ -62,7 +65,7 @@ JSON_CASES: Final[tuple[tuple[str, str, Any, str], ...]] = (
         for key in ("temperature", "top_p", "repetition_penalty")
         for value in (HUGE, -1, "x", NONE_LISTED, float("nan"))
     ),
-    *(("generation_config", "top_k", value, "top_k is") for value in (HUGE, -1, 1.5, "x", NONE_LISTED)),
+    *(("generation_config", "top_k", value, "top_k is") for value in (HUGE, -2, 1.5, "x", NONE_LISTED)),
     *(
         ("generation_config", "eos_token_id", value, "eos_token_id")
         for value in (HUGE, -1, 1.5, "x", [NONE_LISTED], 264)

@@ -166,3 +166,36 @@ def test_what_the_how_to_page_quotes_stands_in_the_files() -> None:
     texts = [path.read_text(encoding="utf-8") for path in files]
     assert len(quoted) >= 4
     assert [piece for piece in quoted if not any(piece in text for text in texts)] == []
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_config_without_its_length_has_that_of_transformers_class(model_type: str) -> None:
+    shape = {key: value for key, value in SHAPE.items() if key != "max_position_embeddings"}
+    ours = parse_config({"model_type": model_type, **shape, "max_position_embeddings": None}, Path("config.json"))
+    theirs = transformers.AutoConfig.for_model(model_type, **shape)
+    assert ours.max_position_embeddings == theirs.max_position_embeddings
+
+
+_YARN_OF_ITS_OWN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_scaling": {**_YARN_OF_ITS_OWN, "original_max_position_embeddings": 16.0}},
+        {"rope_scaling": {"rope_type": None, "type": "yarn", "factor": 4, "original_max_position_embeddings": 16}},
+        {"rope_scaling": {"type": "yarn", "factor": 4}, "original_max_position_embeddings": 16},
+        {"rope_theta": None, "rope_scaling": {**_YARN_OF_ITS_OWN, "rope_theta": None}},
+        {"rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), _YARN_OF_ITS_OWN)},
+    ],
+)
+def test_rope_in_every_form_that_files_have(changes: dict[str, Any]) -> None:
+    shape = {"model_type": "qwen3", **SHAPE}
+    expected = parse_config({**shape, "rope_scaling": _YARN_OF_ITS_OWN}, Path("config.json"))
+    assert parse_config({**shape, **changes}, Path("config.json")) == expected
+
+
+def test_rope_that_differs_by_layers_is_refused() -> None:
+    by_kind = {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}
+    with pytest.raises(UnsupportedError, match="RoPE differs between kinds of layers"):
+        parse_config({"model_type": "qwen3", **SHAPE, "rope_parameters": by_kind}, Path("config.json"))

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
+from toolkit.bundle.chat_template import shipped_template
 from toolkit.bundle.stop_tokens import stop_tokens
 from toolkit.checkpoint.opened import open_checkpoint
 from toolkit.checkpoint.side_files import Generation, Sampling, SideFiles, Vocabulary, read_side_files
-from toolkit.errors import CheckpointError
+from toolkit.errors import CheckpointError, UnsupportedError
 
 VOCAB_SIZE = 1024
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 7031645\n"
@@ -44,6 +45,73 @@ def test_null_is_as_if_it_were_absent(folder: Path) -> None:
         _set(folder / file, eos_token=None, chat_template=None)
     side = read_side_files(folder, VOCAB_SIZE)
     assert side.eos_token == {} and side.templates == ()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "read"),
+    [
+        ("eos_token_id", 764.0, (764,)),
+        ("eos_token_id", [764.0, 3], (764, 3)),
+        ("pad_token_id", -1, None),
+        ("bos_token_id", -1, None),
+        ("bos_token_id", [5], 5),
+    ],
+)
+def test_ids_as_other_programs_write_them(folder: Path, key: str, value: object, read: object) -> None:
+    _set(folder / "generation_config.json", **{key: value})
+    generation = read_side_files(folder, VOCAB_SIZE).generation
+    assert getattr(generation, "eos_token_ids" if key == "eos_token_id" else key) == read
+
+
+def test_minus_one_is_no_top_k(folder: Path) -> None:
+    _set(folder / "generation_config.json", top_k=-1)
+    assert read_side_files(folder, VOCAB_SIZE).generation.sampling.top_k == 0
+
+
+def test_ways_to_write_that_have_no_setting_are_said(folder: Path, tiny_r1: Path) -> None:
+    shutil.copy(tiny_r1 / "model.safetensors", folder)
+    _set(folder / "generation_config.json", num_beams=1, typical_p=1.0, bad_words_ids=[], suppress_tokens=None)
+    assert open_checkpoint(folder).notes == ()
+    _set(folder / "generation_config.json", num_beams=4, suppress_tokens=[1])
+    (note,) = open_checkpoint(folder).notes
+    assert "sets num_beams, suppress_tokens, for which onnxruntime-genai has no setting" in note
+
+
+def test_tokens_that_another_file_lists_are_tokens(folder: Path) -> None:
+    """As transformers adds them: those that tokenizer.json lacks, at ids that nothing else has."""
+    _set(folder / "added_tokens.json", **{"<|im_end|>": 1000, "<think>": 5, "<|other|>": 5})
+    listed = {"1001": {"content": "<|eot_id|>", "special": True}}
+    _set(folder / "tokenizer_config.json", added_tokens_decoder=listed, eos_token="<|im_end|>")
+    side = read_side_files(folder, VOCAB_SIZE)
+    assert side.vocabulary is not None and side.vocabulary.elsewhere == {"<|im_end|>": 1000, "<|eot_id|>": 1001}
+    assert side.vocabulary.id_of("<think>") != 5 and {1000, 1001} <= side.vocabulary.ids
+    assert 1000 in [token.id for token in stop_tokens(side, (), VOCAB_SIZE)]
+
+
+def test_an_end_of_text_that_is_no_token_is_said(folder: Path, tiny_r1: Path) -> None:
+    shutil.copy(tiny_r1 / "model.safetensors", folder)
+    _set(folder / "tokenizer_config.json", eos_token="<|nope|>")
+    (note,) = open_checkpoint(folder).notes
+    assert "names '<|nope|>' as eos_token, which the vocabulary does not have" in note
+
+
+@pytest.mark.parametrize(
+    ("value", "texts"),
+    [
+        ({"default": "a", "tool_use": "b"}, ("a", "b")),
+        ([{"name": "default", "template": "a"}], ("a",)),
+        ("a", ("a",)),
+        (" \n", ()),
+        ([], ()),
+    ],
+)
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "chat_template.json"])
+def test_every_form_of_templates_is_read(folder: Path, file: str, value: object, texts: tuple[str, ...]) -> None:
+    _set(folder / "tokenizer_config.json", chat_template=None)
+    _set(folder / file, chat_template=value)
+    assert read_side_files(folder, VOCAB_SIZE).templates == texts
+    shipped = shipped_template(folder)
+    assert (shipped.text if shipped else None) == (texts[0] if texts else None)
 
 
 def test_what_is_said_is_read(folder: Path) -> None:
@@ -222,6 +290,16 @@ def test_a_whole_number_may_be_written_as_a_float(folder: Path, key: str) -> Non
         ("tokenizer_config.json", "tokenizer_class", 3, "tokenizer_class is 3, expected a text"),
         ("tokenizer_config.json", "add_bos_token", "yes", "add_bos_token is 'yes', expected true or false"),
         ("chat_template.json", "chat_template", 3, "chat_template is 3, expected a text"),
+        ("tokenizer_config.json", "chat_template", {"default": 3}, "chat_template is {'default': 3}, expected a text"),
+        ("tokenizer_config.json", "additional_special_tokens", 5, "additional_special_tokens is 5, expected a list"),
+        ("special_tokens_map.json", "extra_special_tokens", "x", "extra_special_tokens is 'x', expected a list"),
+        ("tokenizer_config.json", "added_tokens_decoder", [], "added_tokens_decoder is [], expected an object"),
+        ("tokenizer_config.json", "added_tokens_decoder", {"x": {"content": "a"}}, "added_tokens_decoder has 'x'"),
+        ("tokenizer_config.json", "added_tokens_decoder", {"5": 3}, "added_tokens_decoder has '5': 3"),
+        ("tokenizer_config.json", "model_max_length", float("nan"), "model_max_length is nan"),
+        ("added_tokens.json", "<x>", "7", "holds an entry that is no token with an id"),
+        ("config.json", "architectures", ["Qwen2ForSequenceClassification"], "a model that writes no text"),
+        ("config.json", "rope_scaling", {"factor": 2.0}, "have the factor 2.0 and no rope_type"),
         ("config.json", "bos_token_id", 1024, "bos_token_id is 1024, expected an id below vocab_size 1024"),
         ("config.json", "pad_token_id", 99999, "pad_token_id is 99999, expected an id below vocab_size 1024"),
     ],
@@ -231,6 +309,6 @@ def test_a_setting_of_another_type_or_range_is_one_line(
 ) -> None:
     shutil.copy(tiny_r1 / "model.safetensors", folder)
     _set(folder / file, **{key: value})
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises((CheckpointError, UnsupportedError)) as caught:
         open_checkpoint(folder)
     assert said in str(caught.value) and file in str(caught.value) and "\n" not in str(caught.value)

@@ -165,6 +165,9 @@ def test_mlx_is_known_by_its_scales_and_biases(folder: Path) -> None:
         ({"quantization_config": {"quant_method": "fp8"}}, "fp8"),
         ({"quantization": {"group_size": 64, "bits": 4}}, "MLX"),
         ({"quantization_config": 7}, "already quantized"),
+        ({"quantization_config": {"load_in_4bit": True}}, "bitsandbytes.*take quantization_config out"),
+        ({"quantization_config": {"producer": {"name": "modelopt"}}}, "modelopt"),
+        ({"compression_config": {"quant_method": "compressed-tensors"}}, "compressed-tensors"),
     ],
 )
 def test_a_config_that_says_so_names_the_method(folder: Path, values: dict[str, object], said: str) -> None:

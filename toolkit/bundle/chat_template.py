@@ -8,18 +8,19 @@ from pathlib import Path
 from typing import Any, Final
 
 from toolkit.checkpoint.side_files import (
+    DEFAULT_TEMPLATE,
     PROCESSOR_TEMPLATE_FILE,
     SPECIAL_TOKENS,
     SPECIAL_TOKENS_FILE,
     TEMPLATE_FILE,
     TEMPLATES_FOLDER,
     TOKENIZER_CONFIG_FILE,
+    named_templates,
 )
 from toolkit.errors import CheckpointError
 from toolkit.files import read_json, read_text
 
 ORIGINAL_FILE: Final = "chat_template.original.jinja"
-_DEFAULT: Final = "default"
 _MAX_BYTES: Final = 64 << 20
 _MAX_TEMPLATE_BYTES: Final = 1 << 20
 
@@ -40,27 +41,30 @@ def shipped_template(folder: Path) -> ShippedTemplate | None:
     A file of its own counts before tokenizer_config.json, and a processor's chat_template.json last. Raises
     CheckpointError for one that is no text, or several without a default.
     """
-    named = _in_config(tokenizer_config(folder), folder / TOKENIZER_CONFIG_FILE)
+    named = named_templates(tokenizer_config(folder), folder / TOKENIZER_CONFIG_FILE)
     sources = dict.fromkeys(named, TOKENIZER_CONFIG_FILE)
-    files = {_DEFAULT: folder / TEMPLATE_FILE}
+    files = {DEFAULT_TEMPLATE: folder / TEMPLATE_FILE}
     files |= {path.stem: path for path in sorted((folder / TEMPLATES_FOLDER).glob("*.jinja"))}
     for name, path in files.items():
         if path.is_file():
-            named[name] = read_text(path, _MAX_TEMPLATE_BYTES, CheckpointError)
+            text = read_text(path, _MAX_TEMPLATE_BYTES, CheckpointError)
+            if not text.strip():
+                continue
+            named[name] = text
             sources[name] = path.relative_to(folder).as_posix()
     beside = folder / PROCESSOR_TEMPLATE_FILE
     if not named and beside.is_file():
-        named = _in_config(read_json(beside, _MAX_BYTES, CheckpointError, "a checkpoint may have one"), beside)
+        named = named_templates(read_json(beside, _MAX_BYTES, CheckpointError, "a checkpoint may have one"), beside)
         sources = dict.fromkeys(named, PROCESSOR_TEMPLATE_FILE)
     if not named:
         return None
-    if _DEFAULT not in named:
+    if DEFAULT_TEMPLATE not in named:
         raise CheckpointError(
-            f"{folder} has chat templates named {', '.join(sorted(named))} and none named {_DEFAULT}: put the one to "
-            f"use into {TEMPLATE_FILE}"
+            f"{folder} has chat templates named {', '.join(sorted(named))} and none named {DEFAULT_TEMPLATE}: put the "
+            f"one to use into {TEMPLATE_FILE}"
         )
-    others = tuple(sorted(set(named) - {_DEFAULT}))
-    return ShippedTemplate(named[_DEFAULT], sources[_DEFAULT], others)
+    others = tuple(sorted(set(named) - {DEFAULT_TEMPLATE}))
+    return ShippedTemplate(named[DEFAULT_TEMPLATE], sources[DEFAULT_TEMPLATE], others)
 
 
 def special_tokens(folder: Path) -> dict[str, str]:
@@ -95,18 +99,6 @@ def tokenizer_config(folder: Path) -> Mapping[str, Any]:
     """tokenizer_config.json; empty where the checkpoint has none."""
     path = folder / TOKENIZER_CONFIG_FILE
     return read_json(path, _MAX_BYTES, CheckpointError, "a checkpoint has one") if path.is_file() else {}
-
-
-def _in_config(config: Mapping[str, Any], path: Path) -> dict[str, str]:
-    value = config.get("chat_template")
-    entries = value if isinstance(value, list) else [] if value is None else [{"name": _DEFAULT, "template": value}]
-    found: dict[str, str] = {}
-    for entry in entries:
-        given = (entry.get("name"), entry.get("template")) if isinstance(entry, dict) else (None, None)
-        if not isinstance(given[0], str) or not isinstance(given[1], str):
-            raise CheckpointError(f"{path}: chat_template is neither a text nor a list of named texts")
-        found[given[0]] = given[1]
-    return {name: text for name, text in found.items() if text}
 
 
 def _text(token: object) -> str | None:

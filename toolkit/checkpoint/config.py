@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from toolkit.checkpoint.families import FAMILIES
-from toolkit.checkpoint.family import Structure
-from toolkit.checkpoint.fields import Fields, positive
-from toolkit.checkpoint.other_formats import missing_config
+from toolkit.checkpoint.family import LAYER_KINDS, Structure
+from toolkit.checkpoint.fields import Fields, positive, whole
+from toolkit.checkpoint.other_formats import NAME_THE_ORIGINAL, missing_config
 from toolkit.errors import CheckpointError, UnsupportedError
 from toolkit.files import is_there, read_json
 from toolkit.names import CONFIG_FILE
@@ -23,6 +23,15 @@ from toolkit.names import CONFIG_FILE
 ROPE_TYPES: Final = ("default", "linear", "llama3", "yarn")
 # The deepest published decoders have some 130; what is planned for each layer has to fit into memory.
 MOST_LAYERS: Final = 1000
+# The ends of architectures that judge texts instead of writing them, some from the same weights but for their head.
+_NO_WRITERS: Final = (
+    "ForSequenceClassification",
+    "ForTokenClassification",
+    "ForQuestionAnswering",
+    "ForRewardModel",
+    "ForProcessRewardModel",
+    "ForMaskedLM",
+)
 _MAX_CONFIG_BYTES: Final = 4 << 20
 
 
@@ -114,11 +123,26 @@ def _quantized_by(raw: Mapping[str, Any]) -> str | None:
     """How a config says its weights were quantized, as words to go on with; None where it does not."""
     if isinstance(raw.get("quantization"), dict):
         return " by MLX"
-    given = raw.get("quantization_config")
-    if given is None:
+    given = raw.get("quantization_config") or raw.get("compression_config")
+    if not given:
         return None
-    method = given.get("quant_method") if isinstance(given, dict) else None
+    if not isinstance(given, dict):
+        return ""
+    producer = given.get("producer")
+    method = given.get("quant_method") or (producer.get("name") if isinstance(producer, dict) else None)
+    if not method and any(key.startswith(("load_in_", "bnb_", "_load_in_")) for key in given):
+        method = "bitsandbytes"
     return f" by {str(method)[:40]}" if method else ""
+
+
+def _check_kind(raw: Mapping[str, Any], path: Path) -> None:
+    """Raises UnsupportedError for a model that judges texts and writes none."""
+    listed = raw.get("architectures")
+    for kind in listed if isinstance(listed, list) else ():
+        if isinstance(kind, str) and kind.endswith(_NO_WRITERS):
+            raise UnsupportedError(
+                f"{path}: architectures is {kind[:60]!r}, a model that writes no text: expected one …ForCausalLM"
+            )
 
 
 def parse_config(raw: Mapping[str, Any], path: Path) -> ModelConfig:
@@ -129,11 +153,13 @@ def parse_config(raw: Mapping[str, Any], path: Path) -> ModelConfig:
             f"{path}: model_type {raw.get('model_type')!r:.60} is not supported, expected one of {', '.join(FAMILIES)}"
         )
     read = Fields(raw, path, family.defaults)
-    if raw.get("hidden_act", "silu") != "silu":
+    _check_kind(raw, path)
+    if raw.get("hidden_act") not in (None, "silu"):
         raise UnsupportedError(f"{path}: hidden_act {raw['hidden_act']!r:.60} is not supported, expected 'silu'")
     if (method := _quantized_by(raw)) is not None:
         raise UnsupportedError(
-            f"{path}: the checkpoint is already quantized{method}: name the original in bf16, fp16 or fp32"
+            f"{path}: the checkpoint is already quantized{method}: {NAME_THE_ORIGINAL}; if its weights are that "
+            "again, as after a merge, take quantization_config out of config.json"
         )
     heads = read.count("num_attention_heads")
     hidden = read.count("hidden_size")
@@ -144,7 +170,7 @@ def parse_config(raw: Mapping[str, Any], path: Path) -> ModelConfig:
     if head_dim % 2:
         raise CheckpointError(f"{path}: head_dim {head_dim} is odd, rotary embeddings need an even one")
     layers = read.count("num_hidden_layers", most=MOST_LAYERS)
-    positions = read.count("max_position_embeddings")
+    positions = read.count("max_position_embeddings", family.default_positions)
     return ModelConfig(
         model_type=family.model_type,
         hidden_size=hidden,
@@ -166,13 +192,35 @@ def parse_config(raw: Mapping[str, Any], path: Path) -> ModelConfig:
     )
 
 
+def _first_of(values: Mapping[str, Any], *keys: str) -> Any:
+    """The first of the values that is there and not null."""
+    return next((values[key] for key in keys if values.get(key) is not None), None)
+
+
+def _rope_parameters(read: Fields) -> dict[str, Any]:
+    """The one set of RoPE's parameters; those that transformers 5 writes for each kind of layer must be alike."""
+    given = read.get("rope_parameters") or read.get("rope_scaling") or {}
+    if not isinstance(given, dict):
+        raise CheckpointError(f"{read.path}: rope parameters are {given!r:.60}, expected an object")
+    by_kind = [given[kind] for kind in LAYER_KINDS if kind in given]
+    if not by_kind:
+        return given
+    if not all(isinstance(one, dict) and one == by_kind[0] for one in by_kind):
+        raise UnsupportedError(f"{read.path}: RoPE differs between kinds of layers, which is not supported")
+    return dict(by_kind[0])
+
+
 def _parse_rope(read: Fields, positions: int) -> RopeConfig:
     """RoPE from `rope_parameters` (transformers 5) or `rope_theta` + `rope_scaling` (transformers 4)."""
     path = read.path
-    scaling = read.get("rope_parameters") or read.get("rope_scaling") or {}
-    if not isinstance(scaling, dict):
-        raise CheckpointError(f"{path}: rope parameters are {scaling!r:.60}, expected an object")
-    rope_type = scaling.get("rope_type", scaling.get("type", "default"))
+    scaling = _rope_parameters(read)
+    rope_type = _first_of(scaling, "rope_type", "type")
+    if rope_type is None and scaling.get("factor") not in (None, 1, 1.0):
+        raise CheckpointError(
+            f"{path}: rope parameters have the factor {scaling['factor']!r:.40} and no rope_type: expected one of "
+            f"{', '.join(ROPE_TYPES)} beside it"
+        )
+    rope_type = "default" if rope_type is None else rope_type
     if rope_type not in ROPE_TYPES:
         raise UnsupportedError(
             f"{path}: rope_type {rope_type!r:.60} is not supported, expected {', '.join(ROPE_TYPES)}"
@@ -189,14 +237,15 @@ def _parse_rope(read: Fields, positions: int) -> RopeConfig:
 
     theta = (
         positive(scaling["rope_theta"], "rope_theta", path)
-        if "rope_theta" in scaling
+        if scaling.get("rope_theta") is not None
         else read.positive("rope_theta", 10000.0)
     )
     if rope_type == "default":
         return RopeConfig(rope_theta=theta)
     if rope_type == "linear":
         return RopeConfig(rope_type, theta, factor=number("factor"))
-    original = scaling.get("original_max_position_embeddings") or positions
+    own = read.get("original_max_position_embeddings")  # beside the others, as Phi's and transformers 5's have it
+    original = whole(scaling.get("original_max_position_embeddings") or own or positions)
     if isinstance(original, bool) or not isinstance(original, int) or not 0 < original < 1 << 31:
         raise CheckpointError(f"{path}: original_max_position_embeddings is {original!r:.40}, expected a token count")
     if rope_type == "llama3":

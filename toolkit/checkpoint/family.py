@@ -11,6 +11,8 @@ from typing import Any, Final
 
 from toolkit.checkpoint.fields import Fields
 
+# What config.json calls the layers of attention over all of the text, and over a window of it.
+LAYER_KINDS: Final = ("full_attention", "sliding_attention")
 # onnxruntime-genai's type for a decoder that it has no name of its own for.
 DECODER: Final = "decoder"
 
@@ -47,7 +49,8 @@ class Family:
 
     `structure` gets the config's fields and its num_hidden_layers; it raises CheckpointError for fields that
     contradict each other. `genai_type` is `model.type` of genai_config.json. `defaults` are keys a config.json may
-    leave out, with the value that transformers' configuration class then takes. `gguf` is None where no GGUF file is
+    leave out, with the value that transformers' configuration class then takes, `default_positions` that of
+    max_position_embeddings. `gguf` is None where no GGUF file is
     read as this family.
     """
 
@@ -56,6 +59,7 @@ class Family:
     genai_type: str = DECODER
     defaults: Mapping[str, Any] = field(default_factory=dict)
     gguf: Gguf | None = None
+    default_positions: int = 32768
 
 
 def sliding_windows(read: Fields, layers: int, sliding: Sequence[bool] | None = None) -> tuple[int | None, ...]:
@@ -67,7 +71,7 @@ def sliding_windows(read: Fields, layers: int, sliding: Sequence[bool] | None = 
     if read.get("sliding_window") is None or not read.flag("use_sliding_window", default=False):
         return ()
     window = read.count("sliding_window")
-    kinds = read.each_layer("layer_types", layers, ("full_attention", "sliding_attention"))
+    kinds = read.each_layer("layer_types", layers, LAYER_KINDS)
     if kinds is not None:
         sliding = [kind == "sliding_attention" for kind in kinds]
     elif sliding is None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from toolkit.errors import CheckpointError
+
+# What files of transformers' first years have for "none".
+NO_TOKEN: Final = -1
 
 
 class Fields:
@@ -23,7 +26,7 @@ class Fields:
     def count(self, key: str, default: int | None = None, least: int = 1, most: int = 1 << 31) -> int:
         """Returns a whole number from `least` to `most`; raises CheckpointError for anything else, or for none."""
         value = self.get(key)
-        value = default if value is None else value
+        value = whole(default if value is None else value)
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
             expected = "a positive whole number" if least == 1 else f"a whole number from {least} on"
             upto = f" up to {most}" if most < 1 << 31 else ""
@@ -31,8 +34,9 @@ class Fields:
         return value
 
     def positive(self, key: str, default: float) -> float:
-        """Returns a positive number; raises CheckpointError for anything else, null included."""
-        return positive(self._raw.get(key, default), key, self.path)
+        """Returns a positive number, the default for null; raises CheckpointError for anything else."""
+        value = self.get(key)
+        return positive(default if value is None else value, key, self.path)
 
     def flag(self, key: str, *, default: bool) -> bool:
         """Returns true or false; raises CheckpointError for anything else."""
@@ -60,18 +64,24 @@ class Fields:
     def token_ids(self, key: str) -> tuple[int, ...]:
         """Returns the ids of a number or a list of them, none for null; raises CheckpointError for anything else."""
         value = self.get(key)
-        ids = [] if value is None else value if isinstance(value, list) else [value]
-        if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
+        given = [whole(one) for one in ([] if value is None else value if isinstance(value, list) else [value])]
+        ids = [i for i in given if isinstance(i, int) and not isinstance(i, bool) and i >= 0]
+        if len(ids) < len(given):
             raise CheckpointError(f"{self.path}: {key} is {value!r:.60}, expected token ids")
         return tuple(ids)
 
     def token_id(self, key: str, rows: int) -> int | None:
-        """Returns the first of `token_ids`, None where there is none; raises CheckpointError for one that is beyond the
-        embedding's rows."""
-        ids = self.token_ids(key)
+        """Returns the first of `token_ids`, None where there is none, or -1, which older files say for it; raises
+        CheckpointError for one that is beyond the embedding's rows."""
+        ids = () if self.get(key) == NO_TOKEN else self.token_ids(key)
         if ids and ids[0] >= rows:
             raise CheckpointError(f"{self.path}: {key} is {ids[0]}, expected an id below vocab_size {rows}")
         return ids[0] if ids else None
+
+
+def whole(value: object) -> object:
+    """A float without a fraction as the number that it is, which some programs write so; all else as given."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def positive(value: object, key: str, path: Path) -> float:

@@ -49,7 +49,7 @@ def gguf_checkpoint(model: GgufModel, download_bytes: int = 0) -> Checkpoint:
     folder, stored = model.side_folder(model.source), model.stored_as
     side = read_side_files(folder, model.config.vocab_size)
     kind = f"a {stored.file_type} file of {stored.bits_per_weight:.2f} bits a weight"
-    notes = (f"the weights are those of {kind}, dequantized", *_ids_beyond(side, model.config.vocab_size))
+    notes = (f"the weights are those of {kind}, dequantized", *side_notes(side, model.config.vocab_size))
     return Checkpoint(folder, model.config, model.source, False, side, notes, download_bytes, stored)
 
 
@@ -57,7 +57,21 @@ def _opened_folder(folder: Path) -> Checkpoint:
     refuse_adapter(folder)
     config = read_config(folder)
     source, side = open_weights(folder, config), read_side_files(folder, config.vocab_size)
-    return Checkpoint(folder, config, source, False, side, (*source.notes, *_ids_beyond(side, config.vocab_size)))
+    return Checkpoint(folder, config, source, False, side, (*source.notes, *side_notes(side, config.vocab_size)))
+
+
+def side_notes(side: SideFiles, rows: int) -> Iterator[str]:
+    """A line for each thing that the files beside the weights say and a bundle cannot do: ids without rows in the
+    embedding, an end of text that is no token, ways to sample."""
+    yield from _ids_beyond(side, rows)
+    for file, text in side.eos_token.items():
+        if side.vocabulary and side.vocabulary.id_of(text) is None:
+            yield f"{file} names {text[:40]!r} as eos_token, which the vocabulary does not have: it ends no answer"
+    if side.not_carried:
+        yield (
+            f"generation_config.json sets {', '.join(side.not_carried)}, for which onnxruntime-genai has no setting: "
+            "left out"
+        )
 
 
 def _ids_beyond(side: SideFiles, rows: int) -> Iterator[str]:

@@ -16,11 +16,12 @@ from toolkit.checkpoint.download import hub_error, hub_file, is_hub_id, resolve_
 from toolkit.checkpoint.gguf import gguf_model, split_set
 from toolkit.checkpoint.gguf_header import parse_gguf_header
 from toolkit.checkpoint.gguf_names import ROPE_FREQS
-from toolkit.checkpoint.opened import Checkpoint, gguf_checkpoint, open_checkpoint
+from toolkit.checkpoint.opened import Checkpoint, gguf_checkpoint, open_checkpoint, side_notes
 from toolkit.checkpoint.safetensors import TensorRef, header_length, parse_header
 from toolkit.checkpoint.scan import Rows
 from toolkit.checkpoint.side_files import read_side_files
 from toolkit.checkpoint.weights import FileWeights, Origin, find_tensors, weight_files, widen
+from toolkit.checkpoint.which_tensors import refuse_adapter
 from toolkit.errors import CheckpointError
 
 # What most headers fit into.
@@ -74,6 +75,7 @@ def open_headers(place: str, revision: str | None = None) -> Checkpoint:
     folder = resolve_checkpoint(place, revision, weights=False)
     if not is_hub_id(place) or all(file.is_file() for file in weight_files(folder)):
         return open_checkpoint(folder)
+    refuse_adapter(folder)
     config = read_config(folder)
     sizes: dict[Path, int] = {}
 
@@ -89,7 +91,8 @@ def open_headers(place: str, revision: str | None = None) -> Checkpoint:
     found = find_tensors(folder, config, read)
     side = read_side_files(folder, config.vocab_size)
     source = HeadersAlone(place, found.refs, sizes)
-    return Checkpoint(folder, config, source, False, side, download_bytes=sum(sizes.values()))
+    notes = (*found.notes, *side_notes(side, config.vocab_size))
+    return Checkpoint(folder, config, source, False, side, notes, download_bytes=sum(sizes.values()))
 
 
 def _open_gguf_headers(place: str, repository: str, file: str, revision: str | None) -> Checkpoint:

@@ -11,4 +11,4 @@ def _structure(read: Fields, layers: int) -> Structure:
     return Structure(qkv_bias=attention_bias, o_bias=attention_bias, mlp_bias=read.flag("mlp_bias", default=False))
 
 
-FAMILY = Family("llama", _structure, genai_type="llama", gguf=Gguf("llama", neighbours=True))
+FAMILY = Family("llama", _structure, genai_type="llama", gguf=Gguf("llama", neighbours=True), default_positions=2048)

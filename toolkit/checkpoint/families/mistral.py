@@ -13,5 +13,10 @@ def _structure(read: Fields, layers: int) -> Structure:
 
 
 FAMILY = Family(
-    "mistral", _structure, genai_type="mistral", defaults={"sliding_window": 4096}, gguf=Gguf("llama", neighbours=True)
+    "mistral",
+    _structure,
+    genai_type="mistral",
+    defaults={"sliding_window": 4096},
+    gguf=Gguf("llama", neighbours=True),
+    default_positions=131072,
 )
