@@ -6,54 +6,38 @@ python -m benchmarks.quality CHECKPOINT [--text FILE.jsonl] [--calibration FILE.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
-import shutil
-import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
 
-import numpy as np
-import yaml
 from tokenizers import Tokenizer
 
-from benchmarks.peers.__main__ import print_table
-from benchmarks.peers.questions import asked_of, fresh_questions
-from benchmarks.peers.rows import Bench, Material, Row, peer_rows
+from benchmarks.answering import Material, asked_of, fresh_questions
+from benchmarks.candidates import ROOT, Candidate, own_row, rule
+from benchmarks.peers.rows import PEERS, Bench, Row, peer_rows
 from benchmarks.peers.sampled import sampled_sequences
 from benchmarks.scatter import write_scatter
+from benchmarks.table import table
 from toolkit.checkpoint.opened import Checkpoint, open_checkpoint
 from toolkit.errors import ToolkitError
-from toolkit.evaluate.answers import bundle_answers, reference_answers
-from toolkit.evaluate.positions import open_positions
+from toolkit.evaluate.answers import reference_answers
 from toolkit.evaluate.tasks import read_task
 from toolkit.pipeline.text import LONGEST, token_sequences
 from toolkit.progress import progress_line
 from toolkit.quality import QUALITIES
-
-ROOT: Final = Path(__file__).resolve().parent.parent
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One way to make a bundle: `changes` to the recipe of a bare cpu target with one 4-bit rule for everything."""
-
-    name: str
-    changes: dict[str, Any]
+from toolkit.typed_json import Json, to_json
 
 
 def candidates(budgets: list[float], hidden_size: int) -> list[Candidate]:
     """The rules of the cpu target at each quality; every algorithm x block size that divides the rows of the embedding,
     with and without rotation, folding and budgets of bits per weight."""
     sizes = [size for size in (32, 64, 128) if hidden_size % size == 0]
-    found = [Candidate("rtn 32 symmetric", {"quantize": [_rule(32, "rtn", symmetric=True)], "rotate": False})]
+    found = [Candidate("rtn 32 symmetric", {"quantize": [rule(32, "rtn", symmetric=True)], "rotate": False})]
     found += [Candidate(f"own rules, {quality}", {"quality": quality}) for quality in QUALITIES]
     for block_size in sizes:
-        found.append(Candidate(f"rtn {block_size}", {"quantize": [_rule(block_size, "rtn")], "rotate": False}))
+        found.append(Candidate(f"rtn {block_size}", {"quantize": [rule(block_size, "rtn")], "rotate": False}))
         for quality in ("fast", "balanced", "best"):
-            plain: dict[str, Any] = {"quantize": [_rule(block_size)], "quality": quality}
+            plain: dict[str, Json] = {"quantize": [rule(block_size)], "quality": quality}
             found.append(Candidate(f"{quality} {block_size}", plain))
             if quality == "fast":
                 found.append(Candidate(f"fast {block_size}, not rotated", {**plain, "rotate": False}))
@@ -62,54 +46,9 @@ def candidates(budgets: list[float], hidden_size: int) -> list[Candidate]:
     for quality in ("balanced", "best"):
         for block_size in sizes[1:]:
             for budget in budgets:
-                changes = {"quantize": [_rule(block_size)], "quality": quality, "bits_per_weight": budget}
+                changes = {"quantize": [rule(block_size)], "quality": quality, "bits_per_weight": budget}
                 found.append(Candidate(f"{quality} {block_size}, budget {budget}", changes))
-    return [*found, Candidate("fast 32, 8 bits", {"quantize": [{**_rule(32), "bits": 8}]})]
-
-
-def _rule(block_size: int, algorithm: str = "auto", symmetric: bool = False) -> dict[str, Any]:
-    return {"match": "*", "algorithm": algorithm, "block_size": block_size, "symmetric": symmetric}
-
-
-def own_row(candidate: Candidate, bench: Bench, calibration: Path, work: Path) -> Row:
-    """Exports the candidate in a process of its own and measures the bundle. Raises ToolkitError if that fails."""
-    out, recipe = work / candidate.name.replace(" ", "-").replace(",", ""), work / "recipe.yaml"
-    folder = bench.checkpoint.folder
-    config = bench.checkpoint.config
-    asked = {
-        "name": "quality-cpu",
-        "model": str(folder),
-        "target": "cpu",
-        "calibration": str(calibration.resolve()),
-        "context_length": min(1024, config.max_position_embeddings),
-        "validate": {},
-        **candidate.changes,
-    }
-    recipe.write_text(yaml.safe_dump(asked), encoding="utf-8")
-    shutil.rmtree(out, ignore_errors=True)
-    command = [sys.executable, "-m", "toolkit", "export", str(recipe), "--checkpoint", str(folder), "--out", str(out)]
-    done = subprocess.run([*command, "--no-validate", "--json"], capture_output=True, text=True, cwd=ROOT)
-    if done.returncode:
-        raise ToolkitError(done.stderr.strip().splitlines()[-1])
-    report = json.loads(done.stdout)
-    sequences, task = bench.material.sequences, bench.material.task
-    exact, running = open_positions(out, exact=True), open_positions(out)
-    calibrated = report["quantization"].get("calibration", {})
-    folds, fallen = len(calibrated.get("folded", [])), len(calibrated.get("fallbacks", []))
-    note = "rotated" if report["quantization"].get("rotated") else "as it is"
-    if calibrated:
-        note = f"{folds} inputs folded, {fallen} matrices fell back, {calibrated['tokens']} tokens"
-    return Row(
-        name=candidate.name,
-        bits_per_weight=report["quantization"]["bits_per_weight"],
-        weights_alone=bench.compare(lambda k: exact.logits(sequences[k])),
-        as_it_runs=bench.compare(lambda k: running.logits(sequences[k])),
-        accuracy=None,
-        accuracy_as_it_runs=float(bundle_answers(out, asked_of(bench.checkpoint, task)).right.mean()) if task else None,
-        wall_s=report["conversion"]["wall_s"],
-        peak_rss_bytes=report["conversion"]["peak_rss_bytes"],
-        note=note,
-    )
+    return [*found, Candidate("fast 32, 8 bits", {"quantize": [{**rule(32), "bits": 8}]})]
 
 
 def main() -> int:
@@ -123,10 +62,11 @@ def main() -> int:
     except ToolkitError as problem:
         print(f"error: {problem}", file=sys.stderr)
         return 2
-    bench, rows, left_out = Bench(checkpoint, material), [], {}
+    bench, rows, left_out = Bench(checkpoint, material, work), list[Row](), dict[str, str]()
+    words = asked.only.split(";")
     with progress_line(None) as progress:
         for candidate in candidates(asked.budgets, checkpoint.config.hidden_size):
-            if asked.only and not any(word in candidate.name for word in asked.only.split(";")):
+            if not any(word in candidate.name for word in words):
                 continue
             progress(candidate.name)
             try:
@@ -134,14 +74,14 @@ def main() -> int:
             except ToolkitError as problem:
                 left_out[candidate.name] = str(problem)
         if asked.peers:
-            peers, missing = peer_rows(checkpoint, material, asked.folder, progress=progress)
+            names = [name for name in PEERS if any(word in name for word in words)]
+            peers, missing = peer_rows(bench, asked.folder, work, names, progress)
             rows, left_out = rows + peers, left_out | missing
     own = None
     if material.task:
-        answers = reference_answers(checkpoint.config, checkpoint.source, asked_of(checkpoint, material.task))
-        own = float(np.mean(answers.right))
-    print_table(material, rows, left_out, own)
-    (work / "rows.json").write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1), encoding="utf-8")
+        own = reference_answers(checkpoint.config, checkpoint.source, asked_of(checkpoint, material.task)).figures()
+    print(table(material, rows, left_out, own))
+    (work / "rows.json").write_text(json.dumps([to_json(row) for row in rows], indent=1), encoding="utf-8")
     page = write_scatter(work / "quality.html", asked.checkpoint.resolve().name, rows)
     print(f"\nplot: {page}")
     return 1 if left_out else 0
@@ -157,7 +97,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--questions", type=int, default=0, help="so many fresh questions of tiny-r1's kind instead")
     parser.add_argument("--seed", type=int, default=20251125, help="of questions and of sampled text")
     parser.add_argument("--budgets", type=_numbers, default=[4.5, 4.9], help="bits per weight, separated by commas")
-    parser.add_argument("--only", default="", help="candidates whose names hold one of these words, separated by ;")
+    parser.add_argument("--only", default="", help="rows whose names hold one of these words, separated by ;")
     parser.add_argument("--peers", action="store_true", help="llama.cpp and onnxruntime-genai's builder beside")
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "peers", help="of the peers' tools and files")
     return parser.parse_args()

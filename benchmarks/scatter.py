@@ -15,8 +15,8 @@ COLOURS = {"llama.cpp": "#c2410c", "genai": "#7c3aed", "rtn": "#64748b", "fast":
 
 def write_scatter(path: Path, title: str, rows: Sequence[Row]) -> Path:
     """Filled: the weights alone; ringed: as it runs. The vertical axis is logarithmic."""
-    points = [(row, row.weights_alone["mean_kld"], True) for row in rows]
-    points += [(row, row.as_it_runs["mean_kld"], False) for row in rows if row.as_it_runs]
+    points = [(row, row.weights_alone.mean_kld, True) for row in rows]
+    points += [(row, row.as_it_runs.mean_kld, False) for row in rows if row.as_it_runs]
     klds = [kld for _, kld, _ in points]
     low, high = math.floor(math.log10(min(klds))), math.ceil(math.log10(max(klds)))
     left, right = min(row.bits_per_weight for row in rows) - 0.1, max(row.bits_per_weight for row in rows) + 0.4

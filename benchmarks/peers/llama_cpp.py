@@ -1,15 +1,16 @@
-"""llama.cpp, built from the sources that the llama-cpp-python package carries: its quantizer, and its logits.
+"""llama.cpp, built from the sources that the llama-cpp-python package carries: its quantizer, logits, answers, speed.
 
 T tokens, V vocab.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,9 @@ from benchmarks.peers.tool import Cost, PeerError, program, run_tool
 VERSION: Final = "0.3.36"
 _JOBS: Final = 2
 _PROGRAMS: Final = ("llama-quantize", "llama-logits")
+_OURS: Final = Path(__file__).parent / "llama_logits"
+# So many questions are answered side by side: each pass reads the weights once for all of them.
+_SEQUENCES: Final = 16
 _OPTIONS: Final = {
     "CMAKE_BUILD_TYPE": "Release",
     "BUILD_SHARED_LIBS": "OFF",
@@ -50,13 +54,14 @@ LLAMA_TYPES: Final = {
     "q4_k_m": LlamaType("Q4_K_M"),
     "q4_k_m+imatrix": LlamaType("Q4_K_M", imatrix=True),
     "iq4_xs+imatrix": LlamaType("IQ4_XS", imatrix=True),
+    "q5_k_m": LlamaType("Q5_K_M"),
     "q6_k": LlamaType("Q6_K"),
 }
 
 
 @dataclass(frozen=True)
 class LlamaCpp:
-    """The paths of llama.cpp's quantizer and of the program that prints logits."""
+    """The paths of llama.cpp's quantizer and of the program that runs a file."""
 
     quantizer: Path
     runner: Path
@@ -64,7 +69,8 @@ class LlamaCpp:
 
 def llama_cpp(folder: Path) -> LlamaCpp:
     """The programs, built in `folder` the first time (six minutes of one core). Raises PeerError if they cannot be."""
-    suffix, made = ".exe" if os.name == "nt" else "", folder / f"llama.cpp-{VERSION}"
+    ours = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(_OURS.iterdir()))).hexdigest()[:8]
+    suffix, made = ".exe" if os.name == "nt" else "", folder / f"llama.cpp-{VERSION}-{ours}"
     tools = LlamaCpp(*(made / f"{name}{suffix}" for name in _PROGRAMS))
     if made.is_dir():
         return tools
@@ -78,8 +84,7 @@ def llama_cpp(folder: Path) -> LlamaCpp:
     ninja = program("ninja")
     # By its path: cmake looks on PATH alone, where an environment that is not activated has nothing.
     generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={Path(ninja).as_posix()}"] if ninja else []
-    ours = Path(__file__).parent / "llama_logits"
-    run_tool([cmake, "-S", str(ours), "-B", str(build), *generator, *options], folder / "cmake.log")
+    run_tool([cmake, "-S", str(_OURS), "-B", str(build), *generator, *options], folder / "cmake.log")
     targets = ["--config", "Release", "--parallel", str(_JOBS), "--target", *_PROGRAMS]
     run_tool([cmake, "--build", str(build), *targets], folder / "build.log")
     partial = made.with_suffix(".partial")
@@ -125,7 +130,7 @@ class LlamaLogits:
 @contextmanager
 def open_logits(tools: LlamaCpp, path: Path, vocab_size: int, max_tokens: int) -> Iterator[LlamaLogits]:
     """llama.cpp with a file open, for sequences of at most `max_tokens`."""
-    command, log = [str(tools.runner), str(path), str(max_tokens)], path.with_suffix(".run.log")
+    command, log = [str(tools.runner), "logits", str(path), str(max_tokens)], path.with_suffix(".run.log")
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=output)
         try:
@@ -133,6 +138,39 @@ def open_logits(tools: LlamaCpp, path: Path, vocab_size: int, max_tokens: int) -
         finally:
             process.kill()
             process.communicate()
+
+
+def answers(
+    tools: LlamaCpp, path: Path, prompts: Sequence[list[int]], new_tokens: int, stop_ids: Iterable[int]
+) -> list[list[int]]:
+    """What llama.cpp makes of each prompt, greedily, ended by (and including) a stop id or after `new_tokens`.
+
+    Raises PeerError if it gives up.
+    """
+    room = [str(max(map(len, prompts)) + new_tokens), str(min(_SEQUENCES, len(prompts))), str(new_tokens)]
+    asked = b"".join(np.array([len(ids), *ids], "<i4").tobytes() for ids in prompts)
+    told = _run(tools, ["answers", str(path), *room, *map(str, stop_ids)], path, asked)
+    numbers, made = np.frombuffer(told, "<i4").tolist(), dict[int, list[int]]()
+    while numbers:
+        index, count = numbers[:2]
+        made[index], numbers = numbers[2 : 2 + count], numbers[2 + count :]
+    return [made[index] for index in range(len(prompts))]
+
+
+def speed(tools: LlamaCpp, path: Path, prompt_tokens: int, new_tokens: int) -> tuple[float, float]:
+    """Tokens/s of a prompt's one pass, and of `new_tokens` after it. Raises PeerError if llama.cpp gives up."""
+    told = _run(tools, ["speed", str(path), str(prompt_tokens), str(new_tokens)], path, b"")
+    prefill_s, decode_s = np.frombuffer(told, "<f4").tolist()
+    return prompt_tokens / prefill_s, new_tokens / decode_s
+
+
+def _run(tools: LlamaCpp, arguments: list[str], path: Path, given: bytes) -> bytes:
+    log = path.with_suffix(".run.log")
+    with log.open("wb") as output:
+        done = subprocess.run([str(tools.runner), *arguments], input=given, stdout=subprocess.PIPE, stderr=output)
+    if done.returncode:
+        raise PeerError(f"llama.cpp does not run it: exit code {done.returncode} ({log})")
+    return done.stdout
 
 
 def _log(out: Path) -> Path:

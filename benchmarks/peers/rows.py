@@ -8,54 +8,56 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.answering import Material, asked_of, graph_answers, machine_load
 from benchmarks.peers import genai_builder
 from benchmarks.peers.gguf_file import GGUFWeights, gguf_package, write_gguf
 from benchmarks.peers.imatrix import second_moments, write_imatrix
-from benchmarks.peers.llama_cpp import LLAMA_TYPES, LlamaCpp, llama_cpp, open_logits, quantize
+from benchmarks.peers.llama_cpp import LLAMA_TYPES, LlamaCpp, answers, llama_cpp, open_logits, quantize, speed
 from benchmarks.peers.onnx_model import ONNXLogits, ONNXWeights
-from benchmarks.peers.questions import asked_of
 from benchmarks.peers.tool import Cost, PeerError
 from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.opened import Checkpoint
 from toolkit.checkpoint.weights import Tensors, expected_tensors
 from toolkit.errors import ToolkitError
-from toolkit.evaluate.answers import bundle_answers, reference_answers
+from toolkit.evaluate.answers import judged
 from toolkit.evaluate.parity import Comparison
-from toolkit.evaluate.tasks import Task
+from toolkit.evaluate.speed import measure_speed_apart
 from toolkit.reference.decoder import head_logits, reference_hidden
+from toolkit.report.sections import Answered, Divergence
 
 PEERS: Final = (*(f"llama.cpp {kind}" for kind in LLAMA_TYPES), *genai_builder.ALGORITHMS)
 Progress = Callable[[str], None]
 
 
+# Of the speed that rows say: a prompt in one pass, then tokens one by one.
+PROMPT_TOKENS: Final = 128
+NEW_TOKENS: Final = 64
+
+
 @dataclass(frozen=True)
 class Row:
-    """One peer's file.
+    """One file of a checkpoint: this toolkit's, or a peer's.
 
-    `bits_per_weight` is over the checkpoint's matrices, scales included, from the file. `weights_alone` has
-    `Comparison.figures` of the reference on the dequantized weights, `as_it_runs` those of the file in its runtime on
-    this CPU, None where it could not be run. Accuracies are shares of right answers, None without a task and for
-    llama.cpp as it runs. `wall_s` and `peak_rss_bytes` are the tool's own process.
+    `bits_per_weight` is over the checkpoint's matrices, scales included, from the file. `weights_alone` are figures of
+    the weights without rounded activations; `as_it_runs`, `answered` and the tokens/s are of the file in its own
+    runtime on this CPU, None where it was not run. `wall_s` and `peak_rss_bytes` are the making process's own. `load`
+    is the machine's load average when the row was begun: beyond 1, seconds and tokens/s say little.
     """
 
     name: str
     bits_per_weight: float
-    weights_alone: dict[str, Any]
-    as_it_runs: dict[str, Any] | None
-    accuracy: float | None
-    accuracy_as_it_runs: float | None
+    weights_alone: Divergence
+    as_it_runs: Divergence | None
     wall_s: float
     peak_rss_bytes: int
     note: str
-
-
-@dataclass(frozen=True)
-class Material:
-    """What peers are measured on: token sequences, other ones to calibrate on, and questions."""
-
-    sequences: list[list[int]]
-    calibration_sequences: list[list[int]]
-    task: Task | None = None
+    answered: Answered | None = None
+    prefill_tokens_per_s: float | None = None
+    decode_tokens_per_s: float | None = None
+    load: float | None = None
 
 
 class _Weights(Tensors, Protocol):
@@ -67,49 +69,53 @@ class _Weights(Tensors, Protocol):
 
 
 class Bench:
-    """The checkpoint's side of every comparison, computed once."""
+    """The checkpoint's side of every comparison, computed once: its logits lie in a file of `folder`.
 
-    def __init__(self, checkpoint: Checkpoint, material: Material) -> None:
-        self.checkpoint, self.material = checkpoint, material
-        self._hidden = reference_hidden(checkpoint.config, checkpoint.source, material.sequences)
+    Speeds are measured where `speeds` says so.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, material: Material, folder: Path, speeds: bool = False) -> None:
+        self.checkpoint, self.material, self.speeds = checkpoint, material, speeds
         shapes = expected_tensors(checkpoint.config).values()
         self._weights = sum(shape[0] * shape[1] for shape in shapes if len(shape) == 2)
+        self._logits = _reference_logits(checkpoint, material.sequences, folder / "logits.npy")
 
     def bits_per_weight(self, nbytes: int) -> float:
         """Of `nbytes` for the checkpoint's matrices."""
         return 8 * nbytes / self._weights
 
-    def compare(self, logits_of: Callable[[int], Any]) -> dict[str, Any]:
+    def compare(self, logits_of: Callable[[int], Any]) -> Divergence:
         """Figures of the logits that `logits_of` gives for the k-th sequence."""
-        comparison, config = Comparison(), self.checkpoint.config
+        comparison, start = Comparison(), 0
         for k, ids in enumerate(self.material.sequences):
-            comparison.add(head_logits(config, self.checkpoint.source, self._hidden[k]), logits_of(k), ids)
-        return vars(comparison.figures())
+            comparison.add(self._logits[start : start + len(ids)], logits_of(k), ids)
+            start += len(ids)
+        return comparison.figures()
 
-    def weights_alone(self, weights: _Weights) -> tuple[dict[str, Any], float | None]:
-        """Figures and accuracy of the reference with a peer's weights."""
+    def weights_alone(self, weights: _Weights) -> Divergence:
+        """Figures of the reference with a peer's weights."""
         hidden = reference_hidden(weights.config, weights, self.material.sequences)
-        figures = self.compare(lambda k: head_logits(weights.config, weights, hidden[k]))
-        task = self.material.task
-        if task is None:
-            return figures, None
-        answers = reference_answers(weights.config, weights, asked_of(self.checkpoint, task))
-        return figures, float(answers.right.mean())
+        rows = head_logits(weights.config, weights, np.concatenate(hidden))
+        starts = np.cumsum([0, *map(len, self.material.sequences)])
+        return self.compare(lambda k: rows[starts[k] : starts[k + 1]])
+
+
+def _reference_logits(checkpoint: Checkpoint, sequences: list[list[int]], path: Path) -> NDArray[np.float32]:
+    """Logits [tokens, vocabulary] of all sequences, in a file that is mapped. The head is read once."""
+    hidden = np.concatenate(reference_hidden(checkpoint.config, checkpoint.source, sequences))
+    np.save(path, head_logits(checkpoint.config, checkpoint.source, hidden))
+    logits: NDArray[np.float32] = np.load(path, mmap_mode="r")
+    return logits
 
 
 def peer_rows(
-    checkpoint: Checkpoint,
-    material: Material,
-    folder: Path,
-    only: Sequence[str] = PEERS,
-    progress: Progress = lambda _: None,
+    bench: Bench, folder: Path, files: Path, only: Sequence[str] = PEERS, progress: Progress = lambda _: None
 ) -> tuple[list[Row], dict[str, str]]:
     """A row for each of `only` that can be made, and the reason by name for each that cannot.
 
-    Tools are installed and files written under `folder`.
+    Tools are installed in `folder`, files written to `files`.
     """
-    bench, work = Bench(checkpoint, material), folder / "files" / checkpoint.folder.resolve().name
-    work.mkdir(parents=True, exist_ok=True)
+    files.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
     left_out: dict[str, str] = {}
     for group, prepare in (("llama.cpp ", _llama_cpp), ("genai ", _genai)):
@@ -118,14 +124,15 @@ def peer_rows(
             continue
         try:
             progress(f"{group.strip()}: getting ready")
-            make = prepare(bench, wanted, folder, work)
+            make = prepare(bench, wanted, folder, files)
         except ToolkitError as problem:
             left_out |= dict.fromkeys(wanted, str(problem))
             continue
         for name in wanted:
             progress(name)
             try:
-                rows.append(make(name))
+                load = machine_load()
+                rows.append(replace(make(name), load=load))
             except ToolkitError as problem:
                 left_out[name] = str(problem)
     return rows, left_out
@@ -153,7 +160,9 @@ def _llama_cpp(bench: Bench, wanted: Sequence[str], folder: Path, work: Path) ->
         weights = GGUFWeights(out, checkpoint.config)
         note = ", ".join(f"{count} {stored}" for stored, count in weights.formats().most_common())
         note += calibrated if kind.imatrix else ""
-        return _run_gguf(tools, out, bench, row_of(name, bench, weights, cost, note))
+        row = _run_gguf(tools, out, bench, row_of(name, bench, weights, cost, note))
+        out.unlink()
+        return row
 
     return make
 
@@ -174,31 +183,52 @@ def _genai(bench: Bench, wanted: Sequence[str], folder: Path, work: Path) -> Cal
 
 
 def row_of(name: str, bench: Bench, weights: _Weights, cost: Cost, note: str) -> Row:
-    figures, accuracy = bench.weights_alone(weights)
+    """The row of a file that has not been run."""
     bits = bench.bits_per_weight(weights.matrix_bytes())
-    return Row(name, bits, figures, None, accuracy, None, cost.wall_s, cost.peak_rss_bytes, note)
+    return Row(name, bits, bench.weights_alone(weights), None, cost.wall_s, cost.peak_rss_bytes, note)
 
 
 def _run_gguf(tools: LlamaCpp, path: Path, bench: Bench, row: Row) -> Row:
-    """The row with the file's logits in llama.cpp, or why there are none. Its answers are not asked for."""
-    config, sequences = bench.checkpoint.config, bench.material.sequences
+    """The row with what the file does in llama.cpp, or why it does nothing there."""
+    config, sequences, task = bench.checkpoint.config, bench.material.sequences, bench.material.task
     if config.rope.rope_type != "default" or any(config.structure.sliding_windows):
         return replace(row, note=f"{row.note}; not run: the file says nothing of scaled RoPE or sliding windows")
     try:
         with open_logits(tools, path, config.vocab_size, max(map(len, sequences))) as model:
-            return replace(row, as_it_runs=bench.compare(lambda k: model.logits(sequences[k])))
+            row = replace(row, as_it_runs=bench.compare(lambda k: model.logits(sequences[k])))
+        if task is not None:
+            asked = asked_of(bench.checkpoint, task)
+            made = answers(tools, path, asked.ids, asked.new_tokens, asked.stop_ids)
+            row = replace(row, answered=judged(asked, made).figures())
+        if bench.speeds:
+            prefill, decode = speed(tools, path, PROMPT_TOKENS, NEW_TOKENS)
+            row = replace(row, prefill_tokens_per_s=prefill, decode_tokens_per_s=decode)
     except PeerError as problem:
         return replace(row, note=f"{row.note}; {problem}")
+    return row
 
 
 def _run_onnx(folder: Path, bench: Bench, row: Row) -> Row:
     """The row with what the model does in ONNX Runtime and onnxruntime-genai, or why it does nothing there."""
-    task, accuracy = bench.material.task, None
     try:
         model = ONNXLogits(folder / "model.onnx", bench.checkpoint.config)
-        figures = bench.compare(lambda k: model.logits(bench.material.sequences[k]))
-        if task is not None:
-            accuracy = float(bundle_answers(folder, asked_of(bench.checkpoint, task)).right.mean())
+        row = replace(row, as_it_runs=bench.compare(lambda k: model.logits(bench.material.sequences[k])))
+        return run_in_genai(folder, bench, row)
     except ToolkitError as problem:
         return replace(row, note=f"{row.note}; {problem}")
-    return replace(row, as_it_runs=figures, accuracy_as_it_runs=accuracy)
+
+
+def run_in_genai(folder: Path, bench: Bench, row: Row) -> Row:
+    """The row with answers by a folder's model.onnx, and its speed in onnxruntime-genai, as far as they are asked for.
+
+    Raises ToolkitError where it does not run.
+    """
+    task = bench.material.task
+    if task is not None:
+        asked = asked_of(bench.checkpoint, task)
+        row = replace(row, answered=judged(asked, graph_answers(folder, asked)).figures())
+    if bench.speeds:
+        speeds = measure_speed_apart(folder, PROMPT_TOKENS, NEW_TOKENS, repeat=3)
+        prefill, decode = speeds.prefill_tokens_per_s, speeds.decode_tokens_per_s
+        row = replace(row, prefill_tokens_per_s=prefill, decode_tokens_per_s=decode)
+    return row

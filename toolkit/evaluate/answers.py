@@ -91,7 +91,7 @@ def ask(bundle: Path, task: Task, new_tokens: int, on_cpu: bool = False) -> Aske
 
 def bundle_answers(bundle: Path, asked: Asked, on_cpu: bool = False) -> Answers:
     """Returns what a bundle answers through onnxruntime-genai."""
-    return _judged(asked, continuations(bundle, list(asked.ids), asked.new_tokens, on_cpu))
+    return judged(asked, continuations(bundle, list(asked.ids), asked.new_tokens, on_cpu))
 
 
 def simulated_answers(bundle: Path, asked: Asked) -> Answers:
@@ -101,7 +101,7 @@ def simulated_answers(bundle: Path, asked: Asked) -> Answers:
     def draft(prompts: Sequence[list[int]], new_tokens: int) -> list[list[int]]:
         return continuations(bundle, list(prompts), new_tokens, on_cpu=True)
 
-    return _judged(asked, drafted_answers(asked.ids, room, asked.stop_ids, draft, simulator_judge(bundle)))
+    return judged(asked, drafted_answers(asked.ids, room, asked.stop_ids, draft, simulator_judge(bundle)))
 
 
 def first_of(asked: Asked, count: int) -> Asked:
@@ -120,7 +120,7 @@ def reference_answers(config: ModelConfig, source: Tensors, asked: Asked) -> Ans
     for start in range(0, len(asked.ids), group):
         prompts = list(asked.ids[start : start + group])
         made += greedy_continuations(config, source, prompts, room, set(asked.stop_ids))
-    return _judged(asked, [ids[:room] for ids, room in zip(made, asked.rooms, strict=True)])
+    return judged(asked, [ids[:room] for ids, room in zip(made, asked.rooms, strict=True)])
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,8 @@ def _texts(bundle: Path, task: Task, on_cpu: bool) -> tuple[str, ...]:
     )
 
 
-def _judged(asked: Asked, made: Sequence[list[int]]) -> Answers:
+def judged(asked: Asked, made: Sequence[list[int]]) -> Answers:
+    """Returns what tokens that were made of each prompt, a stop id included, are worth as answers."""
     ended = np.array([bool(ids) and ids[-1] in asked.stop_ids for ids in made])
     texts = [asked.tokenizer.decode(ids, skip_special_tokens=True) for ids in made]
     answers = [after_thought(prompt, text) for prompt, text in zip(asked.texts, texts, strict=True)]

@@ -1,0 +1,45 @@
+"""A GGUF file as a folder in Hugging Face layout: float16 weights, for tools that read nothing else."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from toolkit import names
+from toolkit.checkpoint.opened import Checkpoint, open_checkpoint
+from toolkit.checkpoint.weights import expected_tensors
+from toolkit.files import replacing
+
+_WEIGHTS = "model.safetensors"
+
+
+def dequantized_folder(path: Path, folder: Path) -> Checkpoint:
+    """The checkpoint of a folder that is written unless it is there: every tensor rounded to float16, the files beside
+    them as the toolkit rebuilds them from the metadata. One tensor is in memory at a time."""
+    if not (folder / _WEIGHTS).is_file():
+        checkpoint = open_checkpoint(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        for beside in checkpoint.folder.iterdir():
+            if beside.is_file():
+                shutil.copyfile(beside, folder / beside.name)
+        config = json.loads((folder / names.CONFIG_FILE).read_text(encoding="utf-8"))
+        (folder / names.CONFIG_FILE).write_text(json.dumps({**config, "torch_dtype": "float16"}), encoding="utf-8")
+        with replacing(folder / _WEIGHTS) as fresh:
+            _write_safetensors(checkpoint, fresh)
+    return open_checkpoint(folder)
+
+
+def _write_safetensors(checkpoint: Checkpoint, path: Path) -> None:
+    """The format of huggingface/safetensors: a header's length, the header, the tensors."""
+    header, end = dict[str, dict[str, object]](), 0
+    for name, shape in expected_tensors(checkpoint.config).items():
+        start, end = end, end + 2 * int(np.prod(shape))
+        header[name] = {"dtype": "F16", "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in header:
+            file.write(checkpoint.source.read(name).astype("<f2").tobytes())

@@ -1,0 +1,66 @@
+"""Rows of files as a Markdown table, with what each is made of and what is left out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from benchmarks.answering import Material
+from benchmarks.peers.rows import Row
+from toolkit.report.sections import Answered, Divergence
+
+_HEAD = (
+    *("file", "bits/weight", "KLD, weights alone", "as it runs", "99.9%", "top-1", "perplexity"),
+    *("right answers", "tokens", "prefill, decode tokens/s", "made in s", "peak RSS, MiB"),
+)
+
+
+def table(material: Material, rows: Sequence[Row], left_out: Mapping[str, str], own: Answered | None) -> str:
+    """Returns the table; `own` are the checkpoint's own answers."""
+    tokens, calibration = sum(map(len, material.sequences)), sum(map(len, material.calibration_sequences))
+    lines = [
+        f"{tokens} tokens; peers are calibrated on {calibration} others. The checkpoint itself: {_answered(own)}",
+        "",
+    ]
+    lines += [_line(_HEAD), _line(["---"] * len(_HEAD)), *(_line(_cells(row)) for row in rows), ""]
+    lines += [f"- {row.name}: {row.note}{_load(row)}" for row in rows]
+    lines += [f"- {name}: left out: {reason}" for name, reason in left_out.items()]
+    return "\n".join(lines)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _cells(row: Row) -> list[str]:
+    figures = row.as_it_runs or row.weights_alone
+    speeds = (row.prefill_tokens_per_s, row.decode_tokens_per_s)
+    return [
+        row.name,
+        f"{row.bits_per_weight:.2f}",
+        f"{row.weights_alone.mean_kld:.3g}",
+        _kld(row.as_it_runs),
+        f"{figures.p999_kld:.3g}",
+        f"{100 * figures.top1_agreement:.1f}%",
+        f"{figures.perplexity:.4g}",
+        _answered(row.answered),
+        "-" if row.answered is None else f"{row.answered.mean_answer_tokens:.0f}",
+        "-" if None in speeds else ", ".join(f"{speed:.1f}" for speed in speeds),
+        f"{row.wall_s:.0f}",
+        f"{row.peak_rss_bytes / 2**20:.0f}",
+    ]
+
+
+def _kld(figures: Divergence | None) -> str:
+    return "-" if figures is None else f"{figures.mean_kld:.3g}"
+
+
+def _answered(answers: Answered | None) -> str:
+    """The share of right answers, its standard error, and the share that the limit cut."""
+    if answers is None:
+        return "-"
+    error = "" if answers.accuracy_se is None else f" ± {100 * answers.accuracy_se:.1f}"
+    return f"{100 * answers.accuracy:.1f}%{error} ({100 * answers.truncated:.0f}% cut)"
+
+
+def _load(row: Row) -> str:
+    return "" if row.load is None or row.load < 1 else f"; begun at a load of {row.load:.1f}: its times say little"
