@@ -22,7 +22,7 @@ from toolkit.reference.beside import Forward, exact, hidden_beside, logits_besid
 from toolkit.reference.decoder import head_logits, reference_hidden, reference_logits
 
 SEQUENCES = [[5, 6, 7, 8, 9, 5, 5], [900, 3], [int(i) for i in np.random.default_rng(1).integers(0, 1024, 40)]]
-EFFORT = Effort(tokens=400, examples=3, max_new_tokens=6, speed=False, baseline=True)
+EFFORT = Effort(tokens=700, examples=3, max_new_tokens=6, speed=False, baseline=True)
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,8 @@ def test_a_validation_reads_each_weight_once_and_finds_what_it_always_found(
     for ids in subject.sequences:
         (expected,), (rounded,) = (reference_logits(config, s, [ids]) for s in (source, plain_rounding(source)))
         alone.add(expected, session.logits(ids), ids)
-        weights.add(expected, other.logits(ids), ids)
+        if weights.tokens < 512:
+            weights.add(expected, other.logits(ids), ids)
         plain.add(expected, rounded, ids)
     for section, comparison in (
         (report.parity, alone),
@@ -105,6 +106,7 @@ def test_a_validation_reads_each_weight_once_and_finds_what_it_always_found(
         figures = comparison.figures()
         for name in ("mean_kld", "median_kld", "p99_kld", "top1_agreement"):
             assert getattr(section, name) == pytest.approx(getattr(figures, name), rel=2e-3, abs=1e-7), name
+    assert report.parity.weights_alone.tokens == weights.tokens < report.parity.tokens
     assert report.parity.perplexity == pytest.approx(alone.figures().perplexity, rel=1e-5)
     prompt = subject.sequences[0][:24]
     (made,) = continuations(bundle, [prompt], 32, on_cpu=True)

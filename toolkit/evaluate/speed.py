@@ -6,6 +6,7 @@ import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from toolkit.apart import ChildFailed, answer, run_apart
 from toolkit.bundle.settings import Settings
@@ -15,9 +16,11 @@ from toolkit.machine import peak_rss_bytes, physical_cores
 from toolkit.report.sections import Speed, SpeedRun
 from toolkit.typed_json import Json, from_json, to_json
 
+_WARM_UP_TOKENS: Final = 8
+
 
 def measure_speed(bundle: Path, prompt_tokens: int, new_tokens: int, repeat: int, on_cpu: bool = False) -> Speed:
-    """report.json's `speed`: medians over `repeat` runs, after one that warms up and is not counted.
+    """report.json's `speed`: medians over `repeat` runs, after a short one that warms up and is not counted.
 
     Raises BundleError if prompt and continuation do not fit the bundle's context.
     """
@@ -32,7 +35,7 @@ def measure_speed(bundle: Path, prompt_tokens: int, new_tokens: int, repeat: int
         )
     prompt = [i % min(settings.vocab_size, 256) for i in range(prompt_tokens)]
     runs = []
-    for _ in range(repeat + 1):
+    for count in [min(new_tokens, _WARM_UP_TOKENS), *[new_tokens] * repeat]:
         with running():
             params = og.GeneratorParams(opened.model)
             params.set_search_options(do_sample=False, min_length=length, max_length=length)
@@ -42,10 +45,10 @@ def measure_speed(bundle: Path, prompt_tokens: int, new_tokens: int, repeat: int
             prefilled = time.perf_counter()
             generator.generate_next_token()
             first = time.perf_counter()
-            for _ in range(new_tokens - 1):
+            for _ in range(count - 1):
                 generator.generate_next_token()
         decode_s = time.perf_counter() - first
-        runs.append(SpeedRun(first - start, prompt_tokens / (prefilled - start), (new_tokens - 1) / decode_s))
+        runs.append(SpeedRun(first - start, prompt_tokens / (prefilled - start), (count - 1) / decode_s))
     counted = runs[1:]
     return Speed(
         runtime="onnxruntime-genai",

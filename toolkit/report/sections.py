@@ -197,13 +197,14 @@ class Divergence:
 
 @dataclass(frozen=True)
 class WeightsAlone:
-    """The divergence that is left where products take activations as they are."""
+    """The divergence that is left where products take activations as they are, over the first `tokens`."""
 
     mean_kld: float
     median_kld: float
     p99_kld: float
     p999_kld: float
     top1_agreement: float
+    tokens: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

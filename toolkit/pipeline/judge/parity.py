@@ -13,6 +13,7 @@ from toolkit.evaluate.rounded import PLAIN_BITS_PER_WEIGHT, PLAIN_NAME
 from toolkit.evaluate.session import continuations
 from toolkit.pipeline.judge.reference import Reference
 from toolkit.pipeline.judge.subject import GREEDY_PROMPT, Subject
+from toolkit.pipeline.judge.work import ALONE_TOKENS
 from toolkit.reference.decoder import Array
 from toolkit.report.sections import Baseline, Parity, WeightsAlone
 
@@ -93,9 +94,13 @@ def _baseline(comparison: Comparison) -> Baseline:
 
 
 def _weights_alone(subject: Subject, reference: Reference) -> WeightsAlone:
-    """The divergence that is left where products take their inputs as they are: what the weights themselves cost."""
+    """The divergence that is left where products take their inputs as they are: what the weights themselves cost, on
+    the first sequences of the text."""
     session, comparison = open_positions(subject.bundle, exact=True), Comparison()
     for ids, (expected, _) in zip(subject.sequences, reference.text(), strict=True):
+        if comparison.tokens >= ALONE_TOKENS:
+            break
         comparison.add(expected, session.logits(ids), ids)
     found = comparison.figures()
-    return WeightsAlone(found.mean_kld, found.median_kld, found.p99_kld, found.p999_kld, found.top1_agreement)
+    figures = (found.mean_kld, found.median_kld, found.p99_kld, found.p999_kld, found.top1_agreement)
+    return WeightsAlone(*figures, comparison.tokens)
