@@ -25,7 +25,7 @@ def test_side_by_side_is_one_by_one(exports: Exports, tiny_r1: Path) -> None:
     asked = asked_of(open_checkpoint(tiny_r1), task)
     assert len({len(ids) for ids in asked.ids}) > 5
     asked = replace(asked, rooms=(60,) * 20, new_tokens=60)
-    bundle = exports.bundle("cpu")
+    bundle = exports("cpu")
     made = graph_answers(bundle, asked)
     assert made == continuations(bundle, list(asked.ids), 60)
     assert 0 < judged(asked, made).figures().truncated < 1
