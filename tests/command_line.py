@@ -29,7 +29,8 @@ def called(*words: str) -> subprocess.CompletedProcess[str]:
         io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors=errors, write_through=True)
         for errors in ("strict", "backslashreplace")
     )
-    arguments, folder, handler = sys.argv, Path.cwd(), signal.getsignal(signal.SIGTERM)
+    arguments, folder = sys.argv, Path.cwd()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     code: object = 0
     sys.argv = ["toolkit", *words]
     os.chdir(ROOT)
@@ -41,6 +42,7 @@ def called(*words: str) -> subprocess.CompletedProcess[str]:
     finally:
         sys.argv = arguments
         os.chdir(folder)
-        signal.signal(signal.SIGTERM, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     texts = (stream.buffer.getvalue().decode() for stream in (out, err))
     return subprocess.CompletedProcess(list(words), code if isinstance(code, int) else int(code is not None), *texts)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import signal
 import sys
 import traceback
 from typing import NoReturn
@@ -19,6 +18,7 @@ import click
 from toolkit import __version__
 from toolkit.cli.convert import compile_, export, inspect, recipes
 from toolkit.cli.judge import bench, check, harness, validate, verify
+from toolkit.cli.stops import Stopped, end_at_once, heed_stops
 from toolkit.cli.talk import chat, generate
 from toolkit.errors import ToolkitError
 
@@ -48,10 +48,14 @@ def main() -> None:
     """Runs a command and leaves with its exit code; what goes wrong is one line on stderr, and JSON on stdout too if
     `--json` is asked for."""
     words = sys.argv[1:]
-    # An end that is asked for leaves through the finalizers, which remove what is temporary.
-    signal.signal(signal.SIGTERM, lambda *_: _leave(words, 143, "Terminated", _ended("ended by a signal", words)))
+    heed_stops()
     try:
         commands(standalone_mode=False)
+    except Stopped as stop:
+        # It leaves through the finalizers, which remove what is temporary.
+        end_at_once()
+        kind, how = ("Interrupted", "interrupted") if stop.is_interrupt else ("Terminated", "ended by a signal")
+        _leave(words, stop.code, kind, _ended(how, words))
     except (click.exceptions.Abort, KeyboardInterrupt):
         _leave(words, 130, "Interrupted", _ended("interrupted", words))
     except click.exceptions.Exit as stop:
