@@ -11,7 +11,7 @@ from toolkit.checkpoint.opened import open_checkpoint
 from toolkit.recipe import load_recipe
 
 # qnn as several files want it: small, and split.
-IN_TWO_PARTS = ("parts=2", "context_length=256", *EIGHT_BITS)
+IN_TWO_PARTS = ("parts=2", "context_length=256", "window=32", *EIGHT_BITS)
 
 
 class Exports:

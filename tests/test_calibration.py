@@ -378,7 +378,7 @@ def test_folds_save_every_target(target: str, tiny_r1: Path, tmp_path: Path) -> 
     """tiny-r1's salient channels, which rounding destroys (mean KLD .03 to .1), in each target's own form."""
     checkpoint = open_checkpoint(tiny_r1)
     text = tiny_r1 / "calibration.jsonl"
-    recipe = load_recipe(f"tiny-r1-{target}", [f"calibration={text}", "calibration_tokens=1024", "bits_per_weight=0"])
+    recipe = load_recipe(f"tiny-r1-{target}", [f"calibration={text}", "calibration_tokens=512", "bits_per_weight=0"])
     bundle = export_bundle(recipe, checkpoint, tmp_path / "bundle")
     report = json.loads((bundle / "report.json").read_text(encoding="utf-8"))
     assert len(report["quantization"]["calibration"]["folded"]) >= 2 * checkpoint.config.num_hidden_layers

@@ -403,15 +403,15 @@ def test_the_plan_counts_the_binaries(tiny_r1: Path, tmp_path: Path) -> None:
 
 @needs_compiler
 def test_validate_measures_in_the_simulator(compiled_copy: Path) -> None:
-    words = ["--no-tasks", "--no-speed", "--no-baseline", "--tokens", "140"]
-    done = run("validate", str(compiled_copy), *words, "--simulate-tokens", "139")
-    assert done.returncode == 0 and "beside the checkpoint on 139: mean KLD" in done.stdout, done.stderr
+    words = ["--no-tasks", "--no-speed", "--no-baseline", "--tokens", "80"]
+    done = run("validate", str(compiled_copy), *words, "--simulate-tokens", "79")
+    assert done.returncode == 0 and "beside the checkpoint on 79: mean KLD" in done.stdout, done.stderr
     report = _report(compiled_copy)
-    assert 0 < report["simulator"]["hidden_rms_error"] < 0.02 and report["simulator"]["tokens"] == 136
+    assert 0 < report["simulator"]["hidden_rms_error"] < 0.02 and report["simulator"]["tokens"] == 2 * 32 + 8
     assert report["ceiling"] and sum(row["compiled"] for row in report["partition"]) == 4
     absent = {entry["name"]: entry["reason"] for entry in report["not_measured"]}
     assert not absent.keys() & {"simulator", "partition.bin_bytes", "partition.nodes_on_ep"}
-    assert run("validate", str(compiled_copy), *words, "--no-simulate").returncode == 0
+    assert run("validate", str(compiled_copy), *words[:-1], "20", "--no-simulate").returncode == 0
     absent = {entry["name"]: entry["reason"] for entry in _report(compiled_copy)["not_measured"]}
     assert absent["simulator"] == "left out by --no-simulate"
 
@@ -420,7 +420,7 @@ def test_validate_measures_in_the_simulator(compiled_copy: Path) -> None:
 def test_the_simulator_computes_what_the_cpu_computes(uncompiled: Path, tiny_r1: Path) -> None:
     checkpoint = open_checkpoint(tiny_r1)
     # Text: random ids leave the ranges of uint16.
-    ids = token_sequences(checkpoint, tiny_r1 / "arithmetic.jsonl", 104, 104)[0]
+    ids = token_sequences(checkpoint, tiny_r1 / "arithmetic.jsonl", 72, 72)[0]
     (reference,) = reference_logits(checkpoint.config, checkpoint.source, [ids])
     found = simulate(uncompiled, ids, len(ids) - 4, reference)
     assert (found.ep, found.stage, found.parts) == ("QNNExecutionProvider", "transformer", 2)

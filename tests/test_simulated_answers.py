@@ -112,7 +112,7 @@ def test_answers_in_the_simulator_are_genais_own_there(small: Path, tiny_r1: Pat
     on_cpu = bundle_answers(small, asked, on_cpu=True)
     # Eight bits: the simulator and the CPU answer alike.
     assert answers.tokens.tolist() == on_cpu.tokens.tolist() and answers.right.tolist() == on_cpu.right.tolist()
-    (made,) = simulated_loop.simulated_continuations(small, [asked.ids[0]], 6)
+    (made,) = simulated_loop.simulated_continuations(small, [asked.ids[0]], 3)
     one = first_of(asked, 1)
-    (drafted,) = drafted_answers(one.ids, 6, one.stop_ids, lambda p, n: [[0] * n for _ in p], simulator_judge(small))
+    (drafted,) = drafted_answers(one.ids, 3, one.stop_ids, lambda p, n: [[0] * n for _ in p], simulator_judge(small))
     assert made == drafted

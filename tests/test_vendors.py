@@ -74,7 +74,12 @@ def test_a_provider_without_software_here_is_named(tmp_path: Path) -> None:
 
 
 def test_check_runs_the_stages_on_request(exports: Exports, target: str) -> None:
-    done = called("check", str(exports(target, ("quality=fast", "bits_per_weight=0"))), "--run", "--json")
+    done = called(
+        "check",
+        str(exports(target, ("quality=fast", "bits_per_weight=0", "context_length=256", "window=32"))),
+        "--run",
+        "--json",
+    )
     found = json.loads(done.stdout)
     assert done.returncode == 0 and found["passed"] and len(found["runs"]) == 2
     assert [stage["nodes_legal"] == stage["nodes"] for stage in found["stages"]] == [True] * 4

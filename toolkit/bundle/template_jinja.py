@@ -12,28 +12,23 @@ from typing import Any, Final
 
 import jinja2
 from jinja2 import nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
+from jinja2.ext import loopcontrols
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from toolkit.bundle.template_generation import GenerationTag
 
 Message = Mapping[str, Any]
 _MAX_PRODUCT: Final = 1 << 24
 _MAX_EXPONENT: Final = 64
 
 
-class _Generation(Extension):
-    """`{% generation %}`, which marks for training what a model says, puts out its body."""
+class _CalledGeneration(GenerationTag):
+    """The same with its body as a block that is called, so that variables in it are its own."""
 
-    def __init__(self, environment: jinja2.Environment) -> None:
-        super().__init__(environment)
-        self.tags = {"generation"}
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        """The body as a block that is called, so that variables in it are its own."""
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("_said"), [], [], body).set_lineno(line)
+    def scoped(self, body: list[nodes.Node]) -> nodes.Node:
+        """Returns the body as a block that is called."""
+        return nodes.CallBlock(self.call_method("_said"), [], [], body)
 
     def _said(self, caller: Callable[[], str]) -> str:
         return caller()
@@ -56,7 +51,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 def compile_template(source: str) -> jinja2.Template:
     """Compiles a template in the environment that transformers renders it in. Raises jinja2.TemplateError for a text
     that is no template."""
-    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_CalledGeneration, loopcontrols])
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)

@@ -12,11 +12,11 @@ from typing import Final
 
 import jinja2
 from jinja2 import nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
+from jinja2.ext import loopcontrols
 
 from toolkit.bundle.template_calls import EngineExpressions
 from toolkit.bundle.template_expressions import MAX_CHARACTERS, Node, quoted
+from toolkit.bundle.template_generation import GenerationTag
 from toolkit.bundle.template_names import Names, Scope
 from toolkit.errors import UnsupportedError
 
@@ -30,20 +30,6 @@ class Rewritten:
 
     text: str
     changes: tuple[str, ...]
-
-
-class _Generation(Extension):
-    """`{% generation %}` marks what a model says, for training; here its body has only a scope of its own."""
-
-    def __init__(self, environment: jinja2.Environment) -> None:
-        super().__init__(environment)
-        self.tags = {"generation"}
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        """The marked statements as a scope."""
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.Scope(body).set_lineno(line)
 
 
 def rewrite(source: str, special_tokens: Mapping[str, str | Sequence[str]], exact: bool = False) -> Rewritten:
@@ -81,7 +67,7 @@ def rewrite(source: str, special_tokens: Mapping[str, str | Sequence[str]], exac
 
 def _parsed(source: str, blocks: bool) -> nodes.Template:
     environment = jinja2.Environment(
-        trim_blocks=blocks, lstrip_blocks=blocks, extensions=[_Generation, loopcontrols], autoescape=False
+        trim_blocks=blocks, lstrip_blocks=blocks, extensions=[GenerationTag, loopcontrols], autoescape=False
     )
     return environment.parse(source)
 
