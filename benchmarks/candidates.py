@@ -34,11 +34,11 @@ def rule(block_size: int, algorithm: str = "auto", symmetric: bool = False) -> d
     return {"match": "*", "algorithm": algorithm, "block_size": block_size, "symmetric": symmetric}
 
 
-def own_row(candidate: Candidate, bench: Bench, calibration: Path, work: Path) -> Row:
+def own_row(candidate: Candidate, bench: Bench, calibration_text: Path, work: Path) -> Row:
     """Exports the candidate in a process of its own and measures the bundle. Raises ToolkitError if that fails."""
     load = machine_load()
     out = work / candidate.name.replace(" ", "-").replace(",", "")
-    report = _exported(candidate, bench, calibration, out)
+    report = _exported(candidate, bench, calibration_text, out)
     exact, running, sequences = open_positions(out, exact=True), open_positions(out), bench.material.sequences
     calibrated = report["quantization"].get("calibration", {})
     folds, fallen = len(calibrated.get("folded", [])), len(calibrated.get("fallbacks", []))
@@ -60,14 +60,14 @@ def own_row(candidate: Candidate, bench: Bench, calibration: Path, work: Path) -
     return row
 
 
-def _exported(candidate: Candidate, bench: Bench, calibration: Path, out: Path) -> dict[str, Any]:
+def _exported(candidate: Candidate, bench: Bench, calibration_text: Path, out: Path) -> dict[str, Any]:
     """The report of the candidate's export."""
     checkpoint, recipe = bench.checkpoint, out.with_suffix(".yaml")
     asked = {
         "name": "quality-cpu",
         "model": str(checkpoint.folder),
         "target": "cpu",
-        "calibration": str(calibration.resolve()),
+        "calibration": str(calibration_text.resolve()),
         "context_length": min(1024, checkpoint.config.max_position_embeddings),
         "validate": {},
         **candidate.changes,

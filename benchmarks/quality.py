@@ -58,7 +58,7 @@ def main() -> int:
     work.mkdir(parents=True, exist_ok=True)
     try:
         checkpoint = open_checkpoint(asked.checkpoint)
-        material, calibration = _material(checkpoint, asked, work)
+        material, calibration_text = _material(checkpoint, asked, work)
     except ToolkitError as problem:
         print(f"error: {problem}", file=sys.stderr)
         return 2
@@ -70,7 +70,7 @@ def main() -> int:
                 continue
             progress(candidate.name)
             try:
-                rows.append(own_row(candidate, bench, calibration, work))
+                rows.append(own_row(candidate, bench, calibration_text, work))
             except ToolkitError as problem:
                 left_out[candidate.name] = str(problem)
         if asked.peers:
@@ -110,13 +110,13 @@ def _numbers(text: str) -> list[float]:
 def _material(checkpoint: Checkpoint, asked: argparse.Namespace, work: Path) -> tuple[Material, Path]:
     """What is measured on, and the calibration text: the same for the toolkit and its peers."""
     config, source = checkpoint.config, checkpoint.source
-    calibration = asked.calibration
-    if calibration is None:
+    calibration_text = asked.calibration
+    if calibration_text is None:
         tokenizer = Tokenizer.from_file(str(checkpoint.folder / "tokenizer.json"))
-        calibration = work / "calibration.jsonl"
+        calibration_text = work / "calibration.jsonl"
         texts = [tokenizer.decode(ids) for ids in sampled_sequences(config, source, asked.tokens, asked.seed + 1)]
         lines = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
-        calibration.write_text("".join(lines), encoding="utf-8")
+        calibration_text.write_text("".join(lines), encoding="utf-8")
     if asked.text:
         sequences = token_sequences(checkpoint, asked.text, asked.tokens, shortest=160)
     else:
@@ -126,7 +126,8 @@ def _material(checkpoint: Checkpoint, asked: argparse.Namespace, work: Path) -> 
         task = fresh_questions(ROOT / "models" / "tiny-r1" / "generate.py", asked.questions, asked.seed)
     elif asked.task:
         task = read_task(asked.task)
-    return Material(sequences, token_sequences(checkpoint, calibration, asked.tokens, LONGEST), task), calibration
+    others = token_sequences(checkpoint, calibration_text, asked.tokens, LONGEST)
+    return Material(sequences, others, task), calibration_text
 
 
 if __name__ == "__main__":

@@ -110,14 +110,14 @@ class Table:
         text, other = self._texts()
         material, left_out = self._material(text), dict[str, str]()
         bench = Bench(self.checkpoint, material, self.folder, speeds=True)
-        calibration = find_text("calibration", "cpu", "cpu", self.checkpoint)
+        calibration_text = find_text("calibration", "cpu", "cpu", self.checkpoint)
         with progress_line(None) as progress:
             for candidate in candidates(self.checkpoint.config.hidden_size, other):
                 if self.has(candidate.name) or not any(word in candidate.name for word in words):
                     continue
                 progress(f"{self.name}: {candidate.name}")
                 try:
-                    self.rows.append(own_row(candidate, bench, calibration, self.folder))
+                    self.rows.append(own_row(candidate, bench, calibration_text, self.folder))
                     self.keep()
                 except ToolkitError as problem:
                     left_out[candidate.name] = str(problem)
@@ -147,8 +147,8 @@ class Table:
 
     def _material(self, text: Path) -> Material:
         sequences = token_sequences(self.checkpoint, text, _JUDGED_TOKENS, shortest=160)
-        calibration = find_text("calibration", "cpu", "cpu", self.checkpoint)
-        others = token_sequences(self.checkpoint, calibration, _IMATRIX_TOKENS, LONGEST)
+        calibration_text = find_text("calibration", "cpu", "cpu", self.checkpoint)
+        others = token_sequences(self.checkpoint, calibration_text, _IMATRIX_TOKENS, LONGEST)
         return Material(sequences, others, self._task())
 
     def _task(self) -> Task | None:

@@ -16,11 +16,8 @@ _HEAD = (
 
 def table(material: Material, rows: Sequence[Row], left_out: Mapping[str, str], own: Answered | None) -> str:
     """Returns the table; `own` are the checkpoint's own answers."""
-    tokens, calibration = sum(map(len, material.sequences)), sum(map(len, material.calibration_sequences))
-    lines = [
-        f"{tokens} tokens; peers are calibrated on {calibration} others. The checkpoint itself: {_answered(own)}",
-        "",
-    ]
+    tokens, others = sum(map(len, material.sequences)), sum(map(len, material.calibration_sequences))
+    lines = [f"{tokens} tokens; peers are calibrated on {others} others. The checkpoint itself: {_answered(own)}", ""]
     lines += [_line(_HEAD), _line(["---"] * len(_HEAD)), *(_line(_cells(row)) for row in rows), ""]
     lines += [f"- {row.name}: {row.note}{_load(row)}" for row in rows]
     lines += [f"- {name}: left out: {reason}" for name, reason in left_out.items()]

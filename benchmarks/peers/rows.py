@@ -145,15 +145,15 @@ def _llama_cpp(bench: Bench, wanted: Sequence[str], folder: Path, work: Path) ->
     tools = llama_cpp(folder)
     source, imatrix, checkpoint = work / "checkpoint.gguf", work / "imatrix.dat", bench.checkpoint
     write_gguf(checkpoint, source)
-    calibration, begin = bench.material.calibration_sequences, time.perf_counter()
-    if calibration and any(kind.imatrix for kind in kinds.values()):
-        moments = second_moments(checkpoint.config, checkpoint.source, calibration)
-        write_imatrix(imatrix, moments, len(calibration))
-    calibrated = f"; imatrix of {sum(map(len, calibration))} tokens, {time.perf_counter() - begin:.0f} s more in numpy"
+    sequences, begin = bench.material.calibration_sequences, time.perf_counter()
+    if sequences and any(kind.imatrix for kind in kinds.values()):
+        moments = second_moments(checkpoint.config, checkpoint.source, sequences)
+        write_imatrix(imatrix, moments, len(sequences))
+    calibrated = f"; imatrix of {sum(map(len, sequences))} tokens, {time.perf_counter() - begin:.0f} s more in numpy"
 
     def make(name: str) -> Row:
         kind = kinds[name]
-        if kind.imatrix and not calibration:
+        if kind.imatrix and not sequences:
             raise PeerError("an importance matrix needs calibration text: name one with --calibration")
         out = work / f"{name.removeprefix('llama.cpp ')}.gguf"
         cost = quantize(tools, source, kind, imatrix if kind.imatrix else None, out)
