@@ -10,6 +10,7 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from toolkit.bundle.reasoning import Marker, reasoning
+from toolkit.bundle.tokenizer_rewrite import _alternatives, with_known_splits
 from toolkit.checkpoint.opened import Checkpoint, open_checkpoint
 from toolkit.checkpoint.side_files import Sampling
 from toolkit.errors import CheckpointError, MachineError, UnsupportedError
@@ -38,6 +39,50 @@ def tokenizer(folder: Path, regex: str = WORDS, normalizer: normalizers.Normaliz
     made.add_special_tokens([AddedToken("<|left|>", lstrip=True, normalized=False)])
     made.save(str(folder / "tokenizer.json"))
     return folder / "tokenizer.json"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("model_max_length", "8192"), ("legacy", "yes"), ("clean_up_tokenization_spaces", "no")]
+)
+def test_a_setting_that_genai_stumbles_over_is_left_out(tmp_path: Path, key: str, value: object) -> None:
+    made = checked_tokenizer(tokenizer(tmp_path), {**KNOWN, key: value})
+    assert made.config == KNOWN or key not in made.config or made.changes == ()
+    assert made.differs == ("added token <|left|>",)
+
+
+CL100K = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+)
+
+
+def test_splits_that_genai_does_not_know_are_written_in_those_that_it_does(tmp_path: Path) -> None:
+    """OLMo 2's, and others' that are tiktoken's cl100k_base."""
+    path = tokenizer(tmp_path, CL100K)
+    made = checked_tokenizer(path, KNOWN)
+    assert made.splits and made.differs == ("added token <|left|>",) and made.config == KNOWN
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    written, _ = with_known_splits(raw)
+    right, other = Tokenizer.from_file(str(path)), Tokenizer.from_str(json.dumps(written))
+    assert written != raw
+    awkward = [
+        "I'LL we'd 'tis ''s",
+        "a\r\n\r\n b \n\t\nc  ",
+        "1234567 ½ Ⅷ ٣٤٥",
+        "!!?\n\n'",
+        "_x__y-\n z",
+        "\u3000字 é\u0301 ",
+    ]
+    for text in [*awkward, *TEXT, "".join(awkward) * 3]:
+        assert right.encode(text).ids == other.encode(text).ids, text
+
+
+def test_an_expression_is_taken_apart_at_its_own_bars_alone() -> None:
+    assert _alternatives(r"a|(b|c)|[|(]|\||d(e[)|]|f)") == ["a", "(b|c)", "[|(]", r"\|", "d(e[)|]|f)"]
+
+
+@pytest.mark.parametrize("given", [None, [], "x", {"type": "Sequence"}, {"type": "Sequence", "pretokenizers": [1]}])
+def test_a_tokenizer_without_splits_stays(given: object) -> None:
+    assert with_known_splits({"pre_tokenizer": given}) == ({"pre_tokenizer": given}, ())
 
 
 def test_settings_that_are_right_stay(tmp_path: Path) -> None:
@@ -140,6 +185,36 @@ def test_a_template_in_a_file_of_its_own_goes_where_every_release_reads_it(tiny_
     write_tokenizer(planned, checkpoint, (), tmp_path / "bundle")
     original = (tmp_path / "bundle" / "chat_template.original.jinja").read_text(encoding="utf-8")
     assert original == planned.template
+
+
+@pytest.mark.parametrize("named", ["eos_token", "bos_token"])
+def test_tokens_that_special_tokens_map_names_reach_the_template(tiny_r1: Path, tmp_path: Path, named: str) -> None:
+    """onnxruntime-genai does not read that file; null in tokenizer_config.json is as if it said nothing."""
+    checkpoint = folder_of(tiny_r1, tmp_path)
+    given = json.loads((tmp_path / "tokenizer_config.json").read_text(encoding="utf-8"))
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({named: {"content": given[named]}}), encoding="utf-8")
+    assert plan_tokenizer(checkpoint).config is None  # it says what both say
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**given, named: None}), encoding="utf-8")
+    planned = plan_tokenizer(open_checkpoint(tmp_path))
+    assert planned.config is not None and planned.config[named] == given[named]
+    assert f"{named} is that of special_tokens_map.json" in planned.changed[0].why
+
+
+def test_tokens_of_other_files_are_written_into_tokenizer_json(tiny_r1: Path, tmp_path: Path) -> None:
+    folder_of(tiny_r1, tmp_path)
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|im_end|>": 770}), encoding="utf-8")
+    checkpoint = open_checkpoint(tmp_path)
+    planned = plan_tokenizer(checkpoint)
+    assert planned.words is not None and planned.words.encoded_otherwise == () and "tokenizer.json" in planned.copied
+    (tmp_path / "bundle").mkdir()
+    assert len(set(names := write_tokenizer(planned, checkpoint, (), tmp_path / "bundle"))) == len(names)
+    made = Tokenizer.from_file(str(tmp_path / "bundle" / "tokenizer.json"))
+    assert made.encode("a<|im_end|>").ids[-1] == 770
+    assert planned.changed[0].name == "tokenizer.json" and "<|im_end|>" in planned.changed[0].why[0]
+
+
+def test_what_stands_behind_an_answer_is_known(tiny_r1: Path, tmp_path: Path) -> None:
+    assert plan_tokenizer(folder_of(tiny_r1, tmp_path)).after_answer == "<｜end▁of▁sentence｜>"
 
 
 def test_a_sentencepiece_model_alone_is_refused_with_a_way_out(tiny_r1: Path, tmp_path: Path) -> None:

@@ -78,14 +78,14 @@ def test_ways_to_write_that_have_no_setting_are_said(folder: Path, tiny_r1: Path
 
 
 def test_tokens_that_another_file_lists_are_tokens(folder: Path) -> None:
-    """As transformers adds them: those that tokenizer.json lacks, at ids that nothing else has."""
-    _set(folder / "added_tokens.json", **{"<|im_end|>": 1000, "<think>": 5, "<|other|>": 5})
-    listed = {"1001": {"content": "<|eot_id|>", "special": True}}
+    """As transformers adds them: those that tokenizer.json lacks, at the ids that come next."""
+    _set(folder / "added_tokens.json", **{"<|im_end|>": 770, "<think>": 5, "<|other|>": 5, "<|apart|>": 900})
+    listed = {"771": {"content": "<|eot_id|>", "special": True}}
     _set(folder / "tokenizer_config.json", added_tokens_decoder=listed, eos_token="<|im_end|>")
     side = read_side_files(folder, VOCAB_SIZE)
-    assert side.vocabulary is not None and side.vocabulary.elsewhere == {"<|im_end|>": 1000, "<|eot_id|>": 1001}
-    assert side.vocabulary.id_of("<think>") != 5 and {1000, 1001} <= side.vocabulary.ids
-    assert 1000 in [token.id for token in stop_tokens(side, (), VOCAB_SIZE)]
+    assert side.vocabulary is not None and side.vocabulary.elsewhere == {"<|im_end|>": 770, "<|eot_id|>": 771}
+    assert side.vocabulary.id_of("<think>") != 5 and {770, 771} <= side.vocabulary.ids
+    assert 770 in [token.id for token in stop_tokens(side, (), VOCAB_SIZE)]
 
 
 def test_an_end_of_text_that_is_no_token_is_said(folder: Path, tiny_r1: Path) -> None:
@@ -263,6 +263,21 @@ def test_an_end_of_message_does_not_end_an_answer() -> None:
     added = {"<|end|>": 5, "<|return|>": 6}
     side = SideFiles(vocabulary=Vocabulary(added, {}, frozenset(added.values())), templates=("<|end|><|return|>",))
     assert [token.id for token in stop_tokens(side, (), VOCAB_SIZE)] == [6]
+
+
+@pytest.mark.parametrize(
+    ("written", "ids"),
+    [
+        ("<|im_end|>\n", [3, 8]),
+        ("\n<|end|>", [3, 10]),
+        (f"{EOS}<|User|>", [3, 7]),
+        ("", [3]),
+        ("\n<|unheard of|>", [3]),
+    ],
+)
+def test_what_a_template_writes_behind_an_answer_ends_it(written: str, ids: list[int]) -> None:
+    """However the template spells it: as text, joined from parts, or by a variable."""
+    assert [token.id for token in stop_tokens(_side((3,)), (), VOCAB_SIZE, written)] == ids
 
 
 def test_no_end_at_all_is_refused() -> None:

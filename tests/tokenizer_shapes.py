@@ -230,16 +230,9 @@ SHAPES: Final = (
         tokenizer_class="GPTNeoXTokenizer",
     ),
     Shape("Phi-1, Phi-2, CodeGen", byte_level(_gpt2(), added=_SPACES), tokenizer_class="CodeGenTokenizer"),
-    Shape(
-        "StarCoder, StarCoder2, Granite 3", byte_level(_gpt2(_DIGITS)), ("markers",), tokenizer_class="GPT2Tokenizer"
-    ),
-    Shape(
-        "SmolLM, SmolLM2",
-        byte_level(_gpt2(_DIGITS), added=[_token("<file_sep>")]),
-        ("markers",),
-        tokenizer_class="GPT2Tokenizer",
-    ),
-    Shape("Command R", byte_level(_gpt2(_DIGITS), _NFC), ("markers", APART), tokenizer_class="CohereTokenizer"),
+    Shape("StarCoder, StarCoder2, Granite 3", byte_level(_gpt2(_DIGITS)), tokenizer_class="GPT2Tokenizer"),
+    Shape("SmolLM, SmolLM2", byte_level(_gpt2(_DIGITS), added=[_token("<file_sep>")]), tokenizer_class="GPT2Tokenizer"),
+    Shape("Command R", byte_level(_gpt2(_DIGITS), _NFC), (APART,), tokenizer_class="CohereTokenizer"),
     Shape(
         "RoBERTa, BART",
         byte_level(_gpt2(), added=[_token("<mask>", lstrip=True)]),
@@ -287,7 +280,7 @@ SHAPES: Final = (
     Shape("Mistral Nemo, Small 3, Magistral, Ministral: tekken", byte_level(_splits(TEKKEN), ignore_merges=True)),
     Shape("tekken without ignore_merges, Nemotron", byte_level(_splits(TEKKEN))),
     Shape("gpt-oss, GPT-4o", byte_level(_splits(O200K))),
-    Shape("OLMo 2, StableLM 2, Dolma: cl100k", byte_level(_splits(CL100K)), REFUSED, tokenizer_class="GPT2Tokenizer"),
+    Shape("OLMo 2, StableLM 2, Dolma: cl100k", byte_level(_splits(CL100K)), tokenizer_class="GPT2Tokenizer"),
     Shape("EXAONE", byte_level(_splits(EXAONE)), REFUSED),
     Shape("BLOOM", byte_level(_splits(BLOOM)), REFUSED, tokenizer_class="BloomTokenizerFast"),
     Shape(

@@ -72,8 +72,8 @@ def special_tokens(folder: Path) -> dict[str, str]:
     ones, and those that tokenizer_config.json names by itself under `extra_special_tokens`."""
     given = _special_settings(folder)
     named = given.get("extra_special_tokens")
-    texts = {name: _text(given.get(name)) for name in SPECIAL_TOKENS}
-    texts |= {name: _text(token) for name, token in named.items()} if isinstance(named, dict) else {}
+    texts = {name: token_text(given.get(name)) for name in SPECIAL_TOKENS}
+    texts |= {name: token_text(token) for name, token in named.items()} if isinstance(named, dict) else {}
     return {name: text for name, text in texts.items() if text}
 
 
@@ -81,7 +81,7 @@ def additional_special_tokens(folder: Path) -> tuple[str, ...]:
     """The special tokens without a name of their own, which transformers passes to a template as one list."""
     given = _special_settings(folder)
     listed = given.get("additional_special_tokens") or given.get("extra_special_tokens")
-    texts = (_text(token) for token in listed) if isinstance(listed, list) else ()
+    texts = (token_text(token) for token in listed) if isinstance(listed, list) else ()
     return tuple(text for text in texts if text)
 
 
@@ -101,7 +101,7 @@ def tokenizer_config(folder: Path) -> Mapping[str, Any]:
     return read_json(path, _MAX_BYTES, CheckpointError, "a checkpoint has one") if path.is_file() else {}
 
 
-def _text(token: object) -> str | None:
+def token_text(token: object) -> str | None:
     """The text of a special token, which stands as it is or in an object."""
     content = token.get("content") if isinstance(token, dict) else token
     return content if isinstance(content, str) else None

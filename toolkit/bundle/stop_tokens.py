@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from toolkit.checkpoint.side_files import GENERATION_FILE, SideFiles
+from toolkit.checkpoint.side_files import GENERATION_FILE, SideFiles, Vocabulary
 from toolkit.errors import CheckpointError
 from toolkit.names import CONFIG_FILE
 
@@ -38,11 +38,13 @@ class StopToken:
     sources: tuple[str, ...]
 
 
-def stop_tokens(side: SideFiles, config_ids: tuple[int, ...], vocab_size: int) -> list[StopToken]:
+def stop_tokens(
+    side: SideFiles, config_ids: tuple[int, ...], vocab_size: int, after_answer: str = ""
+) -> list[StopToken]:
     """Every id that ends an answer, those of generation_config.json first.
 
-    `config_ids` are config.json's. Raises CheckpointError if no file
-    names any, or if one names an id without a row in the embedding.
+    `config_ids` are config.json's, `after_answer` is what the chat template writes behind an answer. Raises
+    CheckpointError if no file names any, or if one names an id without a row in the embedding.
     """
     found: dict[int, list[str]] = {}
 
@@ -69,6 +71,8 @@ def stop_tokens(side: SideFiles, config_ids: tuple[int, ...], vocab_size: int) -
             message_end = _ENDS_MESSAGES.get(text) in vocabulary.added
             if any(text in template for template in side.templates) and text in vocabulary.added and not message_end:
                 name(vocabulary.added[text], "the chat template")
+        if (behind := _first_token(after_answer, vocabulary)) is not None:
+            name(behind, "the chat template")
     if not found:
         raise CheckpointError(
             "no file of the checkpoint says where an answer ends: set eos_token_id in generation_config.json, or "
@@ -76,3 +80,9 @@ def stop_tokens(side: SideFiles, config_ids: tuple[int, ...], vocab_size: int) -
         )
     texts = {} if vocabulary is None else {k: v for v, k in {**vocabulary.tokens, **vocabulary.added}.items()}
     return [StopToken(token_id, texts.get(token_id, ""), tuple(sources)) for token_id, sources in found.items()]
+
+
+def _first_token(text: str, vocabulary: Vocabulary) -> int | None:
+    """The id of the added token that a text begins with, white space aside; None where it begins with none."""
+    found = [token for token in vocabulary.added if token.strip() and text.lstrip().startswith(token)]
+    return vocabulary.added[max(found, key=len)] if found else None

@@ -70,12 +70,13 @@ def _after(said: Message, *more: Message) -> tuple[Message, ...]:
     return (*_ONE, said, _user("And 3 + 3?"), *more)
 
 
+FINISHED: Final = Probe("two turns, finished", (*_ONE, _assistant("It is 4.")), add_generation_prompt=False)
 PROBES: Final = (
     Probe("one turn", _ONE),
     Probe("one turn, no generation prompt", _ONE, add_generation_prompt=False),
     Probe("system prompt", (_SYSTEM, *_ONE)),
     Probe("two turns", _after(_assistant("It is 4."))),
-    Probe("two turns, finished", (*_ONE, _assistant("It is 4.")), add_generation_prompt=False),
+    FINISHED,
     Probe("three turns", (_SYSTEM, *_after(_assistant("It is 4."), _assistant(" 6 "), _user("Sure?\n")))),
     Probe("an earlier thought", _after(_assistant(_THOUGHT))),
     Probe("a finished thought", (*_ONE, _assistant(_THOUGHT)), add_generation_prompt=False),

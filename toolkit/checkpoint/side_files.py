@@ -195,12 +195,11 @@ def _tokens_elsewhere(folder: Path, config: Mapping[str, Any]) -> dict[str, int]
 
 
 def _with_tokens_elsewhere(vocabulary: Vocabulary, listed: Mapping[str, int]) -> Vocabulary:
-    """The vocabulary with the listed tokens that it lacks, as transformers adds them, if nothing else has their ids."""
-    more = {
-        text: number
-        for text, number in listed.items()
-        if vocabulary.id_of(text) is None and number not in vocabulary.ids
-    }
+    """The vocabulary with the listed tokens that it lacks, as transformers adds them: those whose ids come next."""
+    more: dict[str, int] = {}
+    for text, number in sorted(listed.items(), key=lambda entry: entry[1]):
+        if vocabulary.id_of(text) is None and number == max(vocabulary.ids) + len(more) + 1:
+            more[text] = number
     if not more:
         return vocabulary
     return Vocabulary({**vocabulary.added, **more}, vocabulary.tokens, vocabulary.ids | set(more.values()), more)

@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from toolkit import names
 from toolkit.apart import ChildFailed, answer, run_apart
+from toolkit.bundle.tokenizer_rewrite import with_known_splits, with_tokens
 from toolkit.checkpoint.side_files import TOKENIZER_CONFIG_FILE
 from toolkit.errors import MachineError, UnsupportedError
 from toolkit.evaluate.renders import NOT_TRIED, STUB_SETTINGS, open_tokenizer
@@ -24,6 +25,8 @@ from toolkit.files import write_json
 _SECONDS: Final = 300
 # Classes that onnxruntime-genai knows, for a tokenizer.json of a class that it does not.
 _KNOWN_CLASSES: Final = ("PreTrainedTokenizerFast", "LlamaTokenizerFast", "GemmaTokenizerFast")
+# What settings have to say, beside special tokens.
+_PLAIN_SETTINGS: Final = ("tokenizer_class", "add_bos_token", "add_eos_token", "add_prefix_space")
 _TEXTS: Final = {
     "words": "Hello world, this is a sentence.",
     "contractions": "It's what we'll do, don't you think? I'LL go.",
@@ -50,21 +53,27 @@ _MOST_DIFFERENT: Final = 4
 @dataclass(frozen=True)
 class CheckedTokenizer:
     """tokenizer_config.json as onnxruntime-genai gets it, without a chat template. `changes` say what is otherwise in
-    it than in the original, `differs` names the kinds of text that are encoded otherwise even so."""
+    it than in the original, `differs` names the kinds of text that are encoded otherwise even so, `splits` what is
+    written otherwise in tokenizer.json, whose splits are then those of `with_known_splits`."""
 
     config: Mapping[str, Any]
     changes: tuple[str, ...]
     differs: tuple[str, ...]
+    splits: tuple[str, ...] = ()
 
 
-def checked_tokenizer(tokenizer_file: Path, config: Mapping[str, Any]) -> CheckedTokenizer:
+def checked_tokenizer(
+    tokenizer_file: Path, config: Mapping[str, Any], added: Mapping[str, int] | None = None
+) -> CheckedTokenizer:
     """The settings, changed where onnxruntime-genai would not read them or encode texts otherwise than `tokenizers`.
+    `added` are tokens, with their ids, that tokenizer.json lacks.
 
     Raises UnsupportedError where no settings make it open the tokenizer, or most texts are encoded otherwise.
     """
     stat = tokenizer_file.stat()
     try:
-        made = _checked_apart(str(tokenizer_file.resolve()), (stat.st_size, stat.st_mtime_ns), json.dumps(dict(config)))
+        job = json.dumps({"config": dict(config), "added": dict(added or {})})
+        made = _checked_apart(str(tokenizer_file.resolve()), (stat.st_size, stat.st_mtime_ns), job)
     except ChildFailed as failure:
         raise UnsupportedError(f"onnxruntime-genai cannot use {tokenizer_file}: {failure.reason}") from None
     if made["problem"]:
@@ -76,36 +85,55 @@ def checked_tokenizer(tokenizer_file: Path, config: Mapping[str, Any]) -> Checke
             f"onnxruntime-genai encodes {', '.join(everyday)} otherwise than {tokenizer_file} says: it does not know "
             "this kind of tokenizer"
         )
-    return CheckedTokenizer(made["config"], tuple(made["changes"]), differs)
+    return CheckedTokenizer(made["config"], tuple(made["changes"]), differs, tuple(made["splits"]))
 
 
 @lru_cache(maxsize=32)  # bundles made in one process are mostly of one checkpoint
-def _checked_apart(tokenizer_file: str, version: tuple[int, int], config: str) -> Any:
+def _checked_apart(tokenizer_file: str, version: tuple[int, int], job: str) -> Any:
     """What the child answers; `version` tells files of one name apart."""
-    job = {"tokenizer": tokenizer_file, "config": json.loads(config)}
-    return run_apart("toolkit.evaluate.encodes", job, timeout_s=_SECONDS)
+    return run_apart("toolkit.evaluate.encodes", {"tokenizer": tokenizer_file, **json.loads(job)}, timeout_s=_SECONDS)
 
 
 def _checked(job: Mapping[str, Any]) -> object:
-    """In the child: the settings that come nearest, the given ones before others that are as near."""
-    path, given = Path(job["tokenizer"]), job["config"]
-    texts, wanted = _probes(path)
-    problem, found = "", []
-    for changes, config in _candidates(given):
-        try:
-            encoded = _encoded(path, config, texts)
-        except MachineError as lacking:
-            return {"problem": "", "config": given, "changes": [], "differs": [f"{NOT_TRIED}{lacking}"]}
-        except Exception as failure:  # whatever the runtime throws
-            problem = problem or " ".join(str(failure).split())[:200]
-            continue
-        found.append(([name for name, ids in wanted.items() if encoded[name] != ids], changes, config))
-        if not found[-1][0]:
-            break
+    """In the child: the settings that come nearest, and the splits; the given ones before others that are as near."""
+    with tempfile.TemporaryDirectory() as folder:
+        written = _ways_to_write(Path(job["tokenizer"]), job.get("added", {}), Path(folder))
+        texts, wanted = _probes(written[0][0])
+        problem, found = "", []
+        for path, splits in written:
+            if splits and _by_tokenizers(path, texts) != wanted:
+                continue
+            for changes, config in _candidates(job["config"]):
+                try:
+                    encoded = _encoded(path, config, texts)
+                except MachineError as lacking:
+                    not_tried = [f"{NOT_TRIED}{lacking}"]
+                    return {"problem": "", "config": job["config"], "changes": [], "differs": not_tried, "splits": []}
+                except Exception as failure:  # whatever the runtime throws
+                    problem = problem or " ".join(str(failure).split())[:200]
+                    continue
+                differs = [name for name, ids in wanted.items() if encoded[name] != ids]
+                found.append({"config": config, "changes": changes, "differs": differs, "splits": splits})
+                if not differs:
+                    return {"problem": "", **found[-1]}
     if not found:
-        return {"problem": problem or "it does not open", "config": {}, "changes": [], "differs": []}
-    differs, changes, config = min(found, key=lambda entry: len(entry[0]))
-    return {"problem": "", "config": config, "changes": changes, "differs": differs}
+        nothing: dict[str, object] = {"config": {}, "changes": [], "differs": [], "splits": []}
+        return {"problem": problem or "it does not open", **nothing}
+    return {"problem": "", **min(found, key=lambda entry: len(entry["differs"]))}
+
+
+def _ways_to_write(path: Path, added: Mapping[str, int], folder: Path) -> list[tuple[Path, tuple[str, ...]]]:
+    """tokenizer.json as it is to be read, and in other words that should mean the same, each with what is otherwise."""
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    first = path
+    if added:
+        raw, first = with_tokens(raw, added), folder / "with_tokens.json"
+        write_json(first, raw)
+    known, splits = with_known_splits(raw)
+    if not splits:
+        return [(first, ())]
+    write_json(folder / "with_known_splits.json", known)
+    return [(first, ()), (folder / "with_known_splits.json", splits)]
 
 
 def encoded_otherwise(tokenizer: Any, tokenizer_file: Path) -> list[str]:
@@ -122,7 +150,14 @@ def _probes(tokenizer_file: Path) -> tuple[dict[str, str], dict[str, list[int]]]
     right = Tokenizer.from_file(str(tokenizer_file))
     added = {token.content: token for token in right.get_added_tokens_decoder().values()}
     texts = _TEXTS | {f"added token {text}": f"a {text} b{text}c  {text}\n d" for text in sorted(added)[:64]}
-    return texts, {name: right.encode(text, add_special_tokens=False).ids for name, text in texts.items()}
+    return texts, _by_tokenizers(tokenizer_file, texts)
+
+
+def _by_tokenizers(tokenizer_file: Path, texts: Mapping[str, str]) -> dict[str, list[int]]:
+    from tokenizers import Tokenizer
+
+    right = Tokenizer.from_file(str(tokenizer_file))
+    return {name: right.encode(text, add_special_tokens=False).ids for name, text in texts.items()}
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
@@ -136,6 +171,10 @@ def _candidates(given: Mapping[str, Any]) -> Iterator[tuple[list[str], Mapping[s
     dropped = ["null is taken for absent"] if len(whole) < len(given) else []
     if dropped:
         yield dropped, whole
+    plain = {key: value for key, value in whole.items() if key in _PLAIN_SETTINGS or key.endswith("_token")}
+    if len(plain) < len(whole):
+        others = ", ".join(sorted(set(whole) - set(plain)))[:200]
+        yield [*dropped, f"left out, for something in it is not read: {others}"], plain
     kept = {**whole, "add_bos_token": False, "add_eos_token": False}
     for flag in ("add_bos_token", "add_eos_token"):
         if whole.get(flag):

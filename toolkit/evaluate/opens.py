@@ -11,7 +11,7 @@ import importlib.metadata
 import json
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,6 +22,7 @@ from toolkit.evaluate.encodes import encoded_otherwise
 from toolkit.evaluate.linked import linked_copy
 from toolkit.evaluate.renders import NOT_TRIED, TemplateJob, rendered_otherwise
 from toolkit.machine import peak_rss_bytes
+from toolkit.names import TOKENIZER_FILE
 from toolkit.report.sections import NotMeasured, Opened
 from toolkit.typed_json import Json, from_json, to_json
 
@@ -33,7 +34,8 @@ _MAPPED: Final = {"session.disable_prepacking": "1"}
 @dataclass(frozen=True)
 class Words:
     """What the tokenizer and the chat template of a bundle have to do: encode as `tokenizer_file`, the checkpoint's,
-    does, and render as `template` does, but for what was found to come out otherwise when they were planned."""
+    does, or the bundle's own if that is empty, and render as `template` does, but for what was found to come out
+    otherwise when they were planned."""
 
     tokenizer_file: str
     encoded_otherwise: tuple[str, ...] = ()
@@ -79,7 +81,8 @@ def _open(raw: Json) -> object:
         return {"not_tried": str(problem)}
     seconds = time.perf_counter() - start
     if job.words:
-        _check_words(og.Tokenizer(model), job.words)
+        own = str(bundle / TOKENIZER_FILE)
+        _check_words(og.Tokenizer(model), replace(job.words, tokenizer_file=job.words.tokenizer_file or own))
     runtime = f"{_RUNTIME} {importlib.metadata.version(_RUNTIME)}"
     return to_json(Opened(runtime, seconds, peak_rss_bytes()))
 

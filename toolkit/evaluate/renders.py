@@ -18,7 +18,7 @@ from typing import Any, Final
 from toolkit import names
 from toolkit.apart import ChildFailed, answer, run_apart
 from toolkit.bundle.template_jinja import compile_template, render
-from toolkit.bundle.template_probes import PROBES, Message, Probe
+from toolkit.bundle.template_probes import FINISHED, PROBES, Message, Probe
 from toolkit.bundle.template_rewrite import rewrite
 from toolkit.checkpoint.side_files import TOKENIZER_CONFIG_FILE
 from toolkit.errors import MachineError, UnsupportedError
@@ -31,7 +31,7 @@ NOT_TRIED: Final = "not tried: "
 _SECONDS: Final = 300
 _MEMORY_BYTES: Final = 6 << 30
 # What the engine knows of by itself.
-_KNOWN_TOKENS: Final = ("bos_token", "eos_token")
+KNOWN_TOKENS: Final = ("bos_token", "eos_token")
 # A tokenizer that costs nothing to read, where a template alone is tried.
 _STUB_TOKENIZER: Final = {
     "version": "1.0",
@@ -71,12 +71,14 @@ class TemplateJob:
 @dataclass(frozen=True)
 class CheckedTemplate:
     """A template as onnxruntime-genai gets it. `changes` say what is written in another way than in the original,
-    `differs` names the conversations that still come out otherwise; `opens_thought` is whether a prompt ends in one."""
+    `differs` names the conversations that still come out otherwise; `opens_thought` is whether a prompt ends in one,
+    `after_answer` what the original writes behind an answer that is the last of a conversation."""
 
     text: str
     changes: tuple[str, ...]
     differs: tuple[str, ...]
     opens_thought: bool
+    after_answer: str = ""
 
 
 def checked_template(job: TemplateJob) -> CheckedTemplate:
@@ -112,9 +114,10 @@ def _checked(raw: Mapping[str, Any]) -> object:
 
 def _untried(job: TemplateJob, reason: str) -> CheckedTemplate:
     """The rewritten template where there is no onnxruntime-genai to try it in, or the original if there is none."""
-    plain = next((max(right) for probe, right in _wanted(job) if probe is PROBES[0]), "")
+    wanted = _wanted(job)
+    plain = next((max(right) for probe, right in wanted if probe is PROBES[0]), "")
     text, changes = next(((text, why) for text, why in _candidates(job) if not isinstance(why, str)), (job.text, ()))
-    return CheckedTemplate(text, changes, (f"{NOT_TRIED}{reason}",), opens_thought(plain))
+    return CheckedTemplate(text, changes, (f"{NOT_TRIED}{reason}",), opens_thought(plain), _after_answer(wanted))
 
 
 def best_template(job: TemplateJob) -> CheckedTemplate:
@@ -155,13 +158,22 @@ def _tried(
     rendered = _rendered(text, job, [probe for probe, _ in wanted])
     differs = tuple(p.name for (p, right), made in zip(wanted, rendered, strict=True) if made not in right)
     plain = next((made for (p, _), made in zip(wanted, rendered, strict=True) if p is PROBES[0]), None)
-    return CheckedTemplate(text, changes, differs, opens_thought(plain or ""))
+    return CheckedTemplate(text, changes, differs, opens_thought(plain or ""), _after_answer(wanted))
+
+
+def _after_answer(wanted: list[tuple[Probe, set[str]]]) -> str:
+    """What jinja2 writes behind the last answer of a finished conversation; nothing where the template takes none."""
+    for probe, right in wanted:
+        if probe is FINISHED:
+            before, answer, after = max(right).rpartition(str(probe.messages[-1]["content"]))
+            return after if before + answer else ""
+    return ""
 
 
 def _candidates(job: TemplateJob) -> Iterator[tuple[str, tuple[str, ...] | str]]:
     """Texts to try with their changes, or with the reason why there is none. The original is one of them where nothing
     in it calls for a change, and at the end, if all else fails."""
-    unknown = {name: given for name, given in job.variables().items() if name not in _KNOWN_TOKENS}
+    unknown = {name: given for name, given in job.variables().items() if name not in KNOWN_TOKENS}
     for exact in (False, True):
         try:
             made = rewrite(job.text, unknown, exact)
@@ -199,7 +211,7 @@ def _wanted(job: TemplateJob) -> list[tuple[Probe, set[str]]]:
 
 def _rendered(text: str, job: TemplateJob, probes: list[Probe]) -> list[str | None]:
     """What onnxruntime-genai renders of each conversation; None where it fails."""
-    known = {name: token for name, token in job.special_tokens.items() if name in _KNOWN_TOKENS}
+    known = {name: token for name, token in job.special_tokens.items() if name in KNOWN_TOKENS}
     config = {"tokenizer_class": "PreTrainedTokenizerFast", **known, "chat_template": text}
     with tempfile.TemporaryDirectory() as folder:
         for name, value in (

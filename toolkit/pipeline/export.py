@@ -127,11 +127,14 @@ def export_planned(
 
 
 def check_exports(plans: Sequence[ExportPlan]) -> None:
-    """Raises what the export would raise for the place or the machine, and changes nothing."""
+    """Raises what the export would raise for the place, the tokenizer or the machine, and changes nothing."""
     places = [plan.out for plan in plans]
     with disk_errors(*places):
         for place in places:
             check_place(place)
+        for plan in plans:
+            if plan.tokenizer is None:
+                plan_tokenizer(plan.opened)
         check_machine(plans, written_bytes(places))
 
 
@@ -143,7 +146,7 @@ def _exported(
     with clock.step("plan"):
         plans = [replace(plan, out=checked_place(plan.out)) for plan in plans]
         checkpoint = plans[0].checkpoint
-        tokenizer = plan_tokenizer(checkpoint)
+        tokenizer = plans[0].tokenizer or plan_tokenizer(checkpoint)
         pad = pad_token_id(checkpoint.config, checkpoint.side)
         asked = [(plan, calibration_text(plan) if plan.calibration_cost else None) for plan in plans]
         wanted = asked if force else _missing(asked, note)

@@ -32,6 +32,7 @@ from toolkit.partition.parts import (
 )
 from toolkit.pipeline.calibration_cost import CalibrationCost, calibration_cost
 from toolkit.pipeline.place import followed
+from toolkit.pipeline.tokenizer import TokenizerFiles, plan_tokenizer
 from toolkit.quant.formats import check_rules
 from toolkit.recipe import Recipe
 from toolkit.soc import SOCS
@@ -60,7 +61,8 @@ class ExportPlan:
 
     `opened` is the checkpoint as it was given, `checkpoint` as the graph needs it, rotated and with padded heads, and
     `salient_inputs` has what rounding without data spoils in it. `peak_memory_bytes` is a forecast, of which the report
-    has the measured figure, and `compile_memory_bytes` one of compiling a part, 0 where that is no step.
+    has the measured figure, and `compile_memory_bytes` one of compiling a part, 0 where that is no step. `tokenizer` is
+    None where the checkpoint has none, which an export refuses.
     """
 
     recipe: Recipe
@@ -77,6 +79,7 @@ class ExportPlan:
     kv_cache_bytes: int
     calibration_cost: CalibrationCost | None
     salient_inputs: list[str]
+    tokenizer: TokenizerFiles | None
     stop_tokens: tuple[StopToken, ...]
     disk_needed_bytes: int
     disk_free_bytes: int
@@ -103,6 +106,8 @@ def plan_export(recipe: Recipe, checkpoint: Checkpoint, out: Path, precision: st
     layers = layer_bytes(layout, config.num_hidden_layers)
     recipe = _with_parts(recipe, target, layers)
     compiled = bool(target.soc) and precision == "int4"
+    has_words = opened.synthetic or (opened.folder / names.TOKENIZER_FILE).is_file()
+    tokenizer = plan_tokenizer(opened) if has_words else None
     item_bytes = 2 if target.form.activations == "float16" else 4
     graphs = _graph_files(recipe, target, config, item_bytes)
     cores = os.cpu_count() or 1
@@ -133,7 +138,8 @@ def plan_export(recipe: Recipe, checkpoint: Checkpoint, out: Path, precision: st
         kv_cache_bytes=2 * item_bytes * recipe.context_length * config.num_hidden_layers * config.kv_size,
         calibration_cost=cost,
         salient_inputs=salient,
-        stop_tokens=tuple(_stop_tokens(opened)),
+        tokenizer=tokenizer,
+        stop_tokens=tuple(_stop_tokens(opened, tokenizer)),
         # What a budget buys is known once the text has been read.
         disk_needed_bytes=max(layout.nbytes, int(recipe.bits_per_weight * layout.weights() / 8))
         + graph_bytes
@@ -144,12 +150,13 @@ def plan_export(recipe: Recipe, checkpoint: Checkpoint, out: Path, precision: st
     )
 
 
-def _stop_tokens(checkpoint: Checkpoint) -> list[StopToken]:
+def _stop_tokens(checkpoint: Checkpoint, tokenizer: TokenizerFiles | None) -> list[StopToken]:
     """The ids that end an answer; random weights, which answer nothing, may do with any."""
     config = checkpoint.config
     if checkpoint.synthetic and not (config.eos_token_ids or checkpoint.side.generation.eos_token_ids):
         return [StopToken(0, "", ("random weights",))]
-    return stop_tokens(checkpoint.side, config.eos_token_ids, config.vocab_size)
+    after_answer = tokenizer.after_answer if tokenizer else ""
+    return stop_tokens(checkpoint.side, config.eos_token_ids, config.vocab_size, after_answer)
 
 
 def _layout(config: ModelConfig, target: Target, recipe: Recipe | None) -> Layout:

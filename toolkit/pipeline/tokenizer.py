@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
 from toolkit import names
 from toolkit.bundle.chat_template import (
     ORIGINAL_FILE,
+    ShippedTemplate,
     additional_special_tokens,
     shipped_template,
     special_tokens,
+    token_text,
     tokenizer_config,
 )
 from toolkit.bundle.manifest import ChangedFile
 from toolkit.bundle.reasoning import REASONING_FILE, reasoning
 from toolkit.bundle.stop_tokens import StopToken
+from toolkit.bundle.tokenizer_rewrite import with_known_splits, with_tokens
 from toolkit.checkpoint.opened import Checkpoint
-from toolkit.checkpoint.side_files import GENERATION_FILE, PROCESSOR_TEMPLATE_FILE, TEMPLATE_FILE, TOKENIZER_CONFIG_FILE
+from toolkit.checkpoint.side_files import (
+    GENERATION_FILE,
+    PROCESSOR_TEMPLATE_FILE,
+    SPECIAL_TOKENS_FILE,
+    TEMPLATE_FILE,
+    TOKENIZER_CONFIG_FILE,
+)
 from toolkit.errors import CheckpointError
 from toolkit.evaluate.encodes import checked_tokenizer
 from toolkit.evaluate.opens import Words
-from toolkit.evaluate.renders import TemplateJob, checked_template
+from toolkit.evaluate.renders import KNOWN_TOKENS, TemplateJob, checked_template
 from toolkit.files import write_json, write_text
 from toolkit.typed_json import to_json
 
@@ -34,8 +44,9 @@ _COPIED: Final = (names.TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, GENERATION_FILE, 
 @dataclass(frozen=True)
 class TokenizerFiles:
     """The files to write beside the graphs: names to copy, tokenizer_config.json where it is not the checkpoint's own,
-    the chat template as it was, and what is changed and why. `words` are what the finished bundle is tried on, None
-    where it has none."""
+    the chat template as it was, and what is changed and why. tokenizer.json gets the `added` tokens, and splits that
+    are known if `known_splits`. `after_answer` is what the template writes behind an answer. `words` are what the
+    finished bundle is tried on, None where it has none."""
 
     copied: tuple[str, ...] = ()
     config: Mapping[str, Any] | None = None
@@ -43,6 +54,9 @@ class TokenizerFiles:
     opens_thought: bool = False
     changed: tuple[ChangedFile, ...] = ()
     words: Words | None = None
+    after_answer: str = ""
+    added: Mapping[str, int] = field(default_factory=dict)
+    known_splits: bool = False
 
 
 def plan_tokenizer(checkpoint: Checkpoint) -> TokenizerFiles:
@@ -57,37 +71,65 @@ def plan_tokenizer(checkpoint: Checkpoint) -> TokenizerFiles:
     if not (folder / names.TOKENIZER_FILE).is_file():
         raise CheckpointError(f"{folder} has no {names.TOKENIZER_FILE}: {_how_to_get_one(folder)}")
     given = tokenizer_config(folder)
-    plain = {key: value for key, value in given.items() if key != "chat_template"} or _made(checkpoint)
-    checked = checked_tokenizer(folder / names.TOKENIZER_FILE, plain)
-    reasons = list(checked.changes) + [f"encoded otherwise even so: {name}" for name in checked.differs]
-    config = checked.config
-    if not given:
-        reasons.append(f"the checkpoint has no {TOKENIZER_CONFIG_FILE}")
-    shipped = shipped_template(folder)
-    opens, template = False, ""
-    words = Words(str(folder / names.TOKENIZER_FILE), checked.differs)
-    if shipped is not None:
-        job = TemplateJob(shipped.text, special_tokens(folder), additional_special_tokens(folder))
-        made = checked_template(job)
-        words = replace(words, template=job, rendered_otherwise=made.differs)
-        opens, template = made.opens_thought, shipped.text
-        config = {**config, "chat_template": made.text}
-        reasons += [f"chat template: {change}" for change in made.changes]
-        reasons += [f"chat template, not as in jinja2 even so: {name}" for name in made.differs]
-        if shipped.source == PROCESSOR_TEMPLATE_FILE:
-            reasons.append(f"the chat template is that of {shipped.source}: the tokenizer has none")
-        if shipped.others:
-            reasons.append(f"chat templates named {', '.join(shipped.others)} are left out: one is read")
-    if "chat_template" in given and "chat_template" not in config:
+    plain, reasons = _settings(checkpoint, given)
+    added = checkpoint.side.vocabulary.elsewhere if checkpoint.side.vocabulary else {}
+    checked = checked_tokenizer(folder / names.TOKENIZER_FILE, plain, added)
+    reasons += [*checked.changes, *(f"encoded otherwise even so: {name}" for name in checked.differs)]
+    made = TokenizerFiles(
+        copied=tuple(name for name in _COPIED if (folder / name).is_file()),
+        config=checked.config,
+        words=Words("" if added else str(folder / names.TOKENIZER_FILE), checked.differs),
+        added=added,
+        known_splits=bool(checked.splits),
+    )
+    if (shipped := shipped_template(folder)) is not None:
+        made, said = _with_template(made, shipped, folder)
+        reasons += said
+    elif "chat_template" in given:
         reasons.append("a chat template that says nothing is left out")
-    copied = tuple(name for name in _COPIED if (folder / name).is_file())
-    if config == given:
-        changed = (ChangedFile(TOKENIZER_CONFIG_FILE, tuple(reasons)),) if reasons else ()
-        return TokenizerFiles(copied, None, template, opens, changed, words)
-    if shipped is not None and shipped.source != TOKENIZER_CONFIG_FILE:
+    listed = f"{', '.join(added)[:200]} of other files of the checkpoint, which it lacked"
+    rewriting = ([f"tokens are added: {listed}"] if added else []) + [*checked.splits]
+    changed = [(TOKENIZER_CONFIG_FILE, reasons), (names.TOKENIZER_FILE, rewriting)]
+    made = replace(made, changed=tuple(ChangedFile(name, tuple(why)) for name, why in changed if why))
+    if made.config == given:
+        return replace(made, config=None)
+    return replace(made, copied=tuple(n for n in made.copied if n not in (TEMPLATE_FILE, TOKENIZER_CONFIG_FILE)))
+
+
+def _settings(checkpoint: Checkpoint, given: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[str]]:
+    """tokenizer_config.json to begin with, without a chat template, and what is otherwise in it than in the given one:
+    the tokens that onnxruntime-genai hands to templates are those that transformers does."""
+    plain = {key: value for key, value in given.items() if key != "chat_template"}
+    if not plain:
+        return _made(checkpoint), [] if given else [f"the checkpoint has no {TOKENIZER_CONFIG_FILE}"]
+    reasons = []
+    said = special_tokens(checkpoint.folder)
+    for name in KNOWN_TOKENS:
+        if name in said and said[name] != token_text(plain.get(name)):
+            plain[name] = said[name]
+            reasons.append(f"{name} is that of {SPECIAL_TOKENS_FILE}")
+    return plain, reasons
+
+
+def _with_template(made: TokenizerFiles, shipped: ShippedTemplate, folder: Path) -> tuple[TokenizerFiles, list[str]]:
+    """The files with a chat template in tokenizer_config.json, and what is otherwise in it."""
+    job = TemplateJob(shipped.text, special_tokens(folder), additional_special_tokens(folder))
+    checked = checked_template(job)
+    reasons = [f"chat template: {change}" for change in checked.changes]
+    reasons += [f"chat template, not as in jinja2 even so: {name}" for name in checked.differs]
+    if shipped.source == PROCESSOR_TEMPLATE_FILE:
+        reasons.append(f"the chat template is that of {shipped.source}: the tokenizer has none")
+    if shipped.others:
+        reasons.append(f"chat templates named {', '.join(shipped.others)} are left out: one is read")
+    if shipped.source != TOKENIZER_CONFIG_FILE:
         reasons.append(f"{shipped.source} stands where every release of onnxruntime-genai reads it")
-    kept = tuple(name for name in copied if name not in (TEMPLATE_FILE, TOKENIZER_CONFIG_FILE))
-    return TokenizerFiles(kept, config, template, opens, (ChangedFile(TOKENIZER_CONFIG_FILE, tuple(reasons)),), words)
+    words = made.words and replace(made.words, template=job, rendered_otherwise=checked.differs)
+    config = {**(made.config or {}), "chat_template": checked.text}
+    thought, after = checked.opens_thought, checked.after_answer
+    return (
+        replace(made, config=config, template=shipped.text, opens_thought=thought, words=words, after_answer=after),
+        reasons,
+    )
 
 
 def _how_to_get_one(folder: Path) -> str:
@@ -120,10 +162,14 @@ def write_tokenizer(
     planned: TokenizerFiles, checkpoint: Checkpoint, stop_tokens: tuple[StopToken, ...], bundle: Path
 ) -> list[str]:
     """Writes the files into the bundle; returns their names."""
-    if not planned.copied:
+    if planned.words is None:
         return []
     for name in planned.copied:
         shutil.copyfile(checkpoint.folder / name, bundle / name)
+    if planned.added or planned.known_splits:
+        raw = json.loads((checkpoint.folder / names.TOKENIZER_FILE).read_text(encoding="utf-8"))
+        raw = with_tokens(raw, planned.added) if planned.added else raw
+        write_json(bundle / names.TOKENIZER_FILE, with_known_splits(raw)[0] if planned.known_splits else raw)
     written = [*planned.copied, REASONING_FILE]
     if planned.config is not None:
         write_json(bundle / TOKENIZER_CONFIG_FILE, planned.config)
