@@ -106,8 +106,7 @@ def plan_export(recipe: Recipe, checkpoint: Checkpoint, out: Path, precision: st
     layers = layer_bytes(layout, config.num_hidden_layers)
     recipe = _with_parts(recipe, target, layers)
     compiled = bool(target.soc) and precision == "int4"
-    has_words = opened.synthetic or (opened.folder / names.TOKENIZER_FILE).is_file()
-    tokenizer = plan_tokenizer(opened) if has_words else None
+    tokenizer = _tokenizer(opened)
     item_bytes = 2 if target.form.activations == "float16" else 4
     graphs = _graph_files(recipe, target, config, item_bytes)
     cores = os.cpu_count() or 1
@@ -120,9 +119,6 @@ def plan_export(recipe: Recipe, checkpoint: Checkpoint, out: Path, precision: st
     if target.form.qdq and precision == "int4":
         # Gathered whole before they are turned: what is waiting, and the pieces of it joined.
         packing += 2 * 2 * max(unit.slots[0].nbytes for unit in layout.matrices() if unit.spec and unit.spec.signed)
-    # Unlike `resolve`, of a loop of links too; and the root has no parents.
-    place = Path(os.path.realpath(out))
-    existing = next((p for p in place.parents if p.is_dir()), place)
     return ExportPlan(
         recipe=recipe,
         target=target,
@@ -146,8 +142,21 @@ def plan_export(recipe: Recipe, checkpoint: Checkpoint, out: Path, precision: st
         + _DISK_MARGIN_BYTES
         + int(compiled * BINARY_SHARE * sum(layers))
         + (cost.disk_bytes if cost else 0),
-        disk_free_bytes=shutil.disk_usage(existing).free,
+        disk_free_bytes=shutil.disk_usage(_existing(out)).free,
     )
+
+
+def _existing(place: Path) -> Path:
+    """The nearest folder above a place that is there; the root itself, which has none above it."""
+    # Unlike `resolve`, of a loop of links too.
+    whole = Path(os.path.realpath(place))
+    return next((above for above in whole.parents if above.is_dir()), whole)
+
+
+def _tokenizer(checkpoint: Checkpoint) -> TokenizerFiles | None:
+    """What a bundle's tokenizer will be; None where the checkpoint has none, which who only plans may do without."""
+    there = checkpoint.synthetic or (checkpoint.folder / names.TOKENIZER_FILE).is_file()
+    return plan_tokenizer(checkpoint) if there else None
 
 
 def _stop_tokens(checkpoint: Checkpoint, tokenizer: TokenizerFiles | None) -> list[StopToken]:
