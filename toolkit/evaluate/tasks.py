@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from toolkit.errors import RecipeError
 from toolkit.evaluate.checkers import CHECKERS, default_checker
-from toolkit.files import read_text
+from toolkit.files import is_unicode, read_text
 from toolkit.recipe import nearest
 
 # The words of published files: GSM8K's question and answer, MATH's problem and solution.
@@ -66,6 +66,8 @@ def _question(text: str, number: int, where: str) -> Question:
         raise RecipeError(f"{where} is not JSON: {str(problem)[:120]}") from None
     if not isinstance(line, dict):
         raise RecipeError(f"{where} holds a {type(line).__name__}, expected an object with a question and an answer")
+    if "\\u" in text and not is_unicode(line):
+        raise RecipeError(f"{where} holds half of a surrogate pair, an escape such as \\ud800, which is no text")
     prompt, question, answer = _word(line, ("prompt",)), _word(line, _QUESTIONS), _word(line, _ANSWERS)
     if answer is None or not (asked := prompt or question):
         keys = ", ".join(map(str, line))[:120] or "nothing"

@@ -14,7 +14,7 @@ from toolkit import names
 from toolkit.bundle.chat_text import ChatText
 from toolkit.checkpoint.opened import Checkpoint
 from toolkit.errors import CheckpointError
-from toolkit.files import read_text
+from toolkit.files import is_unicode, read_text
 from toolkit.recipe import data_folder, model_facts
 
 LONGEST: Final = 512
@@ -67,7 +67,10 @@ def _passages(path: Path, checkpoint: Checkpoint) -> list[str]:
     if path.suffix != ".jsonl":
         return [part for part in content.split("\n\n") if part.strip()]
     try:
-        lines = [json.loads(line) for line in content.splitlines() if line.strip()]
+        # Not splitlines(), which also splits at separators that JSON strings may hold.
+        lines = [json.loads(line) for line in content.split("\n") if line.strip()]
+        if "\\u" in content and not is_unicode(lines):
+            raise ValueError("half of a surrogate pair is no text")
         chat = ChatText(checkpoint) if any("messages" in line for line in lines) else None
         return [_passage(line, chat) for line in lines]
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -77,7 +80,10 @@ def _passages(path: Path, checkpoint: Checkpoint) -> list[str]:
 def _passage(line: dict[str, Any], chat: ChatText | None) -> str:
     """Raises KeyError or TypeError for a line of another kind."""
     if chat is None or "messages" not in line:
-        return str(line["text"] if "text" in line else line["prompt"])
+        text = line["text"] if "text" in line else line["prompt"]
+        if not isinstance(text, str):
+            raise TypeError("a passage is text")
+        return text
     messages = line["messages"]
     if not all(isinstance(turn["role"], str) and isinstance(turn["content"], str) for turn in messages):
         raise TypeError("a role and a content are texts")
