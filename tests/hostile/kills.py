@@ -9,8 +9,6 @@ this needs a POSIX system.
 from __future__ import annotations
 
 import argparse
-import hashlib
-import importlib
 import json
 import os
 import shutil
@@ -21,19 +19,16 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from tests.command_line import called
+from tests.hostile.forked import Ended, Forked, content_of
 from tests.hostile.smallest import make_smallest
-from tests.hostile.stopped import FULL, HOWS, Events, Stop
-from tests.in_process import CALLED_HERE, in_this_process
+from tests.hostile.stopped import FULL, HOWS, Stop, never
 from toolkit.quality import QUALITIES
 from toolkit.target import TARGETS
 
-_LONGEST_S: Final = 120
 _CODES: Final = {"kill": -signal.SIGKILL, "term": 143, "interrupt": 130, FULL: 2}
-# Dates and seconds.
-_NOT_COMPARED: Final = ("report.json", "report.html")
 # What a bundle of the smallest checkpoint needs said beside its target; `fast` reads no text, which uint16 ranges need.
 _CHANGES: Final = {"qnn fast": ("profile=float16",)}
 _BUNDLES: Final = {f"{target} {quality}": (target, quality) for target in TARGETS for quality in QUALITIES}
@@ -91,8 +86,8 @@ class Trials:
     def _compiled(self, bundle: Path) -> Path:
         """A copy of a bundle that has been compiled for its own SoC."""
         self._clear(bundle)
-        code, said, _ = self._forked(("compile", str(self._out)), Stop(self._root / "none", 1 << 60, "kill"))
-        assert code == 0, said
+        done = self._done(("compile", str(self._out)))
+        assert done.code == 0, done.said
         return Path(shutil.copytree(self._out, bundle.with_name(f"{bundle.name}-compiled"), dirs_exist_ok=True))
 
     def _export(self, target: str, quality: str) -> tuple[str, ...]:
@@ -123,14 +118,15 @@ class Trials:
         if trial.words[0] == "export":  # what it compiles and finds out, every fork has
             assert called(*trial.words).returncode == 0
             self._clear(trial.before)
-        code, said, events = self._forked(trial.words, Stop(self._out.parent, 1 << 60, "kill"))
-        assert code in (0, 1), said
-        return _content(self._out), events
+        done = self._done(trial.words)
+        assert done.code in (0, 1), done.said
+        return content_of(self._out), done.events
 
     def _stopped(self, trial: Trial, stop: Stop, wanted: dict[str, str]) -> str:
         """What is wrong after a stop, or after the same command again; empty if nothing."""
         self._clear(trial.before)
-        code, said, _ = self._forked(trial.words, stop)
+        done = Forked(trial.words, self._root, stop).ended()
+        code, said = done.code, done.said
         over = code in (0, 1) and stop.how != "kill"  # it came when all was done, or nothing needed room any more
         errors = [line for line in said.splitlines() if line.startswith("error: ")]
         if code != _CODES[stop.how] and not over:
@@ -143,97 +139,25 @@ class Trials:
             return f"says nothing of a full disk: {errors[0][:300]}"
         if self._out.exists() and (problems := self._verified()):
             return f"left a bundle that is not whole: {problems}"
-        code, said, _ = self._forked(trial.words, Stop(self._out.parent, 1 << 60, "kill"))
-        if code not in (0, 1):
-            return f"again, it ended with {code}: {said[-300:]}"
+        again = self._done(trial.words)
+        if again.code not in (0, 1):
+            return f"again, it ended with {again.code}: {again.said[-300:]}"
         left = sorted(path.name for path in self._out.parent.iterdir() if path != self._out)
         if left:
             return f"left {left}"
-        found = _content(self._out)
+        found = content_of(self._out)
         if found != wanted:
             names = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
             return f"gone on with, {names} are otherwise"
         return ""
 
     def _verified(self) -> str:
-        code, said, _ = self._forked(("verify", str(self._out)), Stop(self._root / "none", 1 << 60, "kill"))
-        return "" if code == 0 else said[-200:]
+        done = self._done(("verify", str(self._out)))
+        return "" if done.code == 0 else (done.said + done.printed)[-300:]
 
-    def _forked(self, words: tuple[str, ...], stop: Stop) -> tuple[int, str, list[str]]:
-        """A command in a fork: its exit code, negative for a signal, what it wrote on stderr, and its events."""
-        heard, listed = self._root / "stderr", self._root / "events"
-        listed.unlink(missing_ok=True)
-        sys.stdout.flush()
-        child = os.fork()
-        if not child:
-            self._in_fork(words, stop, heard, listed)
-        end = time.monotonic() + _LONGEST_S
-        while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:
-            if time.monotonic() > end:
-                os.kill(child, signal.SIGKILL)
-            time.sleep(0.005)
-        said = heard.read_text(encoding="utf-8", errors="replace")
-        events = listed.read_text(encoding="utf-8").splitlines() if listed.exists() else []
-        return os.waitstatus_to_exitcode(ended[1]), said, events
-
-    def _in_fork(self, words: tuple[str, ...], stop: Stop, heard: Path, listed: Path) -> None:
-        """Never returns."""
-        from toolkit.cli.commands import main
-
-        _without_children()
-        for descriptor, path in ((1, os.devnull), (2, heard)):
-            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), descriptor)
-        sys.stdout, sys.stderr = (os.fdopen(k, "w", encoding="utf-8") for k in (1, 2))
-        sys.argv = ["toolkit", *words]
-        code: object = 0
-        events = Events(stop)
-        try:
-            main()
-        except SystemExit as end:
-            code = end.code
-        except BaseException as problem:
-            print(f"Traceback: {problem!r} out of main()", file=sys.stderr)
-            code = 1
-        listed.write_text("\n".join(events.names), encoding="utf-8")
-        sys.stderr.flush()
-        os._exit(code if isinstance(code, int) else int(code is not None))
-
-
-def _without_children() -> None:
-    """Calls here what has a process of its own, which would be most of the time; and a compiler that copies."""
-    for name in CALLED_HERE:
-        setattr(importlib.import_module(name), "run_apart", in_this_process)  # noqa: B010  a stand-in of another type
-    setattr(importlib.import_module("toolkit.epcontext.parts"), "run_apart", _compiled)  # noqa: B010
-    setattr(importlib.import_module("toolkit.pipeline.compile"), "htp_version", lambda: "0")  # noqa: B010
-
-
-def _compiled(_: str, job: dict[str, Any], log: Path) -> dict[str, Any]:
-    """What the compiler's process leaves and answers: each stage as one EPContext node, and one binary for all."""
-    import onnx
-
-    stages, out, bundle = job["stages"], Path(job["out"]), Path(job["bundle"])
-    binary = f"{stages[0]}_ctx_qnn.bin"
-    log.write_text("compiled\n", encoding="utf-8")
-    (out / binary).write_bytes(json.dumps(job["options"], sort_keys=True).encode() * 50)
-    for stage in stages:
-        model = onnx.load(bundle / f"{stage}.onnx", load_external_data=False)
-        graph = model.graph
-        given, made = [value.name for value in graph.input], [value.name for value in graph.output]
-        attributes: dict[str, Any] = {
-            "embed_mode": 0,
-            "ep_cache_context": binary,
-            "main_context": int(stage == stages[0]),
-        }
-        node = onnx.helper.make_node("EPContext", given, made, name="ctx", domain="com.microsoft", **attributes)
-        whole = onnx.helper.make_graph([node], "compiled", graph.input, graph.output)
-        onnx.save(onnx.helper.make_model(whole, opset_imports=model.opset_import), str(out / f"{stage}_ctx.onnx"))
-    return {"peak_rss_bytes": 1 << 20}
-
-
-def _content(bundle: Path) -> dict[str, str]:
-    """Every file's SHA-256, but for those with dates and times."""
-    files = sorted(path for path in bundle.rglob("*") if path.is_file() and path.name not in _NOT_COMPARED)
-    return {path.relative_to(bundle).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    def _done(self, words: tuple[str, ...]) -> Ended:
+        """A command that nothing happens to."""
+        return Forked(words, self._root, never(self._out.parent)).ended()
 
 
 def main() -> None:

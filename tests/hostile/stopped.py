@@ -31,6 +31,11 @@ class Stop:
     how: str
 
 
+def never(folder: Path) -> Stop:
+    """One that does not come, so that events below a folder are counted alone."""
+    return Stop(folder, 1 << 60, "kill")
+
+
 class Events:
     """Counts events from where it stands, and lets a stop happen; `names` says what each was, and of which file."""
 
