@@ -53,7 +53,7 @@ CHANGED = {
     "the page": (_text("report.html", "<body", "<body  "), "report.html was changed"),
     "the end of the page": (_text("report.html", "<!-- sha256", "<!-- sha"), "report.html was changed"),
     "no page": (lambda bundle: (bundle / "report.html").unlink(), "report.html is missing"),
-    "a file beside": (lambda bundle: (bundle / "report.json.new").write_text("{"), "report.json.new is extra"),
+    "a file beside": (lambda bundle: (bundle / "report.json.old").write_text("{"), "report.json.old is extra"),
     "a folder beside": (lambda bundle: (bundle / "onnx").mkdir(), "onnx is extra"),
     "settings": (_text("genai_config.json", "0", "1"), "genai_config.json differs from its SHA-256"),
 }
@@ -81,6 +81,19 @@ def test_files_of_hosts_are_named_and_are_no_fault(exports: Exports, tmp_path: P
     (bundle / "notes.txt").write_text("mine", encoding="utf-8")
     said = called("verify", str(bundle))
     assert said.returncode == 1 and said.stdout == "notes.txt is extra: the manifest does not name it\n"
+
+
+def test_what_a_kill_left_is_named_and_is_no_fault(exports: Exports, tmp_path: Path) -> None:
+    """Half a report beside the whole one, and the work of a compiler beside the bundle."""
+    bundle = exports.copy(tmp_path / "b", "cpu")
+    (bundle / "report.json.new").write_text("{", encoding="utf-8")
+    (tmp_path / "b.compile").mkdir()
+    said = called("verify", str(bundle))
+    assert said.returncode == 0 and "note: report.json.new is left of a command that was killed" in said.stderr
+    assert f"`toolkit compile {bundle}` goes on" in said.stderr
+    (bundle / "notes.txt.new").write_text("mine", encoding="utf-8")
+    said = called("verify", str(bundle))
+    assert said.returncode == 1 and said.stdout == "notes.txt.new is extra: the manifest does not name it\n"
 
 
 def test_a_bundle_of_before_has_no_digests(exports: Exports, tmp_path: Path) -> None:

@@ -22,6 +22,8 @@ _MAX_STATE_BYTES: Final = 256 << 20
 
 # How the placeholder begins that git keeps for a large file (git-lfs' specification, version 1).
 LFS_POINTER: Final = b"version https://git-lfs.github.com/spec/"
+# What a file's name ends in until it is whole; a kill may leave one so.
+BEING_WRITTEN: Final = ".new"
 _DIGEST: Final = "digest"
 # No space, a quota, the largest file there may be.
 _FULL: Final = frozenset({errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)})
@@ -42,7 +44,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Whoever looks at `path` meanwhile, or after a kill, finds the old file or the new one, never half of either.
     """
-    fresh = path.with_name(path.name + ".new")
+    fresh = path.with_name(path.name + BEING_WRITTEN)
     # What a kill left may be another name of a file that must not be written to.
     fresh.unlink(missing_ok=True)
     try:

@@ -13,7 +13,7 @@ from typing import Final
 from toolkit import names
 from toolkit.bundle.manifest import Manifest, read_manifest, verify_manifest
 from toolkit.errors import BundleError
-from toolkit.files import digest_fits, read_json
+from toolkit.files import BEING_WRITTEN, digest_fits, read_json
 
 _MAX_BYTES: Final = 256 << 20
 _MARK: Final = re.compile(rb"<!-- sha256 of the page above: ([0-9a-f]{64}) -->\n\Z")
@@ -40,10 +40,15 @@ def verify_bundle(bundle: Path) -> Verified:
     manifest = read_manifest(bundle)
     known = {entry.name for entry in manifest.files} | {names.MANIFEST_FILE}
     known |= {names.REPORT_FILE, names.REPORT_PAGE_FILE, names.COMPILE_LOG_FILE}
-    extra = sorted(path.name for path in bundle.iterdir() if path.name not in known)
+    there = sorted(path.name for path in bundle.iterdir() if path.name not in known)
+    left = [name for name in there if name.removesuffix(BEING_WRITTEN).removesuffix(BEING_WRITTEN) in known]
+    extra = [name for name in there if name not in left]
     problems = [*verify_manifest(bundle), *report_problems(bundle, manifest)]
     problems += [f"{name} is extra: the manifest does not name it" for name in extra if name not in _OF_HOSTS]
     notes = [f"{name} is extra, put there by a program that keeps models" for name in extra if name in _OF_HOSTS]
+    notes += [f"{name} is left of a command that was killed, and goes with the same command" for name in left]
+    if bundle.with_name(f"{bundle.name}.compile").is_dir():
+        notes.append(f"compiling it was stopped: `toolkit compile {bundle}` goes on")
     return Verified(tuple(problems), tuple(notes))
 
 
