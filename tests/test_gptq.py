@@ -26,6 +26,7 @@ Doubles = NDArray[np.float64]
 # Whole blocks, a last block of 4, and more columns than one stride of the blocked update.
 WIDTHS = (256, 260, 416)
 SPECS = [QuantSpec(bits, block, sym, "gptq") for bits, block, sym in product((4, 8), (32, 128), (False, True))]
+SPECS += [replace(SPECS[0], short_scales=True)]
 
 
 def _textbook(weight: Floats, moment: Floats, factor: Factor, spec: QuantSpec) -> Doubles:
@@ -65,7 +66,9 @@ def test_gptq_is_the_textbooks_recursion(width: int, spec: QuantSpec) -> None:
     same = (np.abs(found - expected) <= 1e-4 * np.abs(expected).max()).all(axis=1)
     assert same.mean() >= (0.9 if spec.bits == 4 else 0.1)
     ours, theirs = (output_error(weight, q, moment) for q in (found, expected))
-    assert ours == pytest.approx(theirs, rel=0.005 if spec.bits == 4 else 0.15)
+    # A scale that falls to the other side of two bfloat16 is as well half of 1/256 away.
+    limit = 0.15 if spec.bits == 8 else 0.01 if spec.short_scales else 0.005
+    assert ours == pytest.approx(theirs, rel=limit)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
@@ -126,7 +129,7 @@ def test_factor_is_of_the_damped_moment_in_the_order_of_visits(width: int, token
     np.testing.assert_allclose(upper @ upper.T, damped, atol=1e-5 * np.abs(damped).max())
 
 
-@pytest.mark.parametrize("spec", [QuantSpec(4, 32, algorithm="gptq"), QuantSpec(4, 32, True, "gptq", signed=True)])
+@pytest.mark.parametrize("spec", [SPECS[0], SPECS[-1], QuantSpec(4, 32, True, "gptq", signed=True)], ids=str)
 def test_a_solved_matrix_is_restored_as_its_blocks_are(spec: QuantSpec) -> None:
     weight, factor = heavy_tailed_weight(416), factorize(second_moment(correlated_input(416)), 32)
     product = np.asarray(0.9 * weight @ second_moment(correlated_input(416)), np.float32)

@@ -22,7 +22,7 @@ from toolkit.target import CPU_EP, TARGETS, Stage
 
 FAMILIES = ("qwen2", "llama", "qwen3")
 TYPES = {"float32": "FLOAT", "float64": "DOUBLE"}
-DTYPES = {"float32", "float16", "int32", "int64", "bool"}
+DTYPES = {"float32", "float16", "bfloat16", "int32", "int64", "bool"}
 KEYS = {field.name for field in fields(operators.OperatorSupport)}
 
 
@@ -118,11 +118,13 @@ FOREIGN: dict[tuple[str, str], list[str]] = {
         "com.microsoft:GroupQueryAttention is taken with do_rotary 0, not 1, for 2 nodes",
         "RMSNormalization is not among its operators, for 1 node such as",
         "com.microsoft:MatMulNBits is taken with 4 inputs at most, not ",
+        "Cast is taken in float32 or float16 or int32 or int64 or bool, not in bfloat16, for 12 nodes such as",
         "opset 23, DmlExecutionProvider's table is for 21 to 21",
     ],
     ("cpu-split", "qnn"): [
         "com.microsoft:SkipSimplifiedLayerNormalization is not among its operators, for 4 nodes",
         "com.microsoft:MatMulNBits is taken with 4 inputs at most, not ",
+        "Cast is taken in ",
         "input past_key_values.0.key has no fixed shape, which QNNExecutionProvider needs",
     ],
     ("vitisai", "openvino"): ["com.microsoft:GroupQueryAttention is not among its operators, for 2 nodes such as"],

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -65,10 +67,10 @@ def _expected(source: WeightSource, layout: Layout) -> bytes:
     data = bytearray(layout.nbytes)
     for unit in layout.units.values():
         values = np.concatenate([source.read(name) for name in unit.sources])
-        arrays: list[NDArray[np.float32] | NDArray[np.uint8]] = [values]
+        arrays: list[NDArray[Any]] = [values]
         if unit.spec:
             blocks = quantize_blocks(values, unit.spec)
-            arrays = [blocks.packed, blocks.scales]
+            arrays = [blocks.packed, blocks.scales.astype(ml_dtypes.bfloat16)]
             if blocks.zero_points is not None:
                 arrays.append(blocks.zero_points)
         for slot, array in zip(unit.slots, arrays, strict=True):

@@ -17,13 +17,17 @@ from toolkit.evaluate.rounded import RoundedTensors
 from toolkit.quant.blockwise import QuantSpec
 from toolkit.recipe import QuantRule, Recipe
 from toolkit.reference.decoder import reference_logits
-from toolkit.target import TARGETS
+from toolkit.target import CPU_EP, TARGETS
 
 
 def _rounded(source: Tensors, recipe: Recipe) -> RoundedTensors:
+    on_cpu = TARGETS[recipe.target].accelerator.execution_provider == CPU_EP
+
     def spec_of(tensor: str) -> QuantSpec:
         rule = recipe.rule_for(tensor.removesuffix(".weight"))
-        return QuantSpec(rule.bits, rule.block_size, rule.symmetric, "kquant")  # what `auto` is without data
+        short = on_cpu or tensor in ("model.embed_tokens.weight", "lm_head.weight")
+        # What `auto` is without data.
+        return QuantSpec(rule.bits, rule.block_size, rule.symmetric, "kquant", short_scales=short)
 
     return RoundedTensors(source, spec_of)
 
@@ -38,12 +42,12 @@ def test_quantized_graphs_compute_their_dequantized_weights(
     source = open_weights(tmp_path, config)
     rules = (QuantRule("*.v_proj", bits=v_bits, symmetric=symmetric), QuantRule("*", symmetric=symmetric))
     ids = list(range(5, 45))
-    (expected,) = reference_logits(config, _rounded(source, recipe_for("cpu", rules)), [ids])
     for target, row in TARGETS.items():
         if any(config.structure.sliding_windows) and not row.form.local_window:
             continue
         # In float32, since half precision alone is an error of a hundredth.
         monkeypatch.setitem(TARGETS, target, replace(row, form=replace(row.form, activations="float32")))
+        (expected,) = reference_logits(config, _rounded(source, recipe_for(target, rules)), [ids])
         layout = write_graphs(tmp_path, tmp_path / target, target, recipe_for(target, rules))
         packed = "model.layers.0.self_attn.qkv_proj.weight" in layout.units
         assert packed == (v_bits == 4 and not config.structure.qk_norm and row.form.packed_qkv)

@@ -46,7 +46,7 @@ def embedding(build: GraphBuilder, ids: ir.Value) -> ir.Value:
         count, blocks, block_bytes = packed.shape
         # A tied head reads the same bytes as [V, J, block]; the embedding wants them flat.
         flat = build.slot(replace(packed, name=f"{packed.name}.flat", shape=(count, blocks * block_bytes)))
-        scales, *zero_points = [build.slot(slot) for slot in unit.slots[1:]]
+        scales, zero_points = build.scales(path, unit.slots[1]), map(build.slot, unit.slots[2:])
         attributes = {"gather_axis": 0, "quantize_axis": 1, "block_size": unit.spec.block_size, "bits": unit.spec.bits}
         (rows,) = build.op(f"{path}/GatherBlockQuantized", [flat, ids, scales, *zero_points], attributes, MS)
     return rows if build.dtype == ir.DataType.FLOAT else build.cast(f"{path}/Cast", rows, build.dtype)

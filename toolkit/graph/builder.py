@@ -22,6 +22,7 @@ MS: Final = "com.microsoft"
 _DTYPES: Final = {
     "float32": ir.DataType.FLOAT,
     "float16": ir.DataType.FLOAT16,
+    "bfloat16": ir.DataType.BFLOAT16,
     "uint8": ir.DataType.UINT8,
     "int8": ir.DataType.INT8,
     "int4": ir.DataType.INT4,
@@ -42,6 +43,7 @@ class GraphBuilder:
         self._ranges = ranges
         self.nodes: list[ir.Node] = []
         self.initializers: dict[str, ir.Value] = {}
+        self._widened: dict[str, ir.Value] = {}
 
     @property
     def dtype(self) -> ir.DataType:
@@ -95,6 +97,15 @@ class GraphBuilder:
             )
             self.initializers[slot.name] = ir.Value(name=slot.name, const_value=tensor)
         return self.initializers[slot.name]
+
+    def scales(self, path: str, slot: Slot) -> ir.Value:
+        """Returns a matrix' scales as its kernel takes them: those of bfloat16 go through a Cast, one for all who
+        read them, which ONNX Runtime computes once when it opens the graph."""
+        if slot.dtype != "bfloat16":
+            return self.slot(slot)
+        if slot.name not in self._widened:
+            self._widened[slot.name] = self.cast(f"{path}/scales/Cast", self.slot(slot), ir.DataType.FLOAT)
+        return self._widened[slot.name]
 
     def vector(self, tensor: str) -> ir.Value:
         """A gain or bias by its tensor name."""
@@ -155,8 +166,9 @@ class GraphBuilder:
             "block_size": unit.spec.block_size,
             "accuracy_level": form.accuracy_level,
         }
-        weights: list[ir.Value | None] = [self.slot(slot) for slot in unit.slots]
-        inputs = [x, *weights]
+        packed, scales, *zero_points = unit.slots
+        weights = [self.slot(packed), self.scales(path, scales), *map(self.slot, zero_points)]
+        inputs: list[ir.Value | None] = [x, *weights]
         if bias:
             inputs = [x, *weights, *[None] * (4 - len(weights)), bias]
         return self.op(f"{path}/MatMulNBits", inputs, attributes, MS)[0]

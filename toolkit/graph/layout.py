@@ -23,7 +23,7 @@ _ALIGNMENT = 64
 
 @dataclass(frozen=True)
 class Slot:
-    """One initializer's bytes in its data file; dtype is `float32`, `float16`, `uint8`, `int8` or `int4`."""
+    """One initializer's bytes in its data file; dtype as `StoredArray` has it."""
 
     name: str
     dtype: str

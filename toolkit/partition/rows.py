@@ -18,7 +18,7 @@ from toolkit.graph.layout import Slot, Unit
 from toolkit.partition.data_files import DataFile
 from toolkit.quant.blockwise import QuantizedBlocks, QuantSpec, quantize_blocks, signed_integers
 
-Array = NDArray[np.float32] | NDArray[np.float16] | NDArray[np.uint8]
+Array = NDArray[np.float32] | NDArray[np.float16] | NDArray[np.uint16] | NDArray[np.uint8]
 # Widened at a time: a megabyte of float32 stays in a core's cache until it is quantized.
 _TILE_ELEMENTS: Final = 1 << 18
 # Columns of a matrix turned at a time: an even number, so that each time whole bytes come out.
@@ -157,6 +157,9 @@ def arrays_of(blocks: QuantizedBlocks) -> list[Array]:
 
 
 def _narrowed(array: Array, slot: Slot, name: str) -> Array:
+    if slot.dtype == "bfloat16":
+        # Rounded before the integers were: the lower half is zeros.
+        return (array.view(np.uint32) >> 16).astype(np.uint16)
     if slot.dtype != "float16":
         return array
     with np.errstate(over="ignore"):

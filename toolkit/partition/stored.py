@@ -15,7 +15,7 @@ from toolkit.graph.layout import Layout, Slot, Unit
 from toolkit.quant.blockwise import QuantizedBlocks, dequantize_blocks, signed_levels
 
 Floats = NDArray[np.float32]
-_DTYPES: Final = {"float32": np.float32, "float16": np.float16}
+_DTYPES: Final = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
 # Input features of a turned matrix taken at a time.
 _TURNED: Final = 512
 
@@ -56,7 +56,7 @@ class StoredTensors:
         if unit.spec is None:
             return np.asarray(slots[0], np.float32)
         packed, scales, *zero_points = slots
-        blocks = QuantizedBlocks(packed, scales.astype(np.float32), zero_points[0] if zero_points else None, 0.0)
+        blocks = QuantizedBlocks(packed, _widened(scales), zero_points[0] if zero_points else None, 0.0)
         return dequantize_blocks(blocks, unit.spec, unit.width)
 
     def _turned(self, unit: Unit) -> Floats:
@@ -92,3 +92,10 @@ class StoredTensors:
             file.seek(slot.offset + start)
             self.bytes_read += stop - start
             return np.frombuffer(file.read(stop - start), np.uint8)
+
+
+def _widened(scales: NDArray[Any]) -> Floats:
+    """Stored scales as float32; those of bfloat16 come as its bits."""
+    if scales.dtype == np.uint16:
+        return (scales.astype(np.uint32) << 16).view(np.float32)
+    return scales.astype(np.float32)

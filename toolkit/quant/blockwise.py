@@ -15,6 +15,10 @@ Algorithms are rows of toolkit/algorithms.py:
   expected squared error of the output, inputs taken as independent (llama.cpp's imatrix).
 - `gptq` has a file of its own.
 
+Where scales are `short_scales` they are rounded to bfloat16 before any integer is, so that integers are nearest to what
+is stored. A scale then errs by 1/512 at most, which is nothing beside 4 bits, and any finite weight has one: float16,
+as long, could hold those of weights from about 1e-4 to 1e5 (LOG.md).
+
 `signed` specs are for DequantizeLinear with zero point 0 (quant/signed_kernel.py): the same layout here, levels around
 2^(bits-1), and positive scales; graphs hold them turned, input features first (`signed_integers`).
 """
@@ -37,13 +41,14 @@ _LEAST_IMPORTANCE: Final = 1e-6
 @dataclass(frozen=True)
 class QuantSpec:
     """How one tensor is stored. `block_size` is a power of two from 16 to 256; where `signed` it divides the input
-    features, and may be all of them."""
+    features, and may be all of them. `short_scales` are bfloat16, others have the dtype of the tensor's floats."""
 
     bits: int = 4
     block_size: int = 32
     symmetric: bool = False
     algorithm: str = "rtn"
     signed: bool = False
+    short_scales: bool = False
 
     def num_blocks(self, in_features: int) -> int:
         """J: the last block of a row is padded with zeros."""
@@ -85,6 +90,8 @@ def quantize_blocks(weight: Floats, spec: QuantSpec, importance: Floats | None =
     zeros = np.empty((out_features, J), np.uint8)
     choose = getattr(kernel, spec.rounded_by.scales)
     choose(weight, worth, spec.bits, spec.symmetric, spec.block_size, scales, zeros)
+    if spec.short_scales:
+        kernel.shorten(scales)
     noise = kernel.round_rows(weight, spec.bits, spec.block_size, scales, zeros, packed)
     return QuantizedBlocks(packed, scales, None if spec.symmetric else pack_last_axis(zeros, spec.bits), noise)
 

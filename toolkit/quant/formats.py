@@ -19,9 +19,9 @@ from toolkit.checkpoint.weights import expected_tensors
 from toolkit.errors import RecipeError
 from toolkit.quant.blockwise import QuantSpec
 from toolkit.recipe import QuantRule, Recipe, nearest
-from toolkit.target import Form
+from toolkit.target import CPU_FORM, Form
 
-_ITEM_BITS: Final = {"float32": 32, "float16": 16, "uint8": 8, "int8": 8, "int4": 4}
+_ITEM_BITS: Final = {"float32": 32, "float16": 16, "bfloat16": 16, "uint8": 8, "int8": 8, "int4": 4}
 # Blocks that QNN takes, where the rule's does not divide a width.
 _SIGNED_BLOCKS: Final = (64, 32)
 # Blocks that a budget chooses from.
@@ -30,8 +30,8 @@ _BLOCK_SIZES: Final = (32, 64, 128)
 
 @dataclass(frozen=True)
 class StoredArray:
-    """One of the arrays that a matrix or vector is stored as; dtype is `float32`, `float16`, `uint8`, `int8` or
-    `int4`."""
+    """One of the arrays that a matrix or vector is stored as; dtype is `float32`, `float16`, `bfloat16`,
+    `uint8`, `int8` or `int4`."""
 
     suffix: str
     dtype: str
@@ -59,7 +59,7 @@ def stored_arrays(shape: tuple[int, ...], spec: QuantSpec | None, floats: str) -
         ]
     arrays = [
         StoredArray(".packed", "uint8", (N, J, spec.block_size * spec.bits // 8)),
-        StoredArray(".scales", floats, (N, J)),
+        StoredArray(".scales", "bfloat16" if spec.short_scales else floats, (N, J)),
     ]
     if not spec.symmetric:
         arrays.append(StoredArray(".zero_points", "uint8", (N, -(-J * spec.bits // 8))))
@@ -167,8 +167,9 @@ def _spec(tensor: str, shape: tuple[int, ...], config: ModelConfig, recipe: Reci
             f"{names.EMBED_TOKENS} a rule with a smaller block_size"
         )
     algorithm = recipe.algorithm_of(rule).suited(rule.bits, use)
-    spec = QuantSpec(rule.bits, rule.block_size, rule.symmetric, algorithm.name)
     outside = names.role_of(tensor) in names.OUTSIDE_ROLES
+    short = (CPU_FORM if outside else form).short_scales
+    spec = QuantSpec(rule.bits, rule.block_size, rule.symmetric, algorithm.name, short_scales=short)
     return _signed(spec, shape[1], form) if form.qdq and not outside else spec
 
 
@@ -187,4 +188,4 @@ def _signed(spec: QuantSpec, columns: int, form: Form) -> QuantSpec:
     sizes = [size for size in (spec.block_size, *_SIGNED_BLOCKS) if columns % size == 0]
     whole = form.row_scales or spec.bits == 8 or not sizes
     row = columns + columns % 2 if spec.bits == 4 else columns
-    return replace(spec, block_size=row if whole else sizes[0], symmetric=True, signed=True)
+    return replace(spec, block_size=row if whole else sizes[0], symmetric=True, signed=True, short_scales=False)

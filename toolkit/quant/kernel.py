@@ -90,6 +90,22 @@ def round_rows(weight: Any, bits: int, block_size: int, scales: Any, zeros: Any,
 
 
 @compiled
+def shorten(scales: Any) -> None:
+    """Rounds scales [N, J] float32 to the nearest bfloat16, in place."""
+    for row in range(scales.shape[0]):
+        for j in range(scales.shape[1]):
+            scales[row, j] = _nearest_bfloat16(scales[row, j])
+
+
+@compiled
+def _nearest_bfloat16(scale: Any) -> Any:
+    """The nearest float32 whose lower 16 bits are zero, half to even. Scales are finite, and far from the largest."""
+    bits = np.float32(scale).view(np.uint32)
+    bits += np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+    return np.uint32(bits & np.uint32(0xFFFF0000)).view(np.float32)
+
+
+@compiled
 def take_block(row: Any, j: int, block: Any) -> None:
     """Copies the `j`-th block of a row into `block`, with zeros for what the row lacks."""
     piece = row[j * block.size : (j + 1) * block.size]
@@ -107,6 +123,7 @@ def gptq_columns(
     bits: int,
     symmetric: bool,
     block_size: int,
+    short_scales: bool,
     levels: Any,
     restored: Any,
     scales: Any,
@@ -114,7 +131,7 @@ def gptq_columns(
 ) -> None:
     """Rounds `columns` [N, n] float32 from left to right, in place: column k holds what is left of z_k, and a rounded
     column takes its share by `upper` [n, n] from those behind it (quant/gptq.py). Fills levels uint8 and restored
-    float32 [N, n], scales and zeros [N, n / block_size]."""
+    float32 [N, n], scales, which are bfloat16 where `short_scales`, and zeros [N, n / block_size]."""
     top = _F((1 << bits) - 1)
     block, left = np.empty(block_size, np.float32), np.empty(block_size, np.float32)
     crosses, squares = np.empty(block_size, np.float32), np.empty(block_size, np.float32)
@@ -127,6 +144,8 @@ def gptq_columns(
                 scale, zero = _search_scale(
                     block, worth[first : first + block_size], scale, zero, top, symmetric, crosses, squares
                 )
+            if short_scales:
+                scale = _nearest_bfloat16(scale)
             inverse = _inverse(scale)
             for i in range(first, first + block_size):
                 level = np.rint(columns[row, i] / upper[i, i] * inverse) + zero

@@ -112,7 +112,17 @@ class _SearchedScales:
         blocks = self._order[some][:: spec.block_size] // spec.block_size
         scales, zeros = (np.empty((left.shape[0], blocks.size), kind) for kind in (np.float32, np.uint8))
         kernel.gptq_columns(
-            left, triangle, worth, spec.bits, spec.symmetric, spec.block_size, levels, restored, scales, zeros
+            left,
+            triangle,
+            worth,
+            spec.bits,
+            spec.symmetric,
+            spec.block_size,
+            spec.short_scales,
+            levels,
+            restored,
+            scales,
+            zeros,
         )
         self.scales[rows, blocks], self.zeros[rows, blocks] = scales, zeros
 
