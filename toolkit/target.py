@@ -17,10 +17,11 @@ _STOP_SPINNING: Final = {"session.force_spinning_stop": "1"}
 class Form:
     """How the transformer is written so that its execution provider takes every node.
 
-    `activations` is the dtype of hidden states, norms, scales and the KV cache. RMSNormalization needs `opset` 23, an
-    earlier one gets SimplifiedLayerNormalization. `fused` allows com.microsoft's SkipSimplifiedLayerNormalization and
-    FusedMatMul, `packed_qkv` q, k and v as one matrix, `bias_in_matmul` MatMulNBits' bias input and
-    `rotary_in_attention` GroupQueryAttention's do_rotary; without them each is written in parts.
+    `activations` is the dtype of hidden states, norms, the KV cache and of scales without `short_scales`.
+    RMSNormalization needs `opset` 23, an earlier one gets SimplifiedLayerNormalization. `fused` allows com.microsoft's
+    SkipSimplifiedLayerNormalization and FusedMatMul, `packed_qkv` q, k and v as one matrix, `bias_in_matmul`
+    MatMulNBits' bias input and `rotary_in_attention` GroupQueryAttention's do_rotary; without them each is written in
+    parts.
     `plain_attention` does without GroupQueryAttention, which takes a `static_cache`: one fixed at context_length.
     `local_window` is whether GroupQueryAttention may look back only so far, `wide_bits` whether the provider takes
     MatMulNBits of 8 bits, which a budget may then buy, and `head_norms` whether it takes what stands around a norm over
