@@ -14,7 +14,7 @@ from toolkit.bundle.template_probes import PROBES, Probe
 from toolkit.bundle.template_rewrite import rewrite
 from toolkit.errors import CheckpointError, MachineError, UnsupportedError
 from toolkit.evaluate import renders
-from toolkit.evaluate.renders import TemplateJob, checked_template
+from toolkit.evaluate.renders import TemplateJob, best_template, checked_template
 from toolkit.evaluate.renders import _rendered as rendered_by_genai
 
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
@@ -187,6 +187,28 @@ def test_a_template_that_is_right_stays_as_it_is() -> None:
 def test_a_template_that_cannot_work_is_refused(text: str, reason: str) -> None:
     with pytest.raises(UnsupportedError, match=reason):
         checked_template(TemplateJob(text, {}))
+
+
+ALIKE_FOR_ALL = ["Hello", "{{ messages | length }}", "{% for m in messages %}{{ m.role }}{% endfor %}"]
+
+
+@pytest.mark.parametrize("text", ALIKE_FOR_ALL)
+def test_a_template_that_does_not_say_what_is_asked_is_refused(text: str) -> None:
+    with pytest.raises(UnsupportedError, match="leaves out what is asked"):
+        best_template(TemplateJob(text, {}))
+
+
+@pytest.mark.parametrize(
+    ("text", "after"),
+    [
+        ("{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}", "</s>"),
+        ("{% for m in messages %}{{ m.content + '<|im' + '_end|>' }}\n{% endfor %}", "<|im_end|>\n"),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", ""),
+        ("{{ messages[0].content }}{% if messages[1:] %}{{ raise_exception('one') }}{% endif %}", ""),
+    ],
+)
+def test_what_is_written_behind_an_answer(text: str, after: str) -> None:
+    assert best_template(TemplateJob(text, {"eos_token": "</s>"})).after_answer == after
 
 
 def test_a_template_that_does_not_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,8 +108,9 @@ def hub(tiny_r1: Path, tmp_path: Path) -> Iterator[Hub]:
     make_checkpoint("Qwen2", {"vocab_size": 20000, "hidden_size": 256}, folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "train.py", "arithmetic.jsonl"):
         shutil.copy(tiny_r1 / name, folder)
-    # Other formats of the same weights, as repositories hold them.
+    # Other formats of the same weights, and files of training, as repositories hold them.
     (folder / "consolidated.safetensors").write_bytes(b"not asked for")
+    (folder / "trainer_state.json").write_text("{}", encoding="utf-8")
     server = Hub(folder)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
@@ -149,7 +150,7 @@ def test_hub_id_is_downloaded_resumed_and_then_found_offline(hub: Hub, tmp_path:
     assert any(10 << 20 <= start <= len(data) // 2 for start in resumed), weights
     fetched = {path.rsplit("/", 1)[-1] for command, path, _ in hub.requests if command == "GET"}
     assert "model.safetensors" in fetched and "consolidated.safetensors" not in fetched
-    assert not any(name.endswith((".py", ".jsonl")) for name in fetched)
+    assert not any(name.endswith((".py", ".jsonl", "trainer_state.json")) for name in fetched)
     manifest = json.loads((tmp_path / "b" / "manifest.json").read_text(encoding="utf-8"))
     entry = {"name": "model.safetensors", "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     assert manifest["checkpoint"] == [entry]
@@ -228,6 +229,18 @@ def test_a_gguf_file_is_planned_by_its_header_and_then_downloaded_alone(hub: Hub
     assert offline.returncode == 0 and "download_bytes" not in json.loads(offline.stdout), offline.stderr
     missing = _run(hub, tmp_path / "home", "inspect", f"{REPO}:none.gguf")
     assert missing.returncode == 2 and missing.stderr.count("\n") == 1, missing.stderr
+
+
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [("pytorch_model.bin", "holds .bin pickles, which are never loaded"), ("small.gguf", "holds a GGUF file")],
+)
+def test_a_repository_of_another_format_is_called_so(hub: Hub, tmp_path: Path, file: str, said: str) -> None:
+    (hub.folder / "model.safetensors").rename(hub.folder / file)
+    (hub.folder / "consolidated.safetensors").unlink()
+    for done in (_run(hub, tmp_path / "home", "inspect", REPO), _export(hub, tmp_path / "home", tmp_path / "b", "0")):
+        assert done.returncode == 2 and f"{REPO} {said}" in done.stderr.splitlines()[-1], done.stderr
+        assert "again" not in done.stderr.splitlines()[-1]
 
 
 def test_a_revision_is_asked_for(hub: Hub, tmp_path: Path) -> None:

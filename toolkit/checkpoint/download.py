@@ -6,15 +6,31 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
 from toolkit.checkpoint.gguf import is_gguf, split_set
+from toolkit.checkpoint.other_formats import other_format
+from toolkit.checkpoint.side_files import TEMPLATES_FOLDER, side_files_of
 from toolkit.checkpoint.weights import weight_files
+from toolkit.checkpoint.which_tensors import ADAPTER_CONFIG_FILE
 from toolkit.errors import CheckpointError, MachineError
+from toolkit.names import SAFETENSORS_INDEX_FILE
 from toolkit.recipe import data_folder
 
-_SIDE_PATTERNS: Final = ("*.json", "*.jinja")
+# What lies beside the weights, in the repository's root: others in folders are of other formats, or of training. The
+# last ones are not read, and say how a tokenizer.json can be made.
+_SIDE_PATTERNS: Final = (
+    *(path.name for path in side_files_of(Path())),
+    f"{TEMPLATES_FOLDER}/*.jinja",
+    SAFETENSORS_INDEX_FILE,
+    ADAPTER_CONFIG_FILE,
+    "tokenizer.model",
+    "tekken.json",
+    "vocab.json",
+    "merges.txt",
+)
 _HUB_ID: Final = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 # A GGUF file in a repository of the hub, owner/name:file.
 _HUB_FILE: Final = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*):(?P<file>[\w.-]+(/[\w.-]+)*\.gguf)")
@@ -86,7 +102,19 @@ def _repository(place: str, weights: bool, download: _Download) -> Path:
         return folder
     # Repositories hold other formats beside the files that are meant.
     wanted = [path.name for path in weight_files(folder)]
-    return download(place, [*_SIDE_PATTERNS, *wanted], folder.name)
+    whole = download(place, [*_SIDE_PATTERNS, *wanted], folder.name)
+    if not any((whole / name).is_file() for name in wanted) and (words := _in_their_place(place, folder.name)):
+        raise CheckpointError(f"{place} holds {words}")
+    return whole
+
+
+def _in_their_place(place: str, revision: str | None) -> str:
+    """What a repository of the hub holds in place of weights, and what to do about it; nothing if that is not known."""
+    from huggingface_hub import list_repo_files
+
+    with suppress(Exception):  # the client's errors have no common root short of Exception
+        return other_format([name for name in list_repo_files(place, revision=revision) if "/" not in name])
+    return ""
 
 
 def _gguf_set(repository: str, file: str, download: _Download) -> Path:
@@ -99,7 +127,12 @@ def _gguf_set(repository: str, file: str, download: _Download) -> Path:
 
 def hub_error(place: str, revision: str | None, problem: BaseException) -> CheckpointError:
     """Returns the error, of one line, for what huggingface_hub raised: what was asked for, why not, what to do."""
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     if isinstance(problem, GatedRepoError):
         return CheckpointError(f"{place} asks for an agreement first: accept it on the hub, then `hf auth login`")
@@ -107,6 +140,8 @@ def hub_error(place: str, revision: str | None, problem: BaseException) -> Check
         return CheckpointError(
             f"{place} is no folder, and not on the hub or private: check the name, or `hf auth login`"
         )
+    if isinstance(problem, EntryNotFoundError) and (words := _in_their_place(place, revision)):
+        return CheckpointError(f"{place} holds {words}")
     if isinstance(problem, RevisionNotFoundError):
         return CheckpointError(f"{place} has no revision {revision!r}: name a branch, a tag or a commit of it")
     return CheckpointError(

@@ -5,7 +5,7 @@ Each is one line that says what was found and what to do about it; "download it 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -59,19 +59,8 @@ def refuse_other_formats(folder: Path) -> None:
     """Raises CheckpointError for a folder whose weights are no safetensors in Hugging Face's layout, under the names
     that they have there."""
     files = sorted(path.name for path in folder.iterdir() if not path.is_dir())
-    if any(name.startswith("consolidated") and name.endswith(".safetensors") for name in files):
-        raise CheckpointError(
-            f"{folder} holds consolidated.safetensors alone, Mistral's own format: download the files in Hugging Face "
-            f"layout, {names.SAFETENSORS_FILE} or shards with an index"
-        )
-    if others := [name for name in files if name.lower().endswith(".safetensors")]:
-        raise CheckpointError(
-            f"{folder} holds {', '.join(others)[:200]} and no {names.SAFETENSORS_FILE}: if that is the whole model, "
-            f"rename it to {names.SAFETENSORS_FILE}"
-        )
-    for ending, words in _FORMATS.items():
-        if any(name.endswith(ending) and name not in _NO_WEIGHTS for name in files):
-            raise CheckpointError(f"{folder} holds {words}")
+    if words := other_format(files):
+        raise CheckpointError(f"{folder} holds {words}")
     if "zero_to_fp32.py" in files or any(folder.glob("global_step*")):
         raise CheckpointError(
             f"{folder} holds a checkpoint of DeepSpeed: `python zero_to_fp32.py . OUT --safe_serialization` there "
@@ -79,6 +68,25 @@ def refuse_other_formats(folder: Path) -> None:
         )
     if inside := _folders_with(folder, "*.safetensors"):
         raise CheckpointError(f"{folder} holds no weights, but {', '.join(inside)} does: name that folder")
+
+
+def other_format(files: Sequence[str]) -> str:
+    """What files by these names are in place of safetensors in Hugging Face's layout, and what to do about it; nothing
+    where the names do not tell."""
+    if any(name.startswith("consolidated") and name.endswith(".safetensors") for name in files):
+        return (
+            "consolidated.safetensors alone, Mistral's own format: download the files in Hugging Face layout, "
+            f"{names.SAFETENSORS_FILE} or shards with an index"
+        )
+    if others := [name for name in files if name.lower().endswith(".safetensors")]:
+        return (
+            f"{', '.join(others)[:200]} and no {names.SAFETENSORS_FILE}: if that is the whole model, rename it to "
+            f"{names.SAFETENSORS_FILE}"
+        )
+    for ending, words in _FORMATS.items():
+        if any(name.endswith(ending) and name not in _NO_WEIGHTS for name in files):
+            return words
+    return ""
 
 
 def missing_config(folder: Path) -> CheckpointError:

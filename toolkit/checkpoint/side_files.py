@@ -132,8 +132,9 @@ def read_side_files(folder: Path, vocab_size: int) -> SideFiles:
     )
 
 
-def side_paths(folder: Path) -> list[Path]:
-    """The files of a checkpoint beside its weights that decide what a bundle of it is, those that are there."""
+def side_files_of(folder: Path) -> list[Path]:
+    """The files of a folder that may stand beside its weights and decide what a bundle of it is, but for templates with
+    names of their own."""
     named = (
         names.CONFIG_FILE,
         GENERATION_FILE,
@@ -144,7 +145,12 @@ def side_paths(folder: Path) -> list[Path]:
         PROCESSOR_TEMPLATE_FILE,
         TEMPLATE_FILE,
     )
-    paths = [*(folder / name for name in named), *sorted((folder / TEMPLATES_FOLDER).glob("*.jinja"))]
+    return [folder / name for name in named]
+
+
+def side_paths(folder: Path) -> list[Path]:
+    """The files of a checkpoint beside its weights that decide what a bundle of it is, those that are there."""
+    paths = [*side_files_of(folder), *sorted((folder / TEMPLATES_FOLDER).glob("*.jinja"))]
     return [path for path in paths if path.is_file()]
 
 

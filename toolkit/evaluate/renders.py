@@ -125,6 +125,9 @@ def best_template(job: TemplateJob) -> CheckedTemplate:
     wanted = _wanted(job)
     if not wanted:
         raise UnsupportedError("the chat template renders no conversation in jinja2: put another beside it")
+    asked = str(PROBES[0].messages[0]["content"]).casefold()
+    if not any(asked in text.casefold() for _, right in wanted for text in right):
+        raise UnsupportedError("the chat template leaves out what is asked, whatever it is: put another beside it")
     tried: list[CheckedTemplate] = []
     problem = ""
     for text, changes in _candidates(job):
