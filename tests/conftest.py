@@ -80,11 +80,11 @@ def _every_report_keeps_to_its_schema() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _exports_are_short() -> Iterator[None]:
-    """Hundreds of exports prove something else than how they end."""
-    from tests.in_process import short_exports
+def _small_models_wait_for_nothing() -> Iterator[None]:
+    """Hundreds of exports prove something else than how they end, and small models need no second thread."""
+    from tests.in_process import short_exports, single_threads
 
-    with short_exports():
+    with short_exports(), single_threads():
         yield
 
 

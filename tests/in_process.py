@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any, Final
 from unittest import mock
 
@@ -46,3 +47,41 @@ def short_exports() -> Iterator[None]:
         stack.enter_context(mock.patch("toolkit.pipeline.described.measure_speed", speed))
         stack.enter_context(mock.patch("os.fsync"))
         yield
+
+
+@contextmanager
+def single_threads() -> Iterator[None]:
+    """Sessions of this process have one thread, whatever a bundle says: on small models a second spins longer than it
+    works, and takes the time of the process beside."""
+    import onnxruntime
+    import onnxruntime_genai
+
+    options, model = onnxruntime.SessionOptions, onnxruntime_genai.Model
+
+    def one_thread() -> onnxruntime.SessionOptions:
+        made = options()
+        made.intra_op_num_threads = 1
+        return made
+
+    with (
+        mock.patch("onnxruntime.SessionOptions", one_thread),
+        mock.patch("onnxruntime_genai.Model", lambda given: model(_told(given, onnxruntime_genai.Config))),
+    ):
+        yield
+
+
+def _told(given: Any, config_of: Callable[[str], Any]) -> Any:
+    """What a model is made from, told to use one thread; as it is where it has no settings to tell it by."""
+    if not isinstance(given, str):
+        return given
+    try:
+        decoder = json.loads((Path(given) / "genai_config.json").read_text(encoding="utf-8"))["model"]["decoder"]
+        stages = [stage for group in decoder.get("pipeline", []) for stage in group]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return given
+    one = {"session_options": {"intra_op_num_threads": 1}}
+    config = config_of(given)
+    config.overlay(
+        json.dumps({"model": {"decoder": one | ({"pipeline": [dict.fromkeys(stages, one)]} if stages else {})}})
+    )
+    return config
