@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # line between two) above everything it imports.
 FLOORS: Final = (
     ("algorithms", "errors", "figures", "machine", "names", "progress", "quality", "soc", "typed_json"),
-    ("files", "jit"),
+    ("device", "files", "jit"),
     ("apart",),
     ("target",),
     ("recipe",),
@@ -55,6 +55,7 @@ DEPENDENCIES: Final[dict[str, set[str]]] = {
     "psutil": {"machine"},
     "rich": {"progress"},
     "tokenizers": {"pipeline", "evaluate"},
+    "torch": {"device"},
     "yaml": {"recipe"},
 }
 EVERYWHERE: Final = {"numpy"}

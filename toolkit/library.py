@@ -12,6 +12,8 @@ from toolkit.checkpoint.download import hub_file, is_hub_id, resolve_checkpoint
 from toolkit.checkpoint.opened import Checkpoint, synthetic_checkpoint
 from toolkit.checkpoint.opened import open_checkpoint as open_folder
 from toolkit.checkpoint.remote import open_headers
+from toolkit.device.chosen import chosen_device
+from toolkit.device.fitting import Fitting
 from toolkit.errors import RecipeError
 from toolkit.evaluate.conversation import Answer, Conversation
 from toolkit.evaluate.speed import measure_speed
@@ -121,6 +123,7 @@ def export(
     *,
     compile: bool = True,
     force: bool = False,
+    device: str = "cpu",
     progress: Progress = _silent,
     note: Progress = _silent,
 ) -> list[Path]:
@@ -128,12 +131,15 @@ def export(
 
     An interrupted export goes on where it was. A finished bundle of equal inputs is not made again, and a validated one
     of others is not replaced, unless `force` is true. A transformer that has an ahead-of-time compiler is compiled
-    unless `compile` is false. `note` is told in one line what was left out and why; `progress` is called with the name
-    of each finished step. Raises ToolkitError before anything is written if checkpoint or machine will not do.
+    unless `compile` is false. `device` is what calibration computes on: `cpu` (numpy), `torch` (torch on the CPU),
+    `cuda`, `mps`, `xpu`, or `auto` for the best there is. `note` is told in one line what was left out and why;
+    `progress` is called with the name of each finished step. Raises ToolkitError before anything is written if
+    checkpoint or machine will not do.
     """
+    fitting = Fitting(chosen_device(device), note)
     if isinstance(plans, str):
         plans = plan(plans)
-    bundles = export_planned(plans, progress, force, note)
+    bundles = export_planned(plans, progress, force, note, fitting)
     for bundle in bundles:
         with disk_errors(bundle), held([bundle]):
             said = compile_exported(bundle, compile, progress)
@@ -147,19 +153,22 @@ def validate(
     checkpoint: str | Path | Checkpoint | None = None,
     effort: Effort | None = None,
     *,
+    device: str = "cpu",
     progress: Progress = _silent,
+    note: Progress = _silent,
 ) -> Report:
     """Compares a bundle with the checkpoint it was made from, rewrites its report and returns it; `verdict` is in it.
 
     The checkpoint is the one the manifest names unless another place of the same files is given; `effort` says how much
-    is measured. Raises BundleError or CheckpointError if either cannot be read or they do not belong together.
+    is measured. The checkpoint runs on `device`, as in `export`; `note` is told in a line where its memory is full.
+    Raises BundleError or CheckpointError if either cannot be read or they do not belong together.
     """
-    bundle = Path(bundle)
+    fitting, bundle = Fitting(chosen_device(device), note), Path(bundle)
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = made_from(bundle, checkpoint)
     check_writable(bundle)
     with disk_errors(bundle), held([bundle]):
-        return judge_bundle(bundle, checkpoint, effort or Effort(), progress)
+        return judge_bundle(bundle, checkpoint, effort or Effort(), progress, fitting)
 
 
 def check(bundle: str | Path, *, run: bool = False) -> CheckResult:

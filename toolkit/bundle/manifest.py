@@ -32,6 +32,15 @@ class CalibrationText:
 
 
 @dataclass(frozen=True)
+class CalibratedOn:
+    """What the text was computed on: `device` as `--device` names it, `software` with the version that decides the last
+    bits of torch's products. Of an export that was resumed elsewhere it is the device that finished."""
+
+    device: str
+    software: str
+
+
+@dataclass(frozen=True)
 class ChangedFile:
     """A file that is not the checkpoint's own, or not read as it is meant: what is otherwise, a line each."""
 
@@ -47,7 +56,7 @@ class Manifest:
     what comes out. `checkpoint` names the files that the weights were read from. `compiled` has, by the context stage
     of each part that was compiled ahead of time, a digest of all that its binary was made from. `stop_tokens` end an
     answer, each with where that is said. `changed` names the files of the checkpoint that the bundle has otherwise,
-    `side_files` all of it beside the weights that were read.
+    `side_files` all of it beside the weights that were read. `calibrated_on` says what computed, where a text was read.
     """
 
     schema_version: int
@@ -62,6 +71,7 @@ class Manifest:
     stop_tokens: tuple[StopToken, ...] = ()
     changed: tuple[ChangedFile, ...] = ()
     side_files: tuple[FileEntry, ...] = ()
+    calibrated_on: CalibratedOn | None = None
 
     def with_files(self, changed: Iterable[FileEntry]) -> Manifest:
         """The manifest with these entries added, or put in place of those of the same name."""
@@ -84,6 +94,7 @@ class _WrittenManifest:
     stop_tokens: tuple[StopToken, ...] = ()
     changed: tuple[ChangedFile, ...] = ()
     side_files: tuple[FileEntry, ...] = ()
+    calibrated_on: CalibratedOn | None = None
 
 
 def begin_manifest(
@@ -162,6 +173,7 @@ def read_manifest(folder: Path) -> Manifest:
         written.stop_tokens,
         written.changed,
         written.side_files,
+        written.calibrated_on,
     )
 
 

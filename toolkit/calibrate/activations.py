@@ -1,4 +1,5 @@
-"""Activations of many sequences in a file, so that memory does not grow with the text: written once, read in order."""
+"""Activations of many sequences in a file, so that memory does not grow with the text: written once from a device, read
+in order onto one."""
 
 from __future__ import annotations
 
@@ -8,17 +9,22 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from toolkit.device.arrays import NUMPY, Device, device_of
 from toolkit.files import replacing
 
 Floats = NDArray[np.float32]
 
 
 class ActivationFile:
-    """[T, width] float32 of sequences, of which some are read at a time: `lengths` has those of each batch. A name that
-    exists is whole: it is given after the last byte."""
+    """[T, width] float32 of sequences, of which some at a time are read onto a device: `lengths` has those of each
+    batch. A name that exists is whole: it is given after the last byte."""
 
-    def __init__(self, path: Path, lengths: Sequence[tuple[int, ...]], width: int) -> None:
-        self.path, self._lengths, self._width = path, tuple(lengths), width
+    def __init__(self, path: Path, lengths: Sequence[tuple[int, ...]], width: int, on: Device = NUMPY) -> None:
+        self.path, self._lengths, self._width, self._on = path, tuple(lengths), width, on
+
+    def read_by(self, on: Device, lengths: Sequence[tuple[int, ...]]) -> ActivationFile:
+        """The same file in other batches, read onto a device."""
+        return ActivationFile(self.path, lengths, self._width, on)
 
     @property
     def tokens(self) -> int:
@@ -30,17 +36,18 @@ class ActivationFile:
         return self.path.is_file() and self.path.stat().st_size == 4 * self.tokens * self._width
 
     def write(self, sequences: Iterable[Floats]) -> ActivationFile:
-        """Takes every sequence in order, one or several at a time; returns itself."""
+        """Takes every sequence in order, one or several at a time, from whatever device; returns itself."""
         with replacing(self.path) as fresh, fresh.open("wb") as file:
             for x in sequences:
-                np.ascontiguousarray(x, np.float32).tofile(file)
+                np.ascontiguousarray(device_of(x).to_host(x), np.float32).tofile(file)
         return self
 
     def __iter__(self) -> Iterator[tuple[Floats, tuple[int, ...]]]:
         """Each batch of sequences behind each other, and their lengths."""
         with self.path.open("rb") as file:
             for lengths in self._lengths:
-                yield np.fromfile(file, np.float32, sum(lengths) * self._width).reshape(-1, self._width), lengths
+                values = np.fromfile(file, np.float32, sum(lengths) * self._width)
+                yield self._on.from_host(values.reshape(-1, self._width)), lengths
 
     def remove(self) -> None:
         """Deletes the file, if it is there."""

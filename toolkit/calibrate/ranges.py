@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -23,6 +24,8 @@ from toolkit.calibrate.activations import ActivationFile
 from toolkit.checkpoint.anatomy import Linear, Mlp
 from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.weights import Tensors
+from toolkit.device.arrays import Device
+from toolkit.device.fitting import ON_NUMPY, Fitting
 from toolkit.errors import NonFiniteError, UnsupportedError
 from toolkit.files import read_state, write_state
 from toolkit.quant.ranges import ActivationRange
@@ -40,6 +43,7 @@ def activation_ranges(
     percentile: float,
     folder: Path,
     progress: Callable[[str], None] = lambda _: None,
+    fitting: Fitting = ON_NUMPY,
 ) -> dict[str, ActivationRange]:
     """By point (`names.input_of`, `names.output_of`), the range that holds every value of `percentile` percent of the
     tokens at least; `source` has the rounded weights, `folder` holds what is finished.
@@ -47,9 +51,9 @@ def activation_ranges(
     Raises NonFiniteError if an activation is NaN or infinite, UnsupportedError for values that float16 cannot hold.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lengths = batched([len(ids) for ids in sequences])
+    lengths = [len(ids) for ids in sequences]
     streams = [
-        ActivationFile(folder / f"hidden-{k}.f32", lengths, config.hidden_size)
+        ActivationFile(folder / f"hidden-{k}.f32", batched(lengths), config.hidden_size)
         for k in range(config.num_hidden_layers + 1)
     ]
     state = read_state(_Found, folder / _FILE) or _Found(0, {})
@@ -57,10 +61,15 @@ def activation_ranges(
     if not 0 <= start < len(streams) or not streams[start].is_whole():
         start, found = 0, {}
         streams[0].write(embed(source, list(ids)) for ids in sequences)
+
+    def seen_in(k: int, on: Device, tokens: int) -> dict[str, ActivationRange]:
+        layer = _WatchedLayer(read_layer(config, source, k, on))
+        batches = streams[k].read_by(on, batched(lengths, tokens))
+        streams[k + 1].write(layer(x, together) for x, together in batches)
+        return layer.ranges(percentile)
+
     for k in range(start, config.num_hidden_layers):
-        layer = _WatchedLayer(read_layer(config, source, k))
-        streams[k + 1].write(layer(x, lengths) for x, lengths in streams[k])
-        found |= layer.ranges(percentile)
+        found |= fitting.run(f"layer {k}", partial(seen_in, k))
         write_state(folder / _FILE, _Found(k + 1, found))
         streams[k].remove()
         progress(f"ranges of layer {k}")
@@ -79,13 +88,13 @@ class _WatchedLayer(Layer):
     """A layer that keeps each token's smallest and largest value at each point."""
 
     def __init__(self, exact: Layer) -> None:
-        super().__init__(exact.config, exact.anatomy, exact.tensors)
+        super().__init__(exact.config, exact.anatomy, exact.tensors, exact.on)
         self._inputs = {given.name for given in exact.anatomy.inputs}
         self._seen: dict[str, list[tuple[Floats, Floats]]] = defaultdict(list)
 
     def __call__(self, x: Floats, lengths: Sequence[int] = ()) -> Floats:
         y = super().__call__(x, lengths)
-        self._check_float16("hidden states", float(np.abs(y).max()))
+        self._check_float16("hidden states", float(abs(y).max()))
         return y
 
     def product(self, linear: Linear, x: Floats) -> Floats:
@@ -105,12 +114,11 @@ class _WatchedLayer(Layer):
     def project(self, normed: Floats, positions: NDArray[np.int64]) -> tuple[Floats, Floats, Floats]:
         """As the exact layer's; no score may be more than float16 holds."""
         q, k, v = super().project(normed, positions)
-        longest_q = np.sqrt(np.einsum("thd,thd->th", q, q)).max(axis=0)
-        longest_k = np.sqrt(np.einsum("tkd,tkd->tk", k, k)).max(axis=0)
+        longest_q, longest_k = (self.on.to_host(self.on.largest((x * x).sum(axis=-1), 0)) ** 0.5 for x in (q, k))
         bound = longest_q * np.repeat(longest_k, q.shape[1] // k.shape[1]) * self.config.rotary_head_dim**-0.5
         for head in np.flatnonzero(bound > _FLOAT16_MAX):
             scores = q[:, head] @ k[:, head * k.shape[1] // q.shape[1]].T
-            self._check_float16("attention scores", float(np.abs(scores).max()) * self.config.rotary_head_dim**-0.5)
+            self._check_float16("attention scores", float(abs(scores).max()) * self.config.rotary_head_dim**-0.5)
         return q, k, v
 
     def ranges(self, percentile: float) -> dict[str, ActivationRange]:
@@ -124,7 +132,7 @@ class _WatchedLayer(Layer):
         return found
 
     def _see(self, point: str, x: Floats) -> None:
-        low, high = x.min(axis=1), x.max(axis=1)
+        low, high = (self.on.to_host(side(x, 1)) for side in (self.on.smallest, self.on.largest))
         if not (np.isfinite(low).all() and np.isfinite(high).all()):
             raise NonFiniteError(
                 f"{point} is NaN or infinite on the calibration text: the checkpoint does not compute in float32, or "

@@ -21,6 +21,8 @@ from toolkit.calibrate.statistics import Products
 from toolkit.checkpoint.anatomy import Linear, LinearInput, Sublayer, decoder_of
 from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.weights import Tensors
+from toolkit.device.arrays import Device
+from toolkit.device.fitting import ON_NUMPY, Fitting
 from toolkit.files import read_state, write_state
 from toolkit.quant.activations import Rounding, rounded_input
 from toolkit.quant.blockwise import QuantizedBlocks, QuantSpec, dequantize_blocks, quantize_blocks
@@ -85,12 +87,20 @@ class Problem:
 
 
 class Solver:
-    """Solves a model's matrices, a layer at a time and the head last; `folder` holds what is finished."""
+    """Solves a model's matrices on a device, a layer at a time and the head last; `folder` holds what is finished."""
 
-    def __init__(self, config: ModelConfig, sequences: Sequence[Sequence[int]], writer: Writer, folder: Path) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        sequences: Sequence[Sequence[int]],
+        writer: Writer,
+        folder: Path,
+        fitting: Fitting = ON_NUMPY,
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        self._fitting = fitting
         self._config, self._sequences, self._writer, self._folder = config, sequences, writer, folder
-        self._lengths = batched([len(ids) for ids in sequences])
+        self._lengths = [len(ids) for ids in sequences]
         state = read_state(_Solved, folder / _PROGRESS_FILE) or _Solved(0, ())
         whole = all(stream.is_whole() for stream in self._streams(state.layers))
         self.layers, self._fallbacks = (state.layers, list(state.fallbacks)) if whole else (0, [])
@@ -105,8 +115,15 @@ class Solver:
             rounded.write(embedding(list(ids)) for ids in self._sequences)
             self._begun = True
         k = self.layers
-        layer = _LayerPass(self._config, source, k, problem, self._writer, self._folder, self._lengths)
-        layer.run(self._streams(k), self._streams(k + 1))
+
+        def solved(on: Device, tokens: int) -> _LayerPass:
+            lengths = batched(self._lengths, tokens)
+            before, after = (_read_by(self._streams(n), on, lengths) for n in (k, k + 1))
+            layer = _LayerPass(self._config, source, k, problem, self._writer, self._folder, lengths, on)
+            layer.run(before, after)
+            return layer
+
+        layer = self._fitting.run(f"layer {k}", solved)
         self._fallbacks += layer.fallbacks
         self._writer.commit()
         # Only now: a layer that the journal does not name is solved again.
@@ -118,18 +135,29 @@ class Solver:
 
     def head(self, source: Tensors, problem: Problem) -> list[Fallback]:
         """Writes the head; returns every matrix that was rounded otherwise."""
-        streams = self._streams(self._config.num_hidden_layers)
-        fallbacks = self._fallbacks + _solve_head(self._config, source, problem, self._writer, streams)
+
+        def solved(on: Device, tokens: int) -> list[Fallback]:
+            streams = self._streams(self._config.num_hidden_layers)
+            ends = _read_by(streams, on, batched(self._lengths, tokens))
+            return _solve_head(self._config, source, problem, self._writer, ends, on)
+
+        fallbacks = self._fallbacks + self._fitting.run("the LM head", solved)
         self._writer.commit()
         return fallbacks
 
     def _streams(self, k: int) -> tuple[ActivationFile, ActivationFile]:
         """The exact and the rounded stream before layer `k`."""
         exact, rounded = (
-            ActivationFile(self._folder / f"{kind}-{k}.f32", self._lengths, self._config.hidden_size)
+            ActivationFile(self._folder / f"{kind}-{k}.f32", batched(self._lengths), self._config.hidden_size)
             for kind in ("exact", "rounded")
         )
         return exact, rounded
+
+
+def _read_by(
+    streams: tuple[ActivationFile, ActivationFile], on: Device, lengths: Sequence[tuple[int, ...]]
+) -> tuple[ActivationFile, ActivationFile]:
+    return streams[0].read_by(on, lengths), streams[1].read_by(on, lengths)
 
 
 def solve(
@@ -140,12 +168,13 @@ def solve(
     writer: Writer,
     folder: Path,
     progress: Callable[[str], None] = lambda _: None,
+    fitting: Fitting = ON_NUMPY,
 ) -> list[Fallback]:
     """Writes every matrix whose algorithm solves; returns those that were rounded otherwise.
 
     `source` holds the weights as they are to be stored, folded if they are.
     """
-    solver = Solver(config, sequences, writer, folder)
+    solver = Solver(config, sequences, writer, folder, fitting)
     while solver.layers < config.num_hidden_layers:
         solver.layer(source, problem)
         progress(f"solved layer {solver.layers - 1}")
@@ -177,10 +206,11 @@ class _LayerPass:
         writer: Writer,
         folder: Path,
         lengths: Sequence[tuple[int, ...]],
+        on: Device,
     ) -> None:
         self._config, self._k, self._problem, self._writer = config, k, problem, writer
         self._folder, self._lengths = folder, lengths
-        self._exact = read_layer(config, source, k)
+        self._exact = read_layer(config, source, k, on)
         self._rounded = _ArrivingLayer(self._exact, problem)
         self.fallbacks: list[Fallback] = []
         self._spills: list[ActivationFile] = []
@@ -218,11 +248,11 @@ class _LayerPass:
 
     def _spill(self, name: str, width: int) -> ActivationFile:
         """A file that lives as long as the layer is solved."""
-        self._spills.append(ActivationFile(self._folder / f"{name}.f32", self._lengths, width))
+        self._spills.append(ActivationFile(self._folder / f"{name}.f32", self._lengths, width, self._exact.on))
         return self._spills[-1]
 
     def _solve(self, given: LinearInput, stream: Callable[[int], Iterator[Floats]]) -> None:
-        solver = _InputSolver(given, self._problem)
+        solver = _InputSolver(given, self._problem, self._exact.on)
         if solver.wanted:
             rows = {tensor: self._exact.tensors[tensor] for tensor in solver.wanted}
             solver.gather(zip(stream(0), stream(1), strict=True), sum(map(sum, self._lengths)), rows)
@@ -232,7 +262,7 @@ class _LayerPass:
             weight = self._exact.tensors[tensor]
             solved = solver.solved(tensor, weight)
             if tensor in solver.wanted:
-                self._writer.write(tensor, 0, weight, solved.blocks)
+                self._writer.write(tensor, 0, self._exact.on.to_host(weight), solved.blocks)
             self._rounded.tensors[tensor] = solved.restored
             self._rounded.solved[linear.module] = given
 
@@ -242,7 +272,7 @@ class _ArrivingLayer(Layer):
     module."""
 
     def __init__(self, exact: Layer, problem: Problem) -> None:
-        super().__init__(exact.config, exact.anatomy, dict(exact.tensors))
+        super().__init__(exact.config, exact.anatomy, dict(exact.tensors), exact.on)
         self.solved: dict[str, LinearInput] = {}
         self._problem = problem
 
@@ -256,10 +286,10 @@ class _ArrivingLayer(Layer):
 class _InputSolver:
     """The matrices that read one input, once that is gathered; `wanted` are those to be solved."""
 
-    def __init__(self, given: LinearInput, problem: Problem) -> None:
+    def __init__(self, given: LinearInput, problem: Problem, on: Device) -> None:
         tensors = [names.weight(reader) for reader in given.readers]
         self.wanted = [tensor for tensor in tensors if problem.specs[tensor].rounded_by.solves]
-        self._given, self._problem, self._spec = given, problem, problem.specs[tensors[0]]
+        self._given, self._problem, self._spec, self._on = given, problem, problem.specs[tensors[0]], on
         self._factor: Factor | TokenFactor | None = None
         self._cross: Floats | None = None
         self._products: dict[str, Floats] = {}
@@ -273,7 +303,7 @@ class _InputSolver:
         arrived = ((x, self._problem.arriving(self._given, self._given.name, arriving)) for x, arriving in pairs)
         try:
             if rows and pays(tokens, self._given.width, sum(weight.shape[0] for weight in rows.values())):
-                exact, arriving = (np.concatenate(side) for side in zip(*arrived, strict=True))
+                exact, arriving = (self._on.concatenate(side) for side in zip(*arrived, strict=True))
                 self._factor = factorize_tokens(exact, arriving, self._spec)
             else:
                 self._factor = self._of_products(arrived, rows)
@@ -284,21 +314,25 @@ class _InputSolver:
         """Rows of a matrix, solved where that was asked for and possible, else rounded."""
         spec, factor = self._problem.specs[tensor], self._factor
         if tensor not in self.wanted or factor is None:
-            blocks = quantize_blocks(weight, spec, self._problem.importance.get(tensor))
-            return Solved(blocks, dequantize_blocks(blocks, spec, weight.shape[1]))
+            blocks = quantize_blocks(self._on.to_host(weight), spec, self._problem.importance.get(tensor))
+            return Solved(blocks, self._on.from_host(dequantize_blocks(blocks, spec, weight.shape[1])))
         if isinstance(factor, TokenFactor):
             return factor.solved(weight, spec)
         return factor.solved(weight, spec, self._products[tensor] if self._cross is None else weight @ self._cross)
 
     def _of_products(self, arrived: Iterator[tuple[Floats, Floats]], rows: Mapping[str, Floats] | None) -> Factor:
         few = rows is not None and sum(weight.shape[0] for weight in rows.values()) < self._given.width
-        gathered = Products(self._given.width, np.concatenate(list(rows.values())) if rows and few else None)
+        together = self._on.concatenate(list(rows.values())) if rows and few else None
+        gathered = Products(self._given.width, together, self._on)
         for exact, arriving in arrived:
             gathered.add(exact, arriving)
         moment, cross = gathered.result()
         if rows and few:
             ends = np.cumsum([weight.shape[0] for weight in rows.values()])
-            self._products = dict(zip(rows, np.split(cross, ends[:-1]), strict=True))
+            self._products = {
+                tensor: cross[end - weight.shape[0] : end]
+                for (tensor, weight), end in zip(rows.items(), ends, strict=True)
+            }
         else:
             self._cross = cross
         # Columns whose scales stand beforehand may be visited in any order.
@@ -311,16 +345,17 @@ def _solve_head(
     problem: Problem,
     writer: Writer,
     streams: tuple[ActivationFile, ActivationFile],
+    on: Device,
 ) -> list[Fallback]:
     decoder = decoder_of(config)
     given, tensor = decoder.head_input, decoder.head.weight
     if not problem.specs[tensor].rounded_by.solves:
         return []
-    norm = source.read(decoder.norm.weight)
-    solver = _InputSolver(given, problem)
+    norm = on.from_host(source.read(decoder.norm.weight))
+    solver = _InputSolver(given, problem, on)
     ends = [(rms_norm(x, norm, config.rms_norm_eps) for x, _ in stream) for stream in streams]
     solver.gather(zip(*ends, strict=True), streams[0].tokens)
     for start in range(0, config.vocab_size, _ROWS):
         weight = source.read_rows(tensor, start, min(config.vocab_size, start + _ROWS))
-        writer.write(tensor, start, weight, solver.solved(tensor, weight).blocks)
+        writer.write(tensor, start, weight, solver.solved(tensor, on.from_host(weight)).blocks)
     return solver.fallbacks

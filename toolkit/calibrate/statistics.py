@@ -10,6 +10,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from toolkit.device.arrays import NUMPY, Device, device_of
 from toolkit.errors import NonFiniteError
 from toolkit.quant.activations import InputSample
 
@@ -31,7 +32,8 @@ class InputStatistics:
 
     def add(self, x: Floats) -> Floats:
         """Counts [T, K] of one sequence; returns it. Raises NonFiniteError for NaN or infinity."""
-        squares = np.einsum("tk,tk->k", x, x, dtype=np.float64)
+        on = device_of(x)
+        squares = on.column_squares_in_double(x)
         if not np.isfinite(squares).all():
             bad = int(squares.size - np.count_nonzero(np.isfinite(squares)))
             raise NonFiniteError(
@@ -39,9 +41,9 @@ class InputStatistics:
                 "text: the checkpoint does not compute in float32, or is damaged"
             )
         self._squares += squares
-        np.minimum(self._low, x.min(axis=0), out=self._low)
-        np.maximum(self._high, x.max(axis=0), out=self._high)
-        self._kept.append(x[-self._seen % self._every :: self._every].copy())
+        np.minimum(self._low, on.to_host(on.smallest(x, 0)), out=self._low)
+        np.maximum(self._high, on.to_host(on.largest(x, 0)), out=self._high)
+        self._kept.append(on.to_host(x[-self._seen % self._every :: self._every]).copy())
         self._seen += x.shape[0]
         return x
 
@@ -50,20 +52,20 @@ class InputStatistics:
         """How many of a text's tokens a sample has, about."""
         return tokens // max(1, tokens // _SAMPLE)
 
-    def sample(self) -> InputSample:
-        """What was seen; zero counts as seen in every channel."""
+    def sample(self, on: Device = NUMPY) -> InputSample:
+        """What was seen, its tokens on a device; zero counts as seen in every channel."""
         moments = (self._squares / max(self._seen, 1)).astype(np.float32)
-        return InputSample(np.concatenate(self._kept), moments, self._low, self._high)
+        return InputSample(on.from_host(np.concatenate(self._kept)), moments, self._low, self._high)
 
 
 class Products:
     """X~'X~ / T of what arrives, X~, and W X'X~ / T of it and the exact input X: with the rows W [N, K] given, or, as
     suits more of them than there are channels, X'X~ / T alone."""
 
-    def __init__(self, width: int, rows: Floats | None = None) -> None:
-        self._rows = rows
-        self._moment = np.zeros((width, width), np.float32)
-        self._cross = np.zeros((width if rows is None else rows.shape[0], width), np.float32)
+    def __init__(self, width: int, rows: Floats | None = None, on: Device = NUMPY) -> None:
+        self._rows, self._on = rows, on
+        self._moment = on.zeros((width, width))
+        self._cross = on.zeros((width if rows is None else rows.shape[0], width))
         self._waiting: list[tuple[Floats, Floats]] = []
         self._waiting_tokens = self.tokens = 0
 
@@ -79,12 +81,12 @@ class Products:
         """Both means, [K, K] and [N or K, K]; nothing can be added afterwards."""
         if self._waiting:
             self._flush()
-        self._moment /= np.float32(self.tokens)
-        self._cross /= np.float32(self.tokens)
+        self._moment /= self.tokens
+        self._cross /= self.tokens
         return self._moment, self._cross
 
     def _flush(self) -> None:
-        exact, arriving = (np.concatenate(side) for side in zip(*self._waiting, strict=True))
+        exact, arriving = (self._on.concatenate(side) for side in zip(*self._waiting, strict=True))
         self._waiting, self._waiting_tokens = [], 0
         self._moment += arriving.T @ arriving
         self._cross += (exact if self._rows is None else exact @ self._rows.T).T @ arriving

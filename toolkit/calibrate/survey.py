@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -26,7 +27,9 @@ from toolkit.calibrate.statistics import InputStatistics
 from toolkit.checkpoint.anatomy import Linear, LinearInput, decoder_of
 from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.weights import Tensors
-from toolkit.quant.activations import Rounding, rounded_input
+from toolkit.device.arrays import Device
+from toolkit.device.fitting import ON_NUMPY, Fitting
+from toolkit.quant.activations import InputSample, Rounding, rounded_input
 from toolkit.quant.awq import FoldChoice, Reader, choose_scales, output_loss, thinned_rows
 from toolkit.quant.blockwise import QuantSpec, dequantize_blocks, quantize_blocks
 from toolkit.quant.formats import other_formats, use_of
@@ -59,16 +62,17 @@ def survey(
     folder: Path,
     progress: Callable[[str], None] = lambda _: None,
     after: Callable[[int, Survey], None] = lambda _, __: None,
+    fitting: Fitting = ON_NUMPY,
 ) -> Survey:
-    """Runs the text through the model, layer by layer; `folder` holds what is finished. `after` is called with the
-    number of layers done and what is found so far, once for those done before and once after each.
+    """Runs the text through the model, layer by layer, on a device; `folder` holds what is finished. `after` is called
+    with the number of layers done and what is found so far, once for those done before and once after each.
 
     Raises NonFiniteError if an activation is NaN or infinite.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lengths, tokens = batched([len(ids) for ids in sequences]), sum(map(len, sequences))
+    lengths = [len(ids) for ids in sequences]
     streams = [
-        ActivationFile(folder / f"hidden-{k}.f32", lengths, config.hidden_size)
+        ActivationFile(folder / f"hidden-{k}.f32", batched(lengths), config.hidden_size)
         for k in range(config.num_hidden_layers + 1)
     ]
     begun = (k for k in range(len(streams) - 1, -1, -1) if streams[k].is_whole() and state_file(folder, k).is_file())
@@ -79,18 +83,18 @@ def survey(
         streams[0].write(embed(source, list(ids)) for ids in sequences)
         if wish.probes:
             state.probes = _first_probes(config, source, sequences, wish)
-    pass_over = _Pass(config, source, tokens, wish)
-    after(start, Survey(state.inputs, {}, tokens))
+    pass_over = _Pass(config, source, lengths, wish)
+    after(start, Survey(state.inputs, {}, sum(lengths)))
     for k in range(start, config.num_hidden_layers):
-        pass_over.layer(k, streams[k], streams[k + 1], state)
+        fitting.run(f"layer {k}", partial(pass_over.layer, k, streams[k], streams[k + 1], state))
         save_state(folder, k + 1, state)
         streams[k].remove()
         state_file(folder, k).unlink(missing_ok=True)
         progress(f"calibrated layer {k}")
-        after(k + 1, Survey(state.inputs, {}, tokens))
-    divergences = pass_over.head(streams[-1], state)
+        after(k + 1, Survey(state.inputs, {}, sum(lengths)))
+    divergences = fitting.run("the LM head", partial(pass_over.head, streams[-1], state))
     progress("calibrated head")
-    return Survey(state.inputs, divergences, tokens)
+    return Survey(state.inputs, divergences, sum(lengths))
 
 
 def shared_formats(
@@ -114,20 +118,24 @@ def shared_formats(
 
 
 class _Pass:
-    """One layer after the other."""
+    """One layer after the other, each on a device with so many tokens at a time."""
 
-    def __init__(self, config: ModelConfig, source: Tensors, tokens: int, wish: Wish) -> None:
-        self._config, self._source, self._tokens, self._wish = config, source, tokens, wish
+    def __init__(self, config: ModelConfig, source: Tensors, lengths: Sequence[int], wish: Wish) -> None:
+        self._config, self._source, self._lengths, self._wish = config, source, lengths, wish
 
-    def layer(self, k: int, before: ActivationFile, after: ActivationFile, state: State) -> None:
+    def layer(
+        self, k: int, before: ActivationFile, after: ActivationFile, state: State, on: Device, tokens: int
+    ) -> None:
         """Statistics of the layer's inputs, its folds and losses, and every probe one layer further."""
-        layer = read_layer(self._config, self._source, k)
+        layer = read_layer(self._config, self._source, k, on)
         inputs = layer.anatomy.inputs
-        seen = {given.name: InputStatistics(given.name, given.width, self._tokens) for given in inputs}
-        after.write(_through(layer, x, lengths, seen) for x, lengths in before)
+        seen = {given.name: InputStatistics(given.name, given.width, sum(self._lengths)) for given in inputs}
+        batches = before.read_by(on, batched(self._lengths, tokens))
+        after.write(_through(layer, x, lengths, seen) for x, lengths in batches)
         for given in inputs:
-            read = {linear.module: layer.tensors[linear.weight] for linear in given.linears}
-            state.inputs[given.name] = self._facts(given, seen[given.name], read, self._wish.rounding)
+            read = {linear.module: on.to_host(thinned_rows(layer.tensors[linear.weight])) for linear in given.linears}
+            sample = seen[given.name].sample(on)
+            state.inputs[given.name] = self._facts(given, sample, read, self._wish.rounding)
         if not self._wish.probes:
             return
         exact = state.probes[""]
@@ -136,19 +144,20 @@ class _Pass:
             rounded = _RoundedLayer(layer)
             for linear in given.linears:
                 rounded.round(linear, self._wish.specs[linear.weight], state.inputs[given.name], self._wish.rounding)
-            fresh[given.name] = through_layer(rounded, exact)
-        state.probes = {name: through_layer(layer, probe) for name, probe in state.probes.items()} | fresh
+            fresh[given.name] = through_layer(rounded, exact, tokens)
+        state.probes = {name: through_layer(layer, x, tokens) for name, x in state.probes.items()} | fresh
 
-    def head(self, before: ActivationFile, state: State) -> dict[str, float]:
+    def head(self, before: ActivationFile, state: State, on: Device, tokens: int) -> dict[str, float]:
         """The head's facts; the divergence of every probe."""
         config, source, decoder = self._config, self._source, decoder_of(self._config)
         norm = source.read(decoder.norm.weight)
-        given = decoder.head_input
-        statistics = InputStatistics(given.name, given.width, self._tokens)
-        for x, _ in before:
-            statistics.add(rms_norm(x, norm, config.rms_norm_eps))
+        given, gain = decoder.head_input, on.from_host(norm)
+        statistics = InputStatistics(given.name, given.width, sum(self._lengths))
+        for x, _ in before.read_by(on, batched(self._lengths, tokens)):
+            statistics.add(rms_norm(x, gain, config.rms_norm_eps))
         rows = _spread_rows(source, names.weight(given.name), config.vocab_size)
-        state.inputs[given.name] = self._facts(given, statistics, {given.name: rows}, self._wish.head_rounding)
+        sample = statistics.sample(on)
+        state.inputs[given.name] = self._facts(given, sample, {given.name: rows}, self._wish.head_rounding)
         if not config.tie_word_embeddings:
             rows = _spread_rows(source, names.weight(names.EMBED_TOKENS), config.vocab_size)
             state.inputs[names.EMBED_TOKENS] = _embedding_facts(rows, self._wish.specs)
@@ -160,7 +169,7 @@ class _Pass:
         exact = ended.pop("")
         others = {name: Diverging(hidden) for name, hidden in ended.items()}
         others[given.name] = self._rounded_head(given, ended.get(given.name, exact), state.inputs[given.name])
-        return mean_divergences(config, source, exact, others)
+        return mean_divergences(config, source, exact, others, on)
 
     def _rounded_head(self, given: LinearInput, arriving: Floats, facts: InputFacts) -> Diverging:
         """What arrives at the head [T, D] and its rows, as the bundle will have them."""
@@ -173,9 +182,9 @@ class _Pass:
         return Diverging(rounded_input(arriving / scales, rounding, spec.block_size, facts.values), rounded)
 
     def _facts(
-        self, given: LinearInput, statistics: InputStatistics, read: Mapping[str, Floats], rounding: Rounding
+        self, given: LinearInput, sample: InputSample, read: Mapping[str, Floats], rounding: Rounding
     ) -> InputFacts:
-        sample, wish = statistics.sample(), self._wish
+        wish = self._wish
         specs = {reader: wish.specs[names.weight(reader)] for reader in given.readers}
         readers = {reader: thinned_rows(read[reader]) for reader in given.readers}
         fold = FoldChoice()
@@ -204,19 +213,20 @@ class _RoundedLayer(Layer):
     """A layer of which some linears compute as the bundle will: folded, rounded weights, perhaps rounded inputs."""
 
     def __init__(self, exact: Layer) -> None:
-        super().__init__(exact.config, exact.anatomy, exact.tensors)
+        super().__init__(exact.config, exact.anatomy, exact.tensors, exact.on)
         self._rounded: dict[str, tuple[Floats, Callable[[Floats], Floats]]] = {}
 
     def round(self, linear: Linear, spec: QuantSpec, facts: InputFacts, rounding: Rounding) -> None:
         """Rounds one linear's weight, and its input too if asked."""
-        weight = self.tensors[linear.weight]
+        on, weight = self.on, self.on.to_host(self.tensors[linear.weight])
         scales = facts.fold.scales if facts.fold.scales is not None else np.ones(weight.shape[1], np.float32)
         blocks = quantize_blocks(weight * scales, spec, facts.importance)
+        divisor = on.from_host(scales)
 
         def arriving(x: Floats) -> Floats:
-            return rounded_input(x / scales, rounding, spec.block_size, facts.values)
+            return rounded_input(x / divisor, rounding, spec.block_size, facts.values)
 
-        self._rounded[linear.module] = (dequantize_blocks(blocks, spec, weight.shape[1]), arriving)
+        self._rounded[linear.module] = (on.from_host(dequantize_blocks(blocks, spec, weight.shape[1])), arriving)
 
     def product(self, linear: Linear, x: Floats) -> Floats:
         """As the exact layer's, but for what was rounded."""

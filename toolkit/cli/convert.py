@@ -10,8 +10,8 @@ import click
 
 from toolkit.cli.effort import effort_of, effort_options
 from toolkit.cli.judge import validate_bundles
-from toolkit.cli.options import ADAPTER, AS_JSON, BUNDLE, CHECKPOINT_HELP, REVISION
-from toolkit.cli.printing import print_costs, print_exported, print_plans
+from toolkit.cli.options import ADAPTER, AS_JSON, BUNDLE, CHECKPOINT_HELP, DEVICE, REVISION
+from toolkit.cli.printing import print_costs, print_exported, print_note, print_plans
 from toolkit.soc import SOCS
 from toolkit.typed_json import to_json
 
@@ -31,6 +31,7 @@ from toolkit.typed_json import to_json
 @click.option("--no-validate", is_flag=True, help="Skip the comparison with the checkpoint.")
 @click.option("--no-compile", is_flag=True, help="Leave qnn's compiling out; `toolkit compile` does it.")
 @click.option("--force", is_flag=True, help="Make it anew though it is there, validated or not.")
+@DEVICE
 @AS_JSON
 @effort_options
 def export(
@@ -48,6 +49,7 @@ def export(
     no_validate: bool,
     no_compile: bool,
     force: bool,
+    device: str,
     as_json: bool,
     **effort: Any,
 ) -> None:
@@ -73,7 +75,7 @@ def export(
         shapes_alone=dry_run,
         revision=revision,
         adapter=adapter,
-        note=_note,
+        note=print_note,
     )
     wanted = None if no_validate or synthetic else effort_of(effort)
     described = described_with_costs(plans, wanted, not no_compile)
@@ -86,13 +88,15 @@ def export(
         return
     print_costs(described)
     with progress_line() as progress:
-        bundles = library.export(plans, compile=not no_compile, force=force, progress=progress, note=_note)
+        bundles = library.export(
+            plans, compile=not no_compile, force=force, device=device, progress=progress, note=print_note
+        )
     if wanted is None:
         print_exported(bundles, as_json)
         return
     for bundle in bundles:
         click.echo(f"bundle: {bundle}", err=as_json)
-    validate_bundles(bundles, plans[0].opened, wanted, as_json, anew=False)
+    validate_bundles(bundles, plans[0].opened, wanted, as_json, device, anew=False)
 
 
 @click.command(name="compile")
@@ -157,7 +161,3 @@ def recipes(model: str | None, target: str | None, as_json: bool) -> None:
             f"{row.recipe:{width}} {row.target:9} {size:>9} {row.bits_per_weight:5.2f} "
             f"{row.context_length:8}  {row.here:35} {row.model}"
         )
-
-
-def _note(line: str) -> None:
-    click.echo(f"note: {line}", err=True)

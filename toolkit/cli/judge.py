@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from toolkit.cli.effort import effort_of, effort_options
-from toolkit.cli.options import ADAPTER, AS_JSON, BUNDLE, ON_CPU, REVISION
-from toolkit.cli.printing import one_document, print_problems, print_verdict
+from toolkit.cli.options import ADAPTER, AS_JSON, BUNDLE, DEVICE, ON_CPU, REVISION
+from toolkit.cli.printing import one_document, print_note, print_problems, print_verdict
 
 if TYPE_CHECKING:
     from toolkit.checkpoint.opened import Checkpoint
@@ -22,20 +22,28 @@ if TYPE_CHECKING:
 @click.option("--checkpoint", help="What the bundle was made from, a folder or a hub id [its recipe's model].")
 @REVISION
 @ADAPTER
+@DEVICE
 @AS_JSON
 @effort_options
 def validate(
-    bundle: Path, checkpoint: str | None, revision: str | None, adapter: Path | None, as_json: bool, **effort: Any
+    bundle: Path,
+    checkpoint: str | None,
+    revision: str | None,
+    adapter: Path | None,
+    device: str,
+    as_json: bool,
+    **effort: Any,
 ) -> None:
     """Compare BUNDLE with its checkpoint, token by token and answer by answer; rewrite its report."""
     from toolkit import library
 
     wanted = effort_of(effort)
-    validate_bundles([bundle], library.made_from(bundle, checkpoint, revision, adapter), wanted, as_json)
+    made_from = library.made_from(bundle, checkpoint, revision, adapter)
+    validate_bundles([bundle], made_from, wanted, as_json, device)
 
 
 def validate_bundles(
-    bundles: list[Path], checkpoint: Checkpoint, wanted: Effort, as_json: bool, anew: bool = True
+    bundles: list[Path], checkpoint: Checkpoint, wanted: Effort, as_json: bool, device: str, anew: bool = True
 ) -> None:
     """Judges each bundle beside its checkpoint and prints the verdicts; leaves with 1 unless all of them pass.
 
@@ -53,7 +61,8 @@ def validate_bundles(
             reports.append(standing)
         else:
             with progress_line() as progress:
-                reports.append(library.validate(bundle, checkpoint, wanted, progress=progress))
+                made = library.validate(bundle, checkpoint, wanted, device=device, progress=progress, note=print_note)
+                reports.append(made)
         if not as_json:
             print_verdict(bundle, reports[-1])
     if as_json:
@@ -95,7 +104,7 @@ def verify(bundle: Path, as_json: bool) -> None:
     """Every file of BUNDLE against its size and SHA-256, and files that are not its own."""
     from toolkit import library
 
-    problems = library.verify(bundle, note=lambda line: click.echo(f"note: {line}", err=True))
+    problems = library.verify(bundle, note=print_note)
     print_problems(problems, "every file is as the manifest says", as_json)
 
 

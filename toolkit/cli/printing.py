@@ -178,6 +178,11 @@ def _print_task(task: TaskRow, name: str, plain: BaselineTaskRow | None) -> None
         click.echo(f"{name}, cut {limit}: {task.truncated:.1%}{share}")
 
 
+def print_note(line: str) -> None:
+    """A line on stderr that is no error."""
+    click.echo(f"note: {line}", err=True)
+
+
 def _print_notes(report: Report) -> None:
     """What a reader of the verdict has to know of weights, memory, and of where the stages run."""
     weights = report.quantization

@@ -23,6 +23,7 @@ from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.folded import FoldedTensors
 from toolkit.checkpoint.remembered import RememberedWeights
 from toolkit.checkpoint.weights import WeightSource, expected_tensors
+from toolkit.device.fitting import ON_NUMPY, Fitting
 from toolkit.errors import RecipeError
 from toolkit.files import file_sha256
 from toolkit.graph.layout import plan_layout
@@ -74,18 +75,30 @@ class StoredRanges:
 
 
 def calibrate(
-    plan: ExportPlan, text: TokenizedText, partial: Path, work: Path, progress: Callable[[str], None] = lambda _: None
+    plan: ExportPlan,
+    text: TokenizedText,
+    partial: Path,
+    work: Path,
+    progress: Callable[[str], None] = lambda _: None,
+    fitting: Fitting = ON_NUMPY,
 ) -> Calibrated:
     """Runs the text through the checkpoint and decides how each matrix is stored; `work` holds what is
     finished, solved matrices go into the data files in `partial`.
 
     Raises NonFiniteError for activations that are not numbers.
     """
-    return _weights(plan, text.sequences, _read_text(plan, text), partial, work, progress)
+    specs = planned_specs(plan.checkpoint.config, plan.recipe, plan.target.form)
+    passes = _Passes(plan, text.sequences, specs, partial, work, progress, fitting)
+    return _weights(plan, specs, passes, _read_text(plan, text))
 
 
 def stored_ranges(
-    plan: ExportPlan, text: TokenizedText, partial: Path, work: Path, progress: Callable[[str], None] = lambda _: None
+    plan: ExportPlan,
+    text: TokenizedText,
+    partial: Path,
+    work: Path,
+    progress: Callable[[str], None] = lambda _: None,
+    fitting: Fitting = ON_NUMPY,
 ) -> StoredRanges:
     """The ranges from the text through the weights packed in `partial`; `work` holds what is finished.
 
@@ -93,7 +106,8 @@ def stored_ranges(
     """
     start, percentile = time.perf_counter(), plan.recipe.activation_percentile
     stored = StoredTensors(plan.layout, partial)
-    ranges = activation_ranges(plan.checkpoint.config, stored, text.sequences, percentile, work / "ranges", progress)
+    config, folder = plan.checkpoint.config, work / "ranges"
+    ranges = activation_ranges(config, stored, text.sequences, percentile, folder, progress, fitting)
     described = ActivationRanges("uint16", len(ranges), percentile)
     seconds = time.perf_counter() - start
     section = replace(_read_text(plan, text), activations=described, ranges_s=seconds)
@@ -105,23 +119,14 @@ def _read_text(plan: ExportPlan, text: TokenizedText) -> CalibrationOutcome:
     return CalibrationOutcome(plan.recipe.quality, text.origin.name, sum(map(len, text.sequences)))
 
 
-def _weights(
-    plan: ExportPlan,
-    sequences: list[list[int]],
-    read: CalibrationOutcome,
-    partial: Path,
-    work: Path,
-    progress: Callable[[str], None],
-) -> Calibrated:
+def _weights(plan: ExportPlan, specs: Mapping[str, QuantSpec], passes: _Passes, read: CalibrationOutcome) -> Calibrated:
     """The plan with its final formats and folded weights, the importance of columns, and what there is to report."""
     start = time.perf_counter()
     recipe, checkpoint, config = plan.recipe, plan.checkpoint, plan.checkpoint.config
-    specs = planned_specs(config, recipe, plan.target.form)
-    passes = _Passes(plan, sequences, specs, partial, work, progress)
     if _solves(specs) and not recipe.bits_per_weight and not _waits_for_the_head(config, specs):
         found, fallbacks, formats = *passes.together(), specs
     else:
-        found = survey(config, passes.source, sequences, passes.wish, work / "survey", progress)
+        found = passes.surveyed()
         formats, fallbacks = _formats(plan, specs, found), []
     layout = plan_layout(config, plan.target, recipe, formats)
     graphs = {name: nbytes for name, nbytes in plan.files.items() if name not in plan.layout.files}
@@ -151,21 +156,26 @@ class _Passes:
         partial: Path,
         work: Path,
         progress: Callable[[str], None],
+        fitting: Fitting,
     ) -> None:
         self._plan, self._sequences, self._specs = plan, sequences, specs
-        self._partial, self._work, self._progress = partial, work, progress
+        self._partial, self._work, self._progress, self._fitting = partial, work, progress, fitting
         self._config, recipe, source = plan.checkpoint.config, plan.recipe, plan.checkpoint.source
         kept = remembers(recipe, self._config, plan.target.form)
-        self.source: WeightSource = RememberedWeights(source) if kept else source
+        self._source: WeightSource = RememberedWeights(source) if kept else source
         rounding = _rounding(plan.target.form)
-        self.wish = Wish(specs, rounding, _rounding(CPU_FORM), recipe.fold, recipe.bits_per_weight > 0)
+        self._wish = Wish(specs, rounding, _rounding(CPU_FORM), recipe.fold, recipe.bits_per_weight > 0)
         self.solving_s = 0.0
+
+    def surveyed(self) -> Survey:
+        """The survey alone, for what is decided by it."""
+        return self._survey(self._source)
 
     def together(self) -> tuple[Survey, list[Fallback]]:
         """Each layer surveyed, then solved, so that it is read once; for formats that stand beforehand."""
         source = RememberedWeights(self._plan.checkpoint.source)
         with open_solved(Destination(self._plan.layout, self._partial)) as writer:
-            solver = Solver(self._config, self._sequences, writer, self._work / "solve")
+            solver = Solver(self._config, self._sequences, writer, self._work / "solve", self._fitting)
 
             def solve_up_to(layers: int, found: Survey) -> None:
                 start = time.perf_counter()
@@ -175,9 +185,7 @@ class _Passes:
                 source.forget()
                 self.solving_s += time.perf_counter() - start
 
-            found = survey(
-                self._config, source, self._sequences, self.wish, self._work / "survey", self._progress, solve_up_to
-            )
+            found = self._survey(source, solve_up_to)
             start = time.perf_counter()
             source.forget()
             fallbacks = solver.head(self.folded(self._plan.checkpoint.source, found), self._problem(self._specs, found))
@@ -191,15 +199,20 @@ class _Passes:
         with open_solved(Destination(plan.layout, self._partial)) as writer:
             fallbacks = solve(
                 self._config,
-                self.folded(self.source, found),
+                self.folded(self._source, found),
                 self._sequences,
                 self._problem(formats, found),
                 writer,
                 self._work / "solve",
                 self._progress,
+                self._fitting,
             )
         self.solving_s = time.perf_counter() - start
         return fallbacks
+
+    def _survey(self, source: WeightSource, after: Callable[[int, Survey], None] = lambda _, __: None) -> Survey:
+        folder = self._work / "survey"
+        return survey(self._config, source, self._sequences, self._wish, folder, self._progress, after, self._fitting)
 
     def folded(self, source: WeightSource, found: Survey) -> FoldedTensors:
         """The checkpoint with what is folded so far."""
@@ -208,7 +221,7 @@ class _Passes:
     def _problem(self, formats: Mapping[str, QuantSpec], found: Survey) -> Problem:
         values = {name: facts.values for name, facts in found.inputs.items()}
         importance = _importance(self._config, found)
-        return Problem(formats, importance, self.wish.rounding, self.wish.head_rounding, values)
+        return Problem(formats, importance, self._wish.rounding, self._wish.head_rounding, values)
 
 
 def _solves(formats: Mapping[str, QuantSpec]) -> bool:

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from toolkit import names
 from toolkit.bundle.genai_config import genai_config, pad_token_id
-from toolkit.bundle.manifest import Manifest, begin_manifest, write_manifest
+from toolkit.bundle.manifest import CalibratedOn, Manifest, begin_manifest, write_manifest
 from toolkit.checkpoint.opened import Checkpoint
+from toolkit.device.fitting import ON_NUMPY, Fitting
 from toolkit.evaluate.opens import open_apart
 from toolkit.files import disk_errors, write_json
 from toolkit.jit import require_compiler
@@ -109,11 +110,14 @@ def export_planned(
     progress: Callable[[str], None] = lambda _: None,
     force: bool = False,
     note: Callable[[str], None] = lambda _: None,
+    fitting: Fitting = ON_NUMPY,
 ) -> list[Path]:
     """Each plan's bundle, resumed from `<out>.partial` if an earlier run left one.
 
     A bundle of equal inputs that is there already stays, and `note` is told so; a validated one of others is not
     replaced. `force` makes and replaces them all.
+
+    Texts are computed on the device of `fitting`.
 
     The checkpoint is read and quantized once for all, and data files that are equal are one on the disk. A bundle ends
     with a report of the conversion; `judge` adds the proof. Raises ToolkitError before anything is written if the
@@ -123,7 +127,7 @@ def export_planned(
         require_compiler()
     places = [plan.out for plan in plans]
     with disk_errors(*places), held(places):
-        return _exported(plans, progress, force, note)
+        return _exported(plans, progress, force, note, fitting)
 
 
 def check_exports(plans: Sequence[ExportPlan]) -> None:
@@ -139,7 +143,11 @@ def check_exports(plans: Sequence[ExportPlan]) -> None:
 
 
 def _exported(
-    plans: Sequence[ExportPlan], progress: Callable[[str], None], force: bool, note: Callable[[str], None]
+    plans: Sequence[ExportPlan],
+    progress: Callable[[str], None],
+    force: bool,
+    note: Callable[[str], None],
+    fitting: Fitting,
 ) -> list[Path]:
     """Makes the bundles, whose places nobody else writes meanwhile."""
     clock = _Clock()
@@ -154,10 +162,10 @@ def _exported(
             return [plan.out for plan in plans]
         check_machine([plan for plan, _ in wanted], written_bytes([plan.out for plan, _ in wanted]))
         begun = [_begin(plan, text) for plan, text in wanted]
-    ready = [_calibrated(bundle, clock, progress) for bundle in begun]
+    ready = [_calibrated(bundle, clock, progress, fitting) for bundle in begun]
     with clock.step("pack"):
         packed = _pack(ready, progress)
-    ready = [_ranged(bundle, clock, progress) for bundle in ready]
+    ready = [_ranged(bundle, clock, progress, fitting) for bundle in ready]
     for bundle, result in zip(ready, packed, strict=True):
         beside = [other.plan.recipe.name for other in begun if other.plan.out != bundle.plan.out]
         _finish(bundle, pad, result, tokenizer, clock, beside)
@@ -182,7 +190,7 @@ def _missing(
     return missing
 
 
-def _calibrated(begun: _Begun, clock: _Clock, progress: Callable[[str], None]) -> _Begun:
+def _calibrated(begun: _Begun, clock: _Clock, progress: Callable[[str], None], fitting: Fitting) -> _Begun:
     """The bundle with its plan's final formats and weights; itself where these need no text."""
     plan = begun.plan
     if begun.text is None or not plan.recipe.calibrated:
@@ -191,11 +199,16 @@ def _calibrated(begun: _Begun, clock: _Clock, progress: Callable[[str], None]) -
         passes = 1 + any(unit.spec.rounded_by.solves for unit in plan.layout.matrices() if unit.spec)
         steps = passes * (plan.checkpoint.config.num_hidden_layers + 1)
         counting = counted(progress, "calibrate", steps)
-        made = calibrate(plan, begun.text, begun.partial, begun.partial / CALIBRATION_FOLDER, counting)
+        made = calibrate(plan, begun.text, begun.partial, begun.partial / CALIBRATION_FOLDER, counting, fitting)
+    begun = replace(begun, manifest=_computed_on(begun.manifest, fitting))
     return replace(begun, plan=made.plan, importance=made.importance, calibration_outcome=made.section)
 
 
-def _ranged(packed: _Begun, clock: _Clock, progress: Callable[[str], None]) -> _Begun:
+def _computed_on(manifest: Manifest, fitting: Fitting) -> Manifest:
+    return replace(manifest, calibrated_on=CalibratedOn(fitting.on.name, fitting.on.software))
+
+
+def _ranged(packed: _Begun, clock: _Clock, progress: Callable[[str], None], fitting: Fitting) -> _Begun:
     """The bundle with the ranges of its uint16 activations; itself where it has none."""
     plan = packed.plan
     if packed.text is None or not plan.target.form.qdq:
@@ -203,8 +216,8 @@ def _ranged(packed: _Begun, clock: _Clock, progress: Callable[[str], None]) -> _
     with clock.step(f"ranges {plan.recipe.name}"):
         work = packed.partial / CALIBRATION_FOLDER
         counting = counted(progress, "ranges", plan.checkpoint.config.num_hidden_layers)
-        made = stored_ranges(plan, packed.text, packed.partial, work, counting)
-    known = made.section
+        made = stored_ranges(plan, packed.text, packed.partial, work, counting, fitting)
+    packed, known = replace(packed, manifest=_computed_on(packed.manifest, fitting)), made.section
     if packed.calibration_outcome:
         known = replace(packed.calibration_outcome, activations=known.activations, ranges_s=known.ranges_s)
     return replace(packed, ranges=made.ranges, calibration_outcome=known, packed_bytes_read=made.packed_bytes_read)

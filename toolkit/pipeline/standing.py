@@ -39,7 +39,7 @@ def check_reported(plan: ExportPlan) -> None:
 
 def _request(manifest: Manifest) -> Manifest:
     """What was asked for, apart from what it was asked of and what became of it."""
-    return replace(manifest, checkpoint=(), files=(), compiled=None, changed=())
+    return replace(manifest, checkpoint=(), files=(), compiled=None, changed=(), calibrated_on=None)
 
 
 def check_replaceable(plan: ExportPlan) -> None:

@@ -14,6 +14,7 @@ from enum import Enum
 import numpy as np
 from numpy.typing import NDArray
 
+from toolkit.device.arrays import device_of
 from toolkit.quant.ranges import ActivationRange, rounded_to_uint16
 
 Floats = NDArray[np.float32]
@@ -29,8 +30,8 @@ class Rounding(Enum):
 
 @dataclass(frozen=True)
 class InputSample:
-    """What a text showed of an input: some tokens [T, K], the second moment of each channel [K], and its smallest and
-    largest value [K]."""
+    """What a text showed of an input: some tokens [T, K] on a device, and on the host the second moment of each
+    channel [K], and its smallest and largest value [K]."""
 
     tokens: Floats
     moments: Floats
@@ -40,7 +41,8 @@ class InputSample:
     def divided(self, scales: Floats) -> InputSample:
         """As it is once channels are divided by `scales` [K], which are positive."""
         moments = (self.moments / scales**2).astype(np.float32)
-        return InputSample(self.tokens / scales, moments, self.low / scales, self.high / scales)
+        tokens = self.tokens / device_of(self.tokens).from_host(scales)
+        return InputSample(tokens, moments, self.low / scales, self.high / scales)
 
     def values(self) -> ActivationRange:
         """The smallest and the largest value among all channels."""
@@ -60,10 +62,10 @@ def rounded_input(x: Floats, rounding: Rounding, block_size: int, values: Activa
 
 def rounded_activations(x: Floats, block_size: int) -> Floats:
     """`x` [T, K] as the product sees it."""
-    T, K = x.shape
-    padded = np.zeros((T, -(-K // block_size) * block_size), np.float32)
+    on, (T, K) = device_of(x), x.shape
+    padded = on.zeros((T, -(-K // block_size) * block_size))
     padded[:, :K] = x
     blocks = padded.reshape(T, -1, block_size)
-    scale = np.abs(blocks).max(axis=-1, keepdims=True) / np.float32(127)
-    levels = np.rint(blocks / np.where(scale > 0, scale, np.float32(1)))
-    return np.ascontiguousarray((levels * scale).reshape(T, -1)[:, :K])
+    scale = on.largest(abs(blocks), -1, keepdims=True) / np.float32(127)
+    levels = on.rint(blocks / on.replaced_zeros(scale))
+    return on.contiguous((levels * scale).reshape(T, -1)[:, :K])

@@ -4,6 +4,7 @@ A reader's columns are multiplied by s, whatever writes the input is divided by 
 columns of a large channel then errs less, at the price of the others. s = m^alpha / w^beta, with m the root mean square
 of a channel and w that of the columns that read it, on a grid; each candidate is quantized and judged by the squared
 error of the output on a sample of the input, its rounding to int8 or uint16 included where the bundle rounds it.
+Matrices are quantized on the host, the sample and its products are on a device.
 T sampled tokens, K channels.
 """
 
@@ -18,6 +19,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from toolkit.device.arrays import device_of
 from toolkit.quant.activations import InputSample, Rounding
 from toolkit.quant.blockwise import QuantSpec, dequantize_blocks, quantize_blocks
 
@@ -36,7 +38,7 @@ CANDIDATES: Final = 1 + len(_ALPHAS) * len(_BETAS) + len(_AROUND)
 
 @dataclass(frozen=True)
 class Reader:
-    """Rows of one matrix that reads the input, and how it is stored."""
+    """Rows of one matrix that reads the input, numpy's, and how it is stored."""
 
     weight: Floats
     spec: QuantSpec
@@ -59,14 +61,14 @@ def choose_scales(
 ) -> FoldChoice:
     """The best scales for an input; channels of equal `shared` [K] get one scale."""
     readers = [Reader(thinned_rows(reader.weight), reader.spec) for reader in readers]
-    wanted = [sample.tokens @ reader.weight.T for reader in readers]
-    energy = sum(float(np.vdot(y, y)) for y in wanted) or 1.0
+    on = device_of(sample.tokens)
+    wanted = [sample.tokens @ on.from_host(reader.weight).T for reader in readers]
+    energy = sum(on.square_sum(y) for y in wanted) or 1.0
 
     def loss_of(scales: Floats) -> float:
         lost = 0.0
         for reader, y in zip(readers, wanted, strict=True):
-            miss = _output(reader, sample, scales, rounding) - y
-            lost += float(np.vdot(miss, miss))
+            lost += on.square_sum(_output(reader, sample, scales, rounding) - y)
         return lost / energy
 
     ones = np.ones(sample.moments.shape, np.float32)
@@ -91,17 +93,17 @@ def choose_scales(
 
 def output_loss(reader: Reader, sample: InputSample, rounding: Rounding) -> float:
     """The squared error of a reader's output on the sample, as a share of the output's energy."""
-    thin = Reader(thinned_rows(reader.weight), reader.spec)
-    y = sample.tokens @ thin.weight.T
+    on, thin = device_of(sample.tokens), Reader(thinned_rows(reader.weight), reader.spec)
+    y = sample.tokens @ on.from_host(thin.weight).T
     miss = _output(thin, sample, np.ones(sample.moments.shape, np.float32), rounding) - y
-    return float(np.vdot(miss, miss)) / (float(np.vdot(y, y)) or 1.0)
+    return on.square_sum(miss) / (on.square_sum(y) or 1.0)
 
 
 def _output(reader: Reader, sample: InputSample, scales: Floats, rounding: Rounding) -> Floats:
     scaled, arriving = np.asarray(reader.weight * scales, np.float32), sample.divided(scales)
     blocks = quantize_blocks(scaled, reader.spec, arriving.moments)
     x = arriving.rounded(rounding, reader.spec.block_size)
-    y: Floats = x @ dequantize_blocks(blocks, reader.spec, scaled.shape[1]).T
+    y: Floats = x @ device_of(x).from_host(dequantize_blocks(blocks, reader.spec, scaled.shape[1])).T
     return y
 
 

@@ -14,6 +14,7 @@ The loop itself is quant/visits.py.
 
 If the input is X~ by the time it arrives, because layers before are quantized already, the target that makes up for
 that is W X'X~ (X~'X~)^-1 (Qronos, arXiv 2505.11695, in closed form), and z = W X'X~ U'^-1: half of that inverse.
+Products are a device's, triangles of _LEAF columns are factorized in float64 on the host.
 N output features, K input features, Kp = K padded to whole blocks.
 """
 
@@ -26,6 +27,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from toolkit.device.arrays import device_of
 from toolkit.quant.blockwise import QuantSpec
 from toolkit.quant.visits import Solved, Visits, round_in_order, visits
 
@@ -72,10 +74,11 @@ class _Whitened:
 
     def left(self, some: slice, visited: Floats) -> tuple[Floats, Floats]:
         """Returns z [N, n] and U [n, n] of some columns, as `Columns` asks."""
-        left = np.ascontiguousarray(self._white[:, some])
+        on = device_of(self._white)
+        left = on.contiguous(self._white[:, some])
         if some.start:
             left -= visited @ self._upper[: some.start, some]
-        return left, np.ascontiguousarray(self._upper[some, some])
+        return left, on.contiguous(self._upper[some, some])
 
 
 def damped(order: Visits, channels: int, tokens: float, damping: float = DAMPING) -> Damped:
@@ -98,19 +101,21 @@ def factorize(moment: Floats, block_size: int, tokens: float = math.inf) -> Fact
 
     Raises NotPositiveDefiniteError if even a damping of the mean of the diagonal will not do.
     """
-    K, order = moment.shape[0], visits(np.diagonal(moment), block_size)
-    padded, inside = order.order.size, np.flatnonzero(order.order < moment.shape[0])
+    on, K = device_of(moment), moment.shape[0]
+    order = visits(on.to_host(moment.diagonal()), block_size)
+    padded, inside = order.order.size, np.flatnonzero(order.order < K)
+    own, to, of = on.index(np.arange(padded)), on.index(inside), on.index(order.order[inside])
     for damping in DAMPINGS:
         taken = damped(order, K, tokens, damping)
-        matrix = np.zeros((padded, padded), np.float32)
-        matrix[np.ix_(inside, inside)] = moment[np.ix_(order.order[inside], order.order[inside])]
-        matrix *= taken.kept
-        matrix[np.arange(padded), np.arange(padded)] += taken.added[order.order]
+        matrix = on.zeros((padded, padded))
+        matrix[to[:, None], to[None, :]] = moment[of[:, None], of[None, :]]
+        matrix *= float(taken.kept)
+        matrix[own, own] += on.from_host(taken.added[order.order])
         try:
             leaves = _factor_in_place(matrix)
         except np.linalg.LinAlgError:
             continue
-        if np.isfinite(matrix).all():
+        if on.all_finite(matrix):
             return Factor(matrix, leaves, order, taken)
     raise NotPositiveDefiniteError("the second moment of the input is not positive definite")
 
@@ -118,14 +123,14 @@ def factorize(moment: Floats, block_size: int, tokens: float = math.inf) -> Fact
 def corrected_target(weight: Floats, product: Floats, factor: Factor) -> Floats:
     """W' = W C H^-1 [N, K] from `product` = W C [N, K] with C = X'X~ / T, damped alike, so that without an error before
     it W stays W."""
-    order = factor.visits.order
-    target = np.empty((weight.shape[0], order.size), np.float32)
-    target[:, order] = _divided_by_upper(_whitened(weight, product, factor), factor)
-    return np.ascontiguousarray(target[:, : weight.shape[1]])
+    on, order = device_of(weight), factor.visits.order
+    target = on.empty((weight.shape[0], order.size))
+    target[:, on.index(order)] = _divided_by_upper(_whitened(weight, product, factor), factor)
+    return on.contiguous(target[:, : weight.shape[1]])
 
 
 def upper_and_inverse(matrix: Floats) -> tuple[Floats, Floats]:
-    """U upper with U U' = a small positive definite matrix, and its inverse, by float64. Raises LinAlgError."""
+    """U upper with U U' = a small positive definite matrix, and its inverse, by numpy's float64. Raises LinAlgError."""
     backwards = np.linalg.cholesky(matrix[::-1, ::-1].astype(np.float64))
     inverse = np.tril(np.linalg.inv(backwards))[::-1, ::-1]
     return backwards[::-1, ::-1].astype(np.float32), np.ascontiguousarray(inverse, np.float32)
@@ -139,11 +144,12 @@ def _factor_in_place(matrix: Floats) -> tuple[Floats, ...]:
     LinAlgError if the matrix is not positive definite.
     """
     leaves: list[Floats] = []
+    on = device_of(matrix)
     for leaf in reversed(_leaves(matrix.shape[0])):
         above = slice(0, leaf.stop)
         if leaf.stop < matrix.shape[0]:
             matrix[above, leaf] -= matrix[above, leaf.stop :] @ matrix[leaf, leaf.stop :].T
-        matrix[leaf, leaf], inverse = upper_and_inverse(matrix[leaf, leaf])
+        matrix[leaf, leaf], inverse = map(on.from_host, upper_and_inverse(on.to_host(matrix[leaf, leaf])))
         matrix[leaf.stop :, leaf] = 0
         matrix[: leaf.start, leaf] = matrix[: leaf.start, leaf] @ inverse.T
         leaves.append(inverse)
@@ -152,13 +158,14 @@ def _factor_in_place(matrix: Floats) -> tuple[Floats, ...]:
 
 def _whitened(weight: Floats, product: Floats | None, factor: Factor) -> Floats:
     """z [N, Kp] in the order of visits: W U, or W C U'^-1 with C damped as H is."""
-    N, K = weight.shape
-    order = factor.visits.order
-    given = np.zeros((N, order.size), np.float32)
+    on, (N, K) = device_of(weight), weight.shape
+    order = on.index(factor.visits.order)
+    given = on.zeros((N, factor.visits.order.size))
     if product is None:
         given[:, :K] = weight
-        return np.asarray(given[:, order] @ factor.upper, np.float32)
-    given[:, :K] = factor.damped.kept * product + weight * factor.damped.added[:K]
+        white: Floats = given[:, order] @ factor.upper
+        return white
+    given[:, :K] = float(factor.damped.kept) * product + weight * on.from_host(factor.damped.added[:K])
     given = given[:, order]
     for leaf, inverse in zip(reversed(_leaves(given.shape[1])), reversed(factor.leaves), strict=True):
         left = given[:, leaf] - given[:, leaf.stop :] @ factor.upper[leaf, leaf.stop :].T
@@ -168,7 +175,7 @@ def _whitened(weight: Floats, product: Floats | None, factor: Factor) -> Floats:
 
 def _divided_by_upper(white: Floats, factor: Factor) -> Floats:
     """z U^-1 [N, Kp]."""
-    target = np.empty_like(white)
+    target = device_of(white).empty(white.shape)
     for leaf, inverse in zip(_leaves(white.shape[1]), factor.leaves, strict=True):
         left = white[:, leaf] - target[:, : leaf.start] @ factor.upper[: leaf.start, leaf]
         target[:, leaf] = left @ inverse

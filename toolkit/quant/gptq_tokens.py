@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from toolkit.device.arrays import device_of
 from toolkit.quant.blockwise import QuantSpec
 from toolkit.quant.gptq import DAMPINGS, NotPositiveDefiniteError, damped, upper_and_inverse
 from toolkit.quant.visits import Solved, Visits, round_in_order, visit_strides, visits
@@ -71,10 +72,11 @@ class TokenFactor:
 
     def _target(self, weight: Floats, behind: Floats) -> Floats:
         """W' [N, K]: the best that is not rounded."""
-        moved = (behind @ self.whole) @ self.tokens / self.added
-        target = np.empty_like(moved)
-        target[:, self.visits.order] = moved
-        return np.ascontiguousarray(weight - target[:, : weight.shape[1]])
+        on = device_of(weight)
+        moved = (behind @ self.whole) @ self.tokens / on.from_host(self.added)
+        target = on.empty(moved.shape)
+        target[:, on.index(self.visits.order)] = moved
+        return on.contiguous(weight - target[:, : weight.shape[1]])
 
 
 class _Residual:
@@ -82,9 +84,10 @@ class _Residual:
 
     def __init__(self, weight: Floats, behind: Floats, factor: TokenFactor) -> None:
         self._factor, self._behind, self._strides = factor, behind, iter(factor.strides)
-        wide = np.zeros((weight.shape[0], factor.visits.order.size), np.float32)
+        on, order = device_of(weight), factor.visits.order
+        wide = on.zeros((weight.shape[0], order.size))
         wide[:, : weight.shape[1]] = weight
-        self._weight = wide[:, factor.visits.order]
+        self._weight = wide[:, on.index(order)]
         self._before: slice | None = None
 
     def left(self, some: slice, visited: Floats) -> tuple[Floats, Floats]:
@@ -93,8 +96,9 @@ class _Residual:
         if before is not None:
             self._behind += (visited[:, before] - self._weight[:, before]) @ self._factor.tokens[:, before].T
         self._before = some
-        weighed = (self._behind @ stride.seen) @ stride.inverse.T
-        return np.ascontiguousarray(self._weight[:, some] @ stride.upper - weighed), stride.upper
+        left = self._weight[:, some] @ stride.upper
+        left -= (self._behind @ stride.seen) @ stride.inverse.T
+        return device_of(left).contiguous(left), stride.upper
 
 
 def factorize_tokens(exact: Floats, arriving: Floats, spec: QuantSpec) -> TokenFactor:
@@ -102,32 +106,33 @@ def factorize_tokens(exact: Floats, arriving: Floats, spec: QuantSpec) -> TokenF
 
     Raises NotPositiveDefiniteError if even a damping of the mean of the diagonal will not do.
     """
-    T, K = arriving.shape
-    moments = np.einsum("tk,tk->k", arriving, arriving) / np.float32(T)
+    on, (T, K) = device_of(arriving), arriving.shape
+    moments = on.column_squares(arriving) / np.float32(T)
     order = visits(moments, K if spec.signed else spec.block_size)
     for damping in DAMPINGS:
         taken = damped(order, K, T, damping)
-        tokens = np.zeros((T, order.order.size), np.float32)
-        tokens[:, :K] = np.sqrt(taken.kept / np.float32(T)) * arriving
-        tokens, added = tokens[:, order.order], taken.added[order.order]
+        scale = float(np.sqrt(taken.kept / np.float32(T)))
+        tokens = on.zeros((T, order.order.size))
+        tokens[:, :K] = scale * arriving
+        tokens, added = tokens[:, on.index(order.order)], taken.added[order.order]
         try:
             strides, whole = _backwards(tokens, added, spec)
         except np.linalg.LinAlgError:
             continue
-        if np.isfinite(whole).all():
-            moved = np.sqrt(taken.kept / np.float32(T)) * (arriving - exact)
-            return TokenFactor(tokens, moved, strides, whole, added, order)
+        if on.all_finite(whole):
+            return TokenFactor(tokens, scale * (arriving - exact), strides, whole, added, order)
     raise NotPositiveDefiniteError("the second moment of the input is not positive definite")
 
 
 def _backwards(tokens: Floats, added: Floats, spec: QuantSpec) -> tuple[tuple[_Stride, ...], Floats]:
     """Every stride, and P of all columns. Raises LinAlgError where float32 does not carry it."""
-    found: list[_Stride] = []
-    whole = np.eye(tokens.shape[0], dtype=np.float32)
+    on, found = device_of(tokens), list[_Stride]()
+    whole = on.from_host(np.eye(tokens.shape[0], dtype=np.float32))
     for some in reversed(visit_strides(tokens.shape[1], 1 if spec.signed else spec.block_size)):
-        columns = np.ascontiguousarray(tokens[:, some])
+        columns = on.contiguous(tokens[:, some])
         seen = whole @ columns
-        upper, inverse = upper_and_inverse(columns.T @ seen + np.diag(added[some]))
+        triangles = upper_and_inverse(on.to_host(columns.T @ seen) + np.diag(added[some]))
+        upper, inverse = map(on.from_host, triangles)
         weighed = seen @ inverse.T
         whole -= weighed @ weighed.T
         found.append(_Stride(some, upper, inverse, seen))

@@ -11,6 +11,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from toolkit.device.arrays import device_of
+
 # What the text did not show: values a quarter beyond the range still fit, for a third of a bit.
 HEADROOM: Final = 1.25
 _LEVELS: Final = 65535
@@ -36,6 +38,7 @@ def uint16_parameters(values: ActivationRange) -> tuple[np.float16, np.uint16]:
 
 def rounded_to_uint16(x: NDArray[np.float32], values: ActivationRange) -> NDArray[np.float32]:
     """`x` through QuantizeLinear and DequantizeLinear of a tensor in this range: half to even, saturating."""
-    scale, zero_point = (np.float32(part) for part in uint16_parameters(values))
-    levels = np.clip(np.rint(x / scale) + zero_point, 0, _LEVELS)
-    return np.asarray((levels - zero_point) * scale, np.float32)
+    on, (scale, zero_point) = device_of(x), (float(part) for part in uint16_parameters(values))
+    levels = on.clip(on.rint(x / scale) + zero_point, 0, _LEVELS)
+    rounded: NDArray[np.float32] = (levels - zero_point) * scale
+    return rounded

@@ -3,6 +3,7 @@
 A block of MatMulNBits is visited whole, so that no g_idx is needed; each block's scale is searched on its columns when
 its turn comes. Scales of `signed` specs stand before the first column is rounded, searched on the target as it comes:
 those of a row depend on each other. Then the order is free, whatever the blocks.
+What is left of columns comes from a device's products; the columns themselves are rounded on the host.
 N output features, K input features, Kp = K padded to whole blocks, J blocks a row.
 """
 
@@ -16,6 +17,7 @@ from typing import Final, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from toolkit.device.arrays import device_of
 from toolkit.quant import kernel, signed_kernel
 from toolkit.quant.blockwise import QuantizedBlocks, QuantSpec, pack_last_axis, quantize_blocks, weights_of_errors
 
@@ -38,7 +40,8 @@ class Visits:
 
 @dataclass(frozen=True)
 class Solved:
-    """A solved matrix: its blocks, in the layout of `quantize_blocks`, and the float32 [N, K] they stand for."""
+    """A solved matrix: its blocks, in the layout of `quantize_blocks`, and the float32 [N, K] they stand for, on the
+    device of what was solved."""
 
     blocks: QuantizedBlocks
     restored: Floats
@@ -75,32 +78,31 @@ def visits(moments: Floats, block_size: int) -> Visits:
 def round_in_order(weight: Floats, target: Floats, columns: Columns, order: Visits, spec: QuantSpec) -> Solved:
     """`weight` [N, K] rounded column after column; scales that stand beforehand are searched on `target` [N, K]. The
     `noise` of the blocks is the plain sum of squared errors against the weight."""
-    (N, K), padded = weight.shape, order.order.size
+    on, (N, K), padded = device_of(weight), weight.shape, order.order.size
     rounding: _SearchedScales | _StandingScales
-    rounding = _StandingScales(target, order, spec) if spec.signed else _SearchedScales(weight, order, spec)
-    levels, visited = np.empty((N, padded), np.uint8), np.empty((N, padded), np.float32)
+    rounding = _StandingScales(on.to_host(target), order, spec) if spec.signed else _SearchedScales(N, K, order, spec)
+    levels, visited = np.empty((N, padded), np.uint8), on.empty((N, padded))
     workers = os.cpu_count() or 1
     slices = [slice(k * N // workers, (k + 1) * N // workers) for k in range(workers)]
     with ThreadPoolExecutor(workers) as pool:
         for some in order.strides(spec):
-            left, triangle = columns.left(some, visited[:, : some.start])
+            left, triangle = map(on.to_host, columns.left(some, visited[:, : some.start]))
             made, values = np.empty(left.shape, np.uint8), np.empty_like(left)
             done = [pool.submit(rounding.round, s, some, left[s], triangle, made[s], values[s]) for s in slices]
             for future in done:
                 future.result()
-            levels[:, order.order[some]], visited[:, some] = made, values
-    restored = np.empty_like(visited)
-    restored[:, order.order] = visited
-    restored = np.ascontiguousarray(restored[:, :K])
-    miss = (restored - weight).reshape(-1)
-    return Solved(_assembled(levels, rounding, spec, float(np.vdot(miss, miss))), restored)
+            levels[:, order.order[some]], visited[:, some] = made, on.from_host(values)
+    restored = on.empty((N, padded))
+    restored[:, on.index(order.order)] = visited
+    restored = on.contiguous(restored[:, :K])
+    return Solved(_assembled(levels, rounding, spec, on.square_sum(restored - weight)), restored)
 
 
 class _SearchedScales:
     """Each block's scale and zero point, searched when its turn comes."""
 
-    def __init__(self, weight: Floats, order: Visits, spec: QuantSpec) -> None:
-        shape = (weight.shape[0], spec.num_blocks(weight.shape[1]))
+    def __init__(self, rows: int, channels: int, order: Visits, spec: QuantSpec) -> None:
+        shape = (rows, spec.num_blocks(channels))
         self.scales, self.zeros = np.empty(shape, np.float32), np.empty(shape, np.uint8)
         self._worth, self._order, self._spec = weights_of_errors(order.diagonal)[order.order], order.order, spec
 

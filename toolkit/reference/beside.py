@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -15,6 +16,8 @@ from toolkit.checkpoint.anatomy import decoder_of
 from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.remembered import Remembered
 from toolkit.checkpoint.weights import Tensors
+from toolkit.device.arrays import Device
+from toolkit.device.fitting import ON_NUMPY, Fitting
 from toolkit.reference.decoder import Array, embed, head_rows, read_layer, rms_norm, through_layer
 
 # What a variant makes of the checkpoint's tensors; the checkpoint itself is `exact`.
@@ -35,7 +38,11 @@ class Forward:
 
 
 def hidden_beside(
-    config: ModelConfig, source: Tensors, runs: Sequence[Forward], progress: Callable[[str], None] = lambda _: None
+    config: ModelConfig,
+    source: Tensors,
+    runs: Sequence[Forward],
+    progress: Callable[[str], None] = lambda _: None,
+    fitting: Fitting = ON_NUMPY,
 ) -> list[list[Array]]:
     """The final norm's output [T, D] of each sequence of each run, one layer of each variant in memory at a time.
 
@@ -47,7 +54,8 @@ def hidden_beside(
     read.forget()
     for layer_index in range(config.num_hidden_layers):
         for k, tensors in enumerate(variants):
-            hidden[k] = through_layer(read_layer(config, tensors, layer_index), hidden[k])
+            further = partial(_further, config, tensors, layer_index, hidden[k])
+            hidden[k] = fitting.run(f"layer {layer_index}", further)
         read.forget()
         progress(f"layer {layer_index}")
     norm = decoder_of(config).norm.weight
@@ -58,15 +66,32 @@ def hidden_beside(
 
 
 def logits_beside(
-    config: ModelConfig, source: Tensors, variants: Sequence[Variant], hidden: Sequence[Array]
+    config: ModelConfig,
+    source: Tensors,
+    variants: Sequence[Variant],
+    hidden: Sequence[Array],
+    fitting: Fitting = ON_NUMPY,
 ) -> list[Array]:
     """[T, V] of each variant's hidden states [T, D], the head going by once for all, some rows at a time."""
+    return fitting.run("the LM head", lambda on, _: _logits(config, source, variants, hidden, on))
+
+
+def _further(
+    config: ModelConfig, tensors: Tensors, layer_index: int, hidden: list[Array], on: Device, tokens: int
+) -> list[Array]:
+    """Hidden states behind a layer, of those before it."""
+    return through_layer(read_layer(config, tensors, layer_index, on), hidden, tokens)
+
+
+def _logits(
+    config: ModelConfig, source: Tensors, variants: Sequence[Variant], hidden: Sequence[Array], on: Device
+) -> list[Array]:
     read = Remembered(source)
     made = [np.empty((states.shape[0], config.vocab_size), np.float32) for states in hidden]
-    start = 0
+    start, moved = 0, [on.from_host(states) for states in hidden]
     for blocks in zip(*(head_rows(config, variant(read)) for variant in variants), strict=True):
-        for logits, states, rows in zip(made, hidden, blocks, strict=True):
-            logits[:, start : start + rows.shape[0]] = states @ rows.T
+        for logits, states, rows in zip(made, moved, blocks, strict=True):
+            logits[:, start : start + rows.shape[0]] = on.to_host(states @ on.from_host(rows).T)
         start += blocks[0].shape[0]
         read.forget()
     return made

@@ -1,7 +1,8 @@
-"""The oracle: the checkpoint's own forward pass in numpy float32, one layer resident at a time.
+"""The oracle: the checkpoint's own forward pass in float32, one layer resident at a time, on numpy or another device.
 
 Shares the config, its anatomy and the weight source with the graphs and nothing else, so that agreement means
-something: how a norm, a head or a position is computed stands here once more.
+something: how a norm, a head or a position is computed stands here once more. Sequences come and go as numpy's arrays;
+within a layer they are its device's.
 B is 1 throughout; T tokens, D hidden, H heads, K kv heads, G = H/K, Dh head_dim, V vocab.
 """
 
@@ -18,22 +19,28 @@ from toolkit import names
 from toolkit.checkpoint.anatomy import Attention, DecoderLayer, Linear, Mlp, Norm, Sublayer, decoder_of
 from toolkit.checkpoint.config import ModelConfig, RopeConfig
 from toolkit.checkpoint.weights import Tensors
+from toolkit.device.arrays import NUMPY, Device, device_of
+from toolkit.device.fitting import TOGETHER
 
 Array = NDArray[np.float32]
 _HEAD_ROWS: Final = 16384
-# Tokens of short sequences that go through a layer together.
-_TOGETHER: Final = 2048
 # Queries whose scores are in memory at once: later keys than theirs are not looked at.
 _QUERIES: Final = 128
 
 
-def reference_logits(config: ModelConfig, source: Tensors, sequences: list[list[int]]) -> list[Array]:
+def reference_logits(
+    config: ModelConfig, source: Tensors, sequences: list[list[int]], on: Device = NUMPY
+) -> list[Array]:
     """Logits [T, V] of every position of each sequence. Each weight is read once for all of them."""
-    return [head_logits(config, source, hidden) for hidden in reference_hidden(config, source, sequences)]
+    return [head_logits(config, source, x, on) for x in reference_hidden(config, source, sequences, on=on)]
 
 
 def reference_hidden(
-    config: ModelConfig, source: Tensors, sequences: list[list[int]], progress: Callable[[str], None] = lambda _: None
+    config: ModelConfig,
+    source: Tensors,
+    sequences: list[list[int]],
+    progress: Callable[[str], None] = lambda _: None,
+    on: Device = NUMPY,
 ) -> list[Array]:
     """The final norm's output [T, D] of each sequence, one layer's weights in memory at a time.
 
@@ -41,26 +48,26 @@ def reference_hidden(
     """
     hidden = [embed(source, ids) for ids in sequences]
     for layer_index in range(config.num_hidden_layers):
-        hidden = through_layer(read_layer(config, source, layer_index), hidden)
+        hidden = through_layer(read_layer(config, source, layer_index, on), hidden)
         progress(f"layer {layer_index}")
     norm = source.read(decoder_of(config).norm.weight)
     return [rms_norm(x, norm, config.rms_norm_eps) for x in hidden]
 
 
-def through_layer(layer: Layer, pieces: Sequence[Array]) -> list[Array]:
-    """Each sequence [T, D] through a layer, several at a time where they are short."""
+def through_layer(layer: Layer, pieces: Sequence[Array], tokens: int = TOGETHER) -> list[Array]:
+    """Each of numpy's sequences [T, D] through a layer, as many at a time as make so many tokens."""
     done: list[Array] = []
-    for lengths in batched([x.shape[0] for x in pieces]):
-        together = layer(np.concatenate(pieces[len(done) : len(done) + len(lengths)]), lengths)
-        done += np.split(together, np.cumsum(lengths)[:-1])
+    for lengths in batched([x.shape[0] for x in pieces], tokens):
+        together = layer.on.from_host(np.concatenate(pieces[len(done) : len(done) + len(lengths)]))
+        done += np.split(layer.on.to_host(layer(together, lengths)), np.cumsum(lengths)[:-1])
     return done
 
 
-def batched(lengths: Sequence[int]) -> list[tuple[int, ...]]:
-    """Lengths of sequences in order, as many together as make some thousand tokens: matrix products want many rows."""
+def batched(lengths: Sequence[int], tokens: int = TOGETHER) -> list[tuple[int, ...]]:
+    """Lengths of sequences in order, as many together as make so many tokens: matrix products want many rows."""
     groups: list[list[int]] = []
     for length in lengths:
-        if groups and sum(groups[-1]) + length <= _TOGETHER:
+        if groups and sum(groups[-1]) + length <= tokens:
             groups[-1].append(length)
         else:
             groups.append([length])
@@ -74,12 +81,12 @@ def embed(source: Tensors, ids: list[int]) -> Array:
     return np.stack([rows[i] for i in ids])
 
 
-def head_logits(config: ModelConfig, source: Tensors, hidden: Array) -> Array:
-    """[T, D] to [T, V], the head read by rows."""
+def head_logits(config: ModelConfig, source: Tensors, hidden: Array, on: Device = NUMPY) -> Array:
+    """numpy's [T, D] to [T, V], the head read by rows."""
     logits = np.empty((hidden.shape[0], config.vocab_size), np.float32)
-    start = 0
+    start, hidden = 0, on.from_host(hidden)
     for rows in head_rows(config, source):
-        logits[:, start : start + rows.shape[0]] = hidden @ rows.T
+        logits[:, start : start + rows.shape[0]] = on.to_host(hidden @ on.from_host(rows).T)
         start += rows.shape[0]
     return logits
 
@@ -92,10 +99,13 @@ def head_rows(config: ModelConfig, source: Tensors) -> Iterator[Array]:
 
 
 class Layer:
-    """One decoder layer with its weights in memory: whole, or step by step for who looks at what linears read."""
+    """One decoder layer with its weights on a device: whole, or step by step for who looks at what linears read. All
+    that goes in and comes out is that device's too."""
 
-    def __init__(self, config: ModelConfig, anatomy: DecoderLayer, tensors: dict[str, Array]) -> None:
-        self.config, self.anatomy, self.tensors = config, anatomy, tensors
+    def __init__(
+        self, config: ModelConfig, anatomy: DecoderLayer, tensors: dict[str, Array], on: Device = NUMPY
+    ) -> None:
+        self.config, self.anatomy, self.tensors, self.on = config, anatomy, tensors, on
 
     def __call__(self, x: Array, lengths: Sequence[int] = ()) -> Array:
         """[T, D] to [T, D], causal, from position 0; `lengths` are those of several sequences behind each other."""
@@ -124,9 +134,12 @@ class Layer:
     def mixed(self, attention: Attention, normed: Array, lengths: Sequence[int] = ()) -> Array:
         """[T, D] to [T, H * Dh], causal, each sequence from position 0."""
         each = [np.arange(length) for length in lengths or (normed.shape[0],)]
-        cuts = np.cumsum([positions.size for positions in each])[:-1]
-        pieces = (np.split(part, cuts) for part in self.project(normed, np.concatenate(each)))
-        return np.concatenate(
+        ends = np.cumsum([positions.size for positions in each])
+        pieces = (
+            [part[end - positions.size : end] for positions, end in zip(each, ends, strict=True)]
+            for part in self.project(normed, np.concatenate(each))
+        )
+        return self.on.concatenate(
             [
                 attend(q, k, v, positions, attention.window, self.config.rotary_head_dim)
                 for q, k, v, positions in zip(*pieces, each, strict=True)
@@ -140,7 +153,7 @@ class Layer:
 
     def activated(self, mlp: Mlp, gate: Array) -> Array:
         """The gate through SiLU, each element for itself."""
-        silu: Array = gate / (1 + np.exp(-gate))
+        silu: Array = gate / (1 + self.on.exp(-gate))
         return silu
 
     def project(self, normed: Array, positions: NDArray[np.int64]) -> tuple[Array, Array, Array]:
@@ -171,11 +184,11 @@ class Layer:
         return y
 
 
-def read_layer(config: ModelConfig, source: Tensors, layer_index: int) -> Layer:
-    """Reads one layer's tensors, in the order of their file."""
+def read_layer(config: ModelConfig, source: Tensors, layer_index: int, on: Device = NUMPY) -> Layer:
+    """Reads one layer's tensors onto a device, in the order of their file."""
     anatomy = decoder_of(config).layers[layer_index]
-    tensors = {name: source.read(name) for name in source.names() if name.startswith(anatomy.prefix)}
-    return Layer(config, anatomy, tensors)
+    tensors = {name: on.from_host(source.read(name)) for name in source.names() if name.startswith(anatomy.prefix)}
+    return Layer(config, anatomy, tensors, on)
 
 
 def attend(q: Array, k: Array, v: Array, positions: NDArray[np.int64], window: int | None, head_dim: int) -> Array:
@@ -184,38 +197,39 @@ def attend(q: Array, k: Array, v: Array, positions: NDArray[np.int64], window: i
     A query sees keys up to its own position, of which the last `window` where the layer slides. `head_dim` is what the
     scale comes from.
     """
-    T, H, Dh = q.shape
+    on, (T, H, Dh) = device_of(q), q.shape
     K, G = k.shape[1], H // k.shape[1]
-    turned = (q * np.float32(1 / math.sqrt(head_dim))).reshape(T, K, G, Dh).transpose(1, 2, 0, 3)
-    keys, values = k.transpose(1, 2, 0), np.ascontiguousarray(v.transpose(1, 0, 2))
-    mixed = np.empty((T, K, G, Dh), np.float32)
+    turned = on.transpose((q * (1 / math.sqrt(head_dim))).reshape(T, K, G, Dh), (1, 2, 0, 3))
+    keys, values = on.transpose(k, (1, 2, 0)), on.contiguous(on.transpose(v, (1, 0, 2)))
+    mixed = on.empty((T, K, G, Dh))
     for start in range(0, T, _QUERIES):
         some = slice(start, min(start + _QUERIES, T))
         count, seen = some.stop - start, int(positions[some].max()) + 1
-        scores = np.matmul(turned[:, :, some].reshape(K, G * count, Dh), keys[:, :, :seen]).reshape(K, G, count, seen)
+        scores = (turned[:, :, some].reshape(K, G * count, Dh) @ keys[:, :, :seen]).reshape(K, G, count, seen)
         distance = positions[some, None] - np.arange(seen)[None, :]
-        scores += np.where((distance >= 0) & (distance < (window or seen)), np.float32(0), np.float32(-np.inf))
-        scores -= scores.max(axis=-1, keepdims=True)
-        np.exp(scores, out=scores)
-        sums = scores.sum(axis=-1, keepdims=True)
-        weighted = np.matmul(scores.reshape(K, G * count, seen), values[:, :seen]).reshape(K, G, count, Dh)
-        mixed[some] = (weighted / sums).transpose(2, 0, 1, 3)
+        visible = (distance >= 0) & (distance < (window or seen))
+        scores += on.from_host(np.where(visible, np.float32(0), np.float32(-np.inf)))
+        terms = on.softmax_terms(scores)
+        weighted = (terms.reshape(K, G * count, seen) @ values[:, :seen]).reshape(K, G, count, Dh)
+        mixed[some] = on.transpose(weighted / terms.sum(axis=-1, keepdims=True), (2, 0, 1, 3))
     return mixed.reshape(T, -1)
 
 
 def rms_norm(x: Array, gain: Array, eps: float) -> Array:
     """x over the root of its mean square along the last axis, times the gain."""
-    scale = np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + np.float32(eps))
-    return np.asarray(x / scale * gain, dtype=np.float32)
+    scale = device_of(x).sqrt((x * x).mean(axis=-1, keepdims=True) + eps)
+    normed: Array = x / scale * gain
+    return normed
 
 
 def _rotate(x: Array, cos: Array, sin: Array) -> Array:
     """Half-split rotation: pair (i, i + Dh/2), as every supported family stores it. Each half of a padded head ends in
     channels without an angle, which stay."""
-    unturned = ((0, 0), (0, 0), (0, x.shape[-1] // 2 - cos.shape[-1]))
-    cos, sin = np.pad(cos, unturned, constant_values=1), np.pad(sin, unturned)
-    first, second = np.split(x, 2, axis=-1)
-    return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    on, half = device_of(x), x.shape[-1] // 2
+    unturned = ((0, 0), (0, 0), (0, half - cos.shape[-1]))
+    cos, sin = on.from_host(np.pad(cos, unturned, constant_values=1)), on.from_host(np.pad(sin, unturned))
+    first, second = x[..., :half], x[..., half:]
+    return on.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
 def _rotation(rope: RopeConfig, head_dim: int, positions: NDArray[np.int64]) -> tuple[Array, Array]:

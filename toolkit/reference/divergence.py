@@ -16,13 +16,14 @@ from numpy.typing import NDArray
 
 from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.weights import Tensors
+from toolkit.device.arrays import NUMPY, Device, device_of
 from toolkit.reference.decoder import Array, head_rows
 
 
 @dataclass(frozen=True)
 class Diverging:
     """Hidden states [T, D] after the final norm, and what becomes of the head's rows [rows, D] before their product;
-    None leaves them."""
+    None leaves them. Both are numpy's."""
 
     hidden: Array
     head: Callable[[Array], Array] | None = None
@@ -38,10 +39,11 @@ class _Normalizer:
     def add(self, logits: Array) -> tuple[Array, NDArray[np.float64]]:
         """Counts [T, columns]; returns exp(logits - top) [T, columns] and what sums over earlier columns have to be
         multiplied by [T], now that the top is this one."""
-        top = np.maximum(self._top, logits.max(axis=1))
-        terms = np.exp(logits - top[:, None].astype(np.float32))
+        on = device_of(logits)
+        top = np.maximum(self._top, on.to_host(on.largest(logits, 1)))
+        terms = on.exp(logits - on.from_host(top[:, None].astype(np.float32)))
         shrunk = np.exp(self._top - top)
-        self._sum = self._sum * shrunk + terms.sum(axis=1, dtype=np.float64)
+        self._sum = self._sum * shrunk + on.row_sums(terms)
         self._top = top
         return terms, shrunk
 
@@ -55,18 +57,20 @@ class _Normalizer:
 
 
 def mean_divergences(
-    config: ModelConfig, source: Tensors, exact: Array, others: Mapping[str, Diverging]
+    config: ModelConfig, source: Tensors, exact: Array, others: Mapping[str, Diverging], on: Device = NUMPY
 ) -> dict[str, float]:
-    """Mean KLD(exact || other) over positions, for hidden states [T, D] after the final norm. The head is read once."""
+    """Mean KLD(exact || other) over positions, for hidden states [T, D] after the final norm. The head is read once,
+    and its products are `on`'s."""
     own = _Normalizer(exact.shape[0])
     theirs = {name: _Normalizer(exact.shape[0]) for name in others}
     differences = {name: np.zeros(exact.shape[0]) for name in others}
+    exact, moved = on.from_host(exact), {name: on.from_host(other.hidden) for name, other in others.items()}
     for rows in head_rows(config, source):
-        logits = exact @ rows.T
+        head = on.from_host(rows)
+        logits = exact @ head.T
         terms, shrunk = own.add(logits)
         for name, other in others.items():
-            changed = other.hidden @ (rows if other.head is None else other.head(rows)).T
+            changed = moved[name] @ (head if other.head is None else on.from_host(other.head(rows))).T
             theirs[name].add(changed)
-            added = np.einsum("tv,tv->t", terms, logits - changed, dtype=np.float64)
-            differences[name] = differences[name] * shrunk + added
+            differences[name] = differences[name] * shrunk + on.row_dots(terms, logits - changed)
     return {name: float(np.mean(own.mean(differences[name]) - own.value() + theirs[name].value())) for name in others}

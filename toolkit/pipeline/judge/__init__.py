@@ -9,6 +9,7 @@ from typing import Final
 
 from toolkit.bundle.settings import read_settings
 from toolkit.checkpoint.opened import Checkpoint
+from toolkit.device.fitting import ON_NUMPY, Fitting
 from toolkit.epcontext.htp import PROVIDER
 from toolkit.evaluate.speed import measure_speed_apart
 from toolkit.pipeline.judge.answers import (
@@ -37,13 +38,17 @@ _BENCH: Final = (128, 64, 3)
 
 
 def judge_bundle(
-    bundle: Path, checkpoint: Checkpoint, effort: Effort, progress: Callable[[str], None] = lambda _: None
+    bundle: Path,
+    checkpoint: Checkpoint,
+    effort: Effort,
+    progress: Callable[[str], None] = lambda _: None,
+    fitting: Fitting = ON_NUMPY,
 ) -> Report:
-    """Measures, rewrites report.json and report.html, returns the report.
+    """Measures, rewrites report.json and report.html, returns the report; the reference runs on `fitting`.
 
     Raises BundleError or CheckpointError if either cannot be read or they do not belong together.
     """
-    subject = open_subject(bundle, checkpoint, effort, counted(progress, "validate"))
+    subject = open_subject(bundle, checkpoint, effort, counted(progress, "validate"), fitting)
     report = read_report(bundle, subject.manifest)
     asked, answers = asked_tasks(subject), ReferenceAnswers()
     read_before = checkpoint.source.bytes_read()

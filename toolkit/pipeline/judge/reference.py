@@ -28,11 +28,11 @@ class Reference:
     """
 
     def __init__(self, subject: Subject, beside: Sequence[list[int]], logits_bytes: int | None = None) -> None:
-        self._config, self._source = subject.checkpoint.config, subject.source
+        self._config, self._source, self._fitting = subject.checkpoint.config, subject.source, subject.fitting
         self._variants = [exact, plain_rounding] if subject.wants_baseline else [exact]
         runs = [Forward(variant, subject.sequences) for variant in self._variants]
         runs[0] = Forward(exact, [*beside, *subject.sequences])
-        hidden = hidden_beside(self._config, self._source, runs, subject.progress)
+        hidden = hidden_beside(self._config, self._source, runs, subject.progress, self._fitting)
         others, hidden[0] = hidden[0][: len(beside)], hidden[0][len(beside) :]
         self._hidden = hidden
         room = free_memory_bytes() // _SHARE if logits_bytes is None else logits_bytes
@@ -62,6 +62,7 @@ class Reference:
         """By variant the logits of each sequence of a group; the checkpoint's own of `others` stand before its."""
         states = [[run[k] for k in group] for run in self._hidden]
         states[0] = [*others, *states[0]]
-        made = logits_beside(self._config, self._source, self._variants, [np.concatenate(some) for some in states])
+        joined = [np.concatenate(some) for some in states]
+        made = logits_beside(self._config, self._source, self._variants, joined, self._fitting)
         ends = [np.cumsum([len(x) for x in some])[:-1] for some in states]
         return [np.split(logits, end) for logits, end in zip(made, ends, strict=True)]

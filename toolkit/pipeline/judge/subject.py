@@ -11,6 +11,7 @@ from toolkit.bundle.manifest import Manifest, read_manifest, verify_manifest
 from toolkit.bundle.settings import read_settings
 from toolkit.checkpoint.opened import Checkpoint
 from toolkit.checkpoint.weights import Tensors, parameter_count
+from toolkit.device.fitting import ON_NUMPY, Fitting
 from toolkit.errors import BundleError
 from toolkit.evaluate.session import is_here
 from toolkit.machine import free_memory_bytes
@@ -34,8 +35,8 @@ class Subject:
 
     `sequences` are the token ids that bundle and checkpoint are compared on, `task_files` the recipe's questions,
     `source` has the checkpoint's tensors, which stay in memory once read where tasks are asked and they fit. `here`
-    says whether this machine has every execution provider of the bundle (else all runs on the CPU), and `progress`
-    takes a line for each step.
+    says whether this machine has every execution provider of the bundle (else all runs on the CPU), `progress` takes a
+    line for each step, and the reference runs on the device of `fitting`.
     """
 
     bundle: Path
@@ -47,6 +48,7 @@ class Subject:
     source: Tensors
     here: bool
     progress: Callable[[str], None]
+    fitting: Fitting
 
     @property
     def wants_baseline(self) -> bool:
@@ -54,7 +56,9 @@ class Subject:
         return bool(self.manifest.recipe.baseline if self.effort.baseline is None else self.effort.baseline)
 
 
-def open_subject(bundle: Path, checkpoint: Checkpoint, effort: Effort, progress: Callable[[str], None]) -> Subject:
+def open_subject(
+    bundle: Path, checkpoint: Checkpoint, effort: Effort, progress: Callable[[str], None], fitting: Fitting = ON_NUMPY
+) -> Subject:
     """A bundle beside its checkpoint. Raises BundleError if it cannot be read or was not made from the checkpoint,
     CheckpointError for a text that holds none."""
     manifest = read_manifest(bundle)
@@ -74,7 +78,7 @@ def open_subject(bundle: Path, checkpoint: Checkpoint, effort: Effort, progress:
     asks = bool(effort.own_tasks or (effort.tasks and task_files))
     fits = 8 * parameter_count(checkpoint.config) < free_memory_bytes()
     source = Resident(checkpoint.source) if asks and fits else checkpoint.source
-    return Subject(bundle, manifest, checkpoint, effort, sequences, task_files, source, here, progress)
+    return Subject(bundle, manifest, checkpoint, effort, sequences, task_files, source, here, progress, fitting)
 
 
 def _check_same(manifest: Manifest, checkpoint: Checkpoint) -> None:

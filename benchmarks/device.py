@@ -1,0 +1,174 @@
+"""What calibrating and validating cost on a device: `python -m benchmarks.device --device cuda`.
+
+Some layers of each distill's true shape, with random weights and 4,096 rows of vocabulary, are exported and validated
+at each quality. The table has, of each: seconds a layer, and of all the layers that the model has, the device's peak
+memory where torch counts it, and the bundle's mean KLD beside plain rounding's. Random weights have no salient channels
+and random ids no meaning: the KLD says that the solver works, not what a user gets.
+
+`--toy` takes a model of two narrow layers and few tokens instead: seconds on any device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import toolkit
+from toolkit.device.chosen import chosen_device
+from toolkit.quality import QUALITIES
+
+ROOT: Final = Path(__file__).resolve().parent.parent
+WORK: Final = ROOT / "build" / "device"
+DISTILLS: Final = ("1.5b", "7b", "14b", "70b")
+_NARROW: Final = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
+_TOY_TOKENS: Final = 1024
+_HEADS: Final = (
+    "device",
+    "model",
+    "quality",
+    "tokens",
+    "survey s",
+    "solve s",
+    "whole min",
+    "validate s",
+    "GB",
+    "KLD",
+    "rtn KLD",
+)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One export and its validation; seconds of the survey and the solver are those of a layer, `whole_s` is what both
+    take of all the model's layers."""
+
+    device: str
+    model: str
+    quality: str
+    tokens: int
+    survey_s: float
+    solve_s: float
+    whole_s: float
+    validate_s: float
+    device_bytes: int
+    mean_kld: float
+    rounded_kld: float | None
+
+    def cells(self) -> list[str]:
+        """The row of the table."""
+        plain = "" if self.rounded_kld is None else f"{self.rounded_kld:.4f}"
+        seconds = [f"{self.survey_s:.2f}", f"{self.solve_s:.2f}", f"{self.whole_s / 60:.1f}", f"{self.validate_s:.1f}"]
+        found = [f"{self.device_bytes / 1e9:.1f}", f"{self.mean_kld:.4f}", plain]
+        return [self.device, self.model, self.quality, str(self.tokens), *seconds, *found]
+
+
+def shape_of(model: str, layers: int, toy: bool) -> tuple[Path, int]:
+    """A folder with the config of a distill cut to some layers, and how many the model has."""
+    config = json.loads((ROOT / "models" / model / "config.json").read_text(encoding="utf-8"))
+    whole = config["num_hidden_layers"]
+    config |= {"num_hidden_layers": layers, "vocab_size": 4096, "bos_token_id": 0, "eos_token_id": 1}
+    config |= {**_NARROW, "head_dim": 64} if toy else {}
+    config.pop("pad_token_id", None)
+    folder = WORK / "shapes" / f"{'toy-' if toy else ''}{layers}-layers-of-{model}"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder, whole
+
+
+def measured(model: str, quality: str, device: str, layers: int, toy: bool) -> Measured:
+    """One export with its validation, timed."""
+    folder, whole = shape_of(model, layers, toy)
+    out = WORK / "bundle"
+    for stale in (out, out.with_name("bundle.partial")):
+        shutil.rmtree(stale, ignore_errors=True)
+    changes = [f"calibration_tokens={_TOY_TOKENS if toy else QUALITIES[quality].tokens}", "context_length=512"]
+    plans = toolkit.plan("cpu", checkpoint=folder, out=out, synthetic=True, quality=quality, changes=changes)
+    _forget_peak(device)
+    bundles = toolkit.export(plans, device=device, progress=_said, note=_said)
+    device_bytes = _peak_bytes(device)
+    start = time.perf_counter()
+    effort = toolkit.Effort(tokens=512, tasks=False, speed=False, baseline=True)
+    report = toolkit.validate(bundles[0], plans[0].opened, effort, device=device, progress=_said, note=_said)
+    validate_s = time.perf_counter() - start
+    made = report.quantization.calibration if report.quantization else None
+    if made is None or report.parity is None:
+        raise SystemExit(f"{model} {quality}: nothing was calibrated or compared")
+    survey_s, solve_s = (made.survey_s or 0.0) / layers, (made.solve_s or 0.0) / layers
+    plain = report.baseline.mean_kld if report.baseline else None
+    return Measured(
+        device,
+        model,
+        quality,
+        made.tokens,
+        survey_s,
+        solve_s,
+        whole * (survey_s + solve_s),
+        validate_s,
+        device_bytes,
+        report.parity.mean_kld,
+        plain,
+    )
+
+
+def _module(device: str) -> Any:
+    """torch's module of a GPU, which counts its memory; None of what has none."""
+    kind = device.partition(":")[0]
+    if kind not in ("cuda", "xpu"):
+        return None
+    import torch
+
+    return getattr(torch, kind)
+
+
+def _forget_peak(device: str) -> None:
+    if module := _module(device):
+        module.reset_peak_memory_stats()
+
+
+def _peak_bytes(device: str) -> int:
+    module = _module(device)
+    return int(module.max_memory_allocated()) if module else 0
+
+
+def _card(device: str) -> str:
+    module = _module(device)
+    return str(module.get_device_name()) if module else chosen_device(device).software
+
+
+def _said(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _print_row(cells: Sequence[str]) -> None:
+    print("| " + " | ".join(cells) + " |", flush=True)
+
+
+def main() -> None:
+    """Prints a row as each is measured, so that what a card's minutes did not suffice for is all that is lost."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", nargs="+", default=["cuda"], help="one or several, as `toolkit export --device`")
+    parser.add_argument("--models", nargs="+", choices=DISTILLS, default=list(DISTILLS))
+    parser.add_argument("--qualities", nargs="+", choices=("balanced", "best"), default=["balanced", "best"])
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--toy", action="store_true")
+    asked = parser.parse_args()
+    names = [chosen_device(device).name for device in asked.device]
+    for name in names:
+        print(f"{name}: {_card(name)}", flush=True)
+    _print_row(_HEADS)
+    _print_row(["---"] * len(_HEADS))
+    for model in asked.models:
+        for quality in asked.qualities:
+            for name in names:
+                _print_row(measured(model, quality, name, asked.layers, asked.toy).cells())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,215 @@
+"""Where the arithmetic of calibration and of the reference runs: numpy here, torch in device/torch_arrays.py.
+
+What both kinds of arrays have in common is written as it is (operators, slices, `reshape`, `sum(axis=…)`); what they
+have by other names, or not at all, is a method of their `Device`. To the type checker every array is numpy's.
+Products and sums are float32 on every device; what is added up over a whole text is float64, on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from toolkit.device.words import CPU
+
+Floats = NDArray[np.float32]
+Doubles = NDArray[np.float64]
+Integers = NDArray[np.int64]
+
+
+class Device(Protocol):
+    """What holds arrays and computes with them. `name` is what `--device` calls it, and `software` whose arithmetic it
+    is, with its version."""
+
+    name: str
+    software: str
+
+    def from_host(self, x: Floats) -> Floats:
+        """Returns numpy's array on the device; it may share memory with it."""
+        ...
+
+    def to_host(self, x: Floats) -> Floats:
+        """Returns an array as numpy's; it may share memory with it."""
+        ...
+
+    def index(self, x: Integers) -> Integers:
+        """Returns numpy's integers as what indexes arrays of the device."""
+        ...
+
+    def empty(self, shape: Sequence[int]) -> Floats:
+        """Returns a float32 array whose values are to be filled in."""
+        ...
+
+    def zeros(self, shape: Sequence[int]) -> Floats:
+        """Returns a float32 array of zeros of this shape."""
+        ...
+
+    def concatenate(self, pieces: Sequence[Floats], axis: int = 0) -> Floats:
+        """Returns the pieces behind each other along an axis."""
+        ...
+
+    def transpose(self, x: Floats, axes: Sequence[int]) -> Floats:
+        """Returns `x` with its axes in another order, without a copy."""
+        ...
+
+    def contiguous(self, x: Floats) -> Floats:
+        """Returns `x` with its last axis the one that runs fastest in memory."""
+        ...
+
+    def exp(self, x: Floats) -> Floats:
+        """Returns e to the power of each element."""
+        ...
+
+    def sqrt(self, x: Floats) -> Floats:
+        """Returns the square root of each element."""
+        ...
+
+    def rint(self, x: Floats) -> Floats:
+        """Returns each element rounded to an integer, half to even."""
+        ...
+
+    def clip(self, x: Floats, low: float, high: float) -> Floats:
+        """Returns each element, or the bound that it is beyond."""
+        ...
+
+    def replaced_zeros(self, x: Floats) -> Floats:
+        """Returns `x` with ones where an element is not above zero."""
+        ...
+
+    def largest(self, x: Floats, axis: int, keepdims: bool = False) -> Floats:
+        """Returns the largest element along an axis."""
+        ...
+
+    def smallest(self, x: Floats, axis: int) -> Floats:
+        """Returns the smallest element along an axis."""
+        ...
+
+    def softmax_terms(self, scores: Floats) -> Floats:
+        """Replaces scores by e to the power of what each is below the largest of its row; returns them."""
+        ...
+
+    def all_finite(self, x: Floats) -> bool:
+        """Whether no element is NaN or infinite."""
+        ...
+
+    def column_squares(self, x: Floats) -> Floats:
+        """Returns on the host the sum of squares of each column of [T, K]."""
+        ...
+
+    def column_squares_in_double(self, x: Floats) -> Doubles:
+        """Returns the same added up in float64."""
+        ...
+
+    def row_sums(self, x: Floats) -> Doubles:
+        """Returns on the host the float64 sum of each row of [T, K]."""
+        ...
+
+    def row_dots(self, a: Floats, b: Floats) -> Doubles:
+        """Returns on the host the float64 sum of the products of two arrays' elements, row by row of [T, K]."""
+        ...
+
+    def square_sum(self, x: Floats) -> float:
+        """Returns the sum of the squares of all elements."""
+        ...
+
+    def is_out_of_memory(self, problem: BaseException) -> bool:
+        """Whether an exception says that the device's memory is full."""
+        ...
+
+    def release(self) -> None:
+        """Gives memory that no array needs any more back to the device."""
+        ...
+
+
+class _Numpy:
+    """numpy on the host: the same bits as ever, and nothing to install."""
+
+    name, software = CPU, f"numpy {np.__version__}"
+
+    def from_host(self, x: Floats) -> Floats:
+        return x
+
+    def to_host(self, x: Floats) -> Floats:
+        return x
+
+    def index(self, x: Integers) -> Integers:
+        return x
+
+    def empty(self, shape: Sequence[int]) -> Floats:
+        return np.empty(shape, np.float32)
+
+    def zeros(self, shape: Sequence[int]) -> Floats:
+        return np.zeros(shape, np.float32)
+
+    def concatenate(self, pieces: Sequence[Floats], axis: int = 0) -> Floats:
+        return np.concatenate(pieces, axis=axis)
+
+    def transpose(self, x: Floats, axes: Sequence[int]) -> Floats:
+        return x.transpose(axes)
+
+    def contiguous(self, x: Floats) -> Floats:
+        return np.ascontiguousarray(x)
+
+    def exp(self, x: Floats) -> Floats:
+        return np.asarray(np.exp(x))
+
+    def sqrt(self, x: Floats) -> Floats:
+        return np.asarray(np.sqrt(x))
+
+    def rint(self, x: Floats) -> Floats:
+        return np.asarray(np.rint(x))
+
+    def clip(self, x: Floats, low: float, high: float) -> Floats:
+        return np.clip(x, low, high)
+
+    def replaced_zeros(self, x: Floats) -> Floats:
+        return np.where(x > 0, x, np.float32(1))
+
+    def largest(self, x: Floats, axis: int, keepdims: bool = False) -> Floats:
+        return np.asarray(x.max(axis=axis, keepdims=keepdims))
+
+    def smallest(self, x: Floats, axis: int) -> Floats:
+        return np.asarray(x.min(axis=axis))
+
+    def softmax_terms(self, scores: Floats) -> Floats:
+        scores -= scores.max(axis=-1, keepdims=True)
+        return np.exp(scores, out=scores)
+
+    def all_finite(self, x: Floats) -> bool:
+        return bool(np.isfinite(x).all())
+
+    def column_squares(self, x: Floats) -> Floats:
+        return np.asarray(np.einsum("tk,tk->k", x, x))
+
+    def column_squares_in_double(self, x: Floats) -> Doubles:
+        return np.asarray(np.einsum("tk,tk->k", x, x, dtype=np.float64))
+
+    def row_sums(self, x: Floats) -> Doubles:
+        return np.asarray(x.sum(axis=1, dtype=np.float64))
+
+    def row_dots(self, a: Floats, b: Floats) -> Doubles:
+        return np.asarray(np.einsum("tv,tv->t", a, b, dtype=np.float64))
+
+    def square_sum(self, x: Floats) -> float:
+        return float(np.vdot(x, x))
+
+    def is_out_of_memory(self, problem: BaseException) -> bool:
+        return False
+
+    def release(self) -> None:
+        return None
+
+
+NUMPY: Final[Device] = _Numpy()
+
+
+def device_of(x: Floats) -> Device:
+    """The device that holds an array."""
+    if isinstance(x, np.ndarray):
+        return NUMPY
+    from toolkit.device.torch_arrays import torch_device_of
+
+    return torch_device_of(x)
