@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,6 +14,10 @@ from toolkit.cli.options import ADAPTER, AS_JSON, BUNDLE, CHECKPOINT_HELP, DEVIC
 from toolkit.cli.printing import print_costs, print_exported, print_note, print_plans
 from toolkit.soc import SOCS
 from toolkit.typed_json import to_json
+
+if TYPE_CHECKING:
+    from toolkit.pipeline.described import DescribedPlan
+    from toolkit.pipeline.plan import ExportPlan
 
 
 @click.command()
@@ -60,7 +64,6 @@ def export(
     """
     from toolkit import library
     from toolkit.pipeline.described import described_with_costs
-    from toolkit.pipeline.export import check_exports
     from toolkit.progress import progress_line
 
     plans = library.plan(
@@ -80,11 +83,7 @@ def export(
     wanted = None if no_validate or synthetic else effort_of(effort)
     described = described_with_costs(plans, wanted, not no_compile)
     if dry_run:
-        # What stands in the way is the last line after a plan, and the document in place of one.
-        if as_json:
-            check_exports(plans)
-        print_plans(described, as_json)
-        check_exports(plans)
+        _print_dry_run(plans, described, as_json)
         return
     print_costs(described)
     with progress_line() as progress:
@@ -97,6 +96,16 @@ def export(
     for bundle in bundles:
         click.echo(f"bundle: {bundle}", err=as_json)
     validate_bundles(bundles, plans[0].opened, wanted, as_json, device, anew=False)
+
+
+def _print_dry_run(plans: list[ExportPlan], described: list[DescribedPlan], as_json: bool) -> None:
+    """What stands in the way is the last line after a plan, and the document in place of one."""
+    from toolkit.pipeline.export import check_exports
+
+    if as_json:
+        check_exports(plans)
+    print_plans(described, as_json)
+    check_exports(plans)
 
 
 @click.command(name="compile")
