@@ -130,76 +130,100 @@ class _Numpy:
     name, software = CPU, f"numpy {np.__version__}"
 
     def from_host(self, x: Floats) -> Floats:
+        """Returns numpy's array on the device; it may share memory with it."""
         return x
 
     def to_host(self, x: Floats) -> Floats:
+        """Returns an array as numpy's; it may share memory with it."""
         return x
 
     def index(self, x: Integers) -> Integers:
+        """Returns numpy's integers as what indexes arrays of the device."""
         return x
 
     def empty(self, shape: Sequence[int]) -> Floats:
+        """Returns a float32 array whose values are to be filled in."""
         return np.empty(shape, np.float32)
 
     def zeros(self, shape: Sequence[int]) -> Floats:
+        """Returns a float32 array of zeros of this shape."""
         return np.zeros(shape, np.float32)
 
     def concatenate(self, pieces: Sequence[Floats], axis: int = 0) -> Floats:
+        """Returns the pieces behind each other along an axis."""
         return np.concatenate(pieces, axis=axis)
 
     def transpose(self, x: Floats, axes: Sequence[int]) -> Floats:
+        """Returns `x` with its axes in another order, without a copy."""
         return x.transpose(axes)
 
     def contiguous(self, x: Floats) -> Floats:
+        """Returns `x` with its last axis the one that runs fastest in memory."""
         return np.ascontiguousarray(x)
 
     def exp(self, x: Floats) -> Floats:
+        """Returns e to the power of each element."""
         return np.asarray(np.exp(x))
 
     def sqrt(self, x: Floats) -> Floats:
+        """Returns the square root of each element."""
         return np.asarray(np.sqrt(x))
 
     def rint(self, x: Floats) -> Floats:
+        """Returns each element rounded to an integer, half to even."""
         return np.asarray(np.rint(x))
 
     def clip(self, x: Floats, low: float, high: float) -> Floats:
+        """Returns each element, or the bound that it is beyond."""
         return np.clip(x, low, high)
 
     def replaced_zeros(self, x: Floats) -> Floats:
+        """Returns `x` with ones where an element is not above zero."""
         return np.where(x > 0, x, np.float32(1))
 
     def largest(self, x: Floats, axis: int, keepdims: bool = False) -> Floats:
+        """Returns the largest element along an axis."""
         return np.asarray(x.max(axis=axis, keepdims=keepdims))
 
     def smallest(self, x: Floats, axis: int) -> Floats:
+        """Returns the smallest element along an axis."""
         return np.asarray(x.min(axis=axis))
 
     def softmax_terms(self, scores: Floats) -> Floats:
+        """Replaces scores by e to the power of what each is below the largest of its row; returns them."""
         scores -= scores.max(axis=-1, keepdims=True)
         return np.exp(scores, out=scores)
 
     def all_finite(self, x: Floats) -> bool:
+        """Whether no element is NaN or infinite."""
         return bool(np.isfinite(x).all())
 
     def column_squares(self, x: Floats) -> Floats:
+        """Returns on the host the sum of squares of each column of [T, K]."""
         return np.asarray(np.einsum("tk,tk->k", x, x))
 
     def column_squares_in_double(self, x: Floats) -> Doubles:
+        """Returns the same added up in float64."""
         return np.asarray(np.einsum("tk,tk->k", x, x, dtype=np.float64))
 
     def row_sums(self, x: Floats) -> Doubles:
+        """Returns on the host the float64 sum of each row of [T, K]."""
         return np.asarray(x.sum(axis=1, dtype=np.float64))
 
     def row_dots(self, a: Floats, b: Floats) -> Doubles:
+        """Returns on the host the float64 sum of the products of two arrays' elements, row by row of [T, K]."""
         return np.asarray(np.einsum("tv,tv->t", a, b, dtype=np.float64))
 
     def square_sum(self, x: Floats) -> float:
+        """Returns the sum of the squares of all elements."""
         return float(np.vdot(x, x))
 
     def is_out_of_memory(self, problem: BaseException) -> bool:
+        """Whether an exception says that the device's memory is full."""
         return False
 
     def release(self) -> None:
+        """Gives memory that no array needs any more back to the device."""
         return None
 
 
