@@ -205,6 +205,7 @@ BAD: dict[str, tuple[Change, str]] = {
     "an alignment of 33": (_metadata(general__alignment=33), "general.alignment is 33, expected a power of two"),
     "an unknown tensor type": (_tensor("blk.0.x", Stored(99, (4, 4), bytes(64))), "is of the tensor type 99"),
     "a tensor of integers": (_tensor("blk.0.x", Stored(26, (4, 4), bytes(64))), "is of the tensor type 26"),
+    "a bias in blocks": (_tensor("blk.0.x", Stored(8, (32,), bytes(34))), "blk.0.x is one row in blocks of Q8_0"),
     "a tensor without dimensions": (_tensor("blk.0.x", Stored(0, (), bytes(4))), "has 0 dimensions, expected 1 to 4"),
     "a tensor of no rows": (_tensor("blk.0.x", Stored(0, (0, 4), b"")), "the shape [0, 4], which cannot be"),
     "a tensor of 2^60 rows": (_tensor("blk.0.x", Stored(0, (1 << 60, 4), b"")), "which cannot be"),

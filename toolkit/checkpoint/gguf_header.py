@@ -212,6 +212,8 @@ def _ref(name: str, shape: tuple[int, ...], type_number: int, offset: int, path:
         raise CheckpointError(f"{path}: {name} is of the tensor type {type_number}, expected one of {known}")
     if shape[-1] % kind.block:
         raise CheckpointError(f"{path}: {name} has rows of {shape[-1]}, and {kind.name} has blocks of {kind.block}")
+    if len(shape) == 1 and kind.block > 1:
+        raise CheckpointError(f"{path}: {name} is one row in blocks of {kind.name}, expected numbers one by one: damaged")
     return TensorRef(name, kind.name, shape, path, offset, math.prod(shape) // kind.block * kind.nbytes)
 
 
