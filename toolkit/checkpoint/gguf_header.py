@@ -213,7 +213,7 @@ def _ref(name: str, shape: tuple[int, ...], type_number: int, offset: int, path:
     if shape[-1] % kind.block:
         raise CheckpointError(f"{path}: {name} has rows of {shape[-1]}, and {kind.name} has blocks of {kind.block}")
     if len(shape) == 1 and kind.block > 1:
-        raise CheckpointError(f"{path}: {name} is one row in blocks of {kind.name}, expected numbers one by one: damaged")
+        raise CheckpointError(f"{path}: {name} is one row in blocks of {kind.name}, which no converter writes: damaged")
     return TensorRef(name, kind.name, shape, path, offset, math.prod(shape) // kind.block * kind.nbytes)
 
 
