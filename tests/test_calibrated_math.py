@@ -161,6 +161,23 @@ def test_scales_save_salient_channels(rounding: Rounding) -> None:
     assert min(plain) <= found.plain_loss <= max(plain)
 
 
+def test_solved_matrices_are_folded_for_much_alone() -> None:
+    rng = np.random.default_rng(5)
+    reader = Reader(rng.standard_normal((96, 256)).astype(np.float32), QuantSpec(4, 64, algorithm="gptq"))
+    shares = {}
+    for size in (3, 60):
+        channels = np.ones(256, np.float32)
+        channels[::16] = size
+        sample = _sample((rng.standard_normal((256, 256)) * channels).astype(np.float32))
+        searched, solved = (choose_scales([reader], sample, np.arange(256), Rounding.INT8, s) for s in (False, True))
+        assert searched.scales is not None
+        shares[size] = searched.loss / searched.plain_loss
+        assert (solved.scales is None) == (size == 3)
+        if solved.scales is not None:
+            np.testing.assert_array_equal(solved.scales, searched.scales)
+    assert shares[60] < 0.5 < shares[3] < 1
+
+
 def test_channels_that_share_a_row_share_a_scale() -> None:
     rng = np.random.default_rng(5)
     sample = rng.standard_normal((64, 64)).astype(np.float32)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -75,6 +75,10 @@ class TorchDevice:
     def replaced_zeros(self, x: Any) -> Any:
         """Returns `x` with ones where an element is not above zero."""
         return torch.where(x > 0, x, 1.0)
+
+    def by_rows(self, function: Callable[..., Any], *arrays: Any) -> Any:
+        """Returns what a function makes of arrays [T, ...], each of whose rows it treats by itself: all at once."""
+        return function(*arrays)
 
     def largest(self, x: Any, axis: int, keepdims: bool = False) -> Any:
         """Returns the largest element along an axis."""

@@ -17,7 +17,7 @@ from toolkit.checkpoint.config import ModelConfig
 from toolkit.names import weight
 from toolkit.pipeline.text import LONGEST
 from toolkit.pipeline.work import Work
-from toolkit.quant.awq import CANDIDATES, thinned_count
+from toolkit.quant.awq import CANDIDATES, FIRST_CANDIDATES, thinned_count
 from toolkit.quant.blockwise import QuantSpec
 from toolkit.quant.formats import other_formats
 from toolkit.quant.gptq_tokens import products_of_moment, products_of_tokens
@@ -60,7 +60,8 @@ def survey_work(config: ModelConfig, specs: dict[str, QuantSpec], tokens: int, f
     for given in decoder_of(config).inputs:
         done += Work(elements=_KEPT * given.width * tokens)
         formats = len(other_formats(specs[weight(given.readers[0])], given.width)) if probes else 0
-        tried = (CANDIDATES if folds and given.writers else 0) + formats
+        solved = all(specs[weight(reader)].rounded_by.solves for reader in given.readers)
+        tried = ((FIRST_CANDIDATES if solved else CANDIDATES) if folds and given.writers else 0) + formats
         for linear in given.linears:
             done += _judged(thinned_count(linear.out_features), given.width, sampled) * tried
     return done + _probes(config, tokens) if probes else done

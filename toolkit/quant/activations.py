@@ -62,10 +62,18 @@ def rounded_input(x: Floats, rounding: Rounding, block_size: int, values: Activa
 
 def rounded_activations(x: Floats, block_size: int) -> Floats:
     """`x` [T, K] as the product sees it."""
-    on, (T, K) = device_of(x), x.shape
-    padded = on.zeros((T, -(-K // block_size) * block_size))
-    padded[:, :K] = x
-    blocks = padded.reshape(T, -1, block_size)
-    scale = on.largest(abs(blocks), -1, keepdims=True) / np.float32(127)
-    levels = on.rint(blocks / on.replaced_zeros(scale))
-    return on.contiguous((levels * scale).reshape(T, -1)[:, :K])
+    on = device_of(x)
+
+    def rounded(some: Floats) -> Floats:
+        T, K = some.shape
+        if K % block_size:
+            padded = on.zeros((T, -(-K // block_size) * block_size))
+            padded[:, :K] = some
+        else:
+            padded = some
+        blocks = padded.reshape(T, -1, block_size)
+        scale = on.largest(abs(blocks), -1, keepdims=True) / np.float32(127)
+        levels = on.rint(blocks / on.replaced_zeros(scale))
+        return on.contiguous((levels * scale).reshape(T, -1)[:, :K])
+
+    return on.by_rows(rounded, x)

@@ -148,8 +148,8 @@ class Layer:
 
     def mlp_hidden(self, mlp: Mlp, normed: Array) -> Array:
         """The MLP's activations [T, intermediate_size] of its normed input [T, D]."""
-        gate = self.activated(mlp, self.linear(mlp.gate_proj, normed))
-        return gate * self.linear(mlp.up_proj, normed)
+        gate, up = self.linear(mlp.gate_proj, normed), self.linear(mlp.up_proj, normed)
+        return self.on.by_rows(lambda some, others: self.activated(mlp, some) * others, gate, up)
 
     def activated(self, mlp: Mlp, gate: Array) -> Array:
         """The gate through SiLU, each element for itself."""
@@ -217,9 +217,13 @@ def attend(q: Array, k: Array, v: Array, positions: NDArray[np.int64], window: i
 
 def rms_norm(x: Array, gain: Array, eps: float) -> Array:
     """x over the root of its mean square along the last axis, times the gain."""
-    scale = device_of(x).sqrt((x * x).mean(axis=-1, keepdims=True) + eps)
-    normed: Array = x / scale * gain
-    return normed
+    on = device_of(x)
+
+    def normed(some: Array) -> Array:
+        made: Array = some / on.sqrt((some * some).mean(axis=-1, keepdims=True) + eps) * gain
+        return made
+
+    return on.by_rows(normed, x)
 
 
 def _rotate(x: Array, cos: Array, sin: Array) -> Array:
