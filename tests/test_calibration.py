@@ -182,7 +182,7 @@ def _problem(checkpoint: Checkpoint, rounding: Rounding) -> Problem:
     specs = _specs(checkpoint, "gptq")
     specs["model.embed_tokens.weight"] = QuantSpec(4, BLOCK, algorithm="imatrix")
     values = {given.name: WIDE for given in decoder_of(checkpoint.config).inputs}
-    return Problem(specs, {}, rounding, Rounding.NONE, values)
+    return Problem(specs, {}, rounding, Rounding.NONE, values, {})
 
 
 def _solved(

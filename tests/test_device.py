@@ -177,7 +177,7 @@ def _calibrated(checkpoint: Checkpoint, ids: list[list[int]], folder: Path, fitt
     config, source, kept = checkpoint.config, checkpoint.source, _Kept()
     found = survey(config, source, ids, wish, folder / "survey", fitting=fitting)
     values = {name: facts.values for name, facts in found.inputs.items()}
-    problem = Problem(specs, {}, Rounding.INT8, Rounding.NONE, values)
+    problem = Problem(specs, {}, Rounding.INT8, Rounding.NONE, values, {})
     assert solve(config, source, ids, problem, kept, folder / "solve", fitting=fitting) == []
     return found, kept
 

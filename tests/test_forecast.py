@@ -60,12 +60,19 @@ def test_calibrating_grows_with_folds_probes_and_solving() -> None:
     config, form = _form("1.5b-cpu")
     recipe = replace(load_recipe("1.5b-cpu"), quality="best")
     specs = planned_specs(config, recipe, form)
-    plain, folded, probed = (
-        survey_work(config, specs, 4096, folds, probes).seconds(TYPICAL)
-        for folds, probes in ((False, False), (True, False), (True, True))
+    searched = {name: replace(spec, algorithm="imatrix") for name, spec in specs.items()}
+    plain, folded, folded_wider, probed = (
+        survey_work(config, some, 4096, folds, probes).seconds(TYPICAL)
+        for some, folds, probes in (
+            (specs, False, False),
+            (specs, True, False),
+            (searched, True, False),
+            (searched, True, True),
+        )
     )
-    assert plain < folded < probed
-    assert solving_work(config, [], 4096).seconds(TYPICAL) > forward_work(config, 4096, 512, 8).seconds(TYPICAL)
+    assert plain < folded < folded_wider < probed
+    one, two = (solving_work(config, [], 4096, streams).seconds(TYPICAL) for streams in (1, 2))
+    assert forward_work(config, 4096, 512, 8).seconds(TYPICAL) < one < two
 
 
 def test_the_1_5b_takes_what_it_took() -> None:

@@ -3,7 +3,8 @@ in order onto one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -37,10 +38,21 @@ class ActivationFile:
 
     def write(self, sequences: Iterable[Floats]) -> ActivationFile:
         """Takes every sequence in order, one or several at a time, from whatever device; returns itself."""
-        with replacing(self.path) as fresh, fresh.open("wb") as file:
+        with self.filling() as add:
             for x in sequences:
-                np.ascontiguousarray(device_of(x).to_host(x), np.float32).tofile(file)
+                add(x)
         return self
+
+    @contextmanager
+    def filling(self) -> Iterator[Callable[[Floats], Floats]]:
+        """Gives a function that takes sequences in order, and returns them; the file is whole in the end."""
+        with replacing(self.path) as fresh, fresh.open("wb") as file:
+
+            def add(x: Floats) -> Floats:
+                np.ascontiguousarray(device_of(x).to_host(x), np.float32).tofile(file)
+                return x
+
+            yield add
 
     def __iter__(self) -> Iterator[tuple[Floats, tuple[int, ...]]]:
         """Each batch of sequences behind each other, and their lengths."""

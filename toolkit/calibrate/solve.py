@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from toolkit import names
 from toolkit.calibrate.activations import ActivationFile
+from toolkit.calibrate.exact import ExactInputs
 from toolkit.calibrate.statistics import Products
 from toolkit.checkpoint.anatomy import Linear, LinearInput, Sublayer, decoder_of
 from toolkit.checkpoint.config import ModelConfig
@@ -36,6 +37,9 @@ Floats = NDArray[np.float32]
 # As many as the reference takes of a head at once, so that who remembers rows has them.
 _ROWS: Final = 16384
 _PROGRESS_FILE: Final = "progress.json"
+# The two streams through the layers.
+_EXACT: Final = "exact"
+_ROUNDED: Final = "rounded"
 
 
 @dataclass(frozen=True)
@@ -69,14 +73,15 @@ class Writer(Protocol):
 @dataclass(frozen=True)
 class Problem:
     """What to solve. `specs` has the format of every matrix; `importance` by tensor serves where GPTQ cannot.
-    `rounding` is what the bundle does to the input of a linear in a layer, `head_rounding` to the head's, and `values`
-    has the range of each input by its name."""
+    `rounding` is what the bundle does to the input of a linear in a layer, `head_rounding` to the head's, `values` has
+    the range of each input by its name, and `scales` what is folded into it, if anything is."""
 
     specs: Mapping[str, QuantSpec]
     importance: Mapping[str, Floats]
     rounding: Rounding
     head_rounding: Rounding
     values: Mapping[str, ActivationRange]
+    scales: Mapping[str, Floats]
 
     def arriving(self, given: LinearInput, reader: str, x: Floats) -> Floats:
         """An input [T, K] as the bundle's product with one of its readers sees it."""
@@ -96,31 +101,33 @@ class Solver:
         writer: Writer,
         folder: Path,
         fitting: Fitting = ON_NUMPY,
+        kept: ExactInputs | None = None,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._fitting = fitting
+        self._fitting, self._kept = fitting, kept
         self._config, self._sequences, self._writer, self._folder = config, sequences, writer, folder
         self._lengths = [len(ids) for ids in sequences]
         state = read_state(_Solved, folder / _PROGRESS_FILE) or _Solved(0, ())
-        whole = all(stream.is_whole() for stream in self._streams(state.layers))
+        whole = all(stream.is_whole() for stream in self._streams(state.layers).values())
         self.layers, self._fallbacks = (state.layers, list(state.fallbacks)) if whole else (0, [])
         self._begun = whole
 
     def layer(self, source: Tensors, problem: Problem) -> None:
         """Writes the next layer's matrices. `source` holds the weights as they are to be stored, folded if they are."""
         if not self._begun:
-            exact, rounded = self._streams(0)
-            embedding = _rounded_embedding(source, problem)
-            exact.write(embed(source, list(ids)) for ids in self._sequences)
-            rounded.write(embedding(list(ids)) for ids in self._sequences)
+            embedding = {_EXACT: lambda ids: embed(source, ids), _ROUNDED: _rounded_embedding(source, problem)}
+            for kind, stream in self._streams(0).items():
+                stream.write(embedding[kind](list(ids)) for ids in self._sequences)
             self._begun = True
         k = self.layers
+        inputs = decoder_of(self._config).layers[k].inputs
 
         def solved(on: Device, tokens: int) -> _LayerPass:
             lengths = batched(self._lengths, tokens)
-            before, after = (_read_by(self._streams(n), on, lengths) for n in (k, k + 1))
             layer = _LayerPass(self._config, source, k, problem, self._writer, self._folder, lengths, on)
-            layer.run(before, after)
+            before, after = (self._read_by(n, on, lengths) for n in (k, k + 1))
+            exact = self._kept_side(problem, on, lengths) or layer.side(_EXACT, before[_EXACT], after[_EXACT])
+            layer.run(exact, layer.side(_ROUNDED, before[_ROUNDED], after[_ROUNDED]))
             return layer
 
         layer = self._fitting.run(f"layer {k}", solved)
@@ -129,35 +136,41 @@ class Solver:
         # Only now: a layer that the journal does not name is solved again.
         write_state(self._folder / _PROGRESS_FILE, _Solved(k + 1, tuple(self._fallbacks)))
         layer.finish()
-        for stream in self._streams(k):
+        for stream in self._streams(k).values():
             stream.remove()
+        if self._kept:
+            self._kept.forget(inputs)
         self.layers = k + 1
 
     def head(self, source: Tensors, problem: Problem) -> list[Fallback]:
         """Writes the head; returns every matrix that was rounded otherwise."""
+        given = decoder_of(self._config).head_input
 
         def solved(on: Device, tokens: int) -> list[Fallback]:
-            streams = self._streams(self._config.num_hidden_layers)
-            ends = _read_by(streams, on, batched(self._lengths, tokens))
-            return _solve_head(self._config, source, problem, self._writer, ends, on)
+            lengths = batched(self._lengths, tokens)
+            streams, kept = self._read_by(self._config.num_hidden_layers, on, lengths), None
+            if side := self._kept_side(problem, on, lengths):
+                kept = side.values(given)
+            return _solve_head(self._config, source, problem, self._writer, streams, kept, on)
 
+        if not problem.specs[given.linears[0].weight].rounded_by.solves:
+            return self._fallbacks
         fallbacks = self._fallbacks + self._fitting.run("the LM head", solved)
         self._writer.commit()
         return fallbacks
 
-    def _streams(self, k: int) -> tuple[ActivationFile, ActivationFile]:
-        """The exact and the rounded stream before layer `k`."""
-        exact, rounded = (
-            ActivationFile(self._folder / f"{kind}-{k}.f32", batched(self._lengths), self._config.hidden_size)
-            for kind in ("exact", "rounded")
-        )
-        return exact, rounded
+    def _kept_side(self, problem: Problem, on: Device, lengths: Sequence[tuple[int, ...]]) -> _KeptSide | None:
+        return _KeptSide(self._kept, problem, on, lengths) if self._kept else None
 
+    def _streams(self, k: int) -> dict[str, ActivationFile]:
+        """The streams that are computed here, before layer `k`."""
+        return {
+            kind: ActivationFile(self._folder / f"{kind}-{k}.f32", batched(self._lengths), self._config.hidden_size)
+            for kind in ((_ROUNDED,) if self._kept else (_EXACT, _ROUNDED))
+        }
 
-def _read_by(
-    streams: tuple[ActivationFile, ActivationFile], on: Device, lengths: Sequence[tuple[int, ...]]
-) -> tuple[ActivationFile, ActivationFile]:
-    return streams[0].read_by(on, lengths), streams[1].read_by(on, lengths)
+    def _read_by(self, k: int, on: Device, lengths: Sequence[tuple[int, ...]]) -> dict[str, ActivationFile]:
+        return {kind: stream.read_by(on, lengths) for kind, stream in self._streams(k).items()}
 
 
 def solve(
@@ -194,6 +207,74 @@ def _rounded_embedding(source: Tensors, problem: Problem) -> Callable[[list[int]
     return look_up
 
 
+class _Side(Protocol):
+    """One of the two streams through a layer: what its linears read, half by half, [T, K] of some sequences at a
+    time."""
+
+    def normed(self, half: Sublayer) -> Iterator[Floats]:
+        """What the linears behind the norm read."""
+        ...
+
+    def inner(self, half: Sublayer) -> Iterator[Floats]:
+        """What the last linear reads, once those before it are solved."""
+        ...
+
+    def step(self, half: Sublayer) -> None:
+        """Goes on behind a half."""
+        ...
+
+
+class _KeptSide:
+    """The exact stream as the survey saw it, each input divided by the scales that are folded into it."""
+
+    def __init__(self, kept: ExactInputs, problem: Problem, on: Device, lengths: Sequence[tuple[int, ...]]) -> None:
+        self._kept, self._problem, self._on, self._lengths = kept, problem, on, lengths
+
+    def values(self, given: LinearInput) -> Iterator[Floats]:
+        """Yields an input, folded."""
+        scales = self._problem.scales.get(given.name)
+        divisor = None if scales is None else self._on.from_host(scales)
+        for x, _ in self._kept.file(given).read_by(self._on, self._lengths):
+            yield x if divisor is None else x / divisor
+
+    def normed(self, half: Sublayer) -> Iterator[Floats]:
+        return self.values(half.normed_input)
+
+    def inner(self, half: Sublayer) -> Iterator[Floats]:
+        return self.values(half.inner_input)
+
+    def step(self, half: Sublayer) -> None:
+        return None
+
+
+class _ComputedSide:
+    """A stream through a layer; `spill` gives it files for what stands in between."""
+
+    def __init__(
+        self, layer: Layer, before: ActivationFile, after: ActivationFile, spill: Callable[[str, int], ActivationFile]
+    ) -> None:
+        self._layer, self._spill, self._stream, self._after = layer, spill, before, after
+        self._inner: ActivationFile | None = None
+
+    def normed(self, half: Sublayer) -> Iterator[Floats]:
+        return (self._layer.normed(half, x) for x, _ in self._stream)
+
+    def inner(self, half: Sublayer) -> Iterator[Floats]:
+        return (y for y, _ in self._inner_file(half))
+
+    def step(self, half: Sublayer) -> None:
+        pairs = zip(self._stream, self._inner_file(half), strict=True)
+        last = half is self._layer.anatomy.sublayers[-1]
+        after = self._after if last else self._spill("middle", self._layer.config.hidden_size)
+        self._stream, self._inner = after.write(self._layer.added(half, x, y) for (x, _), (y, _) in pairs), None
+
+    def _inner_file(self, half: Sublayer) -> ActivationFile:
+        if self._inner is None:
+            inner = (self._layer.inner(half, self._layer.normed(half, x), lengths) for x, lengths in self._stream)
+            self._inner = self._spill(half.inner_input.name, half.inner_input.width).write(inner)
+        return self._inner
+
+
 class _LayerPass:
     """One layer in both streams; matrices of the rounded one are replaced as they are solved."""
 
@@ -208,54 +289,41 @@ class _LayerPass:
         lengths: Sequence[tuple[int, ...]],
         on: Device,
     ) -> None:
-        self._config, self._k, self._problem, self._writer = config, k, problem, writer
-        self._folder, self._lengths = folder, lengths
+        self._problem, self._writer, self._folder, self._lengths = problem, writer, folder, lengths
         self._exact = read_layer(config, source, k, on)
         self._rounded = _ArrivingLayer(self._exact, problem)
         self.fallbacks: list[Fallback] = []
         self._spills: list[ActivationFile] = []
 
-    def run(self, before: tuple[ActivationFile, ActivationFile], after: tuple[ActivationFile, ActivationFile]) -> None:
-        """Solves the layer's matrices in the order they are used; fills both streams after it."""
-        attention, mlp = self._exact.anatomy.sublayers
-        middle = (self._spill("middle0", self._config.hidden_size), self._spill("middle1", self._config.hidden_size))
-        self._run_half(attention, before, middle)
-        self._run_half(mlp, middle, after)
+    def side(self, kind: str, before: ActivationFile, after: ActivationFile) -> _Side:
+        """One stream through the layer, from file to file."""
 
-    def _run_half(
-        self,
-        half: Sublayer,
-        before: tuple[ActivationFile, ActivationFile],
-        after: tuple[ActivationFile, ActivationFile],
-    ) -> None:
-        """The same for one sublayer: what its first linears read, what its last reads, then the stream after it."""
-        layers: tuple[Layer, Layer] = (self._exact, self._rounded)
-        self._solve(half.normed_input, lambda n: (layers[n].normed(half, x) for x, _ in before[n]))
-        inner = [
-            self._spill(f"{half.inner_input.name}.{n}", half.inner_input.width).write(
-                layers[n].inner(half, layers[n].normed(half, x), lengths) for x, lengths in before[n]
+        def spill(name: str, width: int) -> ActivationFile:
+            self._spills.append(
+                ActivationFile(self._folder / f"{name}.{kind}.f32", self._lengths, width, self._exact.on)
             )
-            for n in (0, 1)
-        ]
-        self._solve(half.inner_input, lambda n: (y for y, _ in inner[n]))
-        for n in (0, 1):
-            after[n].write(layers[n].added(half, x, y) for (x, _), (y, _) in zip(before[n], inner[n], strict=True))
+            return self._spills[-1]
+
+        return _ComputedSide(self._exact if kind == _EXACT else self._rounded, before, after, spill)
+
+    def run(self, exact: _Side, rounded: _Side) -> None:
+        """Solves the layer's matrices in the order they are used, and takes both streams through it."""
+        for half in self._exact.anatomy.sublayers:
+            self._solve(half.normed_input, exact.normed(half), rounded.normed(half))
+            self._solve(half.inner_input, exact.inner(half), rounded.inner(half))
+            exact.step(half)
+            rounded.step(half)
 
     def finish(self) -> None:
         """Removes the files that held activations of this layer."""
         for spill in self._spills:
             spill.remove()
 
-    def _spill(self, name: str, width: int) -> ActivationFile:
-        """A file that lives as long as the layer is solved."""
-        self._spills.append(ActivationFile(self._folder / f"{name}.f32", self._lengths, width, self._exact.on))
-        return self._spills[-1]
-
-    def _solve(self, given: LinearInput, stream: Callable[[int], Iterator[Floats]]) -> None:
+    def _solve(self, given: LinearInput, exact: Iterator[Floats], rounded: Iterator[Floats]) -> None:
         solver = _InputSolver(given, self._problem, self._exact.on)
         if solver.wanted:
             rows = {tensor: self._exact.tensors[tensor] for tensor in solver.wanted}
-            solver.gather(zip(stream(0), stream(1), strict=True), sum(map(sum, self._lengths)), rows)
+            solver.gather(zip(exact, rounded, strict=True), sum(map(sum, self._lengths)), rows)
         self.fallbacks += solver.fallbacks
         for linear in given.linears:
             tensor = linear.weight
@@ -344,17 +412,20 @@ def _solve_head(
     source: Tensors,
     problem: Problem,
     writer: Writer,
-    streams: tuple[ActivationFile, ActivationFile],
+    streams: Mapping[str, ActivationFile],
+    kept: Iterator[Floats] | None,
     on: Device,
 ) -> list[Fallback]:
+    """Solves the head for what `streams` end with; what it reads in the exact one may be `kept`."""
     decoder = decoder_of(config)
     given, tensor = decoder.head_input, decoder.head.weight
-    if not problem.specs[tensor].rounded_by.solves:
-        return []
     norm = on.from_host(source.read(decoder.norm.weight))
     solver = _InputSolver(given, problem, on)
-    ends = [(rms_norm(x, norm, config.rms_norm_eps) for x, _ in stream) for stream in streams]
-    solver.gather(zip(*ends, strict=True), streams[0].tokens)
+
+    def arrived(kind: str) -> Iterator[Floats]:
+        return (rms_norm(x, norm, config.rms_norm_eps) for x, _ in streams[kind])
+
+    solver.gather(zip(kept or arrived(_EXACT), arrived(_ROUNDED), strict=True), streams[_ROUNDED].tokens)
     for start in range(0, config.vocab_size, _ROWS):
         weight = source.read_rows(tensor, start, min(config.vocab_size, start + _ROWS))
         writer.write(tensor, start, weight, solver.solved(tensor, on.from_host(weight)).blocks)

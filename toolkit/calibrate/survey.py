@@ -10,6 +10,7 @@ Every finished layer is kept on disk, and an interrupted survey goes on after it
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 from toolkit import names
 from toolkit.algorithms import MatrixUse
 from toolkit.calibrate.activations import ActivationFile
+from toolkit.calibrate.exact import ExactInputs
 from toolkit.calibrate.facts import InputFacts, State, Survey, load_state, save_state, state_file
 from toolkit.calibrate.ladder import SharedFormat
 from toolkit.calibrate.statistics import InputStatistics
@@ -63,27 +65,24 @@ def survey(
     progress: Callable[[str], None] = lambda _: None,
     after: Callable[[int, Survey], None] = lambda _, __: None,
     fitting: Fitting = ON_NUMPY,
+    kept: ExactInputs | None = None,
 ) -> Survey:
     """Runs the text through the model, layer by layer, on a device; `folder` holds what is finished. `after` is called
-    with the number of layers done and what is found so far, once for those done before and once after each.
+    with the number of layers done and what is found so far, once for those done before and once after each; what their
+    linears read is `kept` where that is asked for.
 
     Raises NonFiniteError if an activation is NaN or infinite.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lengths = [len(ids) for ids in sequences]
-    streams = [
-        ActivationFile(folder / f"hidden-{k}.f32", batched(lengths), config.hidden_size)
-        for k in range(config.num_hidden_layers + 1)
-    ]
-    begun = (k for k in range(len(streams) - 1, -1, -1) if streams[k].is_whole() and state_file(folder, k).is_file())
-    start = next(begun, 0)
+    streams, start = _streams(config, lengths, folder), layers_surveyed(config, lengths, folder)
     state = load_state(folder, start)
     if state is None:
         start, state = 0, State()
         streams[0].write(embed(source, list(ids)) for ids in sequences)
         if wish.probes:
             state.probes = _first_probes(config, source, sequences, wish)
-    pass_over = _Pass(config, source, lengths, wish)
+    pass_over = _Pass(config, source, lengths, wish, kept)
     after(start, Survey(state.inputs, {}, sum(lengths)))
     for k in range(start, config.num_hidden_layers):
         fitting.run(f"layer {k}", partial(pass_over.layer, k, streams[k], streams[k + 1], state))
@@ -95,6 +94,21 @@ def survey(
     divergences = fitting.run("the LM head", partial(pass_over.head, streams[-1], state))
     progress("calibrated head")
     return Survey(state.inputs, divergences, sum(lengths))
+
+
+def layers_surveyed(config: ModelConfig, lengths: Sequence[int], folder: Path) -> int:
+    """Returns after how many layers a survey of sequences of these lengths goes on."""
+    streams = _streams(config, lengths, folder)
+    begun = (k for k in range(len(streams) - 1, -1, -1) if streams[k].is_whole() and state_file(folder, k).is_file())
+    return next(begun, 0)
+
+
+def _streams(config: ModelConfig, lengths: Sequence[int], folder: Path) -> list[ActivationFile]:
+    """The residual stream before each layer, and behind the last."""
+    return [
+        ActivationFile(folder / f"hidden-{k}.f32", batched(lengths), config.hidden_size)
+        for k in range(config.num_hidden_layers + 1)
+    ]
 
 
 def shared_formats(
@@ -120,8 +134,10 @@ def shared_formats(
 class _Pass:
     """One layer after the other, each on a device with so many tokens at a time."""
 
-    def __init__(self, config: ModelConfig, source: Tensors, lengths: Sequence[int], wish: Wish) -> None:
-        self._config, self._source, self._lengths, self._wish = config, source, lengths, wish
+    def __init__(
+        self, config: ModelConfig, source: Tensors, lengths: Sequence[int], wish: Wish, kept: ExactInputs | None
+    ) -> None:
+        self._config, self._source, self._lengths, self._wish, self._kept = config, source, lengths, wish, kept
 
     def layer(
         self, k: int, before: ActivationFile, after: ActivationFile, state: State, on: Device, tokens: int
@@ -131,7 +147,9 @@ class _Pass:
         inputs = layer.anatomy.inputs
         seen = {given.name: InputStatistics(given.name, given.width, sum(self._lengths)) for given in inputs}
         batches = before.read_by(on, batched(self._lengths, tokens))
-        after.write(_through(layer, x, lengths, seen) for x, lengths in batches)
+        with ExitStack() as files:
+            keep = {given.name: self._keeping(given, files) for given in inputs}
+            after.write(_through(layer, x, lengths, seen, keep) for x, lengths in batches)
         for given in inputs:
             read = {linear.module: on.to_host(thinned_rows(layer.tensors[linear.weight])) for linear in given.linears}
             sample = seen[given.name].sample(on)
@@ -153,8 +171,10 @@ class _Pass:
         norm = source.read(decoder.norm.weight)
         given, gain = decoder.head_input, on.from_host(norm)
         statistics = InputStatistics(given.name, given.width, sum(self._lengths))
-        for x, _ in before.read_by(on, batched(self._lengths, tokens)):
-            statistics.add(rms_norm(x, gain, config.rms_norm_eps))
+        with ExitStack() as files:
+            keep = self._keeping(given, files)
+            for x, _ in before.read_by(on, batched(self._lengths, tokens)):
+                statistics.add(keep(rms_norm(x, gain, config.rms_norm_eps)))
         rows = _spread_rows(source, names.weight(given.name), config.vocab_size)
         sample = statistics.sample(on)
         state.inputs[given.name] = self._facts(given, sample, {given.name: rows}, self._wish.head_rounding)
@@ -170,6 +190,10 @@ class _Pass:
         others = {name: Diverging(hidden) for name, hidden in ended.items()}
         others[given.name] = self._rounded_head(given, ended.get(given.name, exact), state.inputs[given.name])
         return mean_divergences(config, source, exact, others, on)
+
+    def _keeping(self, given: LinearInput, files: ExitStack) -> Callable[[Floats], Floats]:
+        """What takes an input's values as they come, and gives them back; its file is whole when `files` end."""
+        return files.enter_context(self._kept.file(given).filling()) if self._kept else lambda x: x
 
     def _rounded_head(self, given: LinearInput, arriving: Floats, facts: InputFacts) -> Diverging:
         """What arrives at the head [T, D] and its rows, as the bundle will have them."""
@@ -203,11 +227,21 @@ class _Pass:
         return InputFacts(sample.moments, sample.values(), fold, losses)
 
 
-def _through(layer: Layer, x: Floats, lengths: Sequence[int], seen: Mapping[str, InputStatistics]) -> Floats:
-    """Sequences through a layer, each input counted."""
+def _through(
+    layer: Layer,
+    x: Floats,
+    lengths: Sequence[int],
+    seen: Mapping[str, InputStatistics],
+    keep: Mapping[str, Callable[[Floats], Floats]],
+) -> Floats:
+    """Sequences through a layer, each input counted and kept."""
+
+    def looked_at(given: LinearInput, values: Floats) -> Floats:
+        return seen[given.name].add(keep[given.name](values))
+
     for half in layer.anatomy.sublayers:
-        normed = seen[half.normed_input.name].add(layer.normed(half, x))
-        x = layer.added(half, x, seen[half.inner_input.name].add(layer.inner(half, normed, lengths)))
+        normed = looked_at(half.normed_input, layer.normed(half, x))
+        x = layer.added(half, x, looked_at(half.inner_input, layer.inner(half, normed, lengths)))
     return x
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -13,11 +14,12 @@ from numpy.typing import NDArray
 
 from toolkit import names
 from toolkit.bundle.manifest import CalibrationText
+from toolkit.calibrate.exact import ExactInputs
 from toolkit.calibrate.facts import Survey
 from toolkit.calibrate.ladder import SharedFormat, spend_budget
 from toolkit.calibrate.ranges import activation_ranges
-from toolkit.calibrate.solve import Fallback, Problem, Solver, solve
-from toolkit.calibrate.survey import Wish, shared_formats, survey
+from toolkit.calibrate.solve import Fallback, Problem, Solver, Writer, solve
+from toolkit.calibrate.survey import Wish, layers_surveyed, shared_formats, survey
 from toolkit.checkpoint.anatomy import decoder_of
 from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.folded import FoldedTensors
@@ -30,7 +32,7 @@ from toolkit.graph.layout import plan_layout
 from toolkit.partition.data_files import Destination
 from toolkit.partition.solved import open_solved
 from toolkit.partition.stored import StoredTensors
-from toolkit.pipeline.calibration_cost import calibration_tokens, remembers
+from toolkit.pipeline.calibration_cost import calibration_tokens, remembers, solves_in_step
 from toolkit.pipeline.plan import ExportPlan
 from toolkit.pipeline.text import LONGEST, find_text, token_sequences
 from toolkit.quant.activations import Rounding
@@ -123,7 +125,7 @@ def _weights(plan: ExportPlan, specs: Mapping[str, QuantSpec], passes: _Passes, 
     """The plan with its final formats and folded weights, the importance of columns, and what there is to report."""
     start = time.perf_counter()
     recipe, checkpoint, config = plan.recipe, plan.checkpoint, plan.checkpoint.config
-    if _solves(specs) and not recipe.bits_per_weight and not _waits_for_the_head(config, specs):
+    if solves_in_step(recipe, config, plan.target.form):
         found, fallbacks, formats = *passes.together(), specs
     else:
         found = passes.surveyed()
@@ -175,7 +177,7 @@ class _Passes:
         """Each layer surveyed, then solved, so that it is read once; for formats that stand beforehand."""
         source = RememberedWeights(self._plan.checkpoint.source)
         with open_solved(Destination(self._plan.layout, self._partial)) as writer:
-            solver = Solver(self._config, self._sequences, writer, self._work / "solve", self._fitting)
+            kept, solver = self._in_step(writer)
 
             def solve_up_to(layers: int, found: Survey) -> None:
                 start = time.perf_counter()
@@ -185,7 +187,7 @@ class _Passes:
                 source.forget()
                 self.solving_s += time.perf_counter() - start
 
-            found = self._survey(source, solve_up_to)
+            found = self._survey(source, solve_up_to, kept)
             start = time.perf_counter()
             source.forget()
             fallbacks = solver.head(self.folded(self._plan.checkpoint.source, found), self._problem(self._specs, found))
@@ -210,9 +212,32 @@ class _Passes:
         self.solving_s = time.perf_counter() - start
         return fallbacks
 
-    def _survey(self, source: WeightSource, after: Callable[[int, Survey], None] = lambda _, __: None) -> Survey:
-        folder = self._work / "survey"
-        return survey(self._config, source, self._sequences, self._wish, folder, self._progress, after, self._fitting)
+    def _in_step(self, writer: Writer) -> tuple[ExactInputs, Solver]:
+        """What the survey keeps, and a solver that it is kept for. Both go on where they were stopped if the solver is
+        given what it lacks, else from the start."""
+        lengths, names_of = [len(ids) for ids in self._sequences], ("survey", "solve", "exact")
+
+        def begun() -> tuple[ExactInputs, Solver]:
+            kept = ExactInputs(self._work / "exact", lengths)
+            return kept, Solver(self._config, self._sequences, writer, self._work / "solve", self._fitting, kept)
+
+        kept, solver = begun()
+        surveyed = layers_surveyed(self._config, lengths, self._work / "survey")
+        between = decoder_of(self._config).layers[solver.layers : surveyed]
+        if solver.layers <= surveyed and kept.has(given for layer in between for given in layer.inputs):
+            return kept, solver
+        for name in names_of:
+            shutil.rmtree(self._work / name, ignore_errors=True)
+        return begun()
+
+    def _survey(
+        self,
+        source: WeightSource,
+        after: Callable[[int, Survey], None] = lambda _, __: None,
+        kept: ExactInputs | None = None,
+    ) -> Survey:
+        folder, fitting = self._work / "survey", self._fitting
+        return survey(self._config, source, self._sequences, self._wish, folder, self._progress, after, fitting, kept)
 
     def folded(self, source: WeightSource, found: Survey) -> FoldedTensors:
         """The checkpoint with what is folded so far."""
@@ -221,17 +246,11 @@ class _Passes:
     def _problem(self, formats: Mapping[str, QuantSpec], found: Survey) -> Problem:
         values = {name: facts.values for name, facts in found.inputs.items()}
         importance = _importance(self._config, found)
-        return Problem(formats, importance, self._wish.rounding, self._wish.head_rounding, values)
+        return Problem(formats, importance, self._wish.rounding, self._wish.head_rounding, values, found.scales())
 
 
 def _solves(formats: Mapping[str, QuantSpec]) -> bool:
     return any(spec.rounded_by.solves for spec in formats.values())
-
-
-def _waits_for_the_head(config: ModelConfig, specs: Mapping[str, QuantSpec]) -> bool:
-    """Whether the embedding, which every layer behind it reads, is rounded by what arrives at the head."""
-    tensor = decoder_of(config).embedding.weight
-    return config.tie_word_embeddings and specs[tensor].rounded_by.reads_text
 
 
 def _importance(config: ModelConfig, found: Survey) -> dict[str, Floats]:

@@ -49,6 +49,14 @@ def remembers(recipe: Recipe, config: ModelConfig, form: Form) -> bool:
     return both and 8 * parameter_count(config) < free_memory_bytes()
 
 
+def solves_in_step(recipe: Recipe, config: ModelConfig, form: Form) -> bool:
+    """Whether each layer is solved as soon as it is surveyed: what is solved stands beforehand then, without a budget,
+    and so does the embedding, which every layer behind it reads, if it is rounded by what arrives at the head."""
+    specs, tensor = planned_specs(config, recipe, form), decoder_of(config).embedding.weight
+    waits = config.tie_word_embeddings and specs[tensor].rounded_by.reads_text
+    return bool(_solved(recipe, config, form)) and not recipe.bits_per_weight and not waits
+
+
 def calibration_cost(recipe: Recipe, config: ModelConfig, form: Form) -> CalibrationCost | None:
     """What calibrating takes for a recipe, the ranges of its activations included; None where nothing is read."""
     if not (recipe.calibrated or form.qdq):
@@ -59,7 +67,7 @@ def calibration_cost(recipe: Recipe, config: ModelConfig, form: Form) -> Calibra
         specs = planned_specs(config, recipe, form)
         work += survey_work(config, specs, tokens, recipe.fold, recipe.bits_per_weight > 0)
     if solved:
-        work += solving_work(config, solved, tokens)
+        work += solving_work(config, solved, tokens, 1 if solves_in_step(recipe, config, form) else 2)
     layer_bytes = 4 * layer_weights(config) // config.num_hidden_layers
     factors = max((_factor_bytes(given, tokens) for given in solved), default=0)
     kept = 4 * parameter_count(config) if remembers(recipe, config, form) else 0
@@ -70,7 +78,8 @@ def calibration_cost(recipe: Recipe, config: ModelConfig, form: Form) -> Calibra
         tokens=tokens,
         work=work,
         memory_bytes=int(_layers_held(recipe, bool(solved)) * layer_bytes) + factors + wide + kept,
-        disk_bytes=2 * streams + (2 * (streams + spills) if solved else 0),
+        # The survey's stream and the rounded one before and behind a layer, and in its middle; twice what linears read.
+        disk_bytes=5 * streams + 2 * spills if solved else 2 * streams,
     )
 
 

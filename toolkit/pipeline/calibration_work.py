@@ -32,8 +32,8 @@ _KEPT: Final = 4.0
 # Calls of numpy in a layer's forward, and in judging a scale.
 _LAYER_STEPS: Final = 150.0
 _SCALE_STEPS: Final = 45.0
-# Streams of GPTQ go through some of a layer's steps twice.
-_STREAMS: Final = 2 * 1.6
+# A stream of GPTQ goes through some of a layer's steps twice.
+_STREAM: Final = 1.6
 
 
 def forward_work(config: ModelConfig, tokens: float, length: int, sequences: float) -> Work:
@@ -67,10 +67,10 @@ def survey_work(config: ModelConfig, specs: dict[str, QuantSpec], tokens: int, f
     return done + _probes(config, tokens) if probes else done
 
 
-def solving_work(config: ModelConfig, solved: Sequence[LinearInput], tokens: int) -> Work:
-    """GPTQ: both streams through the layers, the products of each input, and its columns one after the other."""
+def solving_work(config: ModelConfig, solved: Sequence[LinearInput], tokens: int, streams: int) -> Work:
+    """GPTQ: one stream through the layers, or two, the products of each input, and its columns one after the other."""
     length = min(LONGEST, tokens)
-    done = forward_work(config, tokens, length, tokens / length) * _STREAMS
+    done = forward_work(config, tokens, length, tokens / length) * (_STREAM * streams)
     for given in solved:
         rows, weights = _weights(given) // given.width, _weights(given)
         done += Work(

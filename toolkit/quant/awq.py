@@ -35,8 +35,8 @@ _ROWS: Final = 256
 # How many scales of an input are judged, leaving it alone included.
 CANDIDATES: Final = 1 + len(_ALPHAS) * len(_BETAS) + len(_AROUND)
 # Where matrices are solved, an input is folded only if these scales (alpha in steps, beta) leave at most this share of
-# the loss: solving makes up for what less would gain. Trained models' inputs keep more, tiny-r1's less than a fifth, and
-# on Qwen2.5-Coder-0.5B folding all that gained anything left the divergence as it was (LOG.md).
+# the loss: solving makes up for what less would gain. Trained models keep more of it, tiny-r1 less than a fifth, and on
+# Qwen2.5-Coder-0.5B folding all that gained anything left the divergence as it was (LOG.md).
 _FIRST: Final = (8, 0.5)
 _PROMISING: Final = 0.5
 FIRST_CANDIDATES: Final = 2
