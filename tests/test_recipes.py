@@ -141,6 +141,17 @@ def test_what_a_recipe_does_not_say_is_its_targets(target: str, tmp_path: Path) 
     ]
 
 
+@pytest.mark.parametrize("target", ["cpu", "cpu-split"])
+def test_the_best_quality_has_narrower_blocks_and_what_is_asked_for_goes_before(target: str) -> None:
+    def rules(*changes: str) -> list[tuple[str, int]]:
+        return [(rule.match, rule.block_size) for rule in load_recipe(f"1.5b-{target}", changes).quantize]
+
+    outside = ("lm_head|model.embed_tokens", 64)
+    assert rules() == rules("quality=fast") == [outside, ("*", 32)]
+    assert rules("quality=best") == [outside, ("*", 16)]
+    assert rules("quantize.1.block_size=128", "quality=best") == [outside, ("*", 128)]
+
+
 def test_a_manifests_recipe_comes_back_as_it_was() -> None:
     recipe = load_recipe("tiny-r1-qnn", ["rotate=true"])
     assert parse_recipe(json.loads(json.dumps(asdict(recipe))), "manifest") == recipe

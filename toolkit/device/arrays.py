@@ -212,7 +212,8 @@ class _Numpy:
         T, width = arrays[0].shape[0], max(x[:1].size for x in arrays)
         step = max(1, _CACHED // max(width, 1))
         if step >= T:
-            return function(*arrays)
+            made: Floats = function(*arrays)
+            return made
 
         def some(start: int) -> Floats:
             return function(*(x[start : start + step] for x in arrays))

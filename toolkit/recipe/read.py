@@ -39,12 +39,13 @@ def load_recipe(name_or_path: str, changes: Sequence[str] = (), checkpoint: str 
         path = find_recipe(word)
         raw, where = _read(path), f"recipe {path}"
         _anchor(raw, path.parent)
-    targets = [change for change in changes if change.startswith("target=")]
-    for change in targets:
+    # What is not said follows from these.
+    deciding = [change for change in changes if change.startswith(("target=", "quality="))]
+    for change in deciding:
         _apply(raw, change)
     raw = _filled(raw)
     for change in changes:
-        if change not in targets:
+        if change not in deciding:
             _apply(raw, change)
     return parse_recipe(raw, where)
 
@@ -71,7 +72,9 @@ def parse_recipe(raw: JsonObject, where: str) -> Recipe:
 def _filled(raw: JsonObject) -> JsonObject:
     """The one place where a recipe gets what it does not say from its target."""
     target = raw.get("target")
-    return {**TARGETS[target].defaults(), **raw} if isinstance(target, str) and target in TARGETS else raw
+    if not isinstance(target, str) or target not in TARGETS:
+        return raw
+    return {**TARGETS[target].defaults(raw.get("quality")), **raw}
 
 
 def _read(path: Path) -> JsonObject:
