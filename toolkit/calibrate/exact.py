@@ -29,6 +29,6 @@ class ExactInputs:
         return all(self.file(given).is_whole() for given in inputs)
 
     def forget(self, inputs: Iterable[LinearInput]) -> None:
-        """Removes the files of inputs."""
+        """Removes the files of inputs whose readers are solved."""
         for given in inputs:
             self.file(given).remove()

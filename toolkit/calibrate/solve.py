@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from toolkit import names
 from toolkit.calibrate.activations import ActivationFile
 from toolkit.calibrate.exact import ExactInputs
+from toolkit.calibrate.sides import ComputedSide, KeptSide, Side
 from toolkit.calibrate.statistics import Products
-from toolkit.checkpoint.anatomy import Linear, LinearInput, Sublayer, decoder_of
+from toolkit.checkpoint.anatomy import Linear, LinearInput, decoder_of
 from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.weights import Tensors
 from toolkit.device.arrays import Device
@@ -159,8 +160,8 @@ class Solver:
         self._writer.commit()
         return fallbacks
 
-    def _kept_side(self, problem: Problem, on: Device, lengths: Sequence[tuple[int, ...]]) -> _KeptSide | None:
-        return _KeptSide(self._kept, problem, on, lengths) if self._kept else None
+    def _kept_side(self, problem: Problem, on: Device, lengths: Sequence[tuple[int, ...]]) -> KeptSide | None:
+        return KeptSide(self._kept, problem.scales, on, lengths) if self._kept else None
 
     def _streams(self, k: int) -> dict[str, ActivationFile]:
         """The streams that are computed here, before layer `k`."""
@@ -207,74 +208,6 @@ def _rounded_embedding(source: Tensors, problem: Problem) -> Callable[[list[int]
     return look_up
 
 
-class _Side(Protocol):
-    """One of the two streams through a layer: what its linears read, half by half, [T, K] of some sequences at a
-    time."""
-
-    def normed(self, half: Sublayer) -> Iterator[Floats]:
-        """What the linears behind the norm read."""
-        ...
-
-    def inner(self, half: Sublayer) -> Iterator[Floats]:
-        """What the last linear reads, once those before it are solved."""
-        ...
-
-    def step(self, half: Sublayer) -> None:
-        """Goes on behind a half."""
-        ...
-
-
-class _KeptSide:
-    """The exact stream as the survey saw it, each input divided by the scales that are folded into it."""
-
-    def __init__(self, kept: ExactInputs, problem: Problem, on: Device, lengths: Sequence[tuple[int, ...]]) -> None:
-        self._kept, self._problem, self._on, self._lengths = kept, problem, on, lengths
-
-    def values(self, given: LinearInput) -> Iterator[Floats]:
-        """Yields an input, folded."""
-        scales = self._problem.scales.get(given.name)
-        divisor = None if scales is None else self._on.from_host(scales)
-        for x, _ in self._kept.file(given).read_by(self._on, self._lengths):
-            yield x if divisor is None else x / divisor
-
-    def normed(self, half: Sublayer) -> Iterator[Floats]:
-        return self.values(half.normed_input)
-
-    def inner(self, half: Sublayer) -> Iterator[Floats]:
-        return self.values(half.inner_input)
-
-    def step(self, half: Sublayer) -> None:
-        return None
-
-
-class _ComputedSide:
-    """A stream through a layer; `spill` gives it files for what stands in between."""
-
-    def __init__(
-        self, layer: Layer, before: ActivationFile, after: ActivationFile, spill: Callable[[str, int], ActivationFile]
-    ) -> None:
-        self._layer, self._spill, self._stream, self._after = layer, spill, before, after
-        self._inner: ActivationFile | None = None
-
-    def normed(self, half: Sublayer) -> Iterator[Floats]:
-        return (self._layer.normed(half, x) for x, _ in self._stream)
-
-    def inner(self, half: Sublayer) -> Iterator[Floats]:
-        return (y for y, _ in self._inner_file(half))
-
-    def step(self, half: Sublayer) -> None:
-        pairs = zip(self._stream, self._inner_file(half), strict=True)
-        last = half is self._layer.anatomy.sublayers[-1]
-        after = self._after if last else self._spill("middle", self._layer.config.hidden_size)
-        self._stream, self._inner = after.write(self._layer.added(half, x, y) for (x, _), (y, _) in pairs), None
-
-    def _inner_file(self, half: Sublayer) -> ActivationFile:
-        if self._inner is None:
-            inner = (self._layer.inner(half, self._layer.normed(half, x), lengths) for x, lengths in self._stream)
-            self._inner = self._spill(half.inner_input.name, half.inner_input.width).write(inner)
-        return self._inner
-
-
 class _LayerPass:
     """One layer in both streams; matrices of the rounded one are replaced as they are solved."""
 
@@ -295,7 +228,7 @@ class _LayerPass:
         self.fallbacks: list[Fallback] = []
         self._spills: list[ActivationFile] = []
 
-    def side(self, kind: str, before: ActivationFile, after: ActivationFile) -> _Side:
+    def side(self, kind: str, before: ActivationFile, after: ActivationFile) -> Side:
         """One stream through the layer, from file to file."""
 
         def spill(name: str, width: int) -> ActivationFile:
@@ -304,9 +237,9 @@ class _LayerPass:
             )
             return self._spills[-1]
 
-        return _ComputedSide(self._exact if kind == _EXACT else self._rounded, before, after, spill)
+        return ComputedSide(self._exact if kind == _EXACT else self._rounded, before, after, spill)
 
-    def run(self, exact: _Side, rounded: _Side) -> None:
+    def run(self, exact: Side, rounded: Side) -> None:
         """Solves the layer's matrices in the order they are used, and takes both streams through it."""
         for half in self._exact.anatomy.sublayers:
             self._solve(half.normed_input, exact.normed(half), rounded.normed(half))

@@ -1,0 +1,96 @@
+"""The two streams through a layer that is being solved: the checkpoint's own, and the one that rounded matrices make.
+
+T tokens, K input features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from toolkit.calibrate.activations import ActivationFile
+from toolkit.calibrate.exact import ExactInputs
+from toolkit.checkpoint.anatomy import LinearInput, Sublayer
+from toolkit.device.arrays import Device
+from toolkit.reference.decoder import Layer
+
+Floats = NDArray[np.float32]
+
+
+class Side(Protocol):
+    """One of the two streams through a layer: what its linears read, half by half, [T, K] of some sequences at a
+    time."""
+
+    def normed(self, half: Sublayer) -> Iterator[Floats]:
+        """What the linears behind the norm read."""
+        ...
+
+    def inner(self, half: Sublayer) -> Iterator[Floats]:
+        """What the last linear reads, once those before it are solved."""
+        ...
+
+    def step(self, half: Sublayer) -> None:
+        """Goes on behind a half."""
+        ...
+
+
+class KeptSide:
+    """The exact stream as the survey saw it, each input divided by the scales that are folded into it."""
+
+    def __init__(
+        self, kept: ExactInputs, scales: Mapping[str, Floats], on: Device, lengths: Sequence[tuple[int, ...]]
+    ) -> None:
+        self._kept, self._scales, self._on, self._lengths = kept, scales, on, lengths
+
+    def values(self, given: LinearInput) -> Iterator[Floats]:
+        """Yields an input, folded."""
+        scales = self._scales.get(given.name)
+        divisor = None if scales is None else self._on.from_host(scales)
+        for x, _ in self._kept.file(given).read_by(self._on, self._lengths):
+            yield x if divisor is None else x / divisor
+
+    def normed(self, half: Sublayer) -> Iterator[Floats]:
+        """Yields what the linears there read, as `Side` says."""
+        return self.values(half.normed_input)
+
+    def inner(self, half: Sublayer) -> Iterator[Floats]:
+        """Yields what the linears there read, as `Side` says."""
+        return self.values(half.inner_input)
+
+    def step(self, half: Sublayer) -> None:
+        """Does nothing: what is behind a half was kept too."""
+        return None
+
+
+class ComputedSide:
+    """A stream through a layer; `spill` gives it files for what stands in between."""
+
+    def __init__(
+        self, layer: Layer, before: ActivationFile, after: ActivationFile, spill: Callable[[str, int], ActivationFile]
+    ) -> None:
+        self._layer, self._spill, self._stream, self._after = layer, spill, before, after
+        self._inner: ActivationFile | None = None
+
+    def normed(self, half: Sublayer) -> Iterator[Floats]:
+        """Yields what the linears there read, as `Side` says."""
+        return (self._layer.normed(half, x) for x, _ in self._stream)
+
+    def inner(self, half: Sublayer) -> Iterator[Floats]:
+        """Yields what the last linear reads, from a file: what stands behind the half is made of it too."""
+        return (y for y, _ in self._inner_file(half))
+
+    def step(self, half: Sublayer) -> None:
+        """Writes the stream behind a half: between the two to a spill, in the end to the file after the layer."""
+        pairs = zip(self._stream, self._inner_file(half), strict=True)
+        last = half is self._layer.anatomy.sublayers[-1]
+        after = self._after if last else self._spill("middle", self._layer.config.hidden_size)
+        self._stream, self._inner = after.write(self._layer.added(half, x, y) for (x, _), (y, _) in pairs), None
+
+    def _inner_file(self, half: Sublayer) -> ActivationFile:
+        if self._inner is None:
+            inner = (self._layer.inner(half, self._layer.normed(half, x), lengths) for x, lengths in self._stream)
+            self._inner = self._spill(half.inner_input.name, half.inner_input.width).write(inner)
+        return self._inner
