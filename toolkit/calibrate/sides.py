@@ -33,7 +33,7 @@ class Side(Protocol):
         ...
 
     def step(self, half: Sublayer) -> None:
-        """Goes on behind a half."""
+        """Takes the stream on to where a half has added to it."""
         ...
 
 
@@ -46,7 +46,7 @@ class KeptSide:
         self._kept, self._scales, self._on, self._lengths = kept, scales, on, lengths
 
     def values(self, given: LinearInput) -> Iterator[Floats]:
-        """Yields an input, folded."""
+        """Yields the values of an input as its folded readers take it."""
         scales = self._scales.get(given.name)
         divisor = None if scales is None else self._on.from_host(scales)
         for x, _ in self._kept.file(given).read_by(self._on, self._lengths):
