@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from toolkit.device.fitting import TOGETHER, Fitting
 from toolkit.errors import MachineError, RecipeError
 from toolkit.evaluate.parity import Comparison
 from toolkit.names import weight
+from toolkit.pipeline.work import TYPICAL, speed_with
 from toolkit.quant.activations import Rounding, rounded_activations
 from toolkit.quant.blockwise import QuantizedBlocks, QuantSpec, dequantize_blocks, quantize_blocks
 from toolkit.quant.gptq import factorize
@@ -63,6 +65,9 @@ OPERATIONS: dict[str, Callable[[Device, Floats], Any]] = {
     "rint": lambda on, x: on.rint(on.from_host(np.array([[0.5, 1.5, -2.5, 2.4]], np.float32))),
     "clip": lambda on, x: on.clip(x, -0.5, 0.25),
     "replaced_zeros": lambda on, x: on.replaced_zeros(on.rint(x)),
+    "reciprocal": lambda on, x: on.reciprocal(on.rint(x)),
+    "where": lambda on, x: on.where(x > 0.5, x, -x),
+    "at_largest": lambda on, x: on.at_largest(x, x * x),
     "largest": lambda on, x: on.largest(x, -1, keepdims=True),
     "smallest": lambda on, x: on.smallest(x, 0),
     "softmax_terms": lambda on, x: on.softmax_terms(x * 9),
@@ -134,13 +139,27 @@ def test_inputs_are_rounded_to_the_same_bits() -> None:
         np.testing.assert_array_equal(TORCH.to_host(round_(TORCH.from_host(x))), round_(x))
 
 
-@pytest.mark.parametrize("spec", [QuantSpec(4, 32, algorithm="gptq"), QuantSpec(4, 200, True, "gptq", True)])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        QuantSpec(4, 32, algorithm="gptq"),
+        QuantSpec(8, 64, algorithm="gptq"),
+        QuantSpec(4, 16, symmetric=True, algorithm="gptq"),
+        QuantSpec(4, 200, True, "gptq", True),
+        QuantSpec(4, 40, True, "gptq", True),
+    ],
+)
 @pytest.mark.parametrize("of_tokens", [False, True])
-def test_gptq_rounds_alike_on_torch(spec: QuantSpec, of_tokens: bool) -> None:
+@pytest.mark.parametrize("on_device", [False, True])
+def test_gptq_rounds_alike_on_torch(
+    spec: QuantSpec, of_tokens: bool, on_device: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the compiled loops, and by operations on whole columns as on a GPU."""
+    monkeypatch.setattr(TORCH, "rounds_columns", on_device)
     x, w = _random(300, 200) * np.exp(_random(200, seed=1)), _random(48, 200, seed=2)
     arriving = np.asarray(x + np.float32(0.01) * _random(300, 200, seed=3), np.float32)
-    made, T = [], np.float32(300)
-    for on in (NUMPY, TORCH):
+    made, T, on_both = [], np.float32(300), (NUMPY, TORCH)
+    for on in on_both:
         weights, before, after = (on.from_host(part) for part in (w, x, arriving))
         if of_tokens:
             made.append(factorize_tokens(before, after, spec).solved(weights, spec))
@@ -148,9 +167,15 @@ def test_gptq_rounds_alike_on_torch(spec: QuantSpec, of_tokens: bool) -> None:
             factor = factorize(after.T @ after / T, spec.block_size, 300)
             made.append(factor.solved(weights, spec, weights @ (before.T @ after / T)))
     ours, theirs = made
-    assert (ours.blocks.packed == theirs.blocks.packed).mean() > 0.995
-    np.testing.assert_allclose(theirs.blocks.scales, ours.blocks.scales, rtol=1e-3)
-    assert theirs.blocks.noise == pytest.approx(ours.blocks.noise, rel=1e-3)
+    # At 8 bits a last bit decides between ranges that are equally good.
+    if spec.bits == 4:
+        assert (ours.blocks.packed == theirs.blocks.packed).mean() > 0.995
+        np.testing.assert_allclose(theirs.blocks.scales, ours.blocks.scales, rtol=1e-3)
+    lost = [
+        np.sum((x @ w.T - arriving @ on.to_host(one.restored).T) ** 2) for on, one in zip(on_both, made, strict=True)
+    ]
+    assert lost[1] == pytest.approx(lost[0], rel=1e-2)
+    assert theirs.blocks.noise == pytest.approx(ours.blocks.noise, rel=1e-2)
     restored = dequantize_blocks(theirs.blocks, spec, 200)
     np.testing.assert_allclose(TORCH.to_host(theirs.restored), restored, atol=1e-6)
 
@@ -353,3 +378,10 @@ def test_a_bundle_says_what_it_was_calibrated_on_and_is_made_for_every_device(
     # It is the bundle that was asked for, whatever it would be computed on now.
     done = called(*asked)
     assert done.returncode == 0 and "kept (--force makes it anew)" in done.stderr
+
+
+def test_a_forecast_counts_with_the_products_of_the_device() -> None:
+    assert speed_with(TYPICAL, NUMPY) is TYPICAL
+    here = speed_with(TYPICAL, TORCH)
+    assert here.products_per_s != TYPICAL.products_per_s
+    assert replace(here, products_per_s=TYPICAL.products_per_s) == TYPICAL

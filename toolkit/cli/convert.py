@@ -63,6 +63,7 @@ def export(
     Several recipes of one model are made in one pass over its checkpoint, and share what is equal on the disk.
     """
     from toolkit import library
+    from toolkit.device.chosen import chosen_device
     from toolkit.pipeline.described import described_with_costs
     from toolkit.progress import progress_line
 
@@ -81,7 +82,7 @@ def export(
         note=print_note,
     )
     wanted = None if no_validate or synthetic else effort_of(effort)
-    described = described_with_costs(plans, wanted, not no_compile)
+    described = described_with_costs(plans, wanted, not no_compile, chosen_device(device))
     if dry_run:
         _print_dry_run(plans, described, as_json)
         return

@@ -26,10 +26,11 @@ _CACHED: Final = 1 << 17
 
 class Device(Protocol):
     """What holds arrays and computes with them. `name` is what `--device` calls it, and `software` whose arithmetic it
-    is, with its version."""
+    is, with its version. Where it `rounds_columns`, GPTQ's columns are rounded on the device, else on the host."""
 
     name: str
     software: str
+    rounds_columns: bool
 
     def from_host(self, x: Floats) -> Floats:
         """Returns numpy's array on the device; it may share memory with it."""
@@ -77,6 +78,18 @@ class Device(Protocol):
 
     def clip(self, x: Floats, low: float, high: float) -> Floats:
         """Returns each element, or the bound that it is beyond."""
+        ...
+
+    def reciprocal(self, x: Floats) -> Floats:
+        """Returns one over each element, and zero where that is zero."""
+        ...
+
+    def where(self, condition: NDArray[np.bool_], a: Floats, b: Floats) -> Floats:
+        """Returns the elements of `a` where the condition holds, else those of `b`."""
+        ...
+
+    def at_largest(self, values: Floats, by: Floats) -> Floats:
+        """Returns of `values` [C, N] those where `by` [C, N] is largest, [N]."""
         ...
 
     def replaced_zeros(self, x: Floats) -> Floats:
@@ -135,7 +148,7 @@ class Device(Protocol):
 class _Numpy:
     """numpy on the host: the same bits as ever, and nothing to install."""
 
-    name, software = CPU, f"numpy {np.__version__}"
+    name, software, rounds_columns = CPU, f"numpy {np.__version__}", False
 
     def from_host(self, x: Floats) -> Floats:
         """Returns numpy's array on the device; it may share memory with it."""
@@ -184,6 +197,18 @@ class _Numpy:
     def clip(self, x: Floats, low: float, high: float) -> Floats:
         """Returns each element, or the bound that it is beyond."""
         return np.clip(x, low, high)
+
+    def reciprocal(self, x: Floats) -> Floats:
+        """Returns one over each element, and zero where that is zero."""
+        return np.where(x != 0, 1 / np.where(x != 0, x, np.float32(1)), np.float32(0))
+
+    def where(self, condition: NDArray[np.bool_], a: Floats, b: Floats) -> Floats:
+        """Returns the elements of `a` where the condition holds, else those of `b`."""
+        return np.where(condition, a, b)
+
+    def at_largest(self, values: Floats, by: Floats) -> Floats:
+        """Returns of `values` [C, N] those where `by` [C, N] is largest, [N]."""
+        return np.take_along_axis(values, by.argmax(axis=0)[None], axis=0)[0]
 
     def replaced_zeros(self, x: Floats) -> Floats:
         """Returns `x` with ones where an element is not above zero."""

@@ -20,6 +20,8 @@ class TorchDevice:
         self._on = torch.device(kind)
         # torch calls its own CPU what `--device` calls numpy's.
         self.name = TORCH if self._on.type == "cpu" else kind
+        # A trip to the host costs a CUDA device more than many small steps do; elsewhere compiled loops are faster.
+        self.rounds_columns = self._on.type == "cuda"
         self.software = f"torch {torch.__version__}"
         # Apple's GPUs have no float64: there sums over a row or a column are float32, those over a text are not.
         self._wide = torch.float32 if self._on.type == "mps" else torch.float64
@@ -71,6 +73,18 @@ class TorchDevice:
     def clip(self, x: Any, low: float, high: float) -> Any:
         """Returns each element, or the bound that it is beyond."""
         return torch.clamp(x, low, high)
+
+    def reciprocal(self, x: Any) -> Any:
+        """Returns one over each element, and zero where that is zero."""
+        return torch.where(x != 0, 1 / x, 0.0)
+
+    def where(self, condition: Any, a: Any, b: Any) -> Any:
+        """Returns the elements of `a` where the condition holds, else those of `b`."""
+        return torch.where(condition, a, b)
+
+    def at_largest(self, values: Any, by: Any) -> Any:
+        """Returns of `values` [C, N] those where `by` [C, N] is largest, [N]."""
+        return values.gather(0, by.argmax(dim=0, keepdim=True))[0]
 
     def replaced_zeros(self, x: Any) -> Any:
         """Returns `x` with ones where an element is not above zero."""

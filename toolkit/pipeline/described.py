@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from toolkit.checkpoint.gguf_types import StoredAs
+from toolkit.device.arrays import NUMPY, Device
 from toolkit.pipeline.forecast import Phase, forecast
 from toolkit.pipeline.judge.effort import Effort
 from toolkit.pipeline.plan import ExportPlan
-from toolkit.pipeline.work import measure_speed
+from toolkit.pipeline.work import measure_speed, speed_with
 from toolkit.quant.formats import idle_rules
 
 
@@ -70,12 +71,13 @@ class DescribedPlan:
 
 
 def described_with_costs(
-    plans: Sequence[ExportPlan], effort: Effort | None, compiles: bool = True
+    plans: Sequence[ExportPlan], effort: Effort | None, compiles: bool = True, on: Device = NUMPY
 ) -> list[DescribedPlan]:
-    """Each plan with the forecast of its phases; the machine is measured once for all."""
+    """Each plan with the forecast of its phases; the machine and the device `on` are measured once for all."""
     speed, shown = measure_speed(), []
+    calibrating = speed_with(speed, on)
     for plan in plans:
-        phases = forecast(plan, speed, effort, compiles)
+        phases = forecast(plan, speed, effort, compiles, calibrating)
         rows = tuple(replace(phase, forecast_s=round(phase.forecast_s, 2)) for phase in phases)
         shown.append(replace(describe(plan), forecast=rows))
     return shown

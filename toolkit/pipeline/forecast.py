@@ -43,14 +43,22 @@ class Phase:
     basis: str = "this machine's speed now"
 
 
-def forecast(plan: ExportPlan, speed: MachineSpeed, effort: Effort | None, compiles: bool = True) -> list[Phase]:
-    """The phases of one export in their order; validation is one where an `effort` is given."""
+def forecast(
+    plan: ExportPlan,
+    speed: MachineSpeed,
+    effort: Effort | None,
+    compiles: bool = True,
+    calibrating: MachineSpeed | None = None,
+) -> list[Phase]:
+    """The phases of one export in their order; validation is one where an `effort` is given. `calibrating` is the speed
+    with the products of the device that calibrates, where it is another than numpy."""
     phases = []
     if nbytes := plan.opened.download_bytes:
         assumed = f"{_DOWNLOAD_RATE / 1e6:.0f} MB a second assumed"
         phases.append(Phase("download", nbytes / _DOWNLOAD_RATE, None, nbytes, assumed))
     if cost := plan.calibration_cost:
-        phases.append(Phase("calibrate", cost.work.seconds(speed), cost.memory_bytes, cost.disk_bytes or None))
+        seconds = cost.work.seconds(calibrating or speed)
+        phases.append(Phase("calibrate", seconds, cost.memory_bytes, cost.disk_bytes or None))
     written = sum(plan.files.values())
     phases.append(Phase("pack", _packing(plan).seconds(speed), plan.peak_memory_bytes, written))
     if plan.compile_memory_bytes and compiles:

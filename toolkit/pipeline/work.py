@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
+
+from toolkit.device.arrays import NUMPY, Device
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,20 @@ class MachineSpeed:
 TYPICAL: Final = MachineSpeed(products_per_s=1.7e11, elements_per_s=1.6e9, steps_per_s=3e5, bytes_per_s=6e9)
 # Each kind of work is tried for so long.
 _SECONDS_EACH: Final = 0.08
+# A GPU needs large products to be busy.
+_LARGE: Final = 2048
 # What numpy does around an array of ordinary size, in calls on a small one.
 _SMALL_CALLS: Final = 4.0
+
+
+def speed_with(speed: MachineSpeed, on: Device) -> MachineSpeed:
+    """The speed of a machine whose matrix products are a device's, measured now; itself where that is numpy."""
+    if on is NUMPY:
+        return speed
+    square = on.from_host(np.ones((_LARGE, _LARGE), np.float32))
+    # What comes back to the host is known to be done.
+    products = _per_second(lambda: on.to_host((square @ square)[:1]), 2.0 * _LARGE**3)
+    return replace(speed, products_per_s=products)
 
 
 def measure_speed() -> MachineSpeed:

@@ -19,8 +19,8 @@ from toolkit.jit import CompilerOptions, machine_code
 _F = np.float32
 # Below the first, 1/scale nears what float32 can hold and a block counts as zeros; below the second, the search's
 # products leave its range and the plain scale stays.
-_SMALLEST_SCALE: Final = np.float32(1e-36)
-_SMALLEST_SEARCHED: Final = np.float32(1e-9)
+SMALLEST_SCALE: Final = np.float32(1e-36)
+SMALLEST_SEARCHED: Final = np.float32(1e-9)
 # Weights are finite by the time they come here, and the sign of a zero means nothing.
 _OPTIONS: Final[CompilerOptions] = {"nogil": True, "error_model": "numpy", "fastmath": {"nnan", "ninf", "nsz"}}
 
@@ -65,7 +65,7 @@ def searched_scales(
         for j in range(scales.shape[1]):
             take_block(weight[row], j, block)
             scale, zero = range_scale(block, top, symmetric)
-            if abs(scale) > _SMALLEST_SEARCHED:
+            if abs(scale) > SMALLEST_SEARCHED:
                 if importance.size:
                     _given_worth(importance[j * block_size : (j + 1) * block_size], worth)
                 else:
@@ -140,7 +140,7 @@ def gptq_columns(
             first = j * block_size
             _unrounded_block(columns[row, first : first + block_size], upper, first, left, block)
             scale, zero = range_scale(block, top, symmetric)
-            if abs(scale) > _SMALLEST_SEARCHED:
+            if abs(scale) > SMALLEST_SEARCHED:
                 scale, zero = _search_scale(
                     block, worth[first : first + block_size], scale, zero, top, symmetric, crosses, squares
                 )
@@ -184,9 +184,9 @@ def range_scale(block: Any, top: Any, symmetric: bool) -> Any:
     if symmetric:
         half = (top + _F(1)) / _F(2)
         scale = (low if -low > high else high) / -half
-        return scale if abs(scale) > _SMALLEST_SCALE else _F(0), half
+        return scale if abs(scale) > SMALLEST_SCALE else _F(0), half
     scale = (high - low) / top
-    scale = scale if scale > _SMALLEST_SCALE else _F(0)
+    scale = scale if scale > SMALLEST_SCALE else _F(0)
     return scale, _zero_point(low, scale, top)
 
 

@@ -3,7 +3,8 @@
 A block of MatMulNBits is visited whole, so that no g_idx is needed; each block's scale is searched on its columns when
 its turn comes. Scales of `signed` specs stand before the first column is rounded, searched on the target as it comes:
 those of a row depend on each other. Then the order is free, whatever the blocks.
-What is left of columns comes from a device's products; the columns themselves are rounded on the host.
+What is left of columns comes from a device's products; the columns themselves are rounded by compiled loops on the
+host, or on the device where that is faster (quant/device_columns.py).
 N output features, K input features, Kp = K padded to whole blocks, J blocks a row.
 """
 
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from toolkit.device.arrays import device_of
 from toolkit.quant import kernel, signed_kernel
 from toolkit.quant.blockwise import QuantizedBlocks, QuantSpec, pack_last_axis, quantize_blocks, weights_of_errors
+from toolkit.quant.device_columns import RoundedColumns, searched_columns, signed_columns
 
 Floats = NDArray[np.float32]
 # Columns between two products with all that came before: wide enough for a matrix product to pay.
@@ -82,20 +84,33 @@ def round_in_order(weight: Floats, target: Floats, columns: Columns, order: Visi
     rounding: _SearchedScales | _StandingScales
     rounding = _StandingScales(on.to_host(target), order, spec) if spec.signed else _SearchedScales(N, K, order, spec)
     levels, visited = np.empty((N, padded), np.uint8), on.empty((N, padded))
-    workers = os.cpu_count() or 1
-    slices = [slice(k * N // workers, (k + 1) * N // workers) for k in range(workers)]
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         for some in order.strides(spec):
-            left, triangle = map(on.to_host, columns.left(some, visited[:, : some.start]))
-            made, values = np.empty(left.shape, np.uint8), np.empty_like(left)
-            done = [pool.submit(rounding.round, s, some, left[s], triangle, made[s], values[s]) for s in slices]
-            for future in done:
-                future.result()
-            levels[:, order.order[some]], visited[:, some] = made, on.from_host(values)
+            left, triangle = columns.left(some, visited[:, : some.start])
+            if on.rounds_columns:
+                made = rounding.round_on_device(some, left, triangle)
+                found, values = on.to_host(made.levels), made.restored
+            else:
+                found, rounded = _round_on_host(pool, rounding, some, on.to_host(left), on.to_host(triangle))
+                values = on.from_host(rounded)
+            levels[:, order.order[some]], visited[:, some] = found, values
     restored = on.empty((N, padded))
     restored[:, on.index(order.order)] = visited
     restored = on.contiguous(restored[:, :K])
     return Solved(_assembled(levels, rounding, spec, on.square_sum(restored - weight)), restored)
+
+
+def _round_on_host(
+    pool: ThreadPoolExecutor, rounding: _SearchedScales | _StandingScales, some: slice, left: Floats, triangle: Floats
+) -> tuple[NDArray[np.uint8], Floats]:
+    """Levels and what they stand for of some columns, their rows by as many cores as there are."""
+    rows, workers = left.shape[0], os.cpu_count() or 1
+    slices = [slice(k * rows // workers, (k + 1) * rows // workers) for k in range(workers)]
+    made, values = np.empty(left.shape, np.uint8), np.empty_like(left)
+    done = [pool.submit(rounding.round, s, some, left[s], triangle, made[s], values[s]) for s in slices]
+    for future in done:
+        future.result()
+    return made, values
 
 
 class _SearchedScales:
@@ -128,6 +143,14 @@ class _SearchedScales:
         )
         self.scales[rows, blocks], self.zeros[rows, blocks] = scales, zeros
 
+    def round_on_device(self, some: slice, left: Floats, triangle: Floats) -> RoundedColumns:
+        """Rounds all rows of some columns where they are."""
+        spec, worth = self._spec, self._worth[some]
+        blocks = self._order[some][:: spec.block_size] // spec.block_size
+        made = searched_columns(left, triangle, worth, spec.bits, spec.symmetric, spec.block_size)
+        self.scales[:, blocks], self.zeros[:, blocks] = made.scales, made.zeros
+        return made
+
 
 class _StandingScales:
     """A signed spec's scales, searched beforehand."""
@@ -144,6 +167,11 @@ class _StandingScales:
         blocks = self._order[some] // self._spec.block_size
         scales = np.ascontiguousarray(self.scales[rows][:, blocks])
         signed_kernel.round_signed_columns(left, triangle, scales, self._spec.bits, levels, restored)
+
+    def round_on_device(self, some: slice, left: Floats, triangle: Floats) -> RoundedColumns:
+        """Rounds all rows of some columns where they are."""
+        blocks = self._order[some] // self._spec.block_size
+        return signed_columns(left, triangle, np.ascontiguousarray(self.scales[:, blocks]), self._spec.bits)
 
 
 def _assembled(
