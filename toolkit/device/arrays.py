@@ -208,7 +208,7 @@ class _Numpy:
 
     def at_largest(self, values: Floats, by: Floats) -> Floats:
         """Returns of `values` [C, N] those where `by` [C, N] is largest, [N]."""
-        return np.take_along_axis(values, by.argmax(axis=0)[None], axis=0)[0]
+        return np.asarray(np.take_along_axis(values, by.argmax(axis=0)[None], axis=0)[0])
 
     def replaced_zeros(self, x: Floats) -> Floats:
         """Returns `x` with ones where an element is not above zero."""

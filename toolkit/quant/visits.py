@@ -89,7 +89,7 @@ def round_in_order(weight: Floats, target: Floats, columns: Columns, order: Visi
             left, triangle = columns.left(some, visited[:, : some.start])
             if on.rounds_columns:
                 made = rounding.round_on_device(some, left, triangle)
-                found, values = on.to_host(made.levels), made.restored
+                found, values = on.to_host(made.levels).astype(np.uint8), made.restored
             else:
                 found, rounded = _round_on_host(pool, rounding, some, on.to_host(left), on.to_host(triangle))
                 values = on.from_host(rounded)
