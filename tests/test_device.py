@@ -38,6 +38,7 @@ from toolkit.quant.gptq_tokens import factorize_tokens
 from toolkit.quant.ranges import ActivationRange, rounded_to_uint16
 from toolkit.reference.beside import Forward, exact, hidden_beside, logits_beside
 from toolkit.reference.decoder import reference_hidden, reference_logits
+from toolkit.reference.greedy import greedy_continuations
 
 Floats = NDArray[np.float32]
 TORCH = chosen_device("torch")
@@ -130,6 +131,19 @@ def test_variants_go_beside_each_other_on_torch(tmp_path: Path) -> None:
     np.testing.assert_allclose(np.concatenate(hidden[0]), np.concatenate(expected), rtol=1e-3, atol=1e-5)
     made = logits_beside(config, source, [exact], [hidden[0][1]], fitting)
     np.testing.assert_allclose(made[0], reference_logits(config, source, sequences)[1], rtol=1e-3, atol=1e-5)
+
+
+def test_greedy_answers_are_the_same_on_torch(tmp_path: Path) -> None:
+    """Of prompts of unlike lengths, through the cache, past a sliding window."""
+    checkpoint, sequences = _checkpoint("qwen2-sliding", tmp_path)
+    config, prompts = checkpoint.config, [ids[:n] for ids, n in zip(sequences, (9, 2, 5, 7), strict=True)]
+    ours, theirs = (greedy_continuations(config, checkpoint.source, prompts, 12, {3}, on) for on in (NUMPY, TORCH))
+    assert ours == theirs and len({tuple(made) for made in ours}) > 1
+    # The cache changes nothing: each token is the likeliest after all before it.
+    whole = [prompt + made[:-1] for prompt, made in zip(prompts, theirs, strict=True)]
+    logits = reference_logits(config, checkpoint.source, whole)
+    again = [x.argmax(axis=1)[len(p) - 1 :].tolist() for x, p in zip(logits, prompts, strict=True)]
+    assert again == theirs
 
 
 def test_inputs_are_rounded_to_the_same_bits() -> None:

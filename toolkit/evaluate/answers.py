@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -16,6 +17,8 @@ from toolkit import names
 from toolkit.bundle.settings import read_settings
 from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.weights import Tensors
+from toolkit.device.arrays import Device
+from toolkit.device.fitting import ON_NUMPY, Fitting
 from toolkit.errors import BundleError, RecipeError
 from toolkit.evaluate.conversation import ChatTemplate
 from toolkit.evaluate.session import continuations, open_model
@@ -110,17 +113,24 @@ def first_of(asked: Asked, count: int) -> Asked:
     return replace(asked, task=task, texts=asked.texts[:count], ids=asked.ids[:count], rooms=asked.rooms[:count])
 
 
-def reference_answers(config: ModelConfig, source: Tensors, asked: Asked) -> Answers:
+def reference_answers(config: ModelConfig, source: Tensors, asked: Asked, fitting: Fitting = ON_NUMPY) -> Answers:
     """Returns what the reference answers with the tensors of `source`; it asks in groups whose KV cache fits
-    `_CACHE_BYTES`."""
+    `_CACHE_BYTES`, on the CPU where the weights do not fit the device."""
     room = max(asked.rooms)
     token_bytes = 8 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     group = max(1, _CACHE_BYTES // (token_bytes * (max(map(len, asked.ids)) + room)))
     made: list[list[int]] = []
     for start in range(0, len(asked.ids), group):
         prompts = list(asked.ids[start : start + group])
-        made += greedy_continuations(config, source, prompts, room, set(asked.stop_ids))
+        continued = partial(_continued, config, source, prompts, room, set(asked.stop_ids))
+        made += fitting.run("answers of the checkpoint", continued)
     return judged(asked, [ids[:room] for ids, room in zip(made, asked.rooms, strict=True)])
+
+
+def _continued(
+    config: ModelConfig, source: Tensors, prompts: list[list[int]], room: int, stop_ids: set[int], on: Device, _: int
+) -> list[list[int]]:
+    return greedy_continuations(config, source, prompts, room, stop_ids, on)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Greedy answers of the reference, many prompts side by side, with a KV cache: the checkpoint's own task accuracy.
 
-Every layer is resident, so this is for models that fit into memory as float32.
+Every layer is resident on the device, so this is for models that fit into its memory as float32.
 B live sequences, T tokens, D hidden, H heads, K kv heads, G = H/K, Dh head_dim, L longest length.
 """
 
@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from toolkit import names
 from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.weights import Tensors
-from toolkit.reference.decoder import Array, attend, embed, head_logits, read_layer, rms_norm
+from toolkit.device.arrays import NUMPY, Device, device_of
+from toolkit.reference.decoder import Array, attend, embed, head_rows, read_layer, rms_norm
 
 
 class Resident:
@@ -40,11 +41,16 @@ class Resident:
 
 
 def greedy_continuations(
-    config: ModelConfig, source: Tensors, prompts: list[list[int]], new_tokens: int, stop_ids: set[int]
+    config: ModelConfig,
+    source: Tensors,
+    prompts: list[list[int]],
+    new_tokens: int,
+    stop_ids: set[int],
+    on: Device = NUMPY,
 ) -> list[list[int]]:
     """What each prompt is continued with, ended by (and including) a stop id or after `new_tokens`."""
     resident = source if isinstance(source, Resident) else Resident(source)
-    decoder = _Decoder(config, resident, prompts, new_tokens)
+    decoder = _Decoder(config, resident, prompts, new_tokens, on)
     made: list[list[int]] = [[] for _ in prompts]
     live = np.arange(len(prompts))
     tokens = decoder.prefill(prompts)
@@ -62,53 +68,59 @@ def greedy_continuations(
 class _Decoder:
     """The layers and each sequence's keys and values, [B, L, K, Dh] a layer."""
 
-    def __init__(self, config: ModelConfig, source: Resident, prompts: list[list[int]], new_tokens: int) -> None:
-        self.config, self.source = config, source
-        self.layers = [read_layer(config, source, i) for i in range(config.num_hidden_layers)]
+    def __init__(
+        self, config: ModelConfig, source: Resident, prompts: list[list[int]], new_tokens: int, on: Device
+    ) -> None:
+        self.config, self.source, self.on = config, source, on
+        self.layers = [read_layer(config, source, i, on) for i in range(config.num_hidden_layers)]
+        self.norm = on.from_host(source.read(names.weight(names.FINAL_NORM)))
+        self.head = [on.from_host(rows) for rows in head_rows(config, source)]
         self.lengths = np.array([len(prompt) for prompt in prompts])
         shape = (len(prompts), int(self.lengths.max()) + new_tokens, config.num_key_value_heads, config.head_dim)
-        self.keys = [np.zeros(shape, np.float32) for _ in self.layers]
-        self.values = [np.zeros(shape, np.float32) for _ in self.layers]
+        self.keys = [on.zeros(shape) for _ in self.layers]
+        self.values = [on.zeros(shape) for _ in self.layers]
 
     def prefill(self, prompts: list[list[int]]) -> NDArray[np.int64]:
         """Fills the caches; returns each prompt's next token [B]."""
         last = []
         for sequence, prompt in enumerate(prompts):
-            x, positions = embed(self.source, prompt), np.arange(len(prompt))
+            x, positions = self.on.from_host(embed(self.source, prompt)), np.arange(len(prompt))
             for layer, keys, values in zip(self.layers, self.keys, self.values, strict=True):
                 attention = layer.anatomy.attention
                 q, k, v = layer.project(layer.normed(attention, x), positions)
                 keys[sequence, : len(prompt)], values[sequence, : len(prompt)] = k, v
                 x = layer.finish(x, attend(q, k, v, positions, attention.window, self.config.rotary_head_dim))
-            last.append(x[-1])
-        return self._next(np.stack(last))
+            last.append(x[-1:])
+        return self._next(self.on.concatenate(last))
 
     def step(self, live: NDArray[np.int64], tokens: NDArray[np.int64]) -> NDArray[np.int64]:
         """One token for each live sequence; returns the tokens after them [B]."""
-        x, positions = self.source.read(names.weight(names.EMBED_TOKENS))[tokens], self.lengths[live]
-        longest = int(positions.max()) + 1
+        x = self.on.from_host(self.source.read(names.weight(names.EMBED_TOKENS))[tokens])
+        positions = self.lengths[live]
+        longest, rows, last = int(positions.max()) + 1, self.on.index(live), self.on.index(positions)
         for layer, keys, values in zip(self.layers, self.keys, self.values, strict=True):
             attention = layer.anatomy.attention
             q, k, v = layer.project(layer.normed(attention, x), positions)
-            keys[live, positions], values[live, positions] = k, v
-            mixed = _attend_one(q, keys[live, :longest], values[live, :longest], positions, attention.window)
+            keys[rows, last], values[rows, last] = k, v
+            mixed = _attend_one(q, keys[rows, :longest], values[rows, :longest], positions, attention.window)
             x = layer.finish(x, mixed)
         self.lengths[live] += 1
         return self._next(x)
 
     def _next(self, x: Array) -> NDArray[np.int64]:
-        x = rms_norm(x, self.source.read(names.weight(names.FINAL_NORM)), self.config.rms_norm_eps)
-        return np.asarray(head_logits(self.config, self.source, x).argmax(axis=-1))
+        x = rms_norm(x, self.norm, self.config.rms_norm_eps)
+        logits = [self.on.to_host(x @ rows.T) for rows in self.head]
+        return np.asarray(np.concatenate(logits, axis=1).argmax(axis=-1))
 
 
 def _attend_one(q: Array, k: Array, v: Array, positions: NDArray[np.int64], window: int | None) -> Array:
     """One query a sequence, q [B, H, Dh] at `positions`, over k and v [B, L, K, Dh]; returns [B, H * Dh]."""
-    B, _, head_dim = q.shape
+    on, (B, _, head_dim) = device_of(q), q.shape
     grouped = q.reshape(B, k.shape[2], -1, head_dim)
-    scores = np.einsum("bkgd,blkd->bkgl", grouped, k, optimize=True) / np.float32(math.sqrt(head_dim))
+    scores = on.einsum("bkgd,blkd->bkgl", grouped, k) / np.float32(math.sqrt(head_dim))
     distance = positions[:, None] - np.arange(k.shape[1])[None, :]
     visible = (distance >= 0) & (distance < (window or k.shape[1] + 1))
-    scores = np.where(visible[:, None, None, :], scores, np.float32(-np.inf))
-    scores = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    scores /= scores.sum(axis=-1, keepdims=True)
-    return np.asarray(np.einsum("bkgl,blkd->bkgd", scores, v, optimize=True).reshape(B, -1), dtype=np.float32)
+    scores += on.from_host(np.where(visible, np.float32(0), np.float32(-np.inf))[:, None, None, :])
+    terms = on.softmax_terms(scores)
+    terms /= terms.sum(axis=-1, keepdims=True)
+    return on.einsum("bkgl,blkd->bkgd", terms, v).reshape(B, -1)

@@ -50,7 +50,7 @@ class ReferenceAnswers:
         name = asked.task.name
         if isinstance(subject.source, Resident) and name not in self._made:
             subject.progress(f"task {name}: the reference")
-            self._made[name] = reference_answers(subject.checkpoint.config, subject.source, asked)
+            self._made[name] = reference_answers(subject.checkpoint.config, subject.source, asked, subject.fitting)
         return self._made.get(name)
 
 
@@ -90,7 +90,8 @@ def baseline_rows(subject: Subject, tasks: list[Asked], reference: ReferenceAnsw
     for asked in tasks:
         if reference.to(asked, subject):
             subject.progress(f"task {asked.task.name}: plain 4-bit rounding")
-            figures = reference_answers(subject.checkpoint.config, rounded, asked).figures()
+            answers = reference_answers(subject.checkpoint.config, rounded, asked, subject.fitting)
+            figures = answers.figures()
             rows.append(BaselineTaskRow(**vars(figures), name=asked.task.name, examples=len(asked.ids)))
     return tuple(rows)
 
