@@ -162,6 +162,8 @@ def main() -> None:
     names = [chosen_device(device).name for device in asked.device]
     for name in names:
         print(f"{name}: {_card(name)}", flush=True)
+        # What a first use loads and compiles is no layer's.
+        measured(asked.models[0], "balanced", name, 1, toy=True)
     _print_row(_HEADS)
     _print_row(["---"] * len(_HEADS))
     for model in asked.models:

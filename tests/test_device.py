@@ -56,6 +56,8 @@ def _random(*shape: int, seed: int = 0) -> Floats:
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
+# Halfway between two of bfloat16, the lower one even, then the upper one.
+HALVES = np.array([[1 + 2**-8, 1 + 3 * 2**-8] * 7 + [0]], np.float32)
 # Every operation of a device, whose result on numpy is its definition.
 OPERATIONS: dict[str, Callable[[Device, Floats], Any]] = {
     "concatenate": lambda on, x: on.concatenate([x, x[:2]], 0),
@@ -64,6 +66,7 @@ OPERATIONS: dict[str, Callable[[Device, Floats], Any]] = {
     "exp": lambda on, x: on.exp(x),
     "sqrt": lambda on, x: on.sqrt(x * x),
     "rint": lambda on, x: on.rint(on.from_host(np.array([[0.5, 1.5, -2.5, 2.4]], np.float32))),
+    "nearest_bfloat16": lambda on, x: on.nearest_bfloat16(on.concatenate([x, on.from_host(HALVES)])),
     "clip": lambda on, x: on.clip(x, -0.5, 0.25),
     "replaced_zeros": lambda on, x: on.replaced_zeros(on.rint(x)),
     "reciprocal": lambda on, x: on.reciprocal(on.rint(x)),
@@ -157,6 +160,7 @@ def test_inputs_are_rounded_to_the_same_bits() -> None:
     "spec",
     [
         QuantSpec(4, 32, algorithm="gptq"),
+        QuantSpec(4, 32, algorithm="gptq", short_scales=True),
         QuantSpec(8, 64, algorithm="gptq"),
         QuantSpec(4, 16, symmetric=True, algorithm="gptq"),
         QuantSpec(4, 200, True, "gptq", True),
@@ -190,6 +194,8 @@ def test_gptq_rounds_alike_on_torch(
     ]
     assert lost[1] == pytest.approx(lost[0], rel=1e-2)
     assert theirs.blocks.noise == pytest.approx(ours.blocks.noise, rel=1e-2)
+    if spec.short_scales:
+        np.testing.assert_array_equal(theirs.blocks.scales, NUMPY.nearest_bfloat16(theirs.blocks.scales))
     restored = dequantize_blocks(theirs.blocks, spec, 200)
     np.testing.assert_allclose(TORCH.to_host(theirs.restored), restored, atol=1e-6)
 

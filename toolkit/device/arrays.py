@@ -80,6 +80,10 @@ class Device(Protocol):
         """Returns each element rounded to an integer, half to even."""
         ...
 
+    def nearest_bfloat16(self, x: Floats) -> Floats:
+        """Returns for each element the nearest that bfloat16 holds, half to even."""
+        ...
+
     def clip(self, x: Floats, low: float, high: float) -> Floats:
         """Returns each element, or the bound that it is beyond."""
         ...
@@ -201,6 +205,11 @@ class _Numpy:
     def rint(self, x: Floats) -> Floats:
         """Returns each element rounded to an integer, half to even."""
         return np.asarray(np.rint(x))
+
+    def nearest_bfloat16(self, x: Floats) -> Floats:
+        """Returns for each element the nearest that bfloat16 holds, half to even."""
+        bits = x.view(np.uint32)
+        return ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).view(np.float32)
 
     def clip(self, x: Floats, low: float, high: float) -> Floats:
         """Returns each element, or the bound that it is beyond."""

@@ -74,6 +74,10 @@ class TorchDevice:
         """Returns each element rounded to an integer, half to even."""
         return torch.round(x)
 
+    def nearest_bfloat16(self, x: Any) -> Any:
+        """Returns for each element the nearest that bfloat16 holds, half to even."""
+        return x.to(torch.bfloat16).to(torch.float32)
+
     def clip(self, x: Any, low: float, high: float) -> Any:
         """Returns each element, or the bound that it is beyond."""
         return torch.clamp(x, low, high)

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toolkit.device.arrays import Device, device_of
+from toolkit.quant.blockwise import QuantSpec
 from toolkit.quant.kernel import SMALLEST_SCALE, SMALLEST_SEARCHED
 
 Floats = NDArray[np.float32]
@@ -34,19 +35,18 @@ class RoundedColumns:
     zeros: Floats
 
 
-def searched_columns(
-    left: Floats, upper: Floats, worth: Floats, bits: int, symmetric: bool, block_size: int
-) -> RoundedColumns:
+def searched_columns(left: Floats, upper: Floats, worth: Floats, spec: QuantSpec) -> RoundedColumns:
     """Rounds what is left of columns [N, n], in place, each block by a scale and a zero point that are searched when
-    its turn comes; `upper` [n, n] and `worth` [n] as in the kernel, which is numpy's."""
-    on, top, triangle = device_of(left), float((1 << bits) - 1), device_of(upper).to_host(upper)
+    its turn comes; `upper` [n, n] and `worth` [n], which is numpy's, as in the kernel."""
+    on, top, triangle = device_of(left), float((1 << spec.bits) - 1), device_of(upper).to_host(upper)
     levels, restored = on.empty(left.shape), on.empty(left.shape)
     scales, zeros = list[Floats](), list[Floats]()
-    for first in range(0, left.shape[1], block_size):
-        some = slice(first, first + block_size)
+    for first in range(0, left.shape[1], spec.block_size):
+        some = slice(first, first + spec.block_size)
         unrounded = np.linalg.inv(triangle[some, some].astype(np.float64)).astype(np.float32)
         block = left[:, some] @ on.from_host(unrounded)
-        scale, zero = _searched(on, block, on.from_host(worth[some]), top, symmetric)
+        scale, zero = _searched(on, block, on.from_host(worth[some]), top, spec.symmetric)
+        scale = on.nearest_bfloat16(scale) if spec.short_scales else scale
         inverse = on.reciprocal(scale)
         for k in range(some.start, some.stop):
             level = on.clip(on.rint(left[:, k] / float(triangle[k, k]) * inverse) + zero, 0.0, top)

@@ -147,7 +147,7 @@ class _SearchedScales:
         """Rounds all rows of some columns where they are."""
         spec, worth = self._spec, self._worth[some]
         blocks = self._order[some][:: spec.block_size] // spec.block_size
-        made = searched_columns(left, triangle, worth, spec.bits, spec.symmetric, spec.block_size)
+        made = searched_columns(left, triangle, worth, spec)
         self.scales[:, blocks], self.zeros[:, blocks] = made.scales, made.zeros
         return made
 
