@@ -369,7 +369,7 @@ def test_an_activation_that_is_no_number_names_its_input(value: float) -> None:
 def test_divergences_are_those_of_whole_distributions(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decoder, "_HEAD_ROWS", 20)
+    monkeypatch.setattr(decoder, "HEAD_ROWS", 20)
     family, extra = CASES[case]
     make_checkpoint(family, extra, tmp_path)
     checkpoint = open_checkpoint(tmp_path)

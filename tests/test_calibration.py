@@ -263,7 +263,7 @@ def test_the_head_is_solved_in_slices_as_in_one(tmp_path: Path, monkeypatch: pyt
             if tensor == "lm_head.weight":
                 sliced[start] = blocks
 
-    monkeypatch.setattr(solving, "_ROWS", 40)
+    monkeypatch.setattr(solving, "HEAD_ROWS", 40)
     problem = _problem(checkpoint, Rounding.NONE)
     solve(checkpoint.config, checkpoint.source, sequences * 3, problem, Slices(), tmp_path / "sliced")
     assert sorted(sliced) == [0, 40, 80]

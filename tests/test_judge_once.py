@@ -43,7 +43,7 @@ def _weight_bytes(folder: Path) -> int:
 def test_side_by_side_is_one_after_the_other(
     checkpoint: Checkpoint, tiny_r1: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decoder, "_HEAD_ROWS", 300)
+    monkeypatch.setattr(decoder, "HEAD_ROWS", 300)
     config, source = checkpoint.config, checkpoint.source
     runs = [Forward(exact, SEQUENCES), Forward(plain_rounding, SEQUENCES[1:])]
     hidden = hidden_beside(config, source, runs)

@@ -32,11 +32,9 @@ from toolkit.quant.gptq import Factor, NotPositiveDefiniteError, factorize
 from toolkit.quant.gptq_tokens import TokenFactor, factorize_tokens, pays
 from toolkit.quant.ranges import ActivationRange
 from toolkit.quant.visits import Solved
-from toolkit.reference.decoder import Layer, batched, embed, read_layer, rms_norm
+from toolkit.reference.decoder import HEAD_ROWS, Layer, batched, embed, read_layer, rms_norm
 
 Floats = NDArray[np.float32]
-# As many as the reference takes of a head at once, so that who remembers rows has them.
-_ROWS: Final = 16384
 _PROGRESS_FILE: Final = "progress.json"
 # The two streams through the layers.
 _EXACT: Final = "exact"
@@ -359,7 +357,7 @@ def _solve_head(
         return (rms_norm(x, norm, config.rms_norm_eps) for x, _ in streams[kind])
 
     solver.gather(zip(kept or arrived(_EXACT), arrived(_ROUNDED), strict=True), streams[_ROUNDED].tokens)
-    for start in range(0, config.vocab_size, _ROWS):
-        weight = source.read_rows(tensor, start, min(config.vocab_size, start + _ROWS))
+    for start in range(0, config.vocab_size, HEAD_ROWS):
+        weight = source.read_rows(tensor, start, min(config.vocab_size, start + HEAD_ROWS))
         writer.write(tensor, start, weight, solver.solved(tensor, on.from_host(weight)).blocks)
     return solver.fallbacks

@@ -23,7 +23,8 @@ from toolkit.device.arrays import NUMPY, Device, device_of
 from toolkit.device.fitting import TOGETHER
 
 Array = NDArray[np.float32]
-_HEAD_ROWS: Final = 16384
+# Of a head at once; who remembers rows has them if it asks for as many.
+HEAD_ROWS: Final = 16384
 # Queries whose scores are in memory at once: later keys than theirs are not looked at.
 _QUERIES: Final = 128
 
@@ -94,8 +95,8 @@ def head_logits(config: ModelConfig, source: Tensors, hidden: Array, on: Device 
 def head_rows(config: ModelConfig, source: Tensors) -> Iterator[Array]:
     """The head from its first row to its last, some [rows, D] at a time."""
     name = decoder_of(config).head.weight
-    for start in range(0, config.vocab_size, _HEAD_ROWS):
-        yield source.read_rows(name, start, min(config.vocab_size, start + _HEAD_ROWS))
+    for start in range(0, config.vocab_size, HEAD_ROWS):
+        yield source.read_rows(name, start, min(config.vocab_size, start + HEAD_ROWS))
 
 
 class Layer:
