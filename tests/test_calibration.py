@@ -429,9 +429,11 @@ def test_the_text_is_what_calibrates(stories260k: Path, stories_text: Path, tmp_
 
 
 def _loud_norm(folder: Path) -> None:
-    """Gains that float32 cannot hold the square of."""
+    """Gains and matrices that float32 holds the square of, but not the scores of attention that they make."""
     tensors = load_file(folder / "model.safetensors")
-    tensors["model.layers.1.input_layernorm.weight"] = np.full(64, 1e30, np.float32)
+    tensors["model.layers.1.input_layernorm.weight"] = np.full(64, 1e18, np.float32)
+    for module in ("q_proj", "k_proj"):
+        tensors[f"model.layers.1.self_attn.{module}.weight"] *= 1e4
     save_file(tensors, folder / "model.safetensors")
 
 
