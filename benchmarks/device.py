@@ -1,9 +1,9 @@
 """What calibrating and validating cost on a device: `python -m benchmarks.device --device cuda`.
 
 Some layers of each distill's true shape, with random weights and 4,096 rows of vocabulary, are exported and validated
-at each quality. The table has, of each: seconds a layer, and of all the layers that the model has, the device's peak
-memory where torch counts it, and the bundle's mean KLD beside plain rounding's. Random weights have no salient channels
-and random ids no meaning: the KLD says that the solver works, not what a user gets.
+at each quality. The table has, of each: seconds a layer, minutes of all the layers that the model has and of the head's
+4,096 rows, the device's peak memory where torch counts it, and the bundle's mean KLD beside plain rounding's. Random
+weights have no salient channels and random ids no meaning: the KLD says that the solver works, not what a user gets.
 
 `--toy` takes a model of two narrow layers and few tokens instead: seconds on any device.
 """
@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +49,7 @@ _HEADS: Final = (
 @dataclass(frozen=True)
 class Measured:
     """One export and its validation; seconds of the survey and the solver are those of a layer, `whole_s` is what both
-    take of all the model's layers."""
+    take of all the model's layers and the small head."""
 
     device: str
     model: str
@@ -91,7 +93,8 @@ def measured(model: str, quality: str, device: str, layers: int, toy: bool) -> M
     changes = [f"calibration_tokens={_TOY_TOKENS if toy else QUALITIES[quality].tokens}", "context_length=512"]
     plans = toolkit.plan("cpu", checkpoint=folder, out=out, synthetic=True, quality=quality, changes=changes)
     _forget_peak(device)
-    bundles = toolkit.export(plans, device=device, progress=_said, note=_said)
+    clock = _Clock()
+    bundles = toolkit.export(plans, device=device, progress=clock.hear, note=_said)
     device_bytes = _peak_bytes(device)
     start = time.perf_counter()
     effort = toolkit.Effort(tokens=512, tasks=False, speed=False, baseline=True)
@@ -100,7 +103,8 @@ def measured(model: str, quality: str, device: str, layers: int, toy: bool) -> M
     made = report.quantization.calibration if report.quantization else None
     if made is None or report.parity is None:
         raise SystemExit(f"{model} {quality}: nothing was calibrated or compared")
-    survey_s, solve_s = (made.survey_s or 0.0) / layers, (made.solve_s or 0.0) / layers
+    survey_s, solve_s = (clock.seconds[f"{step} layer"] / layers for step in ("calibrated", "solved"))
+    head_s = clock.seconds["calibrated head"] + clock.seconds["solved head"]
     plain = report.baseline.mean_kld if report.baseline else None
     return Measured(
         device,
@@ -109,12 +113,28 @@ def measured(model: str, quality: str, device: str, layers: int, toy: bool) -> M
         made.tokens,
         survey_s,
         solve_s,
-        whole * (survey_s + solve_s),
+        whole * (survey_s + solve_s) + head_s,
         validate_s,
         device_bytes,
         report.parity.mean_kld,
         plain,
     )
+
+
+class _Clock:
+    """Seconds of each kind of step by the line that says it is done: `calibrated layer`, `solved head`."""
+
+    def __init__(self) -> None:
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self._last = time.perf_counter()
+
+    def hear(self, line: str) -> None:
+        """Counts what has passed since the line before; a progress line may say how far the work is in front."""
+        now = time.perf_counter()
+        if found := re.search("(calibrated|solved) (layer|head)", line):
+            self.seconds[found[0]] += now - self._last
+        self._last = now
+        _said(line)
 
 
 def _module(device: str) -> Any:
