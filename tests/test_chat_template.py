@@ -181,7 +181,8 @@ def test_a_template_that_is_right_stays_as_it_is() -> None:
         ("{{ raise_exception('never') }}", "renders no conversation"),
         ("{{ 'x' * 100000000000 }}", "renders no conversation"),
         ("{{ messages.__class__.__mro__ }}{% if", "jinja2 can read"),
-        ("{{ messages|groupby('role')|length }}", "filter groupby"),
+        ("{{ messages[0].content }}{{ messages|groupby('role')|length }}", "filter groupby"),
+        ("{% for message in messages %}{{ message.role }}{% endfor %}", "leaves out what is asked"),
     ],
 )
 def test_a_template_that_cannot_work_is_refused(text: str, reason: str) -> None:
@@ -291,6 +292,12 @@ def test_a_processors_template_is_read_where_the_tokenizer_has_none(tmp_path: Pa
     assert found is not None and found.text == "t"
 
 
+def test_a_template_of_parts_is_one() -> None:
+    parts = "{% for m in messages %}{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}{% endif %}"
+    found = best_template(TemplateJob(f"{parts}{{% endfor %}}{{% endfor %}}", {}))
+    assert found.text
+
+
 def test_no_template_and_no_default_template(tmp_path: Path) -> None:
     nothing: tuple[object, ...] = (None, "", [])
     for empty in nothing:
@@ -299,5 +306,5 @@ def test_no_template_and_no_default_template(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="tool_use and none named default"):
         shipped_template(tmp_path)
     checkpoint(tmp_path, {"chat_template": [1]})
-    with pytest.raises(CheckpointError, match="neither a text nor"):
+    with pytest.raises(CheckpointError, match="expected a text or a list of named ones"):
         shipped_template(tmp_path)

@@ -170,7 +170,8 @@ def test_each_row_is_decoded_once_and_quantized_once_for_each_format(
     made: Counter[QuantSpec] = Counter()
     for spec, n in quantized:
         made[spec] += n
-    assert made == expected and len(made) == 2
+    # In wide blocks with and without zero points, and the CPU's with their short scales.
+    assert made == expected and len(made) == 3
 
 
 def test_errors_are_those_of_each_bundles_own_format(checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -185,7 +186,10 @@ def test_errors_are_those_of_each_bundles_own_format(checkpoint: Checkpoint, tmp
     inside = {n for n, spec in _specs(destinations[1].layout).items() if spec and spec.symmetric}
     # A zero point more is an error less; elsewhere the formats agree.
     assert inside and all(qnn[name] < openvino[name] for name in inside)
-    assert all(qnn[name] == openvino[name] for name in qnn.keys() - inside) and qnn == cpu
+    outside = qnn.keys() - inside
+    assert all(qnn[name] == openvino[name] == cpu[name] for name in outside)
+    # Scales of 16 bits cost next to nothing.
+    assert all(cpu[name] == pytest.approx(qnn[name], rel=0.02) != qnn[name] for name in inside)
 
 
 def test_half_precision_is_what_single_precision_rounds_to(checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -200,7 +204,7 @@ def test_half_precision_is_what_single_precision_rounds_to(checkpoint: Checkpoin
             assert np.array_equal(_values(half, slot), expected), slot.name
     assert dtypes["float16", "float32"] > 20 and dtypes.keys() == {
         ("float16", "float32"),
-        ("float32", "float32"),
+        ("bfloat16", "bfloat16"),
         ("uint8", "uint8"),
     }
 
@@ -361,7 +365,8 @@ def test_values_beyond_half_precision_are_refused_where_they_are_stored_so(
     pack_weights(checkpoint.source, destinations)
     unit = next(unit for unit in destinations[-1].layout.units.values() if tensor in unit.sources)
     floats = _values(destinations[-1], next(slot for slot in unit.slots if slot.dtype != "uint8"))
-    assert floats.dtype == np.float32 and np.abs(floats).max() > 65504 and np.isfinite(floats).all()
+    wide = floats.astype(np.float32)
+    assert floats.dtype != np.float16 and np.abs(wide).max() > 65504 and np.isfinite(wide).all()
 
 
 def _orders(root: Path, *targets: str) -> list[Order]:

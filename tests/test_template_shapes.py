@@ -23,6 +23,7 @@ _SHAPES: Final[list[dict[str, Any]]] = [json.loads(line) for line in _FILE.read_
 _AT_ONCE: Final = 12
 # Why a template is refused, as its line says.
 _REASONS: Final = (
+    "leaves out what is asked",  # a piece of one
     "renders no conversation in jinja2",  # it is for pictures or sound, or not for messages
     "uses caller, which is not known",
     "tojson(ensure_ascii=…)",

@@ -126,7 +126,7 @@ def best_template(job: TemplateJob) -> CheckedTemplate:
     if not wanted:
         raise UnsupportedError("the chat template renders no conversation in jinja2: put another beside it")
     asked = str(PROBES[0].messages[0]["content"]).casefold()
-    if not any(asked in text.casefold() for _, right in wanted for text in right):
+    if not any(asked in text.casefold() for _, right in wanted for text in right) and not _asks_in_parts(job, asked):
         raise UnsupportedError("the chat template leaves out what is asked, whatever it is: put another beside it")
     tried: list[CheckedTemplate] = []
     problem = ""
@@ -187,6 +187,14 @@ def _candidates(job: TemplateJob) -> Iterator[tuple[str, tuple[str, ...] | str]]
             yield job.text, ()
         yield made.text, made.changes
     yield job.text, ()
+
+
+def _asks_in_parts(job: TemplateJob, asked: str) -> bool:
+    """Whether a template has what is asked where a message is a list of parts, as those of models that see have it."""
+    messages: list[Message] = [{"role": "user", "content": [{"type": "text", "text": asked}]}]
+    with suppress(Exception):  # whatever a template raises
+        return asked in render(compile_template(job.text), messages, job.variables()).casefold()
+    return False
 
 
 def _wanted(job: TemplateJob) -> list[tuple[Probe, set[str]]]:
