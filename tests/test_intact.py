@@ -84,12 +84,14 @@ def test_files_of_hosts_are_named_and_are_no_fault(exports: Exports, tmp_path: P
 
 
 def test_what_a_kill_left_is_named_and_is_no_fault(exports: Exports, tmp_path: Path) -> None:
-    """Half a report beside the whole one, and the work of a compiler beside the bundle."""
+    """Half a report beside the whole one, the mark of the work folder, and the work of a compiler beside the bundle."""
     bundle = exports.copy(tmp_path / "b", "cpu")
+    (bundle / "request.json").write_text("{}", encoding="utf-8")
     (bundle / "report.json.new").write_text("{", encoding="utf-8")
     (tmp_path / "b.compile").mkdir()
     said = called("verify", str(bundle))
     assert said.returncode == 0 and "note: report.json.new is left of a command that was killed" in said.stderr
+    assert "note: request.json is left of a command that was killed" in said.stderr
     assert f"`toolkit compile {bundle}` goes on" in said.stderr
     (bundle / "notes.txt.new").write_text("mine", encoding="utf-8")
     said = called("verify", str(bundle))

@@ -49,6 +49,11 @@ CASES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "an end without a type": (_set("model.eos_token_id", "764"), "model.eos_token_id is '764', expected"),
     "an end beyond the vocabulary": (_set("model.eos_token_id", [1, 1024]), "eos_token_id 1024 is no id"),
     "a pad id of text": (_set("model.pad_token_id", 300), "300 is a token of text"),
+    "a pad id of the template": (
+        _set("model.pad_token_id", 765),
+        "765 is '<｜User｜>', which the chat template writes",
+    ),
+    "pad is bos": (lambda c: _set("model.pad_token_id", c["model"]["bos_token_id"])(c), "is the beginning of sentence"),
     "pad is eos": (lambda c: _set("model.pad_token_id", c["model"]["eos_token_id"][0])(c), "is an end of sentence"),
 }
 

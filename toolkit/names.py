@@ -36,6 +36,8 @@ HEAD_DATA_FILE: Final = "lm_head.onnx.data"
 GENAI_CONFIG_FILE: Final = "genai_config.json"
 MANIFEST_FILE: Final = "manifest.json"
 COMPILE_LOG_FILE: Final = "compile.log"
+# What an export was asked for: it marks a work folder as ours, and leaves the bundle last.
+REQUEST_FILE: Final = "request.json"
 REPORT_FILE: Final = "report.json"
 REPORT_PAGE_FILE: Final = "report.html"
 CONFIG_FILE: Final = "config.json"

@@ -153,15 +153,27 @@ def _session_options(stage: Stage) -> Mapping[str, object]:
 
 
 def pad_token_id(config: ModelConfig, side: SideFiles) -> int:
-    """Returns an id that cannot occur in text: a reserved token, else a row of the embedding that the tokenizer never
-    emits."""
+    """Returns an id that does not stand in text: a reserved token, else a row of the embedding that the tokenizer never
+    emits, else an added token that no chat template writes and nothing ends with.
+
+    Where there is none, it is what the checkpoint pads with.
+    """
     added = {} if side.vocabulary is None else side.vocabulary.added
     for token in _PAD_TOKENS:
         if token in added:
             return added[token]
     used = frozenset() if side.vocabulary is None else side.vocabulary.ids
-    if config.vocab_size - 1 not in used:
-        return config.vocab_size - 1
+    unused = (row for row in range(config.vocab_size - 1, -1, -1) if row not in used)
+    if (row := next(unused, None)) is not None:
+        return row
+    ends = {*config.eos_token_ids, *side.generation.eos_token_ids, config.bos_token_id}
+    spare = [
+        token_id
+        for token, token_id in added.items()
+        if token_id not in ends and token_id < config.vocab_size and not any(token in text for text in side.templates)
+    ]
+    if spare:
+        return max(spare)
     if config.pad_token_id is not None:
         return config.pad_token_id
     return config.eos_token_ids[0] if config.eos_token_ids else 0

@@ -13,6 +13,7 @@ from toolkit import names
 from toolkit.bundle.genai_config import GENAI_TYPES
 from toolkit.bundle.lint_pipeline import lint_pipeline
 from toolkit.bundle.settings import DecoderSettings, GenaiConfig, ModelSettings, config_of, read_genai_config
+from toolkit.checkpoint.side_files import TEMPLATE_FILE, TOKENIZER_CONFIG_FILE
 from toolkit.graph.interface import GraphInterface, read_interface
 from toolkit.typed_json import Json
 
@@ -256,6 +257,19 @@ def _stops(model: ModelSettings) -> list[str]:
     return [f"model.eos_token_id {one} is no id of the vocabulary's {rows}" for one in beyond]
 
 
+def _is_written(token: str, bundle: Path) -> bool:
+    """Whether a chat template of the bundle has the token in it."""
+    for name in (TEMPLATE_FILE, TOKENIZER_CONFIG_FILE):
+        try:
+            text = (bundle / name).read_text(encoding="utf-8")
+            written = text if name == TEMPLATE_FILE else str(json.loads(text).get("chat_template", ""))
+        except (OSError, ValueError, AttributeError, RecursionError):
+            continue
+        if token in written:
+            return True
+    return False
+
+
 def _pad(model: ModelSettings, bundle: Path) -> list[str]:
     """A pad id inside a prompt gives wrong tokens in silence, on every version."""
     pad = model.pad_token_id
@@ -269,8 +283,10 @@ def _pad(model: ModelSettings, bundle: Path) -> list[str]:
         added = {token["id"]: token["content"] for token in tokenizer.get("added_tokens", [])}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return []
-    if pad in added and "pad" not in str(added[pad]).lower():
-        return [f"model.pad_token_id {pad} is {added[pad]!r}, which may stand in a conversation"]
+    if pad == model.bos_token_id:
+        return [f"model.pad_token_id {pad} is the beginning of sentence, which stands in every prompt"]
+    if pad in added and _is_written(str(added[pad]), bundle):
+        return [f"model.pad_token_id {pad} is {added[pad]!r}, which the chat template writes into a conversation"]
     if isinstance(vocabulary, dict) and pad in vocabulary.values():
         return [f"model.pad_token_id {pad} is a token of text"]
     return []

@@ -23,7 +23,6 @@ from toolkit.partition.data_files import JOURNAL_FILE
 
 CALIBRATION_FOLDER: Final = "calibration"
 # What marks a folder as this toolkit's work, and says what it was begun for.
-_REQUEST_FILE: Final = "request.json"
 
 
 @contextmanager
@@ -92,7 +91,7 @@ def checked_place(out: Path) -> Path:
     if _is_finished(work_folder(out)):
         put_in_place(out)
     elif out.exists():
-        (out / _REQUEST_FILE).unlink(missing_ok=True)
+        (out / names.REQUEST_FILE).unlink(missing_ok=True)
     return out
 
 
@@ -112,7 +111,7 @@ def open_work(out: Path, request: str) -> Path:
     """The work folder; emptied unless it was begun by the same request on the same checkpoint."""
     shutil.rmtree(_replaced(out), ignore_errors=True)
     work = work_folder(out)
-    marker = work / _REQUEST_FILE
+    marker = work / names.REQUEST_FILE
     if not (marker.is_file() and marker.read_bytes() == request.encode("utf-8")):
         work.mkdir(parents=True, exist_ok=True)
         # The mark goes last, by being replaced: whatever a kill leaves of the rest is known to be ours.
@@ -149,7 +148,7 @@ def put_in_place(out: Path) -> None:
         os.replace(out, replaced)
     os.replace(work, out)
     _sync_folder(out.parent)
-    (out / _REQUEST_FILE).unlink(missing_ok=True)
+    (out / names.REQUEST_FILE).unlink(missing_ok=True)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
@@ -160,14 +159,14 @@ def work_folder(out: Path) -> Path:
 
 def _is_ours(work: Path) -> bool:
     """Whether a work folder may be made or gone on with there: it has the mark, or a kill came while that was made."""
-    if not work.exists() or (work / _REQUEST_FILE).is_file():
+    if not work.exists() or (work / names.REQUEST_FILE).is_file():
         return True
-    return work.is_dir() and {path.name for path in work.iterdir()} <= {f"{_REQUEST_FILE}.new"}
+    return work.is_dir() and {path.name for path in work.iterdir()} <= {f"{names.REQUEST_FILE}.new"}
 
 
 def _is_finished(work: Path) -> bool:
     """Whether a kill came at the last step: everything is written, and what goes on is gone."""
-    whole = all((work / name).is_file() for name in (_REQUEST_FILE, names.MANIFEST_FILE, names.REPORT_FILE))
+    whole = all((work / name).is_file() for name in (names.REQUEST_FILE, names.MANIFEST_FILE, names.REPORT_FILE))
     return whole and not (work / JOURNAL_FILE).exists()
 
 

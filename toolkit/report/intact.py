@@ -41,7 +41,8 @@ def verify_bundle(bundle: Path) -> Verified:
     known = {entry.name for entry in manifest.files} | {names.MANIFEST_FILE}
     known |= {names.REPORT_FILE, names.REPORT_PAGE_FILE, names.COMPILE_LOG_FILE}
     there = sorted(path.name for path in bundle.iterdir() if path.name not in known)
-    left = [name for name in there if name.removesuffix(BEING_WRITTEN).removesuffix(BEING_WRITTEN) in known]
+    ours = {*known, names.REQUEST_FILE}
+    left = [name for name in there if name.removesuffix(BEING_WRITTEN).removesuffix(BEING_WRITTEN) in ours]
     extra = [name for name in there if name not in left]
     problems = [*verify_manifest(bundle), *report_problems(bundle, manifest)]
     problems += [f"{name} is extra: the manifest does not name it" for name in extra if name not in _OF_HOSTS]
