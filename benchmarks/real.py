@@ -1,6 +1,6 @@
 """One table a trained model: this toolkit's qualities and sizes beside llama.cpp and onnxruntime-genai's builder.
 
-    python -m benchmarks.real [coder-0.5b] [coder-1.5b] [smollm2-135m] [--only WORD;WORD] [--again WORD;WORD]
+    python -m benchmarks.real [MODEL …] [--only WORD;WORD] [--again WORD;WORD] [--no-questions]
 
 Judged on GSM8K (benchmarks/data/gsm8k.jsonl, its first 400 test questions): KLD on conversations of the first of them,
 greedy answers to as many as the model's row says, none of which is calibrated on. Calibration is the product's own
@@ -86,8 +86,9 @@ def candidates(hidden_size: int, other_text: Path) -> Iterator[Candidate]:
 class Table:
     """The rows of one model, kept as they come."""
 
-    def __init__(self, name: str, again: list[str]) -> None:
+    def __init__(self, name: str, again: list[str], questions: bool) -> None:
         self.name, self.judged, self.folder = name, MODELS[name], FOLDER / name
+        self._questions = self.judged.questions if questions else 0
         self.checkpoint = dequantized_folder(fetch(self.judged.model), self.folder / "checkpoint")
         self._path = self.folder / "rows.json"
         found = Rows()
@@ -152,7 +153,7 @@ class Table:
         return Material(sequences, others, self._task())
 
     def _task(self) -> Task | None:
-        return read_task(QUESTIONS, self.judged.questions) if self.judged.questions else None
+        return read_task(QUESTIONS, self._questions) if self._questions else None
 
 
 def _turn(role: str, content: str) -> dict[str, str]:
@@ -165,12 +166,14 @@ def main() -> int:
     parser.add_argument("models", nargs="*", default=["smollm2-135m", "coder-0.5b"], help=", ".join(MODELS))
     parser.add_argument("--only", default="", help="rows whose names hold one of these words, separated by ;")
     parser.add_argument("--again", help="rows to make anew, named in the same way; 'checkpoint' for its own answers")
+    parser.add_argument("--no-questions", action="store_true", help="leave GSM8K's answers out: minutes a row")
     asked = parser.parse_args()
     if unknown := [name for name in asked.models if name not in MODELS]:
         print(f"error: no model {unknown[0]!r}, expected some of {', '.join(MODELS)}", file=sys.stderr)
         return 2
     again = asked.again.split(";") if asked.again else []
-    failed = [name for name in asked.models if Table(name, again).make(asked.only.split(";"))]
+    questions = not asked.no_questions
+    failed = [name for name in asked.models if Table(name, again, questions).make(asked.only.split(";"))]
     return 1 if failed else 0
 
 
