@@ -180,7 +180,7 @@ class _Numpy:
 
     def concatenate(self, pieces: Sequence[Floats], axis: int = 0) -> Floats:
         """Returns the pieces behind each other along an axis."""
-        return np.concatenate(pieces, axis=axis)
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=axis)
 
     def transpose(self, x: Floats, axes: Sequence[int]) -> Floats:
         """Returns `x` with its axes in another order, without a copy."""
@@ -254,14 +254,18 @@ class _Numpy:
         T, width = arrays[0].shape[0], max(x[:1].size for x in arrays)
         step = max(1, _CACHED // max(width, 1))
         if step >= T:
-            made: Floats = function(*arrays)
-            return made
+            whole: Floats = function(*arrays)
+            return whole
+        first = function(*(x[:step] for x in arrays))
+        made = np.empty((T, *first.shape[1:]), first.dtype)
+        made[:step] = first
 
-        def some(start: int) -> Floats:
-            return function(*(x[start : start + step] for x in arrays))
+        def fill(start: int) -> None:
+            made[start : start + step] = function(*(x[start : start + step] for x in arrays))
 
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            return np.concatenate(list(pool.map(some, range(0, T, step))))
+            list(pool.map(fill, range(step, T, step)))
+        return made
 
     def column_squares(self, x: Floats) -> Floats:
         """Returns on the host the sum of squares of each column of [T, K]."""

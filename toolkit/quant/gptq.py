@@ -107,8 +107,10 @@ def factorize(moment: Floats, block_size: int, tokens: float = math.inf) -> Fact
     own, to, of = on.index(np.arange(padded)), on.index(inside), on.index(order.order[inside])
     for damping in DAMPINGS:
         taken = damped(order, K, tokens, damping)
-        matrix = on.zeros((padded, padded))
-        matrix[to[:, None], to[None, :]] = moment[of[:, None], of[None, :]]
+        matrix = on.by_rows(lambda rows: rows[:, of], moment[of])
+        if padded > K:
+            whole, matrix = matrix, on.zeros((padded, padded))
+            matrix[to[:, None], to[None, :]] = whole
         matrix *= float(taken.kept)
         matrix[own, own] += on.from_host(taken.added[order.order])
         try:
