@@ -63,6 +63,20 @@ def test_a_fresh_bundle_has_nothing_to_say(bundle: Path) -> None:
     assert called("check", str(bundle)).returncode == 0
 
 
+def test_an_added_token_that_no_template_writes_may_pad(bundle: Path, tmp_path: Path) -> None:
+    """SmolLM2's tokenizer has its added tokens among the others too."""
+    shutil.copytree(bundle, tmp_path / "b")
+    for name, change in (
+        ("genai_config.json", _set("model.pad_token_id", 300)),
+        ("tokenizer.json", lambda raw: raw["added_tokens"].append({"id": 300, "content": "<repo_name>"})),
+    ):
+        path = tmp_path / "b" / name
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        change(raw)
+        path.write_text(json.dumps(raw), encoding="utf-8")
+    assert lint_bundle(tmp_path / "b") == []
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_each_planted_problem_is_named_once(case: str, bundle: Path, tmp_path: Path) -> None:
     change, message = CASES[case]

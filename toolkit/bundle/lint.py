@@ -285,8 +285,10 @@ def _pad(model: ModelSettings, bundle: Path) -> list[str]:
         return []
     if pad == model.bos_token_id:
         return [f"model.pad_token_id {pad} is the beginning of sentence, which stands in every prompt"]
-    if pad in added and _is_written(str(added[pad]), bundle):
-        return [f"model.pad_token_id {pad} is {added[pad]!r}, which the chat template writes into a conversation"]
+    if pad in added:
+        written = _is_written(str(added[pad]), bundle)
+        where = f"model.pad_token_id {pad} is {added[pad]!r}"
+        return [f"{where}, which the chat template writes into a conversation"] if written else []
     if isinstance(vocabulary, dict) and pad in vocabulary.values():
         return [f"model.pad_token_id {pad} is a token of text"]
     return []
