@@ -9,15 +9,15 @@ from pathlib import Path
 
 from toolkit import names
 from toolkit.bundle.settings import Settings
-from toolkit.errors import MachineError
+from toolkit.files import disk_error
 from toolkit.machine import is_running
 
 
 def linked_copy(bundle: Path, settings: Settings, within: Path | None = None) -> tempfile.TemporaryDirectory[str]:
     """Returns a folder beside the bundle, or `within` another, with its files by other names and settings of its own.
 
-    The name holds the number of this process; what processes left that were killed goes first. Raises MachineError if
-    it cannot be made.
+    The name holds the number of this process; what processes left that were killed goes first. Raises MachineError
+    where nothing can be written.
     """
     place, begins = within or bundle.parent, f".{bundle.name}-on-cpu-"
     try:
@@ -28,7 +28,7 @@ def linked_copy(bundle: Path, settings: Settings, within: Path | None = None) ->
                 _link_or_copy(path, Path(folder.name) / path.name)
         (Path(folder.name) / names.GENAI_CONFIG_FILE).write_text(settings.text, encoding="utf-8")
     except OSError as problem:
-        raise MachineError(f"no copy of {bundle} can be made beside it: {problem.strerror}") from None
+        raise disk_error(problem, place) from None
     return folder
 
 
