@@ -14,6 +14,8 @@ from toolkit.bundle.genai_config import GENAI_TYPES
 from toolkit.bundle.lint_pipeline import lint_pipeline
 from toolkit.bundle.settings import DecoderSettings, GenaiConfig, ModelSettings, config_of, read_genai_config
 from toolkit.checkpoint.side_files import TEMPLATE_FILE, TOKENIZER_CONFIG_FILE
+from toolkit.errors import BundleError
+from toolkit.files import read_text
 from toolkit.graph.interface import GraphInterface, read_interface
 from toolkit.typed_json import Json
 
@@ -117,6 +119,7 @@ _SINCE: Final = {
     "mtp": "0.16",
     "audio_output": "0.17",
 }
+_MAX_BYTES: Final = 256 << 20
 _LAYERED: Final = ("past_key_names", "past_value_names", "present_key_names", "present_value_names")
 
 
@@ -261,9 +264,9 @@ def _is_written(token: str, bundle: Path) -> bool:
     """Whether a chat template of the bundle has the token in it."""
     for name in (TEMPLATE_FILE, TOKENIZER_CONFIG_FILE):
         try:
-            text = (bundle / name).read_text(encoding="utf-8")
+            text = read_text(bundle / name, _MAX_BYTES, BundleError)
             written = text if name == TEMPLATE_FILE else str(json.loads(text).get("chat_template", ""))
-        except (OSError, ValueError, AttributeError, RecursionError):
+        except (BundleError, ValueError, AttributeError, RecursionError):
             continue
         if token in written:
             return True
@@ -278,10 +281,10 @@ def _pad(model: ModelSettings, bundle: Path) -> list[str]:
     if pad in model.eos_token_id:
         return [f"model.pad_token_id {pad} is an end of sentence, which stands between the turns of a conversation"]
     try:
-        tokenizer = json.loads((bundle / names.TOKENIZER_FILE).read_text(encoding="utf-8"))
+        tokenizer = json.loads(read_text(bundle / names.TOKENIZER_FILE, _MAX_BYTES, BundleError))
         vocabulary = tokenizer["model"]["vocab"]
         added = {token["id"]: token["content"] for token in tokenizer.get("added_tokens", [])}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (BundleError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return []
     if pad == model.bos_token_id:
         return [f"model.pad_token_id {pad} is the beginning of sentence, which stands in every prompt"]
