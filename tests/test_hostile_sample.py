@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -109,7 +110,9 @@ def test_structures_stay_json(content: bytes) -> None:
 
 def test_every_place_of_a_document_is_one() -> None:
     assert places({"a": [1, {"b": 2}]}) == [(), ("a",), ("a", 0), ("a", 1), ("a", 1, "b")]
-    assert len({repr(value) for value in ODD_VALUES}) == len(ODD_VALUES)
+    # Floats by their bits: a bundle that was opened in this process has turned subnormal numbers off.
+    distinct = {struct.pack("d", value) if isinstance(value, float) else repr(value) for value in ODD_VALUES}
+    assert len(distinct) == len(ODD_VALUES)
 
 
 def test_batches_share_out_every_mutant() -> None:
