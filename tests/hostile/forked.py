@@ -9,7 +9,10 @@ import json
 import os
 import signal
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -122,3 +125,13 @@ def _compiled(_: str, job: dict[str, Any], log: Path) -> dict[str, Any]:
         whole = onnx.helper.make_graph([node], "compiled", graph.input, graph.output)
         onnx.save(onnx.helper.make_model(whole, opset_imports=model.opset_import), str(out / f"{stage}_ctx.onnx"))
     return {"peak_rss_bytes": 1 << 20}
+
+
+@contextmanager
+def campaign_folder() -> Iterator[Path]:
+    """Yields a folder, in memory where there is some, for a campaign of commands with one thread each and no hub."""
+    for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ.setdefault(name, "1")
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
+        yield Path(folder)

@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import signal
 import sys
-import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -22,7 +20,7 @@ from pathlib import Path
 from typing import Final
 
 from tests.command_line import called
-from tests.hostile.forked import Ended, Forked, content_of
+from tests.hostile.forked import Ended, Forked, campaign_folder, content_of
 from tests.hostile.smallest import make_smallest
 from tests.hostile.stopped import FULL, HOWS, Stop, never
 from toolkit.quality import QUALITIES
@@ -171,11 +169,8 @@ def main() -> None:
     options.add_argument("--first", type=int, default=1, metavar="N", help="from the Nth event on [1]")
     asked = options.parse_args()
     begin = time.monotonic()
-    for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-        os.environ.setdefault(name, "1")
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
-        trials = Trials(Path(folder))
+    with campaign_folder() as folder:
+        trials = Trials(folder)
         for kind in asked.kind or KINDS:
             trials.run(kind, asked.how, asked.every, asked.first)
     for name, count in sorted(trials.counts.items()):

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import sys
-import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -20,7 +18,7 @@ from random import Random
 from typing import Final
 
 from tests.command_line import called
-from tests.hostile.forked import Ended, Forked, content_of
+from tests.hostile.forked import Ended, Forked, campaign_folder, content_of
 from tests.hostile.smallest import make_smallest
 from tests.hostile.stopped import never
 
@@ -176,11 +174,8 @@ def main() -> None:
     options.add_argument("--seed", type=int, default=14)
     asked = options.parse_args()
     begin = time.monotonic()
-    for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-        os.environ.setdefault(name, "1")
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
-        pairs = Pairs(Path(folder))
+    with campaign_folder() as folder:
+        pairs = Pairs(folder)
         for kind in asked.kind or KINDS:
             pairs.run(kind, asked.count, asked.seed)
     for name, count in sorted(pairs.counts.items()):
