@@ -208,9 +208,8 @@ class _Watch:
 
     def __init__(self, root: Path) -> None:
         # What a command may write: its bundle with what lies beside it, the compiler's folder, temporary files.
-        self._allowed = tuple(
-            str(root / name) for name in ("out", ".out", "tmp", "pipeline", ".bundle-", "bundle/report")
-        )
+        described = ("bundle/report", "bundle/README.md", "bundle/manifest.json")
+        self._allowed = tuple(str(root / name) for name in ("out", ".out", "tmp", "pipeline", ".bundle-", *described))
         self._on = False
         self.outside: list[str] = []
         sys.addaudithook(self._seen)

@@ -12,8 +12,11 @@ from typing import Final
 
 from toolkit import names
 from toolkit.bundle.manifest import Manifest, read_manifest, verify_manifest
-from toolkit.errors import BundleError
+from toolkit.errors import BundleError, ToolkitError
 from toolkit.files import BEING_WRITTEN, digest_fits, read_json
+from toolkit.report.readme import readme_text
+from toolkit.report.sections import Report
+from toolkit.typed_json import from_json
 
 _MAX_BYTES: Final = 256 << 20
 _MARK: Final = re.compile(rb"<!-- sha256 of the page above: ([0-9a-f]{64}) -->\n\Z")
@@ -45,12 +48,24 @@ def verify_bundle(bundle: Path) -> Verified:
     left = [name for name in there if name.removesuffix(BEING_WRITTEN).removesuffix(BEING_WRITTEN) in ours]
     extra = [name for name in there if name not in left]
     problems = [*verify_manifest(bundle), *report_problems(bundle, manifest)]
+    if _readme_is_newer(bundle, manifest):
+        problems = [line for line in problems if not line.startswith(f"{names.README_FILE} ")]
     problems += [f"{name} is extra: the manifest does not name it" for name in extra if name not in _OF_HOSTS]
     notes = [f"{name} is extra, put there by a program that keeps models" for name in extra if name in _OF_HOSTS]
     notes += [f"{name} is left of a command that was killed, and goes with the same command" for name in left]
     if bundle.with_name(f"{bundle.name}.compile").is_dir():
         notes.append(f"compiling it was stopped: `toolkit compile {bundle}` goes on")
     return Verified(tuple(problems), tuple(notes))
+
+
+def _readme_is_newer(bundle: Path, manifest: Manifest) -> bool:
+    """Whether README.md is what the report makes of it, whatever the manifest says: a kill came between the two."""
+    try:
+        raw = read_json(bundle / names.REPORT_FILE, _MAX_BYTES, BundleError, "no report")
+        text = readme_text(bundle, manifest, from_json(Report, raw))
+        return (bundle / names.README_FILE).read_bytes() == text.encode("utf-8")
+    except (ToolkitError, ValueError, OSError):
+        return False
 
 
 def report_problems(bundle: Path, manifest: Manifest) -> Iterator[str]:

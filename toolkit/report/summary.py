@@ -15,6 +15,7 @@ from toolkit.files import read_json, with_digest, write_json, write_text
 from toolkit.machine import this_machine
 from toolkit.report.intact import page_with_digest
 from toolkit.report.page import render_report
+from toolkit.report.readme import write_readme
 from toolkit.report.sections import NotMeasured, Report
 from toolkit.typed_json import field_kinds, from_json, read_value, to_json
 
@@ -94,7 +95,7 @@ def amend_report(bundle: Path, change: Callable[[Report], Report], reasons: Iter
 
 
 def write_report(bundle: Path, report: Report, reasons: Iterable[NotMeasured] = ()) -> Report:
-    """Writes report.json and report.html; returns the report as written.
+    """Writes report.json and report.html, and the README.md of a bundle after them; returns the report as written.
 
     Sections that are absent are named in `not_measured` with their reason; `reasons` may name single figures too.
     """
@@ -105,4 +106,5 @@ def write_report(bundle: Path, report: Report, reasons: Iterable[NotMeasured] = 
     whole = replace(whole, digest=raw["digest"])
     write_json(bundle / names.REPORT_FILE, raw)
     write_text(bundle / names.REPORT_PAGE_FILE, page_with_digest(render_report(whole)))
+    write_readme(bundle, whole)
     return whole
