@@ -30,7 +30,7 @@ FLOORS: Final = (
     ("partition",),
     ("bundle", "epcontext"),
     ("report",),
-    ("evaluate",),
+    ("evaluate", "hosts"),
     ("pipeline",),
     ("library",),
     ("__init__",),

@@ -36,10 +36,12 @@ PUBLIC = [
     "export",
     "generate",
     "inspect",
+    "install",
     "load_recipe",
     "open_checkpoint",
     "plan",
     "recipes",
+    "uninstall",
     "validate",
     "verify",
 ]

@@ -27,9 +27,11 @@ if TYPE_CHECKING:
     from toolkit.library import export as export
     from toolkit.library import generate as generate
     from toolkit.library import inspect as inspect
+    from toolkit.library import install as install
     from toolkit.library import open_checkpoint as open_checkpoint
     from toolkit.library import plan as plan
     from toolkit.library import recipes as recipes
+    from toolkit.library import uninstall as uninstall
     from toolkit.library import validate as validate
     from toolkit.library import verify as verify
     from toolkit.pipeline.inspect import BundleFacts as BundleFacts
@@ -68,10 +70,12 @@ _PUBLIC: Final = {
     "export": "toolkit.library",
     "generate": "toolkit.library",
     "inspect": "toolkit.library",
+    "install": "toolkit.library",
     "load_recipe": "toolkit.recipe.read",
     "open_checkpoint": "toolkit.library",
     "plan": "toolkit.library",
     "recipes": "toolkit.library",
+    "uninstall": "toolkit.library",
     "validate": "toolkit.library",
     "verify": "toolkit.library",
 }

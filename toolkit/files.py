@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -208,6 +209,14 @@ def _read_bounded(path: Path, max_bytes: int, error: type[ToolkitError], mark_to
     if content.startswith(codecs.BOM_UTF8) and not mark_too:
         raise error(f"{path} begins with a byte order mark, which programs stumble over: save it as UTF-8 without one")
     return content
+
+
+def link_or_copy(path: Path, other: Path) -> None:
+    """Gives a file a second name, or copies it where the file system has no hard links or is another."""
+    try:
+        os.link(path, other)
+    except OSError:
+        shutil.copyfile(path, other)
 
 
 def file_sha256(path: Path) -> str:

@@ -18,11 +18,13 @@ from toolkit.errors import RecipeError
 from toolkit.evaluate.conversation import Answer, Conversation
 from toolkit.evaluate.speed import measure_speed
 from toolkit.files import check_writable, disk_errors
+from toolkit.hosts.installation import DescribedInstallation, remove_installed
 from toolkit.pipeline.catalogue import RecipeRow, recipe_rows
 from toolkit.pipeline.check import CheckResult, check_bundle
 from toolkit.pipeline.compile import compile_bundle, compile_exported
 from toolkit.pipeline.export import Order, export_planned, plan_exports
 from toolkit.pipeline.inspect import BundleFacts, CheckpointFacts, inspect_checkpoint, inspect_path
+from toolkit.pipeline.install import install_bundles
 from toolkit.pipeline.judge import Effort, judge_bundle
 from toolkit.pipeline.place import followed, held
 from toolkit.pipeline.plan import ExportPlan, shorten_context
@@ -234,6 +236,36 @@ def inspect(path: str | Path, *, revision: str | None = None) -> CheckpointFacts
     if is_hub_id(place) or hub_file(place):
         return inspect_checkpoint(open_headers(place, revision))
     return inspect_path(Path(path))
+
+
+def install(
+    *bundles: str | Path,
+    to: str,
+    name: str | None = None,
+    root: str | Path | None = None,
+    base_url: str | None = None,
+    license: str | None = None,
+    dry_run: bool = False,
+) -> list[DescribedInstallation]:
+    """Puts bundles where another program reads them, and returns what was put where and what is left to do.
+
+    `to` is `foundry-local`, `ai-toolkit`, `lemonade`, `windows-ml-catalog` or `package`, which takes bundles of one
+    model for several execution providers. `name` is the model's name there and `root` the program's folder of models,
+    if not the usual one; `base_url` and `license` are a catalogue's. Large files are hard links where the disk has
+    them. With `dry_run` nothing is written. Raises RecipeError for a place that is somebody else's, BundleError for a
+    bundle that would not run, UnsupportedError for what the program does not run.
+    """
+    place = None if root is None else Path(root)
+    made = install_bundles([Path(bundle) for bundle in bundles], to, name, place, base_url, license, dry_run)
+    return [installation.described() for installation in made]
+
+
+def uninstall(folder: str | Path) -> list[str]:
+    """Removes what `install` put into a folder, and nothing else; returns the names of files that are left there.
+
+    Raises BundleError for a folder that `install` did not make.
+    """
+    return remove_installed(Path(folder))
 
 
 def recipes(model: str | None = None, target: str | None = None) -> list[RecipeRow]:

@@ -35,6 +35,13 @@ def compiled_stages(settings: Settings) -> list[str]:
     return [stage.name for stage in settings.stages if stage.filename == names.compiled_file(stage.name)]
 
 
+def compatibility_of(bundle: Path, settings: Settings) -> str:
+    """Returns what a compiled bundle's provider says it was compiled for, in the provider's own words; empty for a
+    bundle that is not compiled."""
+    stages = compiled_stages(settings)
+    return read_interface(bundle / names.compiled_file(stages[0])).metadata.get(_COMPATIBILITY, "") if stages else ""
+
+
 def binary_of(compiled: GraphInterface) -> str:
     """Returns the file with a compiled stage's weights and code, which its part's other stage shares."""
     return next((str(node.attributes.get("ep_cache_context", "")) for node in compiled.nodes), "")

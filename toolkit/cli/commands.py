@@ -17,6 +17,7 @@ import click
 
 from toolkit import __version__
 from toolkit.cli.convert import compile_, export, inspect, recipes
+from toolkit.cli.install import install, uninstall
 from toolkit.cli.judge import bench, check, harness, validate, verify
 from toolkit.cli.stops import Stopped, end_at_once, heed_stops
 from toolkit.cli.talk import chat, generate
@@ -41,6 +42,8 @@ def commands(debug: bool) -> None:
 
 
 for command in (export, compile_, validate, inspect, check, verify, generate, chat, bench, harness, recipes):
+    commands.add_command(command)
+for command in (install, uninstall):
     commands.add_command(command)
 
 

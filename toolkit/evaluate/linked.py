@@ -9,7 +9,7 @@ from pathlib import Path
 
 from toolkit import names
 from toolkit.bundle.settings import Settings
-from toolkit.files import disk_error
+from toolkit.files import disk_error, link_or_copy
 from toolkit.machine import is_running
 
 
@@ -25,7 +25,7 @@ def linked_copy(bundle: Path, settings: Settings, within: Path | None = None) ->
         folder = tempfile.TemporaryDirectory(prefix=f"{begins}{os.getpid()}-", dir=place, ignore_cleanup_errors=True)
         for path in bundle.iterdir():
             if path.name != names.GENAI_CONFIG_FILE and path.is_file():
-                _link_or_copy(path, Path(folder.name) / path.name)
+                link_or_copy(path, Path(folder.name) / path.name)
         (Path(folder.name) / names.GENAI_CONFIG_FILE).write_text(settings.text, encoding="utf-8")
     except OSError as problem:
         raise disk_error(problem, place) from None
@@ -38,10 +38,3 @@ def _remove_left(place: Path, begins: str) -> None:
         number = path.name.removeprefix(begins).partition("-")[0] if path.name.startswith(begins) else ""
         if number.isdecimal() and not is_running(int(number)):
             shutil.rmtree(path, ignore_errors=True)
-
-
-def _link_or_copy(path: Path, other: Path) -> None:
-    try:
-        os.link(path, other)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(path, other)
