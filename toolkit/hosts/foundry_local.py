@@ -72,7 +72,7 @@ def plan_foundry_local(bundle: Installable, name: str | None, root: Path | None)
 
 def _metadata(bundle: Installable) -> dict[str, str | int]:
     """The properties of a registration, by the names that the core reads: in camel case it reads none of them."""
-    context = {"task": "chat-completion", "context_length": bundle.settings.context_length}
+    context: dict[str, str | int] = {"task": "chat-completion", "context_length": bundle.settings.context_length}
     if bundle.thinks is None:
         return context
     begin, end = bundle.thinks
