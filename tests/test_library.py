@@ -32,6 +32,7 @@ PUBLIC = [
     "UnsupportedError",
     "bench",
     "check",
+    "compare",
     "compile",
     "export",
     "generate",

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from toolkit.evaluate.thought import Piece as Piece
     from toolkit.library import bench as bench
     from toolkit.library import check as check
+    from toolkit.library import compare as compare
     from toolkit.library import compile as compile
     from toolkit.library import export as export
     from toolkit.library import generate as generate
@@ -66,6 +67,7 @@ _PUBLIC: Final = {
     "UnsupportedError": "toolkit.errors",
     "bench": "toolkit.library",
     "check": "toolkit.library",
+    "compare": "toolkit.library",
     "compile": "toolkit.library",
     "export": "toolkit.library",
     "generate": "toolkit.library",

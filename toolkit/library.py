@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from toolkit.bundle.manifest import read_manifest
@@ -29,8 +29,10 @@ from toolkit.pipeline.judge import Effort, judge_bundle
 from toolkit.pipeline.place import followed, held
 from toolkit.pipeline.plan import ExportPlan, shorten_context
 from toolkit.recipe import Recipe, load_recipe, meant_recipe
+from toolkit.report.compare import ComparedReports, compare_reports
 from toolkit.report.intact import verify_bundle
 from toolkit.report.sections import PartitionRow, Report, Speed
+from toolkit.report.summary import load_report_at
 from toolkit.target import TARGETS
 
 Progress = Callable[[str], None]
@@ -274,6 +276,16 @@ def recipes(model: str | None = None, target: str | None = None) -> list[RecipeR
     `model`, a name or hub id, and `target` leave the others out; both may be globs. Raises RecipeError if none is left.
     """
     return recipe_rows(model, target)
+
+
+def compare(a: str | Path, b: str | Path, *, tolerances: Mapping[str, str] | None = None) -> ComparedReports:
+    """The reports of two bundles, or two report.json, side by side: `a` the earlier, `b` the later.
+
+    `passed` is whether nothing became worse by more than it may, `figures` has every figure with its regression if it
+    is one. `tolerances` are amounts by the name of a figure: `0.005`, `5%` of the earlier, or `any`. Raises BundleError
+    where there is no report to read, RecipeError for a figure or an amount that is none.
+    """
+    return compare_reports(load_report_at(Path(a)), load_report_at(Path(b)), tolerances)
 
 
 def made_from(

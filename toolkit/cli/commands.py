@@ -16,6 +16,7 @@ from typing import NoReturn
 import click
 
 from toolkit import __version__
+from toolkit.cli.compare import compare
 from toolkit.cli.convert import compile_, export, inspect, recipes
 from toolkit.cli.install import install, uninstall
 from toolkit.cli.judge import bench, check, harness, validate, verify
@@ -41,7 +42,7 @@ def commands(debug: bool) -> None:
     # main() reads it from the words themselves: it has to know it whatever fails.
 
 
-for command in (export, compile_, validate, inspect, check, verify, generate, chat, bench, harness, recipes):
+for command in (export, compile_, validate, inspect, check, verify, generate, chat, bench, harness, recipes, compare):
     commands.add_command(command)
 for command in (install, uninstall):
     commands.add_command(command)

@@ -64,12 +64,21 @@ def read_report(bundle: Path, manifest: Manifest) -> Report:
 
 def load_report(bundle: Path) -> Report:
     """The bundle's report as it stands. Raises BundleError if there is none to read."""
-    path = bundle / names.REPORT_FILE
-    again = f"`toolkit validate {bundle}` makes it anew"
+    return _loaded(bundle / names.REPORT_FILE, f"`toolkit validate {bundle}` makes it anew")
+
+
+def load_report_at(place: Path) -> Report:
+    """The report of a bundle's folder, or that of a file which is one. Raises BundleError if there is none to read."""
+    if place.is_dir():
+        return load_report(place)
+    return _loaded(place, "expected a bundle's folder or its report.json")
+
+
+def _loaded(path: Path, hint: str) -> Report:
     try:
-        return from_json(Report, read_json(path, _MAX_BYTES, BundleError, again), str(path))
+        return from_json(Report, read_json(path, _MAX_BYTES, BundleError, hint), str(path))
     except ValueError as problem:
-        raise BundleError(f"{problem}: {again}") from None
+        raise BundleError(f"{problem}: {hint}") from None
 
 
 def validated_report(bundle: Path) -> Report | None:
