@@ -68,7 +68,7 @@ def compare_reports(a: Report, b: Report, tolerances: Mapping[str, str] | None =
         if amount != ANY and not _AMOUNT.fullmatch(amount):
             raise RecipeError(f"the tolerance of {name} is {amount!r}, expected an amount (0.005), a share (5%) or any")
     alike = (a.machine.cpu, a.machine.cores) == (b.machine.cpu, b.machine.cores)
-    rows = []
+    rows: list[ComparedFigure] = []
     for figure in FIGURES.values():
         judged = figure.name in asked or alike or not figure.here
         tolerance = asked.get(figure.name, figure.tolerance) if judged else ""
