@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from tests.hostile.sandbox import Sandbox
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# What is measured of the machine is kept beside what tests make, not where a user has it.
+os.environ.setdefault("TOOLKIT_CACHE", str(Path(__file__).resolve().parent.parent / "build" / "cache"))
 # The models are small: threads of BLAS would wait for each other longer than they work, and last bits depend on them.
 for threads in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(threads, "1")

@@ -66,7 +66,7 @@ class HubHandler(BaseHTTPRequestHandler):
             return
         if self.path.startswith(f"/api/models/{REPO}"):
             siblings = [{"rfilename": path.name} for path in sorted(self.server.folder.iterdir())]
-            text = json.dumps({"id": REPO, "sha": COMMIT, "siblings": siblings}).encode()
+            text = json.dumps({"id": REPO, "sha": COMMIT, "siblings": siblings, "tags": ["license:mit"]}).encode()
             known = self.path.rsplit("/", 1)[-1] in ("some-model", "main", "v1", COMMIT)
             failed = {"X-Error-Code": "RevisionNotFound", "Content-Type": "application/json"}
             self._send(200 if known else 404, text, {"Content-Type": "application/json"} if known else failed, body)
@@ -283,3 +283,19 @@ def test_a_failed_download_keeps_its_cause() -> None:
             raise OSError("The file is not here. Check your connection.") from cause
     except OSError as problem:
         assert "downloaded: The file is not here: Connection refused; run again" in str(hub_error("a/b", None, problem))
+
+
+def test_a_hub_id_is_sized_by_its_headers_and_got(hub: Hub, tmp_path: Path) -> None:
+    home, hub.broken, hub.mended = tmp_path / "home", True, True
+    done = _run(hub, home, "recipes", "--hub", REPO, "--model", REPO, "--json")
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(done.stdout)
+    assert (row["kind"], row["target"], row["license"]) == ("hub", "cpu", "mit")
+    weights = hub.folder / "model.safetensors"
+    assert hub.sent[weights.name] < weights.stat().st_size / 4
+    done = _run(hub, home, "get", REPO, "--quality", "fast", "--out", str(tmp_path / "b"))
+    assert done.returncode == 0, done.stderr
+    made = json.loads((tmp_path / "b" / "manifest.json").read_text(encoding="utf-8"))
+    # Without a text nothing is left open before the export: the forecast is the bundle.
+    assert sum(file["bytes"] for file in made["files"] if file["name"].endswith(".data")) <= row["bundle_bytes"]
+    assert "is the best that is here" in done.stderr

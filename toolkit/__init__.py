@@ -25,8 +25,10 @@ if TYPE_CHECKING:
     from toolkit.library import check as check
     from toolkit.library import compare as compare
     from toolkit.library import compile as compile
+    from toolkit.library import doctor as doctor
     from toolkit.library import export as export
     from toolkit.library import generate as generate
+    from toolkit.library import get as get
     from toolkit.library import inspect as inspect
     from toolkit.library import install as install
     from toolkit.library import open_checkpoint as open_checkpoint
@@ -69,8 +71,10 @@ _PUBLIC: Final = {
     "check": "toolkit.library",
     "compare": "toolkit.library",
     "compile": "toolkit.library",
+    "doctor": "toolkit.library",
     "export": "toolkit.library",
     "generate": "toolkit.library",
+    "get": "toolkit.library",
     "inspect": "toolkit.library",
     "install": "toolkit.library",
     "load_recipe": "toolkit.recipe.read",

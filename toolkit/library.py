@@ -19,10 +19,12 @@ from toolkit.evaluate.conversation import Answer, Conversation
 from toolkit.evaluate.speed import measure_speed
 from toolkit.files import check_writable, disk_errors
 from toolkit.hosts.installation import DescribedInstallation, remove_installed
-from toolkit.pipeline.catalogue import RecipeRow, recipe_rows
+from toolkit.pipeline.catalogue import CatalogueRow, Search, search_catalogue
 from toolkit.pipeline.check import CheckResult, check_bundle
 from toolkit.pipeline.compile import compile_bundle, compile_exported
+from toolkit.pipeline.doctor import Diagnosis, diagnose
 from toolkit.pipeline.export import Order, export_planned, plan_exports
+from toolkit.pipeline.get import choose_target
 from toolkit.pipeline.inspect import BundleFacts, CheckpointFacts, inspect_checkpoint, inspect_path
 from toolkit.pipeline.install import install_bundles
 from toolkit.pipeline.judge import Effort, judge_bundle
@@ -270,12 +272,62 @@ def uninstall(folder: str | Path) -> list[str]:
     return remove_installed(Path(folder))
 
 
-def recipes(model: str | None = None, target: str | None = None) -> list[RecipeRow]:
-    """The recipes that come with the toolkit: a row each with model, target, size and what this machine can do.
+def recipes(
+    *words: str,
+    model: str | None = None,
+    target: str | None = None,
+    license: str | None = None,
+    max_bytes: int | None = None,
+    min_context: int | None = None,
+    runs_here: bool = False,
+    bundles: Sequence[str | Path] = (),
+    hub_ids: Sequence[str] = (),
+) -> list[CatalogueRow]:
+    """Searches the recipes that come with the toolkit, the bundles in folders, and checkpoints on the hub: a row each
+    with sizes, licence, what this machine can do with it, and what was measured.
 
-    `model`, a name or hub id, and `target` leave the others out; both may be globs. Raises RecipeError if none is left.
+    `words` all stand in a row's names or licence; `model`, a name or hub id, `target` and `license` are globs.
+    `max_bytes` and `min_context` bound bundles, `runs_here` leaves out what this machine does not run as it is.
+    `bundles` are looked for at and below folders, `hub_ids` from the headers of their weights, for `target` or the CPU.
+    Raises RecipeError if no row is left.
     """
-    return recipe_rows(model, target)
+    folders = tuple(Path(folder) for folder in bundles)
+    search = Search(words, model, target, license, max_bytes, min_context, runs_here, folders, tuple(hub_ids))
+    return search_catalogue(search)
+
+
+def get(
+    model: str,
+    *,
+    target: str | None = None,
+    out: str | Path | None = None,
+    quality: str | None = None,
+    revision: str | None = None,
+    device: str = "cpu",
+    progress: Progress = _silent,
+    note: Progress = _silent,
+) -> Path:
+    """Downloads a model and converts it for the best target of this machine; returns the bundle's folder.
+
+    `model` is a model of the recipes such as `1.5b`, a hub id, or a folder. The best target is the first of the NPU's,
+    the GPU's and the CPU's whose execution provider is here and whose bundle fits the memory; `target` names another.
+    `note` is told which was chosen and why. Raises RecipeError for a model that is not known, MachineError where
+    nothing fits.
+    """
+    chosen = choose_target(model, target, revision)
+    note(f"{chosen.target}: {chosen.why}")
+    plans = plan(chosen.recipe, checkpoint=chosen.checkpoint, out=out, quality=quality, revision=revision, note=note)
+    (bundle,) = export(plans, device=device, progress=progress, note=note)
+    return bundle
+
+
+def doctor(*folders: str | Path) -> Diagnosis:
+    """Looks at this machine and at the bundles in folders, `build` if none is named.
+
+    It says what is installed, what each bundle would run on, what is wrong with it since the software changed, and the
+    command that mends it.
+    """
+    return diagnose([Path(folder) for folder in folders] or [Path("build")])
 
 
 def compare(a: str | Path, b: str | Path, *, tolerances: Mapping[str, str] | None = None) -> ComparedReports:

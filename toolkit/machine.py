@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,16 @@ def package_versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def cache_folder() -> Path:
+    """Returns the folder for what is measured once and kept, which may not be there yet: `TOOLKIT_CACHE` names another
+    than the system's own place for it."""
+    if named := os.environ.get("TOOLKIT_CACHE"):
+        return Path(named)
+    places = {"Windows": os.environ.get("LOCALAPPDATA"), "Darwin": str(Path.home() / "Library" / "Caches")}
+    place = places.get(platform.system()) or os.environ.get("XDG_CACHE_HOME")
+    return (Path(place) if place else Path.home() / ".cache") / _OWN_DISTRIBUTION
 
 
 def ram_bytes() -> int:

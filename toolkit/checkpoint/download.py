@@ -34,6 +34,7 @@ _SIDE_PATTERNS: Final = (
 _HUB_ID: Final = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 # A GGUF file in a repository of the hub, owner/name:file.
 _HUB_FILE: Final = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*):(?P<file>[\w.-]+(/[\w.-]+)*\.gguf)")
+_LICENSE_TIMEOUT_S: Final = 5.0
 _SENTENCE_END: Final = re.compile(r"(?<=[.!?])\s+(?=[A-Z])|\n")
 
 
@@ -123,6 +124,18 @@ def _gguf_set(repository: str, file: str, download: _Download) -> Path:
     if not path.is_file():
         raise CheckpointError(f"{repository} has no file {file}: look up its name on the hub")
     return path
+
+
+def hub_license(place: str) -> str | None:
+    """The licence that a hub id's page names, in the hub's words; None where it names none, or cannot be asked."""
+    try:
+        from huggingface_hub import HfApi
+
+        found = HfApi().model_info(place.partition(":")[0], timeout=_LICENSE_TIMEOUT_S)
+        tags = [tag.removeprefix("license:") for tag in found.tags or [] if tag.startswith("license:")]
+        return tags[0] if tags else None
+    except Exception:  # a licence that is not known keeps nobody from converting
+        return None
 
 
 def hub_error(place: str, revision: str | None, problem: BaseException) -> CheckpointError:

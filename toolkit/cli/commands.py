@@ -17,9 +17,10 @@ import click
 
 from toolkit import __version__
 from toolkit.cli.compare import compare
-from toolkit.cli.convert import compile_, export, inspect, recipes
+from toolkit.cli.convert import compile_, export, inspect
 from toolkit.cli.install import install, uninstall
 from toolkit.cli.judge import bench, check, harness, validate, verify
+from toolkit.cli.shelf import doctor, get, recipes
 from toolkit.cli.stops import Stopped, end_at_once, heed_stops
 from toolkit.cli.talk import chat, generate
 from toolkit.errors import ToolkitError
@@ -44,7 +45,7 @@ def commands(debug: bool) -> None:
 
 for command in (export, compile_, validate, inspect, check, verify, generate, chat, bench, harness, recipes, compare):
     commands.add_command(command)
-for command in (install, uninstall):
+for command in (get, doctor, install, uninstall):
     commands.add_command(command)
 
 

@@ -1,4 +1,4 @@
-"""Commands that make bundles, and those that say what there is to be made: export, compile, recipes, inspect."""
+"""Commands that make bundles, and one that says what they are made of: export, compile, inspect."""
 
 from __future__ import annotations
 
@@ -148,26 +148,3 @@ def inspect(path: str, revision: str | None, as_json: bool) -> None:
                 click.echo("  " + "  ".join(str(v) for v in row.values()))
         else:
             click.echo(f"{key}: {value}")
-
-
-@click.command()
-@click.option("--model", help="Those of one model: its name or hub id, or a glob of either, such as '*qwen*'.")
-@click.option("--target", help="Those for one target, or a glob of targets, such as 'cpu*'.")
-@AS_JSON
-def recipes(model: str | None, target: str | None, as_json: bool) -> None:
-    """The recipes that come with the toolkit, and what this machine can do with them."""
-    from toolkit import library
-
-    rows = library.recipes(model, target)
-    if as_json:
-        click.echo(json.dumps(to_json(rows), indent=2, ensure_ascii=False))
-        return
-    width = max(len(row.recipe) for row in rows)
-    click.echo(f"{'recipe':{width}} {'target':9} {'bundle':>9} {'bits':>5} {'context':>8}  {'here':35} model")
-    for row in rows:
-        mebibytes = row.bundle_bytes / 2**20
-        size = f"{mebibytes / 1024:.2f} GiB" if mebibytes >= 1024 else f"{mebibytes:.1f} MiB"
-        click.echo(
-            f"{row.recipe:{width}} {row.target:9} {size:>9} {row.bits_per_weight:5.2f} "
-            f"{row.context_length:8}  {row.here:35} {row.model}"
-        )

@@ -20,7 +20,7 @@ from toolkit.bundle.settings import Settings, read_settings
 from toolkit.errors import BundleError, MachineError
 from toolkit.evaluate.linked import linked_copy
 from toolkit.machine import free_memory_bytes
-from toolkit.target import TARGETS
+from toolkit.target import TARGETS, Stage
 
 # The execution provider behind genai's name for it, and the package that carries it as a plugin.
 _PROVIDERS: Final = {
@@ -156,6 +156,11 @@ def _genai_has_dml() -> bool:
     except ImportError:
         return False
     return bool(og.is_dml_available())
+
+
+def providers() -> tuple[Stage, ...]:
+    """Returns every execution provider that a target is for besides the CPU's, as its target's row has it."""
+    return tuple(_PROVIDERS.values())
 
 
 def missing_provider(name: str) -> str:

@@ -49,6 +49,21 @@ def compile_exported(bundle: Path, wanted: bool, progress: Callable[[str], None]
     return f"not compiled ahead of time: {reason}; `toolkit compile {bundle}` does it"
 
 
+def is_current(bundle: Path) -> bool:
+    """Whether a compiled bundle's binaries are those that the compiler installed here would make of its graphs; true
+    where none were compiled, or no compiler is here to ask."""
+    manifest = read_manifest(bundle)
+    if not manifest.compiled:
+        return True
+    try:
+        software = f"{PACKAGE} {htp_version()}"
+    except MachineError:
+        return True
+    hashes = {entry.name: entry.sha256 for entry in manifest.files}
+    parts = _parts(manifest.recipe, read_settings(bundle).soc_options(), hashes, software)
+    return manifest.compiled == _keys(parts)
+
+
 def compile_bundle(
     bundle: Path, progress: Callable[[str], None] = lambda _: None, soc: str | None = None
 ) -> tuple[PartitionRow, ...]:

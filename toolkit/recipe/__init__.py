@@ -3,7 +3,7 @@
 from toolkit.recipe.check import BITS, BLOCK_SIZES, FIGURES, RULE_ALGORITHMS
 from toolkit.recipe.read import REQUIRED_KEYS, load_recipe, parse_recipe
 from toolkit.recipe.recipe import QuantRule, Recipe
-from toolkit.recipe.tree import data_folder, meant_recipe, model_facts, recipe_names
+from toolkit.recipe.tree import data_folder, known_license, meant_recipe, model_facts, recipe_names
 from toolkit.recipe.words import is_path, nearest
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "Recipe",
     "data_folder",
     "is_path",
+    "known_license",
     "load_recipe",
     "meant_recipe",
     "model_facts",

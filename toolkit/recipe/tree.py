@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from functools import cache
 from pathlib import Path
@@ -33,6 +34,17 @@ def model_facts(recipe_name: str, target: str) -> Path | None:
     """Returns `models/<model>` for a recipe called `<model>-<target>`, if there is one."""
     folder = data_folder("models") / recipe_name.removesuffix(f"-{target}")
     return folder if (folder / CONFIG_FILE).is_file() else None
+
+
+def known_license(recipe_name: str, target: str) -> str | None:
+    """Returns the licence of a model that the toolkit has facts of, in the hub's words, None of another."""
+    return _licenses().get(recipe_name.removesuffix(f"-{target}"))
+
+
+@cache
+def _licenses() -> dict[str, str]:
+    path = data_folder("models") / "licenses.json"
+    return {str(model): str(word) for model, word in json.loads(path.read_text(encoding="utf-8")).items()}
 
 
 def meant_recipe(word: str, checkpoint: str | None) -> str:

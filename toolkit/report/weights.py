@@ -117,15 +117,17 @@ def compiled_rows(rows: Sequence[PartitionRow], bundle: Path, stages: Sequence[s
 
 
 def ceiling_section(layout: Layout, soc: Soc) -> tuple[CeilingRow, ...]:
-    """What memory bandwidth allows: each token reads every matrix but the embedding, of which it reads a row.
+    """What memory bandwidth allows. The KV cache comes on top, and what a device measures lies below."""
+    return (ceiling_row(weight_bytes_per_token(layout), soc),)
 
-    A tied embedding is read as the LM head. The KV cache comes on top, and what a device measures lies below.
-    """
+
+def weight_bytes_per_token(layout: Layout) -> int:
+    """How many bytes of weights a token reads: every matrix but the embedding, of which it reads a row; a tied
+    embedding is read as the LM head."""
     matrices = layout.matrices()
     tied = not any(names.role_of(unit.name) == "lm_head" for unit in matrices)
     read = [unit for unit in matrices if tied or names.role_of(unit.name) != "embed_tokens"]
-    nbytes = sum(slot.nbytes for unit in read for slot in unit.slots)
-    return (ceiling_row(nbytes, soc),)
+    return sum(slot.nbytes for unit in read for slot in unit.slots)
 
 
 def ceiling_row(weight_bytes_per_token: int, soc: Soc) -> CeilingRow:
