@@ -33,6 +33,7 @@ FLOORS: Final = (
     ("evaluate", "hosts"),
     ("pipeline",),
     ("library",),
+    ("matrix",),
     ("__init__",),
     ("cli",),
     ("__main__",),

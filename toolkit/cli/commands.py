@@ -20,12 +20,13 @@ from toolkit.cli.compare import compare
 from toolkit.cli.convert import compile_, export, inspect
 from toolkit.cli.install import install, uninstall
 from toolkit.cli.judge import bench, check, harness, validate, verify
+from toolkit.cli.matrix import matrix
 from toolkit.cli.shelf import doctor, get, recipes
 from toolkit.cli.stops import Stopped, end_at_once, heed_stops
 from toolkit.cli.talk import chat, generate
 from toolkit.errors import ToolkitError
 
-_RESUMED = ("export", "compile")
+_RESUMED = ("export", "compile", "matrix")
 # Characters of a message: it may quote what it found.
 _LONGEST = 1000
 # What the system refuses for want of space, rights or handles, or of a path; other errors of it are the toolkit's.
@@ -43,9 +44,9 @@ def commands(debug: bool) -> None:
     # main() reads it from the words themselves: it has to know it whatever fails.
 
 
-for command in (export, compile_, validate, inspect, check, verify, generate, chat, bench, harness, recipes, compare):
+for command in (export, compile_, validate, inspect, check, verify, generate, chat, bench, harness, recipes):
     commands.add_command(command)
-for command in (get, doctor, install, uninstall):
+for command in (get, doctor, install, uninstall, compare, matrix):
     commands.add_command(command)
 
 

@@ -63,8 +63,8 @@ def print_costs(plans: Sequence[DescribedPlan]) -> None:
     """What the exports are about to take, a line each, as an export begins."""
     for plan in plans:
         phases = plan.forecast or ()
-        steps = ", ".join(f"{row.phase} {_rough_time(row.forecast_s)}" for row in phases)
-        whole = _rough_time(sum(row.forecast_s for row in phases))
+        steps = ", ".join(f"{row.phase} {rough_time(row.forecast_s)}" for row in phases)
+        whole = rough_time(sum(row.forecast_s for row in phases))
         memory = max((row.memory_bytes or 0 for row in phases), default=0)
         click.echo(
             f"{plan.recipe}, quality {plan.quality}: {_cost(plan.calibration)}; about {whole} here ({steps}), "
@@ -77,7 +77,7 @@ def _print_phase(row: Phase) -> None:
     """One phase of a plan: its time, its peak of memory, what it adds on the disk, and what the time stands on."""
     sizes = {"of memory": row.memory_bytes, "of disk": row.disk_bytes}
     needs = "".join(f", {_mebibytes(nbytes)} {what}" for what, nbytes in sizes.items() if nbytes)
-    click.echo(f"{row.phase}: about {_rough_time(row.forecast_s)}{needs} ({row.basis})")
+    click.echo(f"{row.phase}: about {rough_time(row.forecast_s)}{needs} ({row.basis})")
 
 
 def _print_plan(plan: DescribedPlan) -> None:
@@ -115,7 +115,7 @@ def _mebibytes(nbytes: int) -> str:
     return f"{nbytes / 2**20:.0f} MiB"
 
 
-def _rough_time(seconds: float) -> str:
+def rough_time(seconds: float) -> str:
     """Two digits, in the unit one would say it in."""
     if seconds >= 2 * 3600:
         return f"{round(seconds / 3600)} h"

@@ -1,6 +1,7 @@
 """A YAML recipe, read into a frozen `Recipe`: one model for one target, and how its weights are quantized."""
 
 from toolkit.recipe.check import BITS, BLOCK_SIZES, FIGURES, RULE_ALGORITHMS
+from toolkit.recipe.matrix import Matrix, MatrixCell, read_matrix
 from toolkit.recipe.read import REQUIRED_KEYS, load_recipe, parse_recipe
 from toolkit.recipe.recipe import QuantRule, Recipe
 from toolkit.recipe.tree import data_folder, known_license, meant_recipe, model_facts, recipe_names
@@ -12,6 +13,8 @@ __all__ = [
     "FIGURES",
     "REQUIRED_KEYS",
     "RULE_ALGORITHMS",
+    "Matrix",
+    "MatrixCell",
     "QuantRule",
     "Recipe",
     "data_folder",
@@ -22,5 +25,6 @@ __all__ = [
     "model_facts",
     "nearest",
     "parse_recipe",
+    "read_matrix",
     "recipe_names",
 ]

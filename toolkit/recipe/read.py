@@ -37,7 +37,7 @@ def load_recipe(name_or_path: str, changes: Sequence[str] = (), checkpoint: str 
         where = f"target {word}"
     else:
         path = find_recipe(word)
-        raw, where = _read(path), f"recipe {path}"
+        raw, where = read_yaml(path), f"recipe {path}"
         _anchor(raw, path.parent)
     # What is not said follows from these.
     deciding = [change for change in changes if change.startswith(("target=", "quality="))]
@@ -77,13 +77,15 @@ def _filled(raw: JsonObject) -> JsonObject:
     return {**TARGETS[target].defaults(raw.get("quality")), **raw}
 
 
-def _read(path: Path) -> JsonObject:
+def read_yaml(path: Path, kind: str = "recipe") -> JsonObject:
+    """The keys and values of a YAML file of bounded size, without anchors; `kind` begins the message of the RecipeError
+    for what is none."""
     try:
         raw = _parsed(read_text(path, _MAX_BYTES, RecipeError))
     except ValueError as problem:
-        raise RecipeError(f"recipe {path} cannot be read: {' '.join(str(problem).split())[:200]}") from None
+        raise RecipeError(f"{kind} {path} cannot be read: {' '.join(str(problem).split())[:200]}") from None
     if not isinstance(raw, dict):
-        raise RecipeError(f"recipe {path} holds a {type(raw).__name__}, expected keys and values")
+        raise RecipeError(f"{kind} {path} holds a {type(raw).__name__}, expected keys and values")
     return raw
 
 

@@ -55,7 +55,7 @@ def render_report(report: Report) -> str:
 
     What UTF-8 cannot hold (a lone surrogate in a name) becomes `?`, so the text can always be written.
     """
-    page: str = _template().render(
+    page: str = template(_TEMPLATE).render(
         report=report,
         verdict=report.verdict,
         cards=_cards(report),
@@ -72,12 +72,13 @@ def render_report(report: Report) -> str:
 
 
 @functools.cache
-def _template() -> Template:
+def template(name: str) -> Template:
+    """A page of this room, with the formats of figures as its filters."""
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     formats = (format_bytes, format_percent, format_kld, format_seconds, format_number, format_date, label_of)
     environment.filters.update({format.__name__: format for format in formats})
-    return environment.get_template(_TEMPLATE)
+    return environment.get_template(name)
 
 
 @dataclass(frozen=True)
