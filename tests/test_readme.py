@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import toolkit
 from tests.exports import Exports
 from toolkit.bundle.manifest import read_manifest, verify_manifest
 from toolkit.evaluate.conversation import Conversation
@@ -45,8 +46,6 @@ def test_the_program_answers_as_the_bundle_does(exports: Exports, target: str) -
 
 
 def test_random_weights_run_without_words(tiny_r1: Path, tmp_path: Path) -> None:
-    import toolkit
-
     plans = toolkit.plan("cpu", checkpoint=tiny_r1, synthetic=True, out=tmp_path / "b", changes=["context_length=64"])
     (bundle,) = toolkit.export(plans)
     assert "weights are random" in _readme(bundle)
@@ -116,6 +115,13 @@ def test_a_kill_between_it_and_the_manifest_is_no_fault(exports: Exports, tmp_pa
     assert (bundle / "manifest.json").read_bytes() != kept
     (bundle / "manifest.json").write_bytes(kept)
     assert verify_manifest(bundle) and verify_bundle(bundle).problems == ()
+
+
+def test_who_writes_into_it_may_still_validate(validated_bundle: Path, tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(validated_bundle, tmp_path / "b"))
+    (bundle / "README.md").write_text("mine", encoding="utf-8")
+    toolkit.validate(bundle, effort=toolkit.Effort(tokens=20, examples=1, speed=False, baseline=False))
+    assert verify_bundle(bundle).problems == () and "| Mean KLD |" in _readme(bundle)
 
 
 def test_an_edited_manifest_gets_no_new_digest(exports: Exports, tmp_path: Path) -> None:

@@ -73,6 +73,10 @@ class Manifest:
     side_files: tuple[FileEntry, ...] = ()
     calibrated_on: CalibratedOn | None = None
 
+    def lasting_files(self) -> tuple[FileEntry, ...]:
+        """Returns the files that stay as they were made: all but README.md, which is written anew with each report."""
+        return tuple(entry for entry in self.files if entry.name != names.README_FILE)
+
     def with_files(self, changed: Iterable[FileEntry]) -> Manifest:
         """The manifest with these entries added, or put in place of those of the same name."""
         entries = {entry.name: entry for entry in (*self.files, *changed)}
@@ -177,14 +181,14 @@ def read_manifest(folder: Path) -> Manifest:
     )
 
 
-def verify_manifest(folder: Path) -> list[str]:
+def verify_manifest(folder: Path, lasting_alone: bool = False) -> list[str]:
     """One line for each file that differs from the manifest, or for the manifest if it differs from its own digest;
-    empty when all is well.
+    empty when all is well. `lasting_alone` leaves README.md out.
 
     Raises BundleError if there is no readable manifest.
     """
-    problems = check_unedited(folder)
-    for entry in read_manifest(folder).files:
+    problems, manifest = check_unedited(folder), read_manifest(folder)
+    for entry in manifest.lasting_files() if lasting_alone else manifest.files:
         file = folder / Path(entry.name).name
         if not file.is_file():
             problems.append(f"{entry.name} is missing")

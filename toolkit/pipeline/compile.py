@@ -99,7 +99,7 @@ def _keys(parts: Sequence[Part]) -> dict[str, str]:
 
 
 def _sizes_fit(bundle: Path, manifest: Manifest) -> bool:
-    files = [(bundle / entry.name, entry.bytes) for entry in manifest.files]
+    files = [(bundle / entry.name, entry.bytes) for entry in manifest.lasting_files()]
     return all(path.is_file() and path.stat().st_size == nbytes for path, nbytes in files)
 
 

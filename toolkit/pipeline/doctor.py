@@ -132,7 +132,7 @@ def _runs_on(bundle: Path, manifest: Manifest) -> str:
 def _ailments(bundle: Path, manifest: Manifest, changed: bool) -> list[Ailment]:
     """What is wrong, with the command that mends it: files first, for nothing else can be said of a bundle without."""
     again = f"toolkit export {_source(manifest)} --out {bundle} --force"
-    for entry in manifest.files:
+    for entry in manifest.lasting_files():
         path = bundle / Path(entry.name).name
         if not path.is_file() or path.stat().st_size != entry.bytes:
             return [Ailment(f"{entry.name} is missing or has another size", again)]

@@ -26,7 +26,7 @@ def is_made(plan: ExportPlan, text: CalibrationText | None) -> bool:
         return False
     if [(entry.name, entry.bytes) for entry in found.checkpoint] != [(e.name, e.bytes) for e in wanted.checkpoint]:
         return False
-    if not all((p := plan.out / e.name).is_file() and p.stat().st_size == e.bytes for e in found.files):
+    if not all((p := plan.out / e.name).is_file() and p.stat().st_size == e.bytes for e in found.lasting_files()):
         return False
     return found.checkpoint == plan.checkpoint.source.digests()
 

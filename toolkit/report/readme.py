@@ -183,7 +183,7 @@ def _facts(settings: Settings, thought: Reasoning | None, manifest: Manifest) ->
 
 def _measured(manifest: Manifest, report: Report) -> str:
     """The figures that the report has, and what to run for the others."""
-    size = sum(entry.bytes for entry in manifest.files if entry.name != names.README_FILE)
+    size = sum(entry.bytes for entry in manifest.lasting_files())
     rows = [("Size", format_bytes(size))]
     if weights := report.quantization:
         rows.append(("Bits per weight", f"{weights.bits_per_weight:.2f}"))

@@ -62,7 +62,7 @@ def open_subject(
     """A bundle beside its checkpoint. Raises BundleError if it cannot be read or was not made from the checkpoint,
     CheckpointError for a text that holds none."""
     manifest = read_manifest(bundle)
-    if problems := verify_manifest(bundle):
+    if problems := verify_manifest(bundle, lasting_alone=True):
         more = f" and {len(problems) - 1} more" if problems[1:] else ""
         raise BundleError(f"{bundle} is not as it was made: {problems[0]}{more}: `toolkit verify {bundle}` names all")
     _check_same(manifest, checkpoint)
