@@ -42,12 +42,14 @@ def test_every_part_of_a_recipe_compiles_within_size_and_memory(name: str, tmp_p
     assert facts is not None
     plan = plan_export(recipe, synthetic_checkpoint(facts), tmp_path / name, "int4")
     layers, count = layer_bytes(plan.layout, plan.checkpoint.config.num_hidden_layers), plan.recipe.parts
-    assert sum(layers) > 0.99 * plan.layout.files["transformer.onnx.data"]
+    # Of the file, scales and zero points do not count: 1.25 of 5.25 bits in blocks of 16, a quarter of that in those of 64.
+    share = 4 / 4.3125 if name == "tiny-r1-qnn" else 4 / 5.25
+    assert sum(layers) / plan.layout.files["transformer.onnx.data"] == pytest.approx(share, rel=0.01)
 
     def largest(count: int) -> int:
         return max(sum(layers[i] for i in span) for span in cut_layers(layers, count))
 
-    assert largest(count) * 1.07 < 2 << 30 and compile_memory_bytes(largest(count)) <= 8e9
+    assert largest(count) * 1.14 < 2 << 30 and compile_memory_bytes(largest(count)) <= 8e9
     assert count == 1 or compile_memory_bytes(largest(count - 1)) > 8e9
     # What was compiled (LOG.md) keeps the cuts it was compiled with.
     assert count == {"tiny-r1-qnn": 1, "1.5b-qnn": 2, "7b-qnn": 7, "8b-qnn": 7, "14b-qnn": 12}.get(name, count)
@@ -60,7 +62,7 @@ def test_a_layer_over_the_memory_budget_is_a_part_of_its_own() -> None:
 def test_a_layer_over_the_limit_is_refused() -> None:
     with pytest.raises(UnsupportedError, match=r"layer 1 has 1\.90 GiB of weights.*may have 2 GiB: quantize it"):
         plan_parts([MIB, int(1.9 * (1 << 30)), MIB])
-    assert int(1.7 * (1 << 30)) * 1.07 < MAX_BINARY_BYTES and plan_parts([int(1.7 * (1 << 30))]) == 1
+    assert int(1.6 * (1 << 30)) * 1.14 < MAX_BINARY_BYTES and plan_parts([int(1.6 * (1 << 30))]) == 1
 
 
 def test_parts_that_cannot_be_are_refused_before_anything_is_written(

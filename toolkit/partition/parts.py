@@ -1,7 +1,7 @@
 """The transformer in parts of consecutive layers, each compiled by itself: how many, and where they are cut.
 
-A context binary may have 2 GiB, and its compiler takes many times the weights in memory. Both follow from the weights'
-bytes, so the parts are the same on every machine.
+A context binary may have 2 GiB, and its compiler takes many times the weights in memory. Both follow from the bytes of
+the weights' integers, so the parts are the same on every machine.
 """
 
 from __future__ import annotations
@@ -14,21 +14,24 @@ from toolkit.graph.layout import Layout
 
 # What a context binary may have, less a margin for what is no weight.
 MAX_BINARY_BYTES: Final = (2 << 30) - (64 << 20)
-# Measured with onnxruntime-qnn 2.7.0 (LOG.md): 1.04 to 1.085 times the weights in the binary; at 1.5B, 7B and 14B width
-# 10.5 to 12.1 times them in memory while the second of two graphs that share them is compiled.
-BINARY_SHARE: Final = 1.09
+# Measured with onnxruntime-qnn 2.7.0 (LOG.md), of the bytes of int4: the binary has 1.04 times them in blocks of 64, 1.14
+# in blocks of 16; at 1.5B, 7B and 14B width 11.3 to 13.1 times them are in memory while the second of two graphs that
+# share them is compiled, whatever the blocks.
+BINARY_SHARE: Final = 1.16
 _BASE_MEMORY_BYTES: Final = 250 << 20
-_MEMORY_SHARE: Final = 12.5
+_MEMORY_SHARE: Final = 13.5
 # What compiling one part may take, unless the recipe asks for fewer parts.
 MEMORY_BUDGET_BYTES: Final = 8_000_000_000
 
 
 def layer_bytes(layout: Layout, num_layers: int) -> list[int]:
-    """Returns the bytes of each layer's initializers."""
+    """Returns the bytes of each layer's weights as a compiler has them: integers without their scales, which weigh
+    little in a binary and nothing in memory, or floats."""
     sums = [0] * num_layers
     for unit in layout.units.values():
         if (layer := names.layer_of(unit.name)) is not None:
-            sums[layer] += sum(slot.nbytes for slot in unit.slots)
+            signed = unit.spec is not None and unit.spec.signed
+            sums[layer] += sum(slot.nbytes for slot in (unit.slots[:1] if signed else unit.slots))
     return sums
 
 
