@@ -45,7 +45,7 @@ BUNDLES = {
     "rows": ("profile=row-scales", *FAST),
     "rotated": ("profile=row-scales", *FAST[:2]),
     "8 bits": ("profile=lpbq", *FAST, "quantize.0.bits=8"),
-    "narrow blocks": ("profile=lpbq", *FAST, "quantize.0.block_size=32"),
+    "narrow blocks": ("profile=lpbq", *FAST, "quantize.0.block_size=16"),
 }
 
 
@@ -285,6 +285,13 @@ def _tiny_scales(model: onnx.ModelProto) -> None:
             tensor.CopyFrom(numpy_helper.from_array(few, tensor.name))
 
 
+def _blocks_of_eight(model: onnx.ModelProto) -> None:
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "block_size" and node.input[0].endswith("layers.0.mlp.up_proj.weight.integers"):
+                attribute.i = 8
+
+
 def _a_swish(model: onnx.ModelProto) -> None:
     node = next(node for node in model.graph.node if node.op_type == "Sigmoid")
     node.op_type = "Swish"
@@ -302,6 +309,7 @@ PLANTED: dict[str, tuple[Edit, str]] = {
     "another zero point": (_a_zero_point_of_one, "a zero point of 0 alone, in 4"),
     "free scales": (_free_scales, "1 to 16 sixteenths of its channel's largest.*, in 1 such as"),
     "a scale of nothing": (_tiny_scales, "1 to 16 sixteenths of its channel's largest.*, in 1 such as"),
+    "blocks of 8": (_blocks_of_eight, "in blocks of 8 wrongly: take 16 or more, in 1 such as"),
     "swish": (_a_swish, "Swish wrongly in uint16"),
     "a norm of rank 4": (_a_norm_of_rank_4, "RMSNormalization of rank 4 wrongly"),
 }

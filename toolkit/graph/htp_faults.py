@@ -19,6 +19,8 @@ from toolkit.quant.signed_kernel import SIXTEENTHS
 _NORMS: Final = ("RMSNormalization", "SimplifiedLayerNormalization")
 # Operators whose output has the rank of their first input.
 _SAME_RANK: Final = ("Add", "Cast", "DequantizeLinear", "MatMul", "Mul", "QuantizeLinear", "Sigmoid", *_NORMS)
+# It takes narrower ones, and computes others (LOG.md).
+_SMALLEST_BLOCK: Final = 16
 # Of a sixteenth: what float16 may add to a whole one.
 _TOLERANCE: Final = 0.05
 
@@ -51,6 +53,9 @@ def _wrong(node: ir.Node, folder: Path) -> str:
         return "HTP takes int4 weights without a zero_point for others: give one of zeros"
     if zero_point.const_value is not None and constant_values(zero_point.const_value, folder).any():
         return "HTP takes int4 weights with a zero point of 0 alone"
+    block_size = node.attributes["block_size"].as_int() if "block_size" in node.attributes else 0
+    if 0 < block_size < _SMALLEST_BLOCK:
+        return f"HTP computes int4 weights in blocks of {block_size} wrongly: take {_SMALLEST_BLOCK} or more"
     scales = node.inputs[1]
     if scales is None or scales.const_value is None or len(scales.const_value.shape) < 2:
         return ""
