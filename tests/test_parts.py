@@ -42,7 +42,7 @@ def test_every_part_of_a_recipe_compiles_within_size_and_memory(name: str, tmp_p
     assert facts is not None
     plan = plan_export(recipe, synthetic_checkpoint(facts), tmp_path / name, "int4")
     layers, count = layer_bytes(plan.layout, plan.checkpoint.config.num_hidden_layers), plan.recipe.parts
-    # Of the file, scales and zero points do not count: 1.25 of 5.25 bits in blocks of 16, a quarter of that in those of 64.
+    # Scales and zero points of the file do not count: 1.25 of 5.25 bits in blocks of 16, a quarter of that in 64.
     share = 4 / 4.3125 if name == "tiny-r1-qnn" else 4 / 5.25
     assert sum(layers) / plan.layout.files["transformer.onnx.data"] == pytest.approx(share, rel=0.01)
 

@@ -14,9 +14,9 @@ from toolkit.graph.layout import Layout
 
 # What a context binary may have, less a margin for what is no weight.
 MAX_BINARY_BYTES: Final = (2 << 30) - (64 << 20)
-# Measured with onnxruntime-qnn 2.7.0 (LOG.md), of the bytes of int4: the binary has 1.04 times them in blocks of 64, 1.14
-# in blocks of 16; at 1.5B, 7B and 14B width 11.3 to 13.1 times them are in memory while the second of two graphs that
-# share them is compiled, whatever the blocks.
+# Measured with onnxruntime-qnn 2.7.0 (LOG.md), of the bytes of int4: the binary has 1.04 times them in blocks of 64 and
+# 1.14 in blocks of 16; at 1.5B, 7B and 14B width 11.3 to 13.1 times them are in memory while the second of two graphs
+# that share them is compiled, whatever the blocks.
 BINARY_SHARE: Final = 1.16
 _BASE_MEMORY_BYTES: Final = 250 << 20
 _MEMORY_SHARE: Final = 13.5
