@@ -38,7 +38,7 @@ def _product(folder: Path, block_size: int) -> NDArray[np.float32]:
     generator = np.random.default_rng(block_size)
     weight, spec = generator.standard_normal((N, K)).astype(np.float32), QuantSpec(4, block_size, True, "kquant", True)
     blocks = quantize_blocks(weight, spec)
-    levels = signed_levels(blocks.packed.reshape(-1) ^ 0x88, 4).reshape(N, K)
+    levels = signed_levels(blocks.packed.reshape(-1) ^ np.uint8(0x88), 4).reshape(N, K)
     scales = blocks.scales.T.astype(np.float16)
     restored = levels.T * np.repeat(scales.astype(np.float32), block_size, axis=0)
     x = generator.standard_normal((1, TOKENS, K)).astype(np.float16)
@@ -52,11 +52,10 @@ def _product(folder: Path, block_size: int) -> NDArray[np.float32]:
     ]
     for name, values in (("x_scale", x), ("y_scale", y)):
         constants.append(numpy_helper.from_array(np.array(2.5 * float(abs(values).max()) / 65535, np.float16), name))
-    blocked = {"axis": 0, "block_size": block_size}
     nodes = [
         helper.make_node("QuantizeLinear", ["x", "x_scale", "middle"], ["xq"]),
         helper.make_node("DequantizeLinear", ["xq", "x_scale", "middle"], ["xd"]),
-        helper.make_node("DequantizeLinear", ["w", "scales", "zeros"], ["wd"], name="w", **blocked),
+        helper.make_node("DequantizeLinear", ["w", "scales", "zeros"], ["wd"], axis=0, block_size=block_size),
         helper.make_node("MatMul", ["xd", "wd"], ["product"]),
         helper.make_node("QuantizeLinear", ["product", "y_scale", "middle"], ["yq"]),
         helper.make_node("DequantizeLinear", ["yq", "y_scale", "middle"], ["y"]),
