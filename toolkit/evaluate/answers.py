@@ -20,7 +20,7 @@ from toolkit.checkpoint.weights import Tensors
 from toolkit.device.arrays import Device
 from toolkit.device.fitting import ON_NUMPY, Fitting
 from toolkit.errors import BundleError, RecipeError
-from toolkit.evaluate.conversation import ChatTemplate
+from toolkit.evaluate.chat_prompt import ChatTemplate
 from toolkit.evaluate.session import continuations, open_model
 from toolkit.evaluate.simulated_answers import drafted_answers, simulator_judge
 from toolkit.evaluate.tasks import Task

@@ -2,39 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
-from toolkit import names
-from toolkit.errors import BundleError
-from toolkit.evaluate.session import OpenModel, open_model
-from toolkit.evaluate.thought import Piece, ThoughtSplitter
-
-
-class ChatTemplate:
-    """A bundle's chat template, as onnxruntime-genai renders it, and the tokenizer that it comes with.
-
-    Raises BundleError for a tokenizer that onnxruntime-genai cannot read.
-    """
-
-    def __init__(self, bundle: Path, opened: OpenModel) -> None:
-        self._bundle = bundle
-        try:
-            self.tokenizer = opened.og.Tokenizer(opened.model)
-        except Exception as problem:  # whatever the runtime throws
-            raise BundleError(f"onnxruntime-genai cannot read {names.TOKENIZER_FILE} of {bundle}: {problem}") from None
-
-    def render(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Messages of `role` and `content` as one prompt. Raises BundleError where there is no template for them."""
-        text = json.dumps(messages, ensure_ascii=False)
-        try:
-            return str(self.tokenizer.apply_chat_template(text, add_generation_prompt=add_generation_prompt))
-        except Exception as problem:  # whatever the runtime throws
-            reason = str(problem).splitlines()[0][:200]
-            raise BundleError(f"onnxruntime-genai cannot apply the chat template of {self._bundle}: {reason}") from None
+from toolkit.evaluate.text_model import TextModel, TextOptions, Written
+from toolkit.evaluate.thought import Piece
 
 
 @dataclass(frozen=True)
@@ -63,12 +37,8 @@ class Conversation:
     """
 
     def __init__(self, bundle: Path, max_new_tokens: int, on_cpu: bool = False) -> None:
-        if not (bundle / names.TOKENIZER_FILE).is_file():
-            raise BundleError(f"{bundle} has no {names.TOKENIZER_FILE}: a synthetic bundle has no words, only speed")
-        self._opened = open_model(bundle, on_cpu)
-        self._template = ChatTemplate(bundle, self._opened)
-        self._tokenizer = self._template.tokenizer
-        self._max_new_tokens = max_new_tokens
+        self._model = TextModel(bundle, on_cpu)
+        self._options = TextOptions(max_new_tokens)
         self._messages: list[dict[str, str]] = []
         self._answer: Answer | None = None
 
@@ -87,37 +57,28 @@ class Conversation:
         """
         self._answer = None
         messages = [*self._messages, {"role": "user", "content": question}]
-        prompt = self._template.render(messages)
-        ids = self._tokenizer.encode(prompt)
-        settings, stop_ids = self._opened.settings, frozenset(self._opened.settings.eos_token_ids)
-        if settings.room_after(len(ids), 1) < 1:
-            raise BundleError(
-                f"the conversation has {len(ids)} tokens, the bundle's context {settings.context_length}: start anew"
-            )
-        begun = time.perf_counter()
-        splitter, stream = ThoughtSplitter(prompt), self._tokenizer.create_stream()
-        texts = {"thought": "", "answer": ""}
-        first = last = begun
-        made: list[int] = []
-        for token in self._opened.stream(ids, self._max_new_tokens):
-            made.append(token)
-            last = time.perf_counter()
-            first = last if len(made) == 1 else first
-            for piece in splitter.add("" if token in stop_ids else stream.decode(token)):
-                texts[piece.kind] = texts.get(piece.kind, "") + piece
-                yield piece
-        for piece in splitter.end():
-            texts[piece.kind] += piece
-            yield piece
-        stopped = bool(made) and made[-1] in stop_ids
+        texts = {"thought": "", "answer": "", "marker": ""}
+        pieces = self._model.pieces(self._model.template.render(messages), self._options)
+        written = yield from _kept(pieces, texts)
         self._answer = Answer(
             thought=texts["thought"].strip(),
             text=texts["answer"].strip(),
-            finish_reason="stop" if stopped else "length",
-            prompt_tokens=len(ids),
-            new_tokens=len(made),
-            ttft_s=first - begun,
-            decode_tokens_per_s=(len(made) - 1) / (last - first) if last > first else None,
+            finish_reason=written.finish_reason,
+            prompt_tokens=written.prompt_tokens,
+            new_tokens=written.new_tokens,
+            ttft_s=written.ttft_s,
+            decode_tokens_per_s=(written.new_tokens - 1) / written.decode_s if written.decode_s > 0 else None,
         )
-        if stopped:
+        if written.ended_itself:
             self._messages = [*messages, {"role": "assistant", "content": self._answer.text}]
+
+
+def _kept(pieces: Generator[Piece, None, Written], texts: dict[str, str]) -> Generator[Piece, None, Written]:
+    """The same pieces, each added to the text of its kind."""
+    while True:
+        try:
+            piece = next(pieces)
+        except StopIteration as end:
+            return cast(Written, end.value)
+        texts[piece.kind] += piece
+        yield piece

@@ -20,7 +20,7 @@ from toolkit import names
 from toolkit.bundle.reasoning import END_OF_THOUGHT
 from toolkit.bundle.settings import read_settings
 from toolkit.errors import BundleError, MachineError, RecipeError
-from toolkit.evaluate.conversation import ChatTemplate
+from toolkit.evaluate.chat_prompt import ChatTemplate
 from toolkit.evaluate.likelihood import Likelihood
 from toolkit.evaluate.positions import open_positions
 from toolkit.evaluate.session import OpenModel, open_model

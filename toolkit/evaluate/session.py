@@ -11,13 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
+import numpy.typing as npt
 import onnxruntime as ort
 
 from toolkit import names
 from toolkit.bundle.cache import cache_bytes
 from toolkit.bundle.compiled import uncompiled_settings
 from toolkit.bundle.settings import Settings, read_settings
-from toolkit.errors import BundleError, MachineError
+from toolkit.errors import BundleError, MachineError, UnsupportedError
 from toolkit.evaluate.linked import linked_copy
 from toolkit.machine import free_memory_bytes
 from toolkit.target import TARGETS, Stage
@@ -47,29 +49,43 @@ class OpenModel:
     load_s: float
     folder: tempfile.TemporaryDirectory[str] | None
 
-    def generator(self, prompt: Any, new_tokens: int, **options: Any) -> Any:
+    def generator(self, prompt: Any, new_tokens: int, grammar: str | None = None, **options: Any) -> Any:
         """Returns a fresh generator that has read the prompt, with room for `new_tokens` where the context has it.
 
-        Raises BundleError if the runtime refuses.
+        What it writes keeps to `grammar`, in llguidance's Lark. Raises BundleError if the runtime refuses,
+        UnsupportedError if it refuses the grammar.
         """
         length = self.settings.length_for(len(prompt), new_tokens)
         with running():
             params = self.og.GeneratorParams(self.model)
             params.set_search_options(max_length=length, **options)
+        with running() if grammar is None else _held_to_a_grammar():
+            if grammar is not None:
+                params.set_guidance("lark_grammar", grammar)
             generator = self.og.Generator(self.model, params)
+        with running():
             generator.append_tokens(prompt)
         return generator
 
     def stream(self, prompt: list[int], new_tokens: int, **options: Any) -> Iterator[int]:
         """Yields the tokens after a prompt as they come, ended by (and including) eos, by `new_tokens` or by the
         context."""
-        generator = self.generator(prompt, new_tokens, **options)
+        for token, _ in self.steps(self.generator(prompt, new_tokens, **options), new_tokens):
+            yield token
+
+    def steps(
+        self, generator: Any, new_tokens: int, with_logits: bool = False
+    ) -> Iterator[tuple[int, npt.NDArray[Any] | None]]:
+        """Yields each token of a generator as `stream` does, with the logits [vocab_size] it was chosen by if they are
+        asked for."""
         for _ in range(new_tokens):
             if generator.is_done():
                 return
             with running():
+                # The buffer is the runtime's own, and the next step writes over it.
+                logits = np.array(generator.get_logits()).reshape(-1) if with_logits else None
                 generator.generate_next_token()
-            yield int(generator.get_next_tokens()[0])
+            yield int(generator.get_next_tokens()[0]), logits
 
 
 @contextmanager
@@ -80,6 +96,17 @@ def running() -> Iterator[None]:
     except Exception as problem:  # its errors have no common root short of Exception
         raise BundleError(
             f"onnxruntime-genai cannot run the bundle: {_first_line(problem)}: see `toolkit check`"
+        ) from None
+
+
+@contextmanager
+def _held_to_a_grammar() -> Iterator[None]:
+    """Makes an UnsupportedError of what onnxruntime-genai throws where a grammar is set, and read."""
+    try:
+        yield
+    except Exception as problem:  # its errors have no common root short of Exception
+        raise UnsupportedError(
+            f"onnxruntime-genai cannot hold the answer to this schema: {_first_line(problem)}"
         ) from None
 
 

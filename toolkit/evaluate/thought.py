@@ -7,8 +7,18 @@ with `<think>`, so that the text begins inside a thought that it never opens.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from toolkit.bundle.reasoning import BEGIN_OF_THOUGHT, END_OF_THOUGHT
+
+
+@dataclass(frozen=True)
+class ScoredToken:
+    """A token's text and its log-probability in nats, and the likeliest of its place where those are asked for."""
+
+    text: str
+    logprob: float
+    likeliest: tuple[ScoredToken, ...] = ()
 
 
 class Piece(str):
@@ -19,10 +29,12 @@ class Piece(str):
     """
 
     kind: str
+    # Those that ended in this piece, where log-probabilities are asked for.
+    tokens: tuple[ScoredToken, ...]
 
-    def __new__(cls, kind: str, text: str) -> Piece:
+    def __new__(cls, kind: str, text: str, tokens: tuple[ScoredToken, ...] = ()) -> Piece:
         piece = super().__new__(cls, text)
-        piece.kind = kind
+        piece.kind, piece.tokens = kind, tokens
         return piece
 
 
@@ -46,12 +58,13 @@ def after_thought(prompt: str, made: str) -> str | None:
 class ThoughtSplitter:
     """Sorts text that arrives in bits of any length into pieces; a marker may be cut over several bits.
 
-    There is one thought at most: what follows `</think>` is the answer to its end.
+    There is one thought at most: what follows `</think>` is the answer to its end. Without `splits` all of it is one
+    answer.
     """
 
-    def __init__(self, prompt: str) -> None:
-        self._in_thought = opens_thought(prompt)
-        self._is_over = False
+    def __init__(self, prompt: str, splits: bool = True) -> None:
+        self._in_thought = splits and opens_thought(prompt)
+        self._is_over = not splits
         self._held = ""
 
     def add(self, text: str) -> Iterator[Piece]:
@@ -64,7 +77,7 @@ class ThoughtSplitter:
             yield from self._piece(before)
             yield Piece("marker", marker)
             self._is_over, self._in_thought, self._held = self._in_thought, not self._in_thought, after
-        kept = 0 if self._is_over else _overlap(self._held, self._awaited())
+        kept = 0 if self._is_over else overlap(self._held, self._awaited())
         certain, self._held = self._held[: len(self._held) - kept], self._held[len(self._held) - kept :]
         yield from self._piece(certain)
 
@@ -81,7 +94,7 @@ class ThoughtSplitter:
             yield Piece("thought" if self._in_thought else "answer", text)
 
 
-def _overlap(text: str, marker: str) -> int:
+def overlap(text: str, marker: str) -> int:
     """How many characters at the end of `text` are the beginning of `marker`."""
     longest = min(len(text), len(marker) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(marker[:n])), 0)
