@@ -32,7 +32,7 @@ FLOORS: Final = (
     ("report",),
     ("evaluate", "hosts"),
     ("pipeline",),
-    ("library",),
+    ("library", "serve"),
     ("matrix",),
     ("__init__",),
     ("cli",),
@@ -55,8 +55,10 @@ DEPENDENCIES: Final[dict[str, set[str]]] = {
     "openvino": {"evaluate"},
     "psutil": {"machine"},
     "rich": {"progress"},
+    "starlette": {"serve"},
     "tokenizers": {"pipeline", "evaluate"},
     "torch": {"device"},
+    "uvicorn": {"serve"},
     "yaml": {"recipe"},
 }
 EVERYWHERE: Final = {"numpy"}

@@ -21,6 +21,7 @@ from toolkit.cli.convert import compile_, export, inspect
 from toolkit.cli.install import install, uninstall
 from toolkit.cli.judge import bench, check, harness, validate, verify
 from toolkit.cli.matrix import matrix
+from toolkit.cli.serve import serve
 from toolkit.cli.shelf import doctor, get, recipes
 from toolkit.cli.stops import Stopped, end_at_once, heed_stops
 from toolkit.cli.talk import chat, generate
@@ -44,7 +45,7 @@ def commands(debug: bool) -> None:
     # main() reads it from the words themselves: it has to know it whatever fails.
 
 
-for command in (export, compile_, validate, inspect, check, verify, generate, chat, bench, harness, recipes):
+for command in (export, compile_, validate, inspect, check, verify, generate, chat, serve, bench, harness, recipes):
     commands.add_command(command)
 for command in (get, doctor, install, uninstall, compare, matrix):
     commands.add_command(command)

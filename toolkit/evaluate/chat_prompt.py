@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from toolkit import names
+from toolkit.bundle.reasoning import END_OF_THOUGHT
 from toolkit.errors import BundleError
 from toolkit.evaluate.session import OpenModel
 from toolkit.typed_json import Json
@@ -42,3 +43,13 @@ class ChatTemplate:
         except Exception as problem:  # whatever the runtime throws
             reason = str(problem).splitlines()[0][:200]
             raise BundleError(f"onnxruntime-genai cannot apply the chat template of {self._bundle}: {reason}") from None
+
+
+def without_thoughts(messages: Sequence[Mapping[str, Json]]) -> list[dict[str, Json]]:
+    """Messages as they may stand in a prompt: earlier thoughts never enter one, as reasoning models are trained."""
+    return [
+        {**message, "content": content.rpartition(END_OF_THOUGHT)[2].lstrip()}
+        if message.get("role") == "assistant" and isinstance(content := message.get("content"), str)
+        else dict(message)
+        for message in messages
+    ]

@@ -158,6 +158,7 @@ class _Pieces:
 
     @property
     def is_stopped(self) -> bool:
+        """Whether a stop string has ended the answer."""
         return self._stops.is_found
 
     def add(self, text: str, scored: ScoredToken | None) -> Iterator[Piece]:

@@ -1,0 +1,136 @@
+"""A bundle in a process of its own, which writes the texts that the server asks for, one at a time.
+
+onnxruntime-genai keeps the interpreter's lock while it reads a prompt, vendors' native code may crash, and memory goes
+back to the system only with its process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import re
+import signal
+import sys
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Final
+
+from toolkit.errors import ToolkitError
+from toolkit.evaluate.chat_prompt import without_thoughts
+from toolkit.evaluate.text_model import TextModel, Written
+from toolkit.evaluate.thought import Piece
+from toolkit.serve.job import FAILED, READY, REFUSED, WRITTEN, Event, Job, Told, line
+from toolkit.serve.trimmed import Trimmed
+from toolkit.typed_json import from_json
+
+# Two folders or more from the root of a machine.
+_PATH: Final = re.compile(r"(?:[A-Za-z]:)?(?:[/\\][\w.@ -]+){2,}")
+TOOL_CALL: Final = "<tool_call>"
+
+
+def without_paths(message: str) -> str:
+    """A message without the places on this machine that it names."""
+    return _PATH.sub("…", message)
+
+
+@dataclass(frozen=True)
+class _Out:
+    """Where events go: the stdout this process began with."""
+
+    stream: BinaryIO
+
+    def say(self, event: Event) -> None:
+        """Writes an event out at once, a line of its own."""
+        self.stream.write(line(event))
+        self.stream.flush()
+
+
+class _Orders:
+    """Jobs from stdin, read by a thread so that a job can be stopped while it runs."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self._jobs: queue.Queue[Job] = queue.Queue()
+        self._stopped = -1
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def next(self) -> Job:
+        """Returns the next job, and waits until there is one."""
+        return self._jobs.get()
+
+    def is_stopped(self, job: Job) -> bool:
+        """Whether the server has given up on a job."""
+        return job.number <= self._stopped
+
+    def _read(self) -> None:
+        for text in self._stream:
+            order = from_json(Told, json.loads(text), "an order")
+            if order.job is not None:
+                self._jobs.put(order.job)
+            if order.stop is not None:
+                self._stopped = order.stop
+        # The server is gone.
+        os._exit(0)
+
+
+def serve_bundle(bundle: Path, on_cpu: bool, orders: _Orders, out: _Out) -> None:
+    """Opens a bundle and writes text after text until the server goes."""
+    try:
+        model = TextModel(bundle, on_cpu)
+    except ToolkitError as problem:
+        out.say(Event(FAILED, str(problem)))
+        return
+    out.say(Event(READY, str(model.settings.context_length)))
+    while True:
+        job = orders.next()
+        try:
+            out.say(_done(model, job, orders, out))
+        except ToolkitError as problem:
+            out.say(Event(REFUSED, without_paths(str(problem))))
+        except Exception as problem:
+            print(f"error: a job failed: {type(problem).__name__}: {problem}", file=sys.stderr, flush=True)
+            out.say(Event(FAILED, type(problem).__name__))
+
+
+def _done(model: TextModel, job: Job, orders: _Orders, out: _Out) -> Event:
+    """Writes one text, its pieces said as they come, and returns the event that ends it."""
+    prompt = job.prompt if job.prompt is not None else _prompt(model, job)
+    if prompt is None:
+        return Event(REFUSED, "the model's chat template has no place for tools: leave `tools` out")
+    trimmed = {kind: Trimmed(job.options.splits_thought) for kind in ("thought", "answer")}
+    pieces = model.pieces(prompt, job.options)
+    while True:
+        try:
+            piece: Piece = next(pieces)
+        except StopIteration as end:
+            written: Written = end.value
+            return Event(WRITTEN, written=written)
+        if orders.is_stopped(job):
+            pieces.close()
+            return Event(FAILED, "stopped")
+        if piece.kind in trimmed and ((text := trimmed[piece.kind].add(piece)) or piece.tokens):
+            out.say(Event(piece.kind, text, piece.tokens))
+
+
+def _prompt(model: TextModel, job: Job) -> str | None:
+    """The job's messages as a prompt; None where tools are given and the template leaves them out."""
+    messages, tools = without_thoughts(json.loads(job.messages)), json.loads(job.tools)
+    prompt = model.template.render(messages, tools=tools)
+    return None if tools and TOOL_CALL not in prompt else prompt
+
+
+def main() -> None:
+    """In the child: whatever native code prints goes to stderr, and stdout carries events alone."""
+    # An interrupt in the terminal is the server's to heed.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    out = _Out(os.fdopen(os.dup(1), "wb"))
+    os.dup2(2, 1)
+    serve_bundle(Path(sys.argv[1]), "--on-cpu" in sys.argv[2:], _Orders(sys.stdin.buffer), out)
+    sys.stderr.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
