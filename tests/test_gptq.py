@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from tests.gptq_oracle import (
     restored_weight,
     second_moment,
 )
-from toolkit.quant.blockwise import QuantSpec, quantize_blocks
+from toolkit.quant.blockwise import QuantizedBlocks, QuantSpec, quantize_blocks
 from toolkit.quant.gptq import Factor, NotPositiveDefiniteError, corrected_target, factorize
 
 Floats = NDArray[np.float32]
@@ -41,7 +42,7 @@ def _textbook(weight: Floats, moment: Floats, factor: Factor, spec: QuantSpec) -
     for position, column in enumerate(factor.visits.order):
         if position % spec.block_size == 0:
             members = factor.visits.order[position : position + spec.block_size]
-            found = quantize_blocks(left[:, members].astype(np.float32), spec, factor.visits.diagonal[members])
+            found = quantize_blocks(left[:, members].astype(np.float32), spec, _remaining(inverse, members))
             scale = found.scales[:, :1].astype(np.float64)
             half = np.full(scale.shape, float(1 << (spec.bits - 1)))
             zero = half if found.zero_points is None else (found.zero_points & (2**spec.bits - 1)).astype(np.float64)
@@ -52,6 +53,16 @@ def _textbook(weight: Floats, moment: Floats, factor: Factor, spec: QuantSpec) -
         left -= (x - restored[:, [column]]) / own * inverse[[column]]
         inverse -= np.outer(inverse[:, column], inverse[column]) / own
     return restored[:, : weight.shape[1]]
+
+
+def _remaining(inverse: NDArray[np.floating[Any]], members: NDArray[np.int64]) -> Floats:
+    """What an error in each of the next columns costs once those behind it have made up for what they can: one over its
+    own element of the inverse, when its turn has come. What pads the last block costs nothing, whatever it weighs."""
+    left, costs = inverse[np.ix_(members, members)].copy(), np.zeros(members.size, np.float32)
+    for k in range(members.size):
+        costs[k] = 1 / left[k, k]
+        left -= np.outer(left[:, k], left[k]) / left[k, k]
+    return costs
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
@@ -67,7 +78,7 @@ def test_gptq_is_the_textbooks_recursion(width: int, spec: QuantSpec) -> None:
     assert same.mean() >= (0.9 if spec.bits == 4 else 0.1)
     ours, theirs = (output_error(weight, q, moment) for q in (found, expected))
     # A scale that falls to the other side of two bfloat16 is as well half of 1/256 away.
-    limit = 0.15 if spec.bits == 8 else 0.01 if spec.short_scales else 0.005
+    limit = 0.15 if spec.bits == 8 else 0.01
     assert ours == pytest.approx(theirs, rel=limit)
 
 
@@ -94,8 +105,9 @@ def test_noise_is_the_plain_error(width: int = 260) -> None:
 def test_independent_inputs_are_rounded_as_the_search_rounds(spec: QuantSpec) -> None:
     """Nothing to make up for: H is diagonal, and every error stays where it is."""
     weight, scales = heavy_tailed_weight(256), np.exp(np.random.default_rng(3).standard_normal(256)).astype(np.float32)
-    blocks = factorize(np.diag(scales), spec.block_size).solved(weight, spec).blocks
-    searched = quantize_blocks(weight, replace(spec, algorithm="imatrix"), scales)
+    factor = factorize(np.diag(scales), spec.block_size)
+    blocks = factor.solved(weight, spec).blocks
+    searched = quantize_blocks(weight, replace(spec, algorithm="imatrix"), scales + factor.damped.added)
     found, expected = restored_weight(blocks, spec, 256), restored_weight(searched, spec, 256)
     if spec.bits == 4:
         np.testing.assert_allclose(found, expected, atol=1e-4)
@@ -233,3 +245,38 @@ def test_the_same_bytes_again() -> None:
     once, again = (factor.solved(weight, spec).blocks for _ in range(2))
     assert once.packed.tobytes() == again.packed.tobytes()
     assert once.scales.tobytes() == again.scales.tobytes()
+
+
+@pytest.mark.parametrize("spec", [SPECS[0], SPECS[1], SPECS[-1]], ids=str)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_columns_visited_again_leave_no_step_that_helps(width: int, spec: QuantSpec) -> None:
+    """After enough visits no integer alone could move, and no scale, without a larger error of the output: reckoned in
+    float64 from H itself, not from its factor."""
+    weight, moment = heavy_tailed_weight(width), second_moment(correlated_input(width))
+    factor = factorize(moment, spec.block_size)
+    once, often = (factor.solved(weight, spec, revisits=times) for times in (0, 40))
+    before, found = (restored_weight(solved.blocks, spec, width).astype(np.float64) for solved in (once, often))
+    np.testing.assert_array_equal(found.astype(np.float32), often.restored)
+    H = damped_moment(moment, factor)[:width, :width]
+
+    def losses(q: Doubles) -> Doubles:
+        return np.einsum("nk,kl,nl->n", weight - q, H, weight - q)
+
+    assert (losses(found) <= losses(before) * (1 + 1e-5)).all()
+    assert losses(found).sum() < 0.97 * losses(before).sum()
+    scales = np.repeat(often.blocks.scales, spec.block_size, axis=1)[:, :width].astype(np.float64)
+    slopes = (weight - found) @ H
+    helpful = np.abs(slopes / np.diagonal(H)) > 0.51 * np.abs(scales)
+    wanted = np.sign(slopes / np.where(scales == 0, 1, scales))
+    levels = found / np.where(scales == 0, 1, scales) + _zeros_of(often.blocks, spec, width)
+    free = (levels + wanted > -0.5) & (levels + wanted < 2**spec.bits - 0.5) & (scales != 0)
+    assert (helpful & free).mean() < 1e-3
+
+
+def _zeros_of(blocks: QuantizedBlocks, spec: QuantSpec, width: int) -> Doubles:
+    """The zero point of each weight [N, K]."""
+    if blocks.zero_points is None:
+        return np.full((len(blocks.scales), width), float(1 << (spec.bits - 1)))
+    packed, J = blocks.zero_points, blocks.scales.shape[1]
+    apart = np.stack([packed & 15, packed >> 4], axis=-1).reshape(len(packed), -1) if spec.bits == 4 else packed
+    return np.repeat(apart[:, :J], spec.block_size, axis=1)[:, :width].astype(np.float64)

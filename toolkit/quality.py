@@ -1,7 +1,7 @@
 """How much an export may cost for its weights' sake: what `auto` means as an algorithm, and how much text is read.
 
 `fast` needs no data. `balanced` reads some text, folds salient channels away (AWQ) and solves matrices one after the
-other (GPTQ). `best` reads four times as much. How many tokens suffice was measured on a real model (LOG.md).
+other (GPTQ). `best` reads twice as much. How many tokens suffice was measured on a real model (LOG.md).
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ from typing import Final
 @dataclass(frozen=True)
 class Quality:
     """`algorithm` names the row of ALGORITHMS (algorithms.py) for matrices whose rule says `auto`; `tokens` is the
-    calibration text's length, 0 for none."""
+    calibration text's length, 0 for none, and `revisits` how often solved columns are visited again."""
 
     algorithm: str
     tokens: int
+    revisits: int = 0
 
 
 QUALITIES: Final[dict[str, Quality]] = {
     "fast": Quality("kquant", 0),
-    "balanced": Quality("gptq", 4096),
-    "best": Quality("gptq", 16384),
+    "balanced": Quality("gptq", 4096, revisits=1),
+    "best": Quality("gptq", 8192, revisits=2),
 }

@@ -73,7 +73,8 @@ class Writer(Protocol):
 class Problem:
     """What to solve. `specs` has the format of every matrix; `importance` by tensor serves where GPTQ cannot.
     `rounding` is what the bundle does to the input of a linear in a layer, `head_rounding` to the head's, `values` has
-    the range of each input by its name, and `scales` what is folded into it, if anything is."""
+    the range of each input by its name, and `scales` what is folded into it, if anything is. Solved columns are visited
+    again as often as `revisits` says."""
 
     specs: Mapping[str, QuantSpec]
     importance: Mapping[str, Floats]
@@ -81,6 +82,7 @@ class Problem:
     head_rounding: Rounding
     values: Mapping[str, ActivationRange]
     scales: Mapping[str, Floats]
+    revisits: int = 0
 
     def arriving(self, given: LinearInput, reader: str, x: Floats) -> Floats:
         """An input [T, K] as the bundle's product with one of its readers sees it."""
@@ -317,7 +319,8 @@ class _InputSolver:
             return Solved(blocks, self._on.from_host(dequantize_blocks(blocks, spec, weight.shape[1])))
         if isinstance(factor, TokenFactor):
             return factor.solved(weight, spec)
-        return factor.solved(weight, spec, self._products[tensor] if self._cross is None else weight @ self._cross)
+        product = self._products[tensor] if self._cross is None else weight @ self._cross
+        return factor.solved(weight, spec, product, self._problem.revisits)
 
     def _of_products(self, arrived: Iterator[tuple[Floats, Floats]], rows: Mapping[str, Floats] | None) -> Factor:
         few = rows is not None and sum(weight.shape[0] for weight in rows.values()) < self._given.width

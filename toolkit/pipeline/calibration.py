@@ -35,6 +35,7 @@ from toolkit.partition.stored import StoredTensors
 from toolkit.pipeline.calibration_cost import calibration_tokens, remembers, solves_in_step
 from toolkit.pipeline.plan import ExportPlan
 from toolkit.pipeline.text import LONGEST, find_text, token_sequences
+from toolkit.quality import QUALITIES
 from toolkit.quant.activations import Rounding
 from toolkit.quant.blockwise import QuantSpec
 from toolkit.quant.formats import floats_of, planned_specs
@@ -246,7 +247,8 @@ class _Passes:
     def _problem(self, formats: Mapping[str, QuantSpec], found: Survey) -> Problem:
         values = {name: facts.values for name, facts in found.inputs.items()}
         importance = _importance(self._config, found)
-        return Problem(formats, importance, self._wish.rounding, self._wish.head_rounding, values, found.scales())
+        wish, revisits = self._wish, QUALITIES[self._plan.recipe.quality].revisits
+        return Problem(formats, importance, wish.rounding, wish.head_rounding, values, found.scales(), revisits)
 
 
 def _solves(formats: Mapping[str, QuantSpec]) -> bool:

@@ -67,7 +67,8 @@ def calibration_cost(recipe: Recipe, config: ModelConfig, form: Form) -> Calibra
         specs = planned_specs(config, recipe, form)
         work += survey_work(config, specs, tokens, recipe.fold, recipe.bits_per_weight > 0)
     if solved:
-        work += solving_work(config, solved, tokens, 1 if solves_in_step(recipe, config, form) else 2)
+        streams, revisits = 1 if solves_in_step(recipe, config, form) else 2, QUALITIES[recipe.quality].revisits
+        work += solving_work(config, solved, tokens, streams, revisits)
     layer_bytes = 4 * layer_weights(config) // config.num_hidden_layers
     factors = max((_factor_bytes(given, tokens) for given in solved), default=0)
     kept = 4 * parameter_count(config) if remembers(recipe, config, form) else 0

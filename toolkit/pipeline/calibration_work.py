@@ -20,12 +20,14 @@ from toolkit.pipeline.work import Work
 from toolkit.quant.awq import CANDIDATES, FIRST_CANDIDATES, thinned_count
 from toolkit.quant.blockwise import QuantSpec
 from toolkit.quant.formats import other_formats
-from toolkit.quant.gptq_tokens import products_of_moment, products_of_tokens
+from toolkit.quant.gptq_tokens import pays, products_of_moment, products_of_tokens
 
 # Passes over a weight: to search its scale and round it, to restore it, to solve its column.
 PASSES_TO_SEARCH: Final = 26.0
 PASSES_TO_RESTORE: Final = 6.0
 _SOLVED: Final = 45.0
+# To refit its scale and look at its integer again.
+_REVISITED: Final = 15.0
 # Over a value of an input: to round it as the bundle does, and what a survey keeps of it.
 _ROUNDED: Final = 14.0
 _KEPT: Final = 4.0
@@ -67,15 +69,19 @@ def survey_work(config: ModelConfig, specs: dict[str, QuantSpec], tokens: int, f
     return done + _probes(config, tokens) if probes else done
 
 
-def solving_work(config: ModelConfig, solved: Sequence[LinearInput], tokens: int, streams: int) -> Work:
-    """GPTQ: one stream through the layers, or two, the products of each input, and its columns one after the other."""
+def solving_work(
+    config: ModelConfig, solved: Sequence[LinearInput], tokens: int, streams: int, revisits: int = 0
+) -> Work:
+    """GPTQ: one stream through the layers, or two, the products of each input, its columns one after the other, and
+    again as often as `revisits` says."""
     length = min(LONGEST, tokens)
     done = forward_work(config, tokens, length, tokens / length) * (_STREAM * streams)
     for given in solved:
         rows, weights = _weights(given) // given.width, _weights(given)
+        again = 0 if pays(tokens, given.width, rows) else revisits
         done += Work(
-            products=_factor_products(rows, given.width, tokens),
-            elements=_SOLVED * weights / (os.cpu_count() or 1)
+            products=_factor_products(rows, given.width, tokens) + 2.0 * weights * given.width * (again + (again > 0)),
+            elements=(_SOLVED + _REVISITED * again) * weights / (os.cpu_count() or 1)
             + 2 * PASSES_TO_RESTORE * weights
             + _ROUNDED * given.width * tokens * (1 + len(given.readers)),
         )

@@ -3,7 +3,7 @@
 Minimizes tr((W - Q) H (W - Q)'), the squared error of the output, for the second moment H = X'X / T of the input
 (arXiv 2210.17323). Blocks of MatMulNBits are visited by their largest diag(H), columns within a block by
 their own, so the order of activations counts and no g_idx is needed. Each block's scale is searched on its columns as
-the errors before it left them, weighed by diag(H).
+the errors before it left them, weighed by what the columns behind cannot make up for.
 
 With H = U U', U upper in the order of visits, the loss of a row is the sum over columns k of
 (z_k - sum_(j<=k) q_j U_jk)^2 with z = w U, so column k is best rounded from (z_k - sum_(j<k) q_j U_jk) / U_kk (arXiv
@@ -60,10 +60,12 @@ class Factor:
     visits: Visits
     damped: Damped
 
-    def solved(self, weight: Floats, spec: QuantSpec, product: Floats | None = None) -> Solved:
-        """`weight` [N, K] solved; `product` is W C [N, K] with C = X'X~ / T where the input arrives changed."""
+    def solved(self, weight: Floats, spec: QuantSpec, product: Floats | None = None, revisits: int = 0) -> Solved:
+        """`weight` [N, K] solved; `product` is W C [N, K] with C = X'X~ / T where the input arrives changed. Columns
+        are visited again as often as `revisits` says."""
         target = corrected_target(weight, product, self) if spec.signed and product is not None else weight
-        return round_in_order(weight, target, _Whitened(_whitened(weight, product, self), self), self.visits, spec)
+        white = _Whitened(_whitened(weight, product, self), self)
+        return round_in_order(weight, target, white, self.visits, spec, revisits)
 
 
 class _Whitened:
@@ -75,10 +77,13 @@ class _Whitened:
     def left(self, some: slice, visited: Floats) -> tuple[Floats, Floats]:
         """Returns z [N, n] and U [n, n] of some columns, as `Columns` asks."""
         on = device_of(self._white)
-        left = on.contiguous(self._white[:, some])
-        if some.start:
-            left -= visited @ self._upper[: some.start, some]
-        return left, on.contiguous(self._upper[some, some])
+        # A copy: what is left of columns is used up where they are rounded.
+        left = self._white[:, some] - (visited @ self._upper[: some.start, some] if some.start else 0)
+        return on.contiguous(left), on.contiguous(self._upper[some, some])
+
+    def whole(self) -> tuple[Floats, Floats]:
+        """Returns z and U of all columns, as `Columns` asks."""
+        return self._white, self._upper
 
 
 def damped(order: Visits, channels: int, tokens: float, damping: float = DAMPING) -> Damped:

@@ -100,6 +100,10 @@ class _Residual:
         left -= (self._behind @ stride.seen) @ stride.inverse.T
         return device_of(left).contiguous(left), stride.upper
 
+    def whole(self) -> None:
+        """Returns none: U of all columns is what is saved here."""
+        return None
+
 
 def factorize_tokens(exact: Floats, arriving: Floats, spec: QuantSpec) -> TokenFactor:
     """The factor of an input [T, K] as it is and as it arrives, for matrices of one spec.

@@ -94,11 +94,11 @@ def shorten(scales: Any) -> None:
     """Rounds scales [N, J] float32 to the nearest bfloat16, in place."""
     for row in range(scales.shape[0]):
         for j in range(scales.shape[1]):
-            scales[row, j] = _nearest_bfloat16(scales[row, j])
+            scales[row, j] = nearest_bfloat16(scales[row, j])
 
 
 @compiled
-def _nearest_bfloat16(scale: Any) -> Any:
+def nearest_bfloat16(scale: Any) -> Any:
     """The nearest float32 whose lower 16 bits are zero, half to even. Scales are finite, and far from the largest."""
     bits = np.float32(scale).view(np.uint32)
     bits += np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
@@ -145,7 +145,7 @@ def gptq_columns(
                     block, worth[first : first + block_size], scale, zero, top, symmetric, crosses, squares
                 )
             if short_scales:
-                scale = _nearest_bfloat16(scale)
+                scale = nearest_bfloat16(scale)
             inverse = _inverse(scale)
             for i in range(first, first + block_size):
                 level = np.rint(columns[row, i] / upper[i, i] * inverse) + zero

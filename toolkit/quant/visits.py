@@ -22,6 +22,7 @@ from toolkit.device.arrays import device_of
 from toolkit.quant import kernel, signed_kernel
 from toolkit.quant.blockwise import QuantizedBlocks, QuantSpec, pack_last_axis, quantize_blocks, weights_of_errors
 from toolkit.quant.device_columns import RoundedColumns, searched_columns, signed_columns
+from toolkit.quant.revisit import revisit
 
 Floats = NDArray[np.float32]
 # Columns between two products with all that came before: wide enough for a matrix product to pay.
@@ -58,6 +59,10 @@ class Columns(Protocol):
         q_j U_jk) / U_kk."""
         ...
 
+    def whole(self) -> tuple[Floats, Floats] | None:
+        """z [N, Kp], to be used up, and U [Kp, Kp] of all columns once they are rounded, where they are at hand."""
+        ...
+
 
 def visit_strides(columns: int, block_size: int) -> list[slice]:
     """Slices of _STRIDE columns, or of a block where that is wider."""
@@ -77,9 +82,12 @@ def visits(moments: Floats, block_size: int) -> Visits:
     return Visits(np.asarray(order, np.int64), diagonal)
 
 
-def round_in_order(weight: Floats, target: Floats, columns: Columns, order: Visits, spec: QuantSpec) -> Solved:
-    """`weight` [N, K] rounded column after column; scales that stand beforehand are searched on `target` [N, K]. The
-    `noise` of the blocks is the plain sum of squared errors against the weight."""
+def round_in_order(
+    weight: Floats, target: Floats, columns: Columns, order: Visits, spec: QuantSpec, revisits: int = 0
+) -> Solved:
+    """`weight` [N, K] rounded column after column, and again as often as `revisits` says where scales are searched;
+    scales that stand beforehand are searched on `target` [N, K]. The `noise` of the blocks is the plain sum of squared
+    errors against the weight."""
     on, (N, K), padded = device_of(weight), weight.shape, order.order.size
     rounding: _SearchedScales | _StandingScales
     rounding = _StandingScales(on.to_host(target), order, spec) if spec.signed else _SearchedScales(N, K, order, spec)
@@ -94,6 +102,8 @@ def round_in_order(weight: Floats, target: Floats, columns: Columns, order: Visi
                 found, rounded = _round_on_host(pool, rounding, some, on.to_host(left), on.to_host(triangle))
                 values = on.from_host(rounded)
             levels[:, order.order[some]], visited[:, some] = found, values
+    if revisits and isinstance(rounding, _SearchedScales) and (whole := columns.whole()):
+        rounding.revisit(*whole, levels, visited, revisits)
     restored = on.empty((N, padded))
     restored[:, on.index(order.order)] = visited
     restored = on.contiguous(restored[:, :K])
@@ -119,13 +129,13 @@ class _SearchedScales:
     def __init__(self, rows: int, channels: int, order: Visits, spec: QuantSpec) -> None:
         shape = (rows, spec.num_blocks(channels))
         self.scales, self.zeros = np.empty(shape, np.float32), np.empty(shape, np.uint8)
-        self._worth, self._order, self._spec = weights_of_errors(order.diagonal)[order.order], order.order, spec
+        self._order, self._spec, self._heard = order.order, spec, order.diagonal[order.order] > 0
 
     def round(
         self, rows: slice, some: slice, left: Floats, triangle: Floats, levels: NDArray[np.uint8], restored: Floats
     ) -> None:
         """Some rows of some columns, as `kernel.gptq_columns`."""
-        spec, worth = self._spec, self._worth[some]
+        spec, worth = self._spec, _worth(triangle, self._heard[some])
         blocks = self._order[some][:: spec.block_size] // spec.block_size
         scales, zeros = (np.empty((left.shape[0], blocks.size), kind) for kind in (np.float32, np.uint8))
         kernel.gptq_columns(
@@ -143,13 +153,28 @@ class _SearchedScales:
         )
         self.scales[rows, blocks], self.zeros[rows, blocks] = scales, zeros
 
+    def revisit(self, white: Floats, upper: Floats, levels: NDArray[np.uint8], visited: Floats, revisits: int) -> None:
+        """Visits all columns again so many times, as `quant/revisit.py`; `levels` [N, Kp] are in the weight's order."""
+        spec, order = self._spec, self._order
+        blocks = order[:: spec.block_size] // spec.block_size
+        ordered, scales = np.ascontiguousarray(levels[:, order]), np.ascontiguousarray(self.scales[:, blocks])
+        zeros, strides = np.ascontiguousarray(self.zeros[:, blocks]), visit_strides(order.size, spec.block_size)
+        revisit(white, upper, strides, spec, ordered, visited, scales, zeros, revisits)
+        levels[:, order], self.scales[:, blocks] = ordered, scales
+
     def round_on_device(self, some: slice, left: Floats, triangle: Floats) -> RoundedColumns:
         """Rounds all rows of some columns where they are."""
-        spec, worth = self._spec, self._worth[some]
+        spec, worth = self._spec, _worth(device_of(triangle).to_host(triangle), self._heard[some])
         blocks = self._order[some][:: spec.block_size] // spec.block_size
         made = searched_columns(left, triangle, worth, spec)
         self.scales[:, blocks], self.zeros[:, blocks] = made.scales, made.zeros
         return made
+
+
+def _worth(triangle: Floats, heard: NDArray[np.bool_]) -> Floats:
+    """What an error of a column is worth in the search of its block's scale, [n]: U_kk^2, which is what remains of it
+    once the columns behind have made up for it as far as they can, and nothing where the text left a column silent."""
+    return weights_of_errors(np.where(heard, np.square(np.diagonal(triangle)), 0).astype(np.float32))
 
 
 class _StandingScales:
