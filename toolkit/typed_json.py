@@ -7,6 +7,7 @@ so that an older toolkit reads what a newer one wrote.
 
 from __future__ import annotations
 
+import functools
 import types
 import typing
 from collections.abc import Mapping
@@ -51,7 +52,8 @@ def json_schema(kind: type, title: str) -> dict[str, Json]:
     return {**head, **root, "$defs": dict(sorted(definitions.items()))}
 
 
-def field_kinds(kind: type) -> dict[str, tuple[Field[object], object]]:
+@functools.cache
+def field_kinds(kind: type) -> Mapping[str, tuple[Field[object], object]]:
     """The fields of a dataclass with their types, in their order."""
     hints = typing.get_type_hints(kind)
     return {field.name: (field, hints[field.name]) for field in fields(kind)}
