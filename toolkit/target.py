@@ -208,11 +208,11 @@ _OUTSIDE_RULE: Final = {"match": "lm_head|model.embed_tokens", "bits": 4, "block
 # What accelerators' own kernels and compilers are made for.
 _WIDE_RULES: Final = (_OUTSIDE_RULE, {"match": "*", "bits": 4, "block_size": 128})
 
-# A block's scale is 4 bits in the compiled binary, so that blocks of 16 weigh 4.25 bits there where those of 64 weigh
-# 4.06; they make up for what integers without zero points lose beside a CPU's blocks of 32 (LOG.md).
+# A block's scale is a byte in the compiled binary, so that blocks of 16 weigh 4.5 bits there where those of 64 weigh
+# 4.125; they make up for what integers without zero points lose beside a CPU's blocks of 32 (LOG.md).
 _QNN_RULES: Final = (_CPU_RULES[0], {"match": "*", "bits": 4, "block_size": 16})
 
-# Twice what the rules of a CPU cost Qwen2.5-Coder-0.5B at `balanced` (LOG.md); plain rounding in blocks of 32 (rtn,
+# Twice what the rules of a CPU and of qnn cost Qwen2.5-Coder-0.5B at `balanced`, .024 and .027 (LOG.md); plain rounding in blocks of 32 (rtn,
 # symmetric) costs it .0975.
 _THRESHOLDS: Final = {"mean_kld": 0.05}
 # Between what wider blocks cost that model when they were searched, .079, and plain rounding.
