@@ -215,7 +215,7 @@ class _Pass:
         if wish.folds and given.writers:
             asked = [Reader(readers[r], specs[r]) for r in given.readers]
             # What uint16 does to an input is nothing that solving could make up for.
-            solved = rounding is not Rounding.UINT16 and all(spec.rounded_by.solves for spec in specs.values())
+            solved = rounding is not Rounding.UINT16 and any(spec.rounded_by.solves for spec in specs.values())
             fold = choose_scales(asked, sample, _shared(given), rounding, solved)
         scales = fold.scales if fold.scales is not None else np.ones(given.width, np.float32)
         sample = sample.divided(scales)

@@ -62,7 +62,7 @@ def survey_work(config: ModelConfig, specs: dict[str, QuantSpec], tokens: int, f
     for given in decoder_of(config).inputs:
         done += Work(elements=_KEPT * given.width * tokens)
         formats = len(other_formats(specs[weight(given.readers[0])], given.width)) if probes else 0
-        solved = all(specs[weight(reader)].rounded_by.solves for reader in given.readers)
+        solved = any(specs[weight(reader)].rounded_by.solves for reader in given.readers)
         tried = ((FIRST_CANDIDATES if solved else CANDIDATES) if folds and given.writers else 0) + formats
         for linear in given.linears:
             done += _judged(thinned_count(linear.out_features), given.width, sampled) * tried
