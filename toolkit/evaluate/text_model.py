@@ -132,7 +132,7 @@ class TextModel:
         grammar = None
         if options.grammar is not None:
             grammar = whole_grammar(prompt, options.grammar) if options.splits_thought else f"start: {options.grammar}"
-        generator = self._opened.generator(ids, new_tokens, grammar, **options.search.given())
+        generator = self._opened.generator(ids, new_tokens, grammar=grammar, **options.search.given())
         for token, logits in self._opened.steps(generator, new_tokens, options.alternatives is not None):
             yield token, None if logits is None else self._scored(token, logits, options.alternatives or 0)
 

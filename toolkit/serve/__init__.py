@@ -32,10 +32,11 @@ def start(
         from toolkit.serve.guard import Doors
         from toolkit.serve.run import run_server
     except ImportError as problem:
-        if (problem.name or "").split(".")[0] not in ("starlette", "uvicorn", "anyio", "h11"):
+        package = (problem.name or "").partition(".")[0]
+        if package not in ("starlette", "uvicorn", "anyio", "h11"):
             raise
         raise MachineError(
-            f'{problem.name} is not installed: pip install "onnx-distill-toolkit[serve]", or starlette and uvicorn'
+            f'{package} is not installed: pip install "onnx-distill-toolkit[serve]", or starlette and uvicorn'
         ) from None
     doors = Doors(api_key, tuple(name.lower() for name in hosts))
     run_server(named_bundles(bundles), host, port, doors, Kept(keep, queue), on_cpu, note)
