@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS: Final = (
     ("algorithms", "errors", "figures", "machine", "names", "progress", "quality", "soc", "typed_json"),
     ("device", "files", "jit"),
-    ("apart",),
+    ("apart", "workers"),
     ("target",),
     ("recipe",),
     ("checkpoint",),
@@ -41,6 +41,7 @@ FLOORS: Final = (
 # Each package that is not of the standard library, and the rooms that may import it.
 DEPENDENCIES: Final[dict[str, set[str]]] = {
     "click": {"cli"},
+    "distributed": {"workers"},
     "filelock": {"pipeline"},
     "gguf": {"checkpoint"},
     "huggingface_hub": {"checkpoint"},

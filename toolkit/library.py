@@ -14,7 +14,8 @@ from toolkit.checkpoint.opened import open_checkpoint as open_folder
 from toolkit.checkpoint.remote import open_headers
 from toolkit.device.chosen import chosen_device
 from toolkit.device.fitting import Fitting
-from toolkit.errors import RecipeError
+from toolkit.device.words import CPU
+from toolkit.errors import RecipeError, UnsupportedError
 from toolkit.evaluate.conversation import Answer, Conversation
 from toolkit.evaluate.speed import measure_speed
 from toolkit.files import check_writable, disk_errors
@@ -36,6 +37,7 @@ from toolkit.report.intact import verify_bundle
 from toolkit.report.sections import PartitionRow, Report, Speed
 from toolkit.report.summary import load_report_at
 from toolkit.target import TARGETS
+from toolkit.workers.pool import open_pool
 
 Progress = Callable[[str], None]
 
@@ -130,6 +132,7 @@ def export(
     compile: bool = True,
     force: bool = False,
     device: str = "cpu",
+    workers: str | None = None,
     progress: Progress = _silent,
     note: Progress = _silent,
 ) -> list[Path]:
@@ -138,14 +141,17 @@ def export(
     An interrupted export goes on where it was. A finished bundle of equal inputs is not made again, and a validated one
     of others is not replaced, unless `force` is true. A transformer that has an ahead-of-time compiler is compiled
     unless `compile` is false. `device` is what calibration computes on: `cpu` (numpy), `torch` (torch on the CPU),
-    `cuda`, `mps`, `xpu`, or `auto` for the best there is. `note` is told in one line what was left out and why;
+    `cuda`, `mps`, `xpu`, or `auto` for the best there is. `workers` is the address of a Dask scheduler whose workers
+    solve matrices side by side, or a number of processes here. `note` is told in one line what was left out and why;
     `progress` is called with the name of each finished step. Raises ToolkitError before anything is written if
     checkpoint or machine will not do.
     """
-    fitting = Fitting(chosen_device(device), note)
+    if workers is not None and chosen_device(device).name != CPU:
+        raise UnsupportedError("--workers compute on numpy: leave --device out, or --workers")
     if isinstance(plans, str):
         plans = plan(plans)
-    bundles = export_planned(plans, progress, force, note, fitting)
+    with open_pool(workers) as pool:
+        bundles = export_planned(plans, progress, force, note, Fitting(chosen_device(device), note, pool))
     for bundle in bundles:
         with disk_errors(bundle), held([bundle]):
             said = compile_exported(bundle, compile, progress)

@@ -18,13 +18,14 @@ from numpy.typing import NDArray
 from toolkit import names
 from toolkit.calibrate.activations import ActivationFile
 from toolkit.calibrate.exact import ExactInputs
+from toolkit.calibrate.side_by_side import InputFactor, solve_side_by_side
 from toolkit.calibrate.sides import ComputedSide, KeptSide, Side
 from toolkit.calibrate.statistics import Products
 from toolkit.checkpoint.anatomy import Linear, LinearInput, decoder_of
 from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.weights import Tensors
 from toolkit.device.arrays import Device
-from toolkit.device.fitting import ON_NUMPY, Fitting
+from toolkit.device.fitting import ON_NUMPY, Fitting, Pool
 from toolkit.files import read_state, write_state
 from toolkit.quant.activations import Rounding, rounded_input
 from toolkit.quant.blockwise import QuantizedBlocks, QuantSpec, dequantize_blocks, quantize_blocks
@@ -126,6 +127,7 @@ class Solver:
         def solved(on: Device, tokens: int) -> _LayerPass:
             lengths = batched(self._lengths, tokens)
             layer = _LayerPass(self._config, source, k, problem, self._writer, self._folder, lengths, on)
+            layer.pool = self._fitting.pool
             before, after = (self._read_by(n, on, lengths) for n in (k, k + 1))
             exact = self._kept_side(problem, on, lengths) or layer.side(_EXACT, before[_EXACT], after[_EXACT])
             layer.run(exact, layer.side(_ROUNDED, before[_ROUNDED], after[_ROUNDED]))
@@ -226,6 +228,7 @@ class _LayerPass:
         self._exact = read_layer(config, source, k, on)
         self._rounded = _ArrivingLayer(self._exact, problem)
         self.fallbacks: list[Fallback] = []
+        self.pool: Pool | None = None
         self._spills: list[ActivationFile] = []
 
     def side(self, kind: str, before: ActivationFile, after: ActivationFile) -> Side:
@@ -258,10 +261,12 @@ class _LayerPass:
             rows = {tensor: self._exact.tensors[tensor] for tensor in solver.wanted}
             solver.gather(zip(exact, rounded, strict=True), sum(map(sum, self._lengths)), rows)
         self.fallbacks += solver.fallbacks
+        weights = {linear.weight: self._exact.tensors[linear.weight] for linear in given.linears}
+        elsewhere = solver.solved_in(self.pool, weights) if self.pool else {}
         for linear in given.linears:
             tensor = linear.weight
-            weight = self._exact.tensors[tensor]
-            solved = solver.solved(tensor, weight)
+            weight = weights[tensor]
+            solved = elsewhere.get(tensor) or solver.solved(tensor, weight)
             if tensor in solver.wanted:
                 self._writer.write(tensor, 0, self._exact.on.to_host(weight), solved.blocks)
             self._rounded.tensors[tensor] = solved.restored
@@ -321,6 +326,14 @@ class _InputSolver:
             return factor.solved(weight, spec)
         product = self._products[tensor] if self._cross is None else weight @ self._cross
         return factor.solved(weight, spec, product, self._problem.revisits)
+
+    def solved_in(self, pool: Pool, weights: Mapping[str, Floats]) -> dict[str, Solved]:
+        """Those of the matrices that are to be solved and can be, by a pool."""
+        wanted = {tensor: weight for tensor, weight in weights.items() if tensor in self.wanted}
+        if self._factor is None or not wanted:
+            return {}
+        shared = InputFactor(self._factor, self._cross)
+        return solve_side_by_side(pool, shared, wanted, self._problem.specs, self._products)
 
     def _of_products(self, arrived: Iterator[tuple[Floats, Floats]], rows: Mapping[str, Floats] | None) -> Factor:
         few = rows is not None and sum(weight.shape[0] for weight in rows.values()) < self._given.width

@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 @click.option("--no-compile", is_flag=True, help="Leave qnn's compiling out; `toolkit compile` does it.")
 @click.option("--force", is_flag=True, help="Make it anew though it is there, validated or not.")
 @DEVICE
+@click.option(
+    "--workers", metavar="ADDRESS|N", help="Solve matrices on a Dask scheduler's workers, or N processes here."
+)
 @AS_JSON
 @effort_options
 def export(
@@ -54,6 +57,7 @@ def export(
     no_compile: bool,
     force: bool,
     device: str,
+    workers: str | None,
     as_json: bool,
     **effort: Any,
 ) -> None:
@@ -89,7 +93,13 @@ def export(
     print_costs(described)
     with progress_line() as progress:
         bundles = library.export(
-            plans, compile=not no_compile, force=force, device=device, progress=progress, note=print_note
+            plans,
+            compile=not no_compile,
+            force=force,
+            device=device,
+            workers=workers,
+            progress=progress,
+            note=print_note,
         )
     if wanted is None:
         print_exported(bundles, as_json)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
-from typing import Final, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Final, Protocol, TypeVar
 
 from toolkit.device.arrays import NUMPY, Device
 
@@ -13,13 +13,24 @@ TOGETHER: Final = 2048
 # Fewer at a time save nothing beside a layer's weights.
 _FEWEST: Final = 256
 _Made = TypeVar("_Made")
+_Shared = TypeVar("_Shared")
+_Piece = TypeVar("_Piece")
+
+
+class Pool(Protocol):
+    """What works on independent pieces side by side, in other processes or on other machines."""
+
+    def map(self, work: Callable[[_Shared, _Piece], _Made], shared: _Shared, pieces: Sequence[_Piece]) -> list[_Made]:
+        """What a module's function makes of each piece and of what all pieces share, in the order of the pieces."""
+        ...
 
 
 class Fitting:
-    """A device, and how many tokens at once its memory has held so far; `note` is told in a line where it is full."""
+    """A device, and how many tokens at once its memory has held so far; `note` is told in a line where it is full.
+    `pool` works on what is independent, if there is one."""
 
-    def __init__(self, on: Device, note: Callable[[str], None] = lambda _: None) -> None:
-        self.on, self.tokens, self._note = on, TOGETHER, note
+    def __init__(self, on: Device, note: Callable[[str], None] = lambda _: None, pool: Pool | None = None) -> None:
+        self.on, self.tokens, self.pool, self._note = on, TOGETHER, pool, note
 
     def run(self, what: str, work: Callable[[Device, int], _Made]) -> _Made:
         """Returns what `work` makes on the device with so many tokens at once. It is begun again where memory runs out:

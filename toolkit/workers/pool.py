@@ -1,0 +1,173 @@
+"""Work mapped over Dask's workers, here or on a cluster that exists; what comes back does not depend on how many.
+
+A lost worker costs its tasks: they go to another. A worker that computes with other versions is refused, since its last
+bits would be others.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Final, TypeVar
+
+from toolkit.device.fitting import Pool
+from toolkit.errors import MachineError
+from toolkit.machine import package_versions
+
+Shared = TypeVar("Shared")
+Piece = TypeVar("Piece")
+Made = TypeVar("Made")
+# Seconds between two looks at whether there is a scheduler, and workers, still; and how long there may be none.
+_LOOK_S: Final = 2.0
+_PATIENCE_S: Final = 30.0
+# How often tasks are given out again whose worker, or what it held, was lost.
+_GIVEN_OUT: Final = 5
+# Versions that decide last bits.
+_DECIDING: Final = ("toolkit", "numpy")
+_AGAIN: Final = "finished layers are kept, the same command goes on"
+
+
+class Here:
+    """The pool of no workers: the same pieces, one after the other, in this process."""
+
+    def map(self, work: Callable[[Shared, Piece], Made], shared: Shared, pieces: Sequence[Piece]) -> list[Made]:
+        """What `work` makes of each piece, in order."""
+        return [work(shared, piece) for piece in pieces]
+
+
+@contextmanager
+def open_pool(word: str | None, patience_s: float = _PATIENCE_S) -> Iterator[Pool | None]:
+    """Yields the pool that `--workers` names: none without a word, this process for 0, so many processes here for
+    another number, else the workers of the scheduler at that address.
+
+    Raises MachineError if Dask is not installed, nobody answers there, or a worker has other versions.
+    """
+    if word is None or word == "0":
+        yield None if word is None else Here()
+        return
+    try:
+        import distributed
+    except ImportError:
+        raise MachineError("--workers needs Dask: pip install 'onnx-distill-toolkit[workers]'") from None
+    # What is wrong is said in one line, by this command.
+    logging.getLogger("distributed").setLevel(logging.CRITICAL)
+    if word.isdecimal():
+        with (
+            distributed.LocalCluster(
+                n_workers=int(word),
+                threads_per_worker=1,
+                processes=True,
+                dashboard_address="127.0.0.1:0",
+                silence_logs=logging.CRITICAL,
+            ) as cluster,
+            distributed.Client(cluster) as client,
+        ):
+            yield DaskPool(client, f"{word} processes here", patience_s)
+        return
+    try:
+        client = distributed.Client(word, timeout=min(patience_s, 10.0))
+    except (OSError, ValueError, TimeoutError):
+        raise MachineError(
+            f"no Dask scheduler answers at {word}: start one with `dask scheduler`, or name a number"
+        ) from None
+    with client:
+        yield DaskPool(client, word, patience_s)
+
+
+class DaskPool:
+    """The workers of one scheduler."""
+
+    def __init__(self, client: Any, name: str, patience_s: float = _PATIENCE_S) -> None:
+        self._client, self._name, self._patience = client, name, patience_s
+        self._alone_since: float | None = None
+        self._check_versions()
+
+    def map(self, work: Callable[[Shared, Piece], Made], shared: Shared, pieces: Sequence[Piece]) -> list[Made]:
+        """What `work` makes of each piece, in order, wherever it is made. `work` is a function of a module.
+
+        Raises MachineError if the scheduler goes, or every worker.
+        """
+        made: dict[int, Made] = {}
+        for _ in range(_GIVEN_OUT):
+            missing = [k for k in range(len(pieces)) if k not in made]
+            if not missing:
+                break
+            self._give_out(work, shared, {k: pieces[k] for k in missing}, made)
+        if len(made) < len(pieces):
+            raise MachineError(f"workers of {self._name} died {_GIVEN_OUT} times at the same work: {_AGAIN}")
+        return [made[k] for k in range(len(pieces))]
+
+    def _give_out(
+        self, work: Callable[[Shared, Piece], Made], shared: Shared, pieces: dict[int, Piece], made: dict[int, Made]
+    ) -> None:
+        """One try: `made` gets what comes back; what is lost is not in it."""
+        from distributed import KilledWorker, wait
+        from distributed.comm.core import CommClosedError
+
+        try:
+            # A copy on each worker: a piece is small beside it, and a lost worker takes nothing with it.
+            (held,) = self._client.scatter([shared], broadcast=True, hash=False)
+            waiting = {self._client.submit(work, held, piece, pure=False): k for k, piece in pieces.items()}
+            while waiting:
+                try:
+                    done = wait(list(waiting), timeout=_LOOK_S, return_when="FIRST_COMPLETED").done
+                except TimeoutError:
+                    done = {future for future in waiting if future.done()}
+                    self._check_alive()
+                for future in done:
+                    k = waiting.pop(future)
+                    if future.status == "finished":
+                        made[k] = future.result()
+                    elif future.status == "error" and not isinstance(future.exception(), KilledWorker):
+                        raise future.exception()
+        except (CommClosedError, OSError, TimeoutError):
+            self._check_alive()
+            time.sleep(_LOOK_S)
+        except Exception as problem:
+            # Futures that were cancelled since what they need is gone have a class of their own in each version.
+            if "Cancelled" not in type(problem).__name__:
+                raise
+            self._check_alive()
+
+    def _check_alive(self) -> None:
+        """Raises MachineError if the scheduler is gone, or has had no worker for longer than one waits."""
+        try:
+            workers = self._client.run_on_scheduler(_count_workers)
+        except Exception:
+            raise MachineError(f"the Dask scheduler of {self._name} is gone: {_AGAIN}") from None
+        if workers:
+            self._alone_since = None
+            return
+        self._alone_since = self._alone_since or time.monotonic()
+        if time.monotonic() - self._alone_since > self._patience:
+            raise MachineError(f"no worker of {self._name} is left: start one with `dask worker`; {_AGAIN}")
+
+    def _check_versions(self) -> None:
+        try:
+            self._client.wait_for_workers(1, timeout=self._patience)
+            found = self._client.run(worker_versions, on_error="return")
+        except (TimeoutError, OSError):
+            raise MachineError(f"{self._name} has no worker: start one with `dask worker`") from None
+        ours = worker_versions()
+        for address, theirs in sorted(found.items()):
+            if not isinstance(theirs, dict):
+                raise MachineError(
+                    f"the worker {address} cannot run this toolkit: {' '.join(str(theirs).split())[:200]}"
+                )
+            for package in _DECIDING:
+                if theirs.get(package) != ours.get(package):
+                    raise MachineError(
+                        f"the worker {address} has {package} {theirs.get(package)}, this process {ours.get(package)}: "
+                        "install the same version there"
+                    )
+
+
+def worker_versions() -> dict[str, str]:
+    """The versions that decide what a worker computes, by package."""
+    return {name: version for name, version in package_versions().items() if name in _DECIDING}
+
+
+def _count_workers(dask_scheduler: Any) -> int:
+    return len(dask_scheduler.workers)
