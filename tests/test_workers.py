@@ -62,8 +62,8 @@ def test_the_same_bytes_on_any_number_of_workers(two: DaskPool, kind: str, monke
     if kind == "tokens":
         shared = InputFactor(factorize_tokens(x, arriving, SPEC), None)
     else:
-        cross = x.T @ arriving / np.float32(200)
-        factor = factorize(arriving.T @ arriving / np.float32(200), 32, 200)
+        cross = np.asarray(x.T @ arriving / 200, np.float32)
+        factor = factorize(np.asarray(arriving.T @ arriving / 200, np.float32), 32, 200)
         if kind == "moment":
             shared = InputFactor(factor, cross)
         else:
