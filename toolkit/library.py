@@ -339,9 +339,8 @@ def doctor(*folders: str | Path) -> Diagnosis:
 def compare(a: str | Path, b: str | Path, *, tolerances: Mapping[str, str] | None = None) -> ComparedReports:
     """The reports of two bundles, or two report.json, side by side: `a` the earlier, `b` the later.
 
-    `passed` is whether nothing became worse by more than it may, `figures` has every figure with its regression if it
-    is one. `tolerances` are amounts by the name of a figure: `0.005`, `5%` of the earlier, or `any`. Raises BundleError
-    where there is no report to read, RecipeError for a figure or an amount that is none.
+    `tolerances` say by the name of a figure how much worse it may be: `0.005`, `5%` of the earlier, or `any`. Raises
+    BundleError where there is no report to read, RecipeError for a figure or an amount that is none.
     """
     return compare_reports(load_report_at(Path(a)), load_report_at(Path(b)), tolerances)
 
