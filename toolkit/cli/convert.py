@@ -85,21 +85,15 @@ def export(
         adapter=adapter,
         note=print_note,
     )
-    wanted = None if no_validate or synthetic else effort_of(effort)
-    described = described_with_costs(plans, wanted, not no_compile, chosen_device(device))
+    compiles, wanted = not no_compile, None if no_validate or synthetic else effort_of(effort)
+    described = described_with_costs(plans, wanted, compiles, chosen_device(device))
     if dry_run:
         _print_dry_run(plans, described, as_json)
         return
     print_costs(described)
     with progress_line() as progress:
         bundles = library.export(
-            plans,
-            compile=not no_compile,
-            force=force,
-            device=device,
-            workers=workers,
-            progress=progress,
-            note=print_note,
+            plans, compile=compiles, force=force, device=device, workers=workers, progress=progress, note=print_note
         )
     if wanted is None:
         print_exported(bundles, as_json)
