@@ -77,7 +77,7 @@ def open_pool(word: str | None, patience_s: float = _PATIENCE_S) -> Iterator[Poo
 
 
 class DaskPool:
-    """The workers of one scheduler."""
+    """The workers of one Dask scheduler, all of which compute with this process' versions."""
 
     def __init__(self, client: Any, name: str, patience_s: float = _PATIENCE_S) -> None:
         self._client, self._name, self._patience = client, name, patience_s
