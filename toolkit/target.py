@@ -210,7 +210,7 @@ _WIDE_RULES: Final = (_OUTSIDE_RULE, {"match": "*", "bits": 4, "block_size": 128
 
 # A block's scale is a byte in the compiled binary, so that blocks of 16 weigh 4.5 bits there where those of 64 weigh
 # 4.125; they make up for what integers without zero points lose beside a CPU's blocks of 32 (LOG.md).
-_QNN_RULES: Final = (_CPU_RULES[0], {"match": "*", "bits": 4, "block_size": 16})
+_QNN_RULES: Final = (_OUTSIDE_RULE, {"match": "*", "bits": 4, "block_size": 16})
 
 # Twice what the rules of a CPU and of qnn cost Qwen2.5-Coder-0.5B at `balanced`, .024 and .027 (LOG.md); plain rounding
 # in blocks of 32 (rtn, symmetric) costs it .0975.
