@@ -1,7 +1,7 @@
 """How much an export may cost for its weights' sake: what `auto` means as an algorithm, and how much text is read.
 
 `fast` needs no data. `balanced` reads some text, folds salient channels away (AWQ) and solves matrices one after the
-other (GPTQ). `best` reads twice as much. How many tokens suffice was measured on a real model (LOG.md).
+other (GPTQ). `best` reads almost three times as much and visits columns again. How many tokens suffice was measured on a real model (LOG.md).
 """
 
 from __future__ import annotations
@@ -22,6 +22,6 @@ class Quality:
 
 QUALITIES: Final[dict[str, Quality]] = {
     "fast": Quality("kquant", 0),
-    "balanced": Quality("gptq", 4096, revisits=1),
+    "balanced": Quality("gptq", 3072),
     "best": Quality("gptq", 8192, revisits=2),
 }
