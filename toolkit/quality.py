@@ -1,7 +1,7 @@
 """How much an export may cost for its weights' sake: what `auto` means as an algorithm, and how much text is read.
 
 `fast` needs no data. `balanced` reads some text, folds salient channels away (AWQ) and solves matrices one after the
-other (GPTQ). `best` reads almost three times as much, and visits columns again. How many tokens suffice was measured on
+other (GPTQ). `best` reads three times as much, and visits columns again. How many tokens suffice was measured on
 a real model (LOG.md).
 """
 
@@ -23,6 +23,6 @@ class Quality:
 
 QUALITIES: Final[dict[str, Quality]] = {
     "fast": Quality("kquant", 0),
-    "balanced": Quality("gptq", 3072),
+    "balanced": Quality("gptq", 2560),
     "best": Quality("gptq", 8192, revisits=2),
 }

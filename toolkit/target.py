@@ -212,9 +212,10 @@ _WIDE_RULES: Final = (_OUTSIDE_RULE, {"match": "*", "bits": 4, "block_size": 128
 # 4.125; they make up for what integers without zero points lose beside a CPU's blocks of 32 (LOG.md).
 _QNN_RULES: Final = (_OUTSIDE_RULE, {"match": "*", "bits": 4, "block_size": 16})
 
-# Twice what the rules of a CPU and of qnn cost Qwen2.5-Coder-0.5B at `balanced`, .024 and .027 (LOG.md); plain rounding
+# Twice what their own rules cost Qwen2.5-Coder-0.5B at `balanced`, .019 on a CPU and .027 on qnn (LOG.md); plain rounding
 # in blocks of 32 (rtn, symmetric) costs it .0975.
-_THRESHOLDS: Final = {"mean_kld": 0.05}
+_THRESHOLDS: Final = {"mean_kld": 0.04}
+_QNN_THRESHOLDS: Final = {"mean_kld": 0.055}
 # Between what wider blocks cost that model when they were searched, .079, and plain rounding.
 _WIDE_THRESHOLDS: Final = {"mean_kld": 0.09}
 
@@ -320,7 +321,7 @@ TARGETS: Final[dict[str, Target]] = {
         window=64,
         context_length=4096,
         quantize=_QNN_RULES,
-        validate=_THRESHOLDS,
+        validate=_QNN_THRESHOLDS,
         soc="x-elite",
         profiles=_QNN_PROFILES,
     ),
