@@ -212,8 +212,8 @@ _WIDE_RULES: Final = (_OUTSIDE_RULE, {"match": "*", "bits": 4, "block_size": 128
 # 4.125; they make up for what integers without zero points lose beside a CPU's blocks of 32 (LOG.md).
 _QNN_RULES: Final = (_OUTSIDE_RULE, {"match": "*", "bits": 4, "block_size": 16})
 
-# Twice what their own rules cost Qwen2.5-Coder-0.5B at `balanced`, .019 on a CPU and .027 on qnn (LOG.md); plain rounding
-# in blocks of 32 (rtn, symmetric) costs it .0975.
+# Twice what their own rules cost Qwen2.5-Coder-0.5B at `balanced`, .019 on a CPU and .027 on qnn (LOG.md); plain
+# rounding in blocks of 32 (rtn, symmetric) costs it .0975.
 _THRESHOLDS: Final = {"mean_kld": 0.04}
 _QNN_THRESHOLDS: Final = {"mean_kld": 0.055}
 # Between what wider blocks cost that model when they were searched, .079, and plain rounding.
