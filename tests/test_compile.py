@@ -397,7 +397,11 @@ def test_the_plan_counts_the_binaries(tiny_r1: Path, tmp_path: Path) -> None:
     weights = whole.layout.files["transformer.onnx.data"]
     assert whole.calibration_cost is not None
     beside = sum(whole.files.values()) + whole.calibration_cost.disk_bytes + (64 << 20)
-    assert whole.disk_needed_bytes - beside == pytest.approx(1.09 * weights, rel=1e-3)
+    # A binary has the integers and little of their scales; norms are floats.
+    units = [u for u in whole.layout.units.values() if u.slots[0].file == "transformer.onnx.data"]
+    integers = sum(u.slots[0].nbytes if u.spec else sum(slot.nbytes for slot in u.slots) for u in units)
+    assert 0.95 * weights < integers < weights
+    assert whole.disk_needed_bytes - beside == pytest.approx(1.16 * integers, rel=1e-3)
     assert 250 << 20 < whole.compile_memory_bytes < (250 << 20) + 12.5 * weights and left.compile_memory_bytes == 0
 
 

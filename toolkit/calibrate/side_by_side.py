@@ -25,10 +25,12 @@ ROWS: Final = 1024
 
 @dataclass(frozen=True)
 class InputFactor:
-    """What all rows share: the factor of their input, and X'X~ / T where their products with it are yet to be made."""
+    """What all rows share: the factor of their input, X'X~ / T where their products with it are yet to be made, and how
+    often solved columns are visited again."""
 
     factor: Factor | TokenFactor
     cross: Floats | None
+    revisits: int = 0
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ def solve_rows(shared: InputFactor, rows: RowBlock) -> Solved:
     if isinstance(shared.factor, TokenFactor):
         return shared.factor.solved(rows.weight, rows.spec)
     product = rows.product if shared.cross is None else rows.weight @ shared.cross
-    return shared.factor.solved(rows.weight, rows.spec, product)
+    return shared.factor.solved(rows.weight, rows.spec, product, shared.revisits)
 
 
 def solve_side_by_side(

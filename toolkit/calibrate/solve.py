@@ -332,7 +332,7 @@ class _InputSolver:
         wanted = {tensor: weight for tensor, weight in weights.items() if tensor in self.wanted}
         if self._factor is None or not wanted:
             return {}
-        shared = InputFactor(self._factor, self._cross)
+        shared = InputFactor(self._factor, self._cross, self._problem.revisits)
         return solve_side_by_side(pool, shared, wanted, self._problem.specs, self._products)
 
     def _of_products(self, arrived: Iterator[tuple[Floats, Floats]], rows: Mapping[str, Floats] | None) -> Factor:

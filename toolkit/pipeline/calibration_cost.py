@@ -9,7 +9,7 @@ from toolkit.checkpoint.anatomy import LinearInput, decoder_of
 from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.weights import parameter_count
 from toolkit.machine import free_memory_bytes
-from toolkit.names import weight
+from toolkit.names import layer_of, weight
 from toolkit.pipeline.calibration_work import layer_weights, ranges_work, solving_work, survey_work
 from toolkit.pipeline.text import LONGEST
 from toolkit.pipeline.work import Work
@@ -86,9 +86,9 @@ def calibration_cost(recipe: Recipe, config: ModelConfig, form: Form) -> Calibra
 
 def _factor_bytes(given: LinearInput, tokens: int) -> int:
     """Returns the bytes that GPTQ holds of an input: its tokens five times over and P, or its second moment and what is
-    made of that."""
+    made of that, as for the head, whose rows come a few at a time."""
     rows = sum(linear.out_features for linear in given.linears)
-    if pays(tokens, given.width, rows):
+    if layer_of(given.name) is not None and pays(tokens, given.width, rows):
         return 20 * tokens * given.width + 8 * tokens**2 + 8 * tokens * rows
     return 18 * given.width**2
 

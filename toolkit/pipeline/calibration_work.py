@@ -15,7 +15,7 @@ from toolkit.calibrate.statistics import InputStatistics
 from toolkit.calibrate.survey import probe_tokens
 from toolkit.checkpoint.anatomy import LinearInput, decoder_of
 from toolkit.checkpoint.config import ModelConfig
-from toolkit.names import weight
+from toolkit.names import layer_of, weight
 from toolkit.pipeline.text import LONGEST
 from toolkit.pipeline.work import Work
 from toolkit.quant.awq import CANDIDATES, FIRST_CANDIDATES, thinned_count
@@ -79,9 +79,11 @@ def solving_work(
     done = forward_work(config, tokens, length, tokens / length) * (_STREAM * streams)
     for given in solved:
         rows, weights = _weights(given) // given.width, _weights(given)
-        again = 0 if pays(tokens, given.width, rows) else revisits
+        by_tokens = layer_of(given.name) is not None and pays(tokens, given.width, rows)
+        again = 0 if by_tokens else revisits
+        factored = (products_of_tokens if by_tokens else products_of_moment)(tokens, given.width, rows)
         done += Work(
-            products=_factor_products(rows, given.width, tokens) + 2.0 * weights * given.width * (again + (again > 0)),
+            products=factored + 2.0 * weights * given.width * (again + (again > 0)),
             elements=(_SOLVED + _REVISITED * again) * weights / (os.cpu_count() or 1)
             + 2 * PASSES_TO_RESTORE * weights
             + _ROUNDED * given.width * tokens * (1 + len(given.readers)),
@@ -121,11 +123,6 @@ def _probes(config: ModelConfig, tokens: int) -> Work:
         + Work(elements=(PASSES_TO_SEARCH + PASSES_TO_RESTORE) * (layer_weights(config) + table))
         + Work(products=2.0 * ended * table, elements=8.0 * ended * config.vocab_size)
     )
-
-
-def _factor_products(rows: int, width: int, tokens: int) -> float:
-    """What an input's factor and its matrices take, from tokens or from their second moment, by the one that pays."""
-    return min(products_of_tokens(tokens, width, rows), products_of_moment(tokens, width, rows))
 
 
 def _weights(given: LinearInput) -> int:
