@@ -326,7 +326,10 @@ def test_the_bundle_that_rested_longest_makes_room(bundle: Path, exports: Export
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM that a process could heed")
 def test_a_stop_in_the_middle_of_an_answer_ends_it_and_the_server(bundle: Path) -> None:
-    asked = {"messages": [{"role": "user", "content": QUESTIONS[1]}], "stream": True}
+    # Hundreds of tokens: a short answer could be whole before anybody stops it.
+    numbers = {"type": "array", "items": {"type": "integer"}, "minItems": 200}
+    wanted = {"type": "json_schema", "json_schema": {"name": "numbers", "schema": numbers}}
+    asked = {"messages": [{"role": "user", "content": QUESTIONS[1]}], "stream": True, "response_format": wanted}
     with served(bundle) as running:
         with running.client() as http, http.stream("POST", "/v1/chat/completions", json=asked) as answer:
             lines = answer.iter_lines()
