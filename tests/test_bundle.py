@@ -129,22 +129,19 @@ def test_export_killed_anywhere_resumes_to_the_same_bytes(bundles: dict[str, Pat
     export = [sys.executable, "-m", "toolkit", "export", "tiny-r1-cpu", "--no-validate", *SET_EIGHT_BITS, "--out"]
     command = [*export, str(out)]
     quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    begin = time.monotonic()
     subprocess.run([*export, str(tmp_path / "whole")], cwd=ROOT, check=True, **quiet)
-    whole = time.monotonic() - begin
+    files = len(list((tmp_path / "whole").iterdir()))
     kills = 0
-    # Later and later into the run, each kill on what the one before left behind. (tests/hostile/kills.py stops exports
-    # at every event; this is the true signal, in a process as users start it.)
-    for tenth in (4, 6, 7, 8, 9):
+    # Each kill is on what the one before left behind: at the first file, and once more is there. (tests/hostile/kills.py
+    # stops exports at every event; this is the true signal, in a process as users start it.)
+    for written in (1, 2, 4, files // 2, files - 1):
         child = subprocess.Popen(command, cwd=ROOT, **quiet)
-        try:
-            child.wait(timeout=whole * tenth / 10)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
-            kills += 1
+        while child.poll() is None and len(list((tmp_path / "killed.partial").glob("*"))) < written:
+            time.sleep(0.001)
+        child.kill()
+        kills += child.wait() != 0
     subprocess.run(command, cwd=ROOT, check=True, **quiet)
-    assert kills >= 3
+    assert kills >= 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "whole"]
     for name in ("model.onnx", "model.onnx.data", "genai_config.json", "manifest.json"):
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name

@@ -132,3 +132,24 @@ def test_what_is_turned_off_stays_off(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout == "on\n" and done.returncode == 1 and "Stopped" in done.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows sends no such signals to one process")
+@pytest.mark.parametrize("number", CODES)
+@pytest.mark.parametrize("where", ["finalizer", "cleared"])
+def test_a_stop_that_python_drops_is_sent_again(where: str, number: signal.Signals) -> None:
+    """In a finalizer Python prints the exception and goes on; code in C that asks whether there is an attribute clears
+    it without a word."""
+    script = (
+        "import ctypes, os, sys, time; import toolkit.cli.stops as stops; stops.heed_stops()\n"
+        f"def stop(*_): os.kill(os.getpid(), {int(number)}); time.sleep(0)\n"
+        "class Finalizer: __del__ = stop\n"
+        "class Asked: __getattr__ = stop\n"
+        "has = ctypes.pythonapi.PyObject_HasAttrString\n"
+        "try:\n"
+        f"    {'Finalizer()' if where == 'finalizer' else 'has(ctypes.py_object(Asked()), bytes([97]))'}\n"
+        "    print('dropped', flush=True); time.sleep(20)\n"
+        "except stops.Stopped as stop: stops.end_at_once(); time.sleep(0.1); print('heard'); sys.exit(stop.code)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert (done.stdout, done.returncode) == ("dropped\nheard\n", CODES[number])

@@ -2,7 +2,8 @@
 
 Code in C that imports modules, as numpy's and onnxruntime's does, prints whatever interrupts it and goes on with an
 ImportError; so does `exec` of a text with KeyboardInterrupt, after which Python kills itself as it ends. An exception
-of its own that waits for the end of an import is neither.
+of its own that waits for the end of an import is neither. And where a signal falls into a finalizer, or into what code
+in C asks an object while it clears errors, Python drops the exception: the signal is then sent again.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import _thread
 import signal
 import sys
 import threading
+import time
+import weakref
 from collections.abc import Callable
 from types import FrameType
 from typing import Final
@@ -18,6 +21,8 @@ from typing import Final
 _AGAIN_S: Final = 0.03
 # Where Python's own import runs, in Python's own list of frames.
 _IMPORTS: Final = "<frozen importlib"
+# Set once a stop has reached who ends the command, or the command is over.
+_heard: Final = threading.Event()
 
 
 class Stopped(BaseException):
@@ -37,11 +42,13 @@ def heed_stops() -> None:
 
 def end_at_once() -> None:
     """Lets the next signal end the process without a word: one was heeded, and the last things are being done."""
+    _heard.set()
     _set(signal.SIG_DFL)
 
 
 def ignore_stops() -> None:
     """Lets signals come to nothing: the command is over, and has its exit code."""
+    _heard.set()
     _set(signal.SIG_IGN)
 
 
@@ -55,11 +62,33 @@ def _set(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> 
 
 def _raise_stopped(number: int, frame: FrameType | None) -> None:
     """The handler: raises where that is heard, and asks again a little later where it would not be."""
-    if not _is_importing(frame):
-        raise Stopped(number)
-    later = threading.Timer(_AGAIN_S, _ask_again, (number,))
-    later.daemon = True
-    later.start()
+    if _is_importing(frame):
+        _begin(_ask_again_soon, number)
+        return
+    stop = Stopped(number)
+    _begin(_ask_again_if_dropped, number, weakref.ref(stop))
+    try:
+        raise stop
+    finally:
+        # Its traceback holds this frame: with the name it would outlive its being dropped.
+        del stop
+
+
+def _begin(target: Callable[..., None], *arguments: object) -> None:
+    threading.Thread(target=target, args=arguments, daemon=True).start()
+
+
+def _ask_again_soon(number: int) -> None:
+    time.sleep(_AGAIN_S)
+    _ask_again(number)
+
+
+def _ask_again_if_dropped(number: int, stop: weakref.ref[Stopped]) -> None:
+    """Waits until the stop was heard; sends its signal again if it was dropped instead, on its way or at once."""
+    while not _heard.wait(_AGAIN_S):
+        if stop() is None:
+            _ask_again(number)
+            return
 
 
 def _ask_again(number: int) -> None:
