@@ -14,6 +14,7 @@ class CompilerOptions(TypedDict, total=False):
     nogil: bool
     error_model: str
     fastmath: set[str]
+    inline: str
 
 
 def _njit() -> Any:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from toolkit import names
 from toolkit.calibrate.activations import ActivationFile
 from toolkit.calibrate.exact import ExactInputs
-from toolkit.calibrate.side_by_side import InputFactor, solve_side_by_side
+from toolkit.calibrate.side_by_side import InputFactor, RowBlock, solve_rows, solve_side_by_side
 from toolkit.calibrate.sides import ComputedSide, KeptSide, Side
 from toolkit.calibrate.statistics import Products
 from toolkit.checkpoint.anatomy import Linear, LinearInput, decoder_of
@@ -322,18 +322,17 @@ class _InputSolver:
         if tensor not in self.wanted or factor is None:
             blocks = quantize_blocks(self._on.to_host(weight), spec, self._problem.importance.get(tensor))
             return Solved(blocks, self._on.from_host(dequantize_blocks(blocks, spec, weight.shape[1])))
-        if isinstance(factor, TokenFactor):
-            return factor.solved(weight, spec)
-        product = self._products[tensor] if self._cross is None else weight @ self._cross
-        return factor.solved(weight, spec, product, self._problem.revisits)
+        return solve_rows(self._shared(factor), RowBlock(weight, spec, self._products.get(tensor)))
 
     def solved_in(self, pool: Pool, weights: Mapping[str, Floats]) -> dict[str, Solved]:
         """Those of the matrices that are to be solved and can be, by a pool."""
         wanted = {tensor: weight for tensor, weight in weights.items() if tensor in self.wanted}
         if self._factor is None or not wanted:
             return {}
-        shared = InputFactor(self._factor, self._cross, self._problem.revisits)
-        return solve_side_by_side(pool, shared, wanted, self._problem.specs, self._products)
+        return solve_side_by_side(pool, self._shared(self._factor), wanted, self._problem.specs, self._products)
+
+    def _shared(self, factor: Factor | TokenFactor) -> InputFactor:
+        return InputFactor(factor, self._cross, self._problem.revisits)
 
     def _of_products(self, arrived: Iterator[tuple[Floats, Floats]], rows: Mapping[str, Floats] | None) -> Factor:
         few = rows is not None and sum(weight.shape[0] for weight in rows.values()) < self._given.width

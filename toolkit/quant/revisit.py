@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from toolkit.device.arrays import device_of
 from toolkit.quant.blockwise import QuantSpec
-from toolkit.quant.kernel import compiled, nearest_bfloat16
+from toolkit.quant.kernel import compiled, nearest_bfloat16, take_share
 
 Floats = NDArray[np.float32]
 _F: Final = np.float32
@@ -92,14 +92,14 @@ def _revisit_columns(
     """Visits the columns of `left` [N, n] again: `own` [n, n] is their part of H. Changes `levels`, the `values` they
     stand for and `scales` [N, n / block_size]; fills `moved` with how far each value went."""
     top, count = _F((1 << bits) - 1), left.shape[1]
-    steps = np.empty(block_size, np.float32)
+    steps, along = np.empty(block_size, np.float32), np.empty(block_size, np.float32)
     for row in range(left.shape[0]):
         for j in range(scales.shape[1]):
             first, zero = j * block_size, _F(zeros[row, j])
             for i in range(block_size):
                 steps[i] = _F(levels[row, first + i]) - zero
             scale = scales[row, j]
-            fitted = _refitted(scale, steps, left[row, first : first + block_size], own, first)
+            fitted = _refitted(scale, steps, left[row, first : first + block_size], own, first, along)
             fitted = nearest_bfloat16(fitted) if short_scales else fitted
             if fitted != scale:
                 for i in range(block_size):
@@ -124,16 +124,17 @@ def _revisit_columns(
 
 
 @compiled
-def _refitted(scale: Any, steps: Any, left: Any, own: Any, first: int) -> Any:
+def _refitted(scale: Any, steps: Any, left: Any, own: Any, first: int, along: Any) -> Any:
     """The scale of a block that suits its integers less their zero point, `steps`, best; the old one where they say
-    nothing, or something else altogether."""
+    nothing, or something else altogether. `along` [block_size] is room to work in."""
     slope, curvature = _F(0), _F(0)
     for i in range(steps.size):
+        along[i] = _F(0)
+    for i in range(steps.size):
+        take_share(along, -steps[i], own[first + i, first : first + steps.size])
+    for i in range(steps.size):
         slope += steps[i] * left[i]
-        along = _F(0)
-        for k in range(steps.size):
-            along += steps[k] * own[first + i, first + k]
-        curvature += steps[i] * along
+        curvature += steps[i] * along[i]
     if not curvature > _F(0) or scale == _F(0):
         return scale
     fitted = scale + slope / curvature

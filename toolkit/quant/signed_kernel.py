@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from toolkit.quant.kernel import compiled, compiled_for_reports, pack_levels, tree_sum
+from toolkit.quant.kernel import compiled, compiled_for_reports, pack_levels, take_share, tree_sum
 
 SIXTEENTHS: Final = 16
 _F, _D = np.float32, np.float64
@@ -63,8 +63,7 @@ def round_signed_columns(columns: Any, upper: Any, scales: Any, bits: int, level
             scale = scales[row, i]
             level = _level(columns[row, i] / upper[i, i], scale, half)
             value = level * scale
-            for k in range(i + 1, columns.shape[1]):
-                columns[row, k] -= value * upper[i, k]
+            take_share(columns[row, i + 1 :], value, upper[i, i + 1 :])
             levels[row, i], restored[row, i] = np.uint8(np.int32(level + half)), value
 
 
