@@ -132,8 +132,8 @@ def test_export_killed_anywhere_resumes_to_the_same_bytes(bundles: dict[str, Pat
     subprocess.run([*export, str(tmp_path / "whole")], cwd=ROOT, check=True, **quiet)
     files = len(list((tmp_path / "whole").iterdir()))
     kills = 0
-    # Each kill is on what the one before left behind: at the first file, and once more is there. (tests/hostile/kills.py
-    # stops exports at every event; this is the true signal, in a process as users start it.)
+    # Each kill is on what the one before left behind: at the first file, and once more of them are there.
+    # (tests/hostile/kills.py stops exports at every event; this is the true signal, in a process as users start it.)
     for written in (1, 2, 4, files // 2, files - 1):
         child = subprocess.Popen(command, cwd=ROOT, **quiet)
         while child.poll() is None and len(list((tmp_path / "killed.partial").glob("*"))) < written:

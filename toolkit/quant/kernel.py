@@ -36,8 +36,8 @@ def compiled_for_reports(function: Any) -> Any:
 
 
 def compiled_into_callers(function: Any) -> Any:
-    """`function` as machine code that is written into its callers: a call counts references to arrays, which takes longer
-    than a few lines do."""
+    """`function` as machine code that is written into its callers: a call counts references to arrays, which takes
+    longer than a few lines do."""
     return compiled(function, {**_OPTIONS, "inline": "always"})
 
 
