@@ -34,10 +34,15 @@ def rule(block_size: int, algorithm: str = "auto", symmetric: bool = False) -> d
     return {"match": "*", "algorithm": algorithm, "block_size": block_size, "symmetric": symmetric}
 
 
+def bundle_of(candidate: Candidate, work: Path) -> Path:
+    """Where the bundle of a candidate lies while it is measured."""
+    return work / candidate.name.replace(" ", "-").replace(",", "")
+
+
 def own_row(candidate: Candidate, bench: Bench, calibration_text: Path, work: Path) -> Row:
-    """Exports the candidate in a process of its own and measures the bundle. Raises ToolkitError if that fails."""
-    load = machine_load()
-    out = work / candidate.name.replace(" ", "-").replace(",", "")
+    """Exports the candidate in a process of its own, if its bundle is not there, and measures it; the bundle stays.
+    Raises ToolkitError if that fails."""
+    load, out = machine_load(), bundle_of(candidate, work)
     report = _exported(candidate, bench, calibration_text, out)
     exact, running, sequences = open_positions(out, exact=True), open_positions(out), bench.material.sequences
     calibrated = report["quantization"].get("calibration", {})
@@ -55,9 +60,7 @@ def own_row(candidate: Candidate, bench: Bench, calibration_text: Path, work: Pa
         note=note,
         load=load,
     )
-    row = run_in_genai(out, bench, row)
-    shutil.rmtree(out)
-    return row
+    return run_in_genai(out, bench, row)
 
 
 def _exported(candidate: Candidate, bench: Bench, calibration_text: Path, out: Path) -> dict[str, Any]:
@@ -72,7 +75,11 @@ def _exported(candidate: Candidate, bench: Bench, calibration_text: Path, out: P
         "validate": {},
         **candidate.changes,
     }
-    recipe.write_text(yaml.safe_dump(asked), encoding="utf-8")
+    text, report = yaml.safe_dump(asked), out / "report.json"
+    if report.is_file() and recipe.is_file() and recipe.read_text(encoding="utf-8") == text:
+        found: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
+        return found
+    recipe.write_text(text, encoding="utf-8")
     shutil.rmtree(out, ignore_errors=True)
     words = [
         "export",
@@ -87,5 +94,5 @@ def _exported(candidate: Candidate, bench: Bench, calibration_text: Path, out: P
     done = subprocess.run([sys.executable, "-m", "toolkit", *words], capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
         raise ToolkitError(done.stderr.strip().splitlines()[-1])
-    report: dict[str, Any] = json.loads(done.stdout)
-    return report
+    made: dict[str, Any] = json.loads(done.stdout)
+    return made

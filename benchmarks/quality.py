@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
 from benchmarks.answering import Material, asked_of, fresh_questions
-from benchmarks.candidates import ROOT, Candidate, own_row, rule
+from benchmarks.candidates import ROOT, Candidate, bundle_of, own_row, rule
 from benchmarks.peers.rows import PEERS, Bench, Row, peer_rows
 from benchmarks.peers.sampled import sampled_sequences
 from benchmarks.scatter import write_scatter
@@ -71,6 +72,7 @@ def main() -> int:
             progress(candidate.name)
             try:
                 rows.append(own_row(candidate, bench, calibration_text, work))
+                shutil.rmtree(bundle_of(candidate, work))
             except ToolkitError as problem:
                 left_out[candidate.name] = str(problem)
         if asked.peers:

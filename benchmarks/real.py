@@ -1,27 +1,32 @@
 """One table a trained model: this toolkit's qualities and sizes beside llama.cpp and onnxruntime-genai's builder.
 
-    python -m benchmarks.real [MODEL …] [--only WORD;WORD] [--again WORD;WORD] [--no-questions]
+    python -m benchmarks.real [MODEL …] [--only NAME;WORD] [--again NAME;WORD] [--no-questions] [--no-speed]
 
 Judged on GSM8K (benchmarks/data/gsm8k.jsonl, its first 400 test questions): KLD on conversations of the first of them,
 greedy answers to as many as the model's row says, none of which is calibrated on. Calibration is the product's own
 default, and once conversations of the last hundred. The checkpoint is what the file dequantizes to, in float16: its
 weights stand on that file's grid, which flatters formats of the same blocks (llama.cpp's Q4_K_M, Q5_K_M).
 
-A row that an earlier run made is kept, in build/bench-real/MODEL/rows.json, so that what was stopped goes on.
+A row that an earlier run made is kept, in build/bench-real/MODEL/rows.json, so that what was stopped goes on; what it
+lacks is made up for. Answers are questions of hours, so only the rows that users choose between are asked. Quality can
+be had on a busy machine (--no-speed): a later run on a quiet one adds the speeds, of bundles that are kept until then.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
+import numpy as np
+
 from benchmarks.answering import Material, asked_of
-from benchmarks.candidates import ROOT, Candidate, own_row, rule
+from benchmarks.candidates import ROOT, Candidate, bundle_of, own_row, rule
 from benchmarks.dequantized import dequantized_folder
 from benchmarks.models import CODER_05B, CODER_15B, SMOLLM2, RealModel, fetch
 from benchmarks.peers.rows import Bench, Row, peer_rows
@@ -59,14 +64,25 @@ MODELS: Final = {
 }
 _LLAMA_TYPES: Final = ("q4_0", "iq4_xs+imatrix", "q4_k_m", "q4_k_m+imatrix", "q5_k_m")
 PEERS: Final = (*(f"llama.cpp {kind}" for kind in _LLAMA_TYPES), "genai default", "genai k_quant_mixed")
+# Rows that answer questions.
+_ASKED: Final = frozenset(
+    ["fast", "balanced", "best", "llama.cpp q4_0", "llama.cpp iq4_xs+imatrix", "llama.cpp q4_k_m+imatrix"]
+)
 
 
 @dataclass(frozen=True)
 class Rows:
-    """What is measured of a model so far."""
+    """What is measured of a model so far; `right` lists the questions that the checkpoint answers rightly."""
 
     checkpoint: Answered | None = None
+    right: tuple[int, ...] = ()
     rows: tuple[Row, ...] = ()
+
+
+def wanted(name: str, words: list[str], names: list[str]) -> bool:
+    """Whether a row is named: a word that is a row's whole name means that row alone, another every row that holds
+    it."""
+    return any(word == name if word in names else word in name for word in words)
 
 
 def candidates(hidden_size: int, other_text: Path) -> Iterator[Candidate]:
@@ -86,56 +102,84 @@ def candidates(hidden_size: int, other_text: Path) -> Iterator[Candidate]:
 class Table:
     """The rows of one model, kept as they come."""
 
-    def __init__(self, name: str, again: list[str], questions: bool) -> None:
+    def __init__(self, name: str, again: list[str], questions: bool, speeds: bool) -> None:
         self.name, self.judged, self.folder = name, MODELS[name], FOLDER / name
-        self._questions = self.judged.questions if questions else 0
+        self._questions, self._speeds = self.judged.questions if questions else 0, speeds
         self.checkpoint = dequantized_folder(fetch(self.judged.model), self.folder / "checkpoint")
         self._path = self.folder / "rows.json"
         found = Rows()
         if self._path.is_file():
             found = from_json(Rows, json.loads(self._path.read_text(encoding="utf-8")), str(self._path))
-        self.own = None if "checkpoint" in again else found.checkpoint
-        self.rows = [row for row in found.rows if not any(word in row.name for word in again)]
-
-    def has(self, name: str) -> bool:
-        """Returns whether a row was made."""
-        return any(row.name == name for row in self.rows)
+        self.own, self.right = (None, ()) if "checkpoint" in again else (found.checkpoint, found.right)
+        names = [row.name for row in found.rows]
+        self.rows = {row.name: row for row in found.rows if not wanted(row.name, again, names)}
 
     def keep(self) -> None:
         """Writes what there is."""
+        found = Rows(self.own, self.right, tuple(self.rows.values()))
         with replacing(self._path) as fresh:
-            fresh.write_text(json.dumps(to_json(Rows(self.own, tuple(self.rows))), indent=1), encoding="utf-8")
+            fresh.write_text(json.dumps(to_json(found), indent=1), encoding="utf-8")
 
     def make(self, words: list[str]) -> dict[str, str]:
-        """Makes every row whose name holds one of the words and that is not there; returns what failed, and why."""
+        """Makes what is lacking of every row that the words name; returns what failed, and why."""
         text, other = self._texts()
         material, left_out = self._material(text), dict[str, str]()
-        bench = Bench(self.checkpoint, material, self.folder, speeds=True)
+        bench = Bench(self.checkpoint, material, self.folder)
+        own = {candidate.name: candidate for candidate in candidates(self.checkpoint.config.hidden_size, other)}
+        names = [*own, *PEERS, "checkpoint"]
         calibration_text = find_text("calibration", "cpu", "cpu", self.checkpoint)
         with progress_line(None) as progress:
-            for candidate in candidates(self.checkpoint.config.hidden_size, other):
-                if self.has(candidate.name) or not any(word in candidate.name for word in words):
+            for name in (name for name in (*own, *PEERS) if wanted(name, words, names)):
+                asking = self._lacking(bench, name)
+                if asking is None:
                     continue
-                progress(f"{self.name}: {candidate.name}")
+                progress(f"{self.name}: {name}")
                 try:
-                    self.rows.append(own_row(candidate, bench, calibration_text, self.folder))
-                    self.keep()
+                    if name in own:
+                        self._add(own_row(own[name], asking, calibration_text, self.folder))
+                        if self._lacking(bench.asking(True, True), name) is None:
+                            shutil.rmtree(bundle_of(own[name], self.folder))
+                    else:
+                        peers, work = ROOT / "build" / "peers", self.folder / "peers"
+                        made, missing = peer_rows(asking, peers, work, [name], progress)
+                        left_out |= missing
+                        for row in made:
+                            self._add(row)
                 except ToolkitError as problem:
-                    left_out[candidate.name] = str(problem)
-            for name in PEERS:
-                if self.has(name) or not any(word in name for word in words):
-                    continue
-                made, missing = peer_rows(bench, ROOT / "build" / "peers", self.folder / "peers", [name], progress)
-                self.rows, left_out = self.rows + made, left_out | missing
-                self.keep()
-        if material.task and self.own is None and any(word in "checkpoint" for word in words):
+                    left_out[name] = str(problem)
+        if material.task and self.own is None and wanted("checkpoint", words, names):
             asked = asked_of(self.checkpoint, material.task)
-            self.own = reference_answers(self.checkpoint.config, self.checkpoint.source, asked).figures()
+            answers = reference_answers(self.checkpoint.config, self.checkpoint.source, asked)
+            self.own, self.right = answers.figures(), tuple(int(k) for k in np.flatnonzero(answers.right))
             self.keep()
-        print(f"\n## {self.name}\n\n{table(material, self.rows, left_out, self.own)}")
-        if self.rows:
-            print(f"\nplot: {write_scatter(self.folder / 'quality.html', self.name, self.rows)}")
+        rows = list(self.rows.values())
+        print(f"\n## {self.name}\n\n{table(material, rows, left_out, self.own, self.right)}")
+        if rows:
+            print(f"\nplot: {write_scatter(self.folder / 'quality.html', self.name, rows)}")
         return left_out
+
+    def _lacking(self, bench: Bench, name: str) -> Bench | None:
+        """The bench for what a row lacks of what is asked for, or None where it has all."""
+        row, asked = self.rows.get(name), self._questions and name in _ASKED
+        answers = bool(asked and (row is None or row.answered is None))
+        speeds = self._speeds and (row is None or row.decode_tokens_per_s is None)
+        return bench.asking(answers, speeds) if row is None or answers or speeds else None
+
+    def _add(self, row: Row) -> None:
+        """Keeps a row with what was measured of it before and is not in it."""
+        if old := self.rows.get(row.name):
+            answered = (row.answered, row.right) if row.answered else (old.answered, old.right)
+            timed = row if row.decode_tokens_per_s is not None else old
+            row = replace(
+                old,
+                answered=answered[0],
+                right=answered[1],
+                prefill_tokens_per_s=timed.prefill_tokens_per_s,
+                decode_tokens_per_s=timed.decode_tokens_per_s,
+                timed_at_load=timed.timed_at_load,
+            )
+        self.rows[row.name] = row
+        self.keep()
 
     def _texts(self) -> tuple[Path, Path]:
         """Questions with their answers as conversations: those that are judged, and those that may be calibrated on."""
@@ -164,16 +208,17 @@ def main() -> int:
     """0 if every row was made, 1 if some are left out, 2 for a bad request."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", default=["smollm2-135m", "coder-0.5b"], help=", ".join(MODELS))
-    parser.add_argument("--only", default="", help="rows whose names hold one of these words, separated by ;")
+    parser.add_argument("--only", default="", help="rows of these names, or that hold these words, separated by ;")
     parser.add_argument("--again", help="rows to make anew, named in the same way; 'checkpoint' for its own answers")
     parser.add_argument("--no-questions", action="store_true", help="leave GSM8K's answers out: minutes a row")
+    parser.add_argument("--no-speed", action="store_true", help="leave tokens/s to a run on a quiet machine")
     asked = parser.parse_args()
     if unknown := [name for name in asked.models if name not in MODELS]:
         print(f"error: no model {unknown[0]!r}, expected some of {', '.join(MODELS)}", file=sys.stderr)
         return 2
     again = asked.again.split(";") if asked.again else []
-    questions = not asked.no_questions
-    failed = [name for name in asked.models if Table(name, again, questions).make(asked.only.split(";"))]
+    tables = (Table(name, again, not asked.no_questions, not asked.no_speed) for name in asked.models)
+    failed = [made.name for made in tables if made.make(asked.only.split(";"))]
     return 1 if failed else 0
 
 

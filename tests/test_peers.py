@@ -12,16 +12,22 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
+from benchmarks.answering import Material
 from benchmarks.peers import llama_cpp
 from benchmarks.peers.imatrix import second_moments, write_imatrix
 from benchmarks.peers.onnx_model import ONNXWeights
+from benchmarks.peers.rows import Row
 from benchmarks.peers.sampled import sampled_sequences
 from benchmarks.peers.tool import PeerError, run_tool
+from benchmarks.real import wanted
+from benchmarks.table import table
 from toolkit.checkpoint.gguf_names import gguf_name, rotated_heads, to_halves, to_neighbours
 from toolkit.checkpoint.opened import open_checkpoint
 from toolkit.checkpoint.weights import expected_tensors
+from toolkit.evaluate.tasks import Question, Task
 from toolkit.quant.blockwise import QuantSpec, dequantize_blocks, quantize_blocks
 from toolkit.reference.decoder import embed, reference_logits, rms_norm
+from toolkit.report.sections import Answered, Divergence, Histogram
 
 
 def test_gguf_names_are_distinct_and_llama_cpps(tiny_r1: Path) -> None:
@@ -183,3 +189,21 @@ def test_llama_cpp_alone_is_taken_as_source(tmp_path: Path, monkeypatch: pytest.
         llama_cpp.llama_cpp(tmp_path)
     (command,) = commands
     assert command[command.index("--no-binary") + 1] == "llama-cpp-python"
+
+
+def test_a_rows_whole_name_means_that_row_alone() -> None:
+    names = ["best", "best, budget 4.9", "llama.cpp q4_k_m", "llama.cpp q4_k_m+imatrix"]
+    assert [name for name in names if wanted(name, ["best"], names)] == ["best"]
+    assert [name for name in names if wanted(name, ["llama.cpp q4_k_m"], names)] == ["llama.cpp q4_k_m"]
+    assert [name for name in names if wanted(name, ["budget", "imatrix"], names)] == [names[1], names[3]]
+    assert [name for name in names if wanted(name, [""], names)] == names
+
+
+def test_a_table_sets_answers_beside_the_checkpoints_question_by_question() -> None:
+    figures = Divergence(1.0, 0.02, 0.01, 0.1, 0.3, 0.9, 5.0, Histogram((), ()))
+    row = Row("ours", 4.5, figures, figures, 1.0, 1, "note", Answered(0.5, 10.0, 0.0, 0.2), right=(0, 2, 3))
+    task = Task("four", tuple(Question(k + 1, "?", False, "1", "exact") for k in range(4)))
+    text = table(Material([[1]], [], task), [row], {}, Answered(0.5, 9.0, 0.0, 0.2), right=(0, 1))
+    # One lost and two won of four: +1 in 4, with the deviation of (0, -1, 1, 1) over the root of 4.
+    spread = np.std([0, -1, 1, 1], ddof=1) / 2
+    assert f"1 answers became wrong and 2 right, +25.0 ± {100 * spread:.1f} points" in text

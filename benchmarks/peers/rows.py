@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -22,7 +23,7 @@ from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.opened import Checkpoint
 from toolkit.checkpoint.weights import Tensors, expected_tensors
 from toolkit.errors import ToolkitError
-from toolkit.evaluate.answers import judged
+from toolkit.evaluate.answers import Answers, judged
 from toolkit.evaluate.parity import Comparison
 from toolkit.evaluate.speed import measure_speed_apart
 from toolkit.reference.decoder import head_logits, reference_hidden
@@ -43,8 +44,9 @@ class Row:
 
     `bits_per_weight` is over the checkpoint's matrices, scales included, from the file. `weights_alone` are figures of
     the weights without rounded activations; `as_it_runs`, `answered` and the tokens/s are of the file in its own
-    runtime on this CPU, None where it was not run. `wall_s` and `peak_rss_bytes` are the making process's own. `load`
-    is the machine's load average when the row was begun: beyond 1, seconds and tokens/s say little.
+    runtime on this CPU, None where it was not run. `right` lists the questions that were answered rightly. `wall_s` and
+    `peak_rss_bytes` are the making process's own. `load` is the machine's load average when the file was made,
+    `timed_at_load` when its tokens/s were measured: beyond 1 they say little.
     """
 
     name: str
@@ -58,6 +60,8 @@ class Row:
     prefill_tokens_per_s: float | None = None
     decode_tokens_per_s: float | None = None
     load: float | None = None
+    right: tuple[int, ...] = ()
+    timed_at_load: float | None = None
 
 
 class _Weights(Tensors, Protocol):
@@ -79,6 +83,13 @@ class Bench:
         shapes = expected_tensors(checkpoint.config).values()
         self._weights = sum(shape[0] * shape[1] for shape in shapes if len(shape) == 2)
         self._logits = _reference_logits(checkpoint, material.sequences, folder / "logits.npy")
+
+    def asking(self, answers: bool, speeds: bool) -> Bench:
+        """Returns the same for rows that leave out questions, or speeds."""
+        asking = copy(self)
+        asking.material = replace(self.material, task=self.material.task if answers else None)
+        asking.speeds = speeds
+        return asking
 
     def bits_per_weight(self, nbytes: int) -> float:
         """Of `nbytes` for the checkpoint's matrices."""
@@ -199,10 +210,9 @@ def _run_gguf(tools: LlamaCpp, path: Path, bench: Bench, row: Row) -> Row:
         if task is not None:
             asked = asked_of(bench.checkpoint, task)
             made = answers(tools, path, asked.ids, asked.new_tokens, asked.stop_ids)
-            row = replace(row, answered=judged(asked, made).figures())
+            row = _with_answers(row, judged(asked, made))
         if bench.speeds:
-            prefill, decode = speed(tools, path, PROMPT_TOKENS, NEW_TOKENS)
-            row = replace(row, prefill_tokens_per_s=prefill, decode_tokens_per_s=decode)
+            row = _timed(row, lambda: speed(tools, path, PROMPT_TOKENS, NEW_TOKENS))
     except PeerError as problem:
         return replace(row, note=f"{row.note}; {problem}")
     return row
@@ -226,9 +236,23 @@ def run_in_genai(folder: Path, bench: Bench, row: Row) -> Row:
     task = bench.material.task
     if task is not None:
         asked = asked_of(bench.checkpoint, task)
-        row = replace(row, answered=judged(asked, graph_answers(folder, asked)).figures())
+        row = _with_answers(row, judged(asked, graph_answers(folder, asked)))
     if bench.speeds:
-        speeds = measure_speed_apart(folder, PROMPT_TOKENS, NEW_TOKENS, repeat=3)
-        prefill, decode = speeds.prefill_tokens_per_s, speeds.decode_tokens_per_s
-        row = replace(row, prefill_tokens_per_s=prefill, decode_tokens_per_s=decode)
+
+        def measured() -> tuple[float, float]:
+            speeds = measure_speed_apart(folder, PROMPT_TOKENS, NEW_TOKENS, repeat=3)
+            return speeds.prefill_tokens_per_s, speeds.decode_tokens_per_s
+
+        row = _timed(row, measured)
     return row
+
+
+def _with_answers(row: Row, answers: Answers) -> Row:
+    right = tuple(int(k) for k in np.flatnonzero(answers.right))
+    return replace(row, answered=answers.figures(), right=right)
+
+
+def _timed(row: Row, measured: Callable[[], tuple[float, float]]) -> Row:
+    load = machine_load()
+    prefill, decode = measured()
+    return replace(row, prefill_tokens_per_s=prefill, decode_tokens_per_s=decode, timed_at_load=load)

@@ -145,8 +145,13 @@ class Pairs:
 
 def compared(ours: Answers, theirs: Answers) -> Pairs:
     """A bundle's answers beside those of its checkpoint."""
-    lost, won = int((theirs.right & ~ours.right).sum()), int((ours.right & ~theirs.right).sum())
-    n = ours.right.size
+    return pairs_of(ours.right, theirs.right)
+
+
+def pairs_of(ours: NDArray[np.bool_], theirs: NDArray[np.bool_]) -> Pairs:
+    """Returns which questions were answered rightly beside those that were before."""
+    lost, won = int((theirs & ~ours).sum()), int((ours & ~theirs).sum())
+    n = ours.size
     if n < 2:
         return Pairs(lost, won, None)
     # The variance of -1, 0 and 1 over the pairs (McNemar's setting): what both get right, or wrong, adds nothing.
