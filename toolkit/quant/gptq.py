@@ -165,19 +165,27 @@ def _factor_in_place(matrix: Floats) -> tuple[Floats, ...]:
 
 def _whitened(weight: Floats, product: Floats | None, factor: Factor) -> Floats:
     """z [N, Kp] in the order of visits: W U, or W C U'^-1 with C damped as H is."""
-    on, (N, K) = device_of(weight), weight.shape
+    on, K = device_of(weight), weight.shape[1]
     order = on.index(factor.visits.order)
-    given = on.zeros((N, factor.visits.order.size))
     if product is None:
-        given[:, :K] = weight
-        white: Floats = given[:, order] @ factor.upper
+        white: Floats = on.by_rows(lambda rows: _padded(rows, order.shape[0])[:, order], weight) @ factor.upper
         return white
-    given[:, :K] = float(factor.damped.kept) * product + weight * on.from_host(factor.damped.added[:K])
-    given = given[:, order]
+    kept, added = float(factor.damped.kept), on.from_host(factor.damped.added[:K])
+
+    def ordered(product: Floats, weight: Floats) -> Floats:
+        return _padded(kept * product + weight * added, order.shape[0])[:, order]
+
+    given = on.by_rows(ordered, product, weight)
     for leaf, inverse in zip(reversed(_leaves(given.shape[1])), reversed(factor.leaves), strict=True):
         left = given[:, leaf] - given[:, leaf.stop :] @ factor.upper[leaf, leaf.stop :].T
         given[:, leaf] = left @ inverse.T
     return given
+
+
+def _padded(rows: Floats, width: int) -> Floats:
+    """[n, width] with zeros behind what there is of each row."""
+    on, (n, K) = device_of(rows), rows.shape
+    return rows if K == width else on.concatenate([rows, on.zeros((n, width - K))], axis=1)
 
 
 def _divided_by_upper(white: Floats, factor: Factor) -> Floats:

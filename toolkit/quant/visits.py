@@ -101,13 +101,14 @@ def round_in_order(
             else:
                 found, rounded = _round_on_host(pool, rounding, some, on.to_host(left), on.to_host(triangle))
                 values = on.from_host(rounded)
-            levels[:, order.order[some]], visited[:, some] = found, values
+            levels[:, some], visited[:, some] = found, values
     if revisits and isinstance(rounding, _SearchedScales) and (whole := columns.whole()):
         rounding.revisit(*whole, levels, visited, revisits)
-    restored = on.empty((N, padded))
-    restored[:, on.index(order.order)] = visited
-    restored = on.contiguous(restored[:, :K])
-    return Solved(_assembled(levels, rounding, spec, on.square_sum(restored - weight)), restored)
+    places = np.argsort(order.order)
+    inside = on.index(places[:K])
+    restored = on.contiguous(on.by_rows(lambda rows: rows[:, inside], visited))
+    in_place = np.take(levels, places, axis=1)
+    return Solved(_assembled(in_place, rounding, spec, on.square_sum(restored - weight)), restored)
 
 
 def _round_on_host(
@@ -154,13 +155,13 @@ class _SearchedScales:
         self.scales[rows, blocks], self.zeros[rows, blocks] = scales, zeros
 
     def revisit(self, white: Floats, upper: Floats, levels: NDArray[np.uint8], visited: Floats, revisits: int) -> None:
-        """Visits all columns again so many times, as `quant/revisit.py`; `levels` [N, Kp] are in the weight's order."""
+        """Visits all columns again so many times, as `quant/revisit.py`."""
         spec, order = self._spec, self._order
         blocks = order[:: spec.block_size] // spec.block_size
-        ordered, scales = np.ascontiguousarray(levels[:, order]), np.ascontiguousarray(self.scales[:, blocks])
-        zeros, strides = np.ascontiguousarray(self.zeros[:, blocks]), visit_strides(order.size, spec.block_size)
-        revisit(white, upper, strides, spec, ordered, visited, scales, zeros, revisits)
-        levels[:, order], self.scales[:, blocks] = ordered, scales
+        scales, zeros = np.ascontiguousarray(self.scales[:, blocks]), np.ascontiguousarray(self.zeros[:, blocks])
+        strides = visit_strides(order.size, spec.block_size)
+        revisit(white, upper, strides, spec, levels, visited, scales, zeros, revisits)
+        self.scales[:, blocks] = scales
 
     def round_on_device(self, some: slice, left: Floats, triangle: Floats) -> RoundedColumns:
         """Rounds all rows of some columns where they are."""
