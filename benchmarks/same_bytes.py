@@ -24,7 +24,7 @@ from typing import Final
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 WORK: Final = ROOT / "build" / "same-bytes"
-TARGETS: Final = ("cpu", "cpu-split", "dml", "openvino", "qnn", "vitisai")
+TARGETS: Final = ("cpu", "cpu-split", "dml", "openvino", "qnn", "vitisai", "webgpu")
 QUALITIES: Final = ("fast", "balanced", "best")
 DISTILLS: Final = ("0528-8b", "1.5b", "14b", "32b", "70b", "7b", "8b")
 _NARROW: Final = ("--set", "quantize=[{match: '*', bits: 4, block_size: 32}]")

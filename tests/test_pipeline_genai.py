@@ -266,7 +266,8 @@ def test_a_bundle_without_its_provider_says_what_to_do(
 ) -> None:
     provider, package = PROVIDERS[target]
     # As on a machine without the plugin, which may be installed here.
-    monkeypatch.setitem(sys.modules, "onnxruntime_qnn", None)
+    for plugin in ("onnxruntime_qnn", "onnxruntime_ep_webgpu"):
+        monkeypatch.setitem(sys.modules, plugin, None)
     with pytest.raises(MachineError, match=f"no {provider} with its device, .*{re.escape(package)}.*--on-cpu"):
         open_model(quantized[target])
     words = ["generate", str(quantized[target]), "--prompt", "Add 4 and 5."]

@@ -17,6 +17,8 @@ OUTSIDE_ROLES: Final = ("embed_tokens", "lm_head")
 # Where their nodes are named, and the `layer_ann` ONNX Runtime knows them by inside one graph.
 OUTSIDE_PATHS: Final = ("/model/embed_tokens/", "/lm_head/")
 OUTSIDE_ANNOTATION: Final = "embeddings_and_lm_head"
+# Where one graph computes GroupQueryAttention's lengths from the mask.
+LENGTHS_PATH: Final = "/model/lengths"
 # Where hidden states are cut down to each row's last position, and the two nodes that who judges every position goes
 # around.
 LAST_POSITION_PATH: Final = "/model/last_position"

@@ -25,8 +25,8 @@ class Form:
     `plain_attention` does without GroupQueryAttention, which takes a `static_cache`: one fixed at context_length.
     `local_window` is whether GroupQueryAttention may look back only so far, `wide_bits` whether the provider takes
     MatMulNBits of 8 bits, which a budget may then buy, and `head_norms` whether it takes what stands around a norm over
-    heads; where not, those nodes run on the CPU. `annotated` marks the nodes of embedding
-    and LM head, so that a session option keeps them on the CPU inside one graph.
+    heads; where not, those nodes run on the CPU. `annotated` are the paths whose nodes are
+    marked, so that a session option keeps them on the CPU inside one graph.
 
     `qdq` puts linears and the MLP between QuantizeLinear and DequantizeLinear of uint16, whose ranges come from text,
     with signed integer weights: 4 bits with a scale a block (LPBQ), or a row where `row_scales`, and 8 bits with a
@@ -48,7 +48,7 @@ class Form:
     wide_bits: bool = True
     accuracy_level: int = 4
     head_norms: bool = True
-    annotated: bool = False
+    annotated: tuple[str, ...] = ()
     qdq: bool = False
     row_scales: bool = False
     short_scales: bool = True
@@ -196,7 +196,9 @@ class Target:
 # What formats cost Qwen2.5-Coder-0.5B and are worth (LOG.md). k and v are 1.5% of a layer and a tenth of what it loses,
 # so they have 8 bits. Blocks of 32 in embedding and head instead of 64 are a fifth less, layers in 64 a third more.
 _WIDE_KEYS: Final = {"match": "*.k_proj|*.v_proj", "bits": 8, "block_size": 32}
-_CPU_RULES: Final = (_WIDE_KEYS, {"match": "*", "bits": 4, "block_size": 32})
+# Also what WebGPU's kernels are made for; k and v of other bits than q would not be packed with it.
+_BLOCKS_OF_32: Final = ({"match": "*", "bits": 4, "block_size": 32},)
+_CPU_RULES: Final = (_WIDE_KEYS, *_BLOCKS_OF_32)
 # Blocks of 16 where they are worth most: not in the embedding, nor in gate and up, which are more than half of a layer.
 _BEST_CPU_RULES: Final = (
     _WIDE_KEYS,
@@ -223,7 +225,7 @@ _WIDE_THRESHOLDS: Final = {"mean_kld": 0.09}
 _PARTS: Final = Form(
     packed_qkv=False, bias_in_matmul=False, local_window=False, opset=21, accuracy_level=0, short_scales=False
 )
-_DML_FORM: Final = replace(_PARTS, activations="float16", rotary_in_attention=False, annotated=True)
+_DML_FORM: Final = replace(_PARTS, activations="float16", rotary_in_attention=False, annotated=names.OUTSIDE_PATHS)
 _QNN_FORM: Final = replace(_PARTS, opset=23, activations="float16", fused=False, static_cache=True)
 # On the CPU ORT would round the inputs of int4 products to int8, which the NPU does not.
 _EXACT_INPUTS: Final = {"session.qdq_matmulnbits_accuracy_level": "1"}
@@ -241,6 +243,17 @@ _OPENVINO_FORM: Final = replace(
     _PARTS, activations="float16", plain_attention=True, static_cache=True, local_window=True
 )
 _VITISAI_FORM: Final = replace(_PARTS, static_cache=True, wide_bits=False, head_norms=False)
+
+# One graph for GPUs: packed q, k, v and RoPE stay whole inside GroupQueryAttention, and only products that may round
+# their input to int8 (accuracy_level 4) take the kernel that reads a prompt fast. What computes lengths is int64, which
+# shaders have not.
+_WEBGPU_FORM: Final = Form(activations="float16", opset=21, short_scales=False, annotated=(names.LENGTHS_PATH,))
+_WEBGPU_PROFILES: Final = (
+    Profile("gpu-head", _WEBGPU_FORM),
+    Profile("cpu-head", replace(_WEBGPU_FORM, annotated=(names.LENGTHS_PATH, *names.OUTSIDE_PATHS))),
+)
+# Read by ONNX Runtime from 1.25 on; `=` makes it the whole annotation, not a prefix.
+_KEPT_ON_CPU: Final = {"session.layer_assignment_settings": f"{CPU_EP}(={names.OUTSIDE_ANNOTATION})"}
 
 TARGETS: Final[dict[str, Target]] = {
     "cpu": Target(
@@ -273,10 +286,7 @@ TARGETS: Final[dict[str, Target]] = {
             package="onnxruntime-genai-winml (Windows)",
             # Nodes of the CPU stand between DirectML's, and a captured graph may hold none.
             provider_options={"enable_graph_capture": "0"},
-            session_options={
-                # Read by ONNX Runtime from 1.25 on; `=` makes it the whole annotation, not a prefix.
-                "session.layer_assignment_settings": f"{CPU_EP}(={names.OUTSIDE_ANNOTATION})"
-            },
+            session_options=_KEPT_ON_CPU,
         ),
         form=_DML_FORM,
         window=0,
@@ -339,5 +349,23 @@ TARGETS: Final[dict[str, Target]] = {
         context_length=4096,
         quantize=_WIDE_RULES,
         validate=_WIDE_THRESHOLDS,
+    ),
+    "webgpu": Target(
+        name="webgpu",
+        accelerator=Stage(
+            names.MODEL,
+            execution_provider="WebGpuExecutionProvider",
+            device="gpu",
+            provider="WebGPU",
+            package="onnxruntime-ep-webgpu",
+            plugin="onnxruntime_ep_webgpu",
+            session_options=_KEPT_ON_CPU,
+        ),
+        form=_WEBGPU_FORM,
+        window=0,
+        context_length=4096,
+        quantize=_BLOCKS_OF_32,
+        validate=_THRESHOLDS,
+        profiles=_WEBGPU_PROFILES,
     ),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import tempfile
 import time
 from collections.abc import Iterator
@@ -158,7 +159,8 @@ def is_here(settings: Settings) -> bool:
 def provider_is_here(name: str) -> bool:
     """Returns whether onnxruntime has a provider of genai's `name` built in, or as a plugin that finds its device.
 
-    Without the device a plugin is a compiler or a simulator, and would leave the nodes to the CPU without a word.
+    Without the device a plugin is a compiler or a simulator, and would leave the nodes to the CPU without a word. A
+    GPU's names the CPU as its device only where its user has asked for a GPU in software.
     """
     execution_provider, row = _execution_provider(name), _PROVIDERS.get(name.lower())
     if execution_provider in _BUILT_IN:
@@ -173,7 +175,8 @@ def provider_is_here(name: str) -> bool:
             ort.register_execution_provider_library(execution_provider, str(library))
     except (ImportError, AttributeError, RuntimeError):
         return False
-    return bool(_devices(execution_provider) - {ort.OrtHardwareDeviceType.CPU})
+    found = _devices(execution_provider)
+    return bool(found if row.device == "gpu" else found - {ort.OrtHardwareDeviceType.CPU})
 
 
 def _genai_has_dml() -> bool:
@@ -193,11 +196,13 @@ def providers() -> tuple[Stage, ...]:
 def missing_provider(name: str) -> str:
     """Returns what to say of an execution provider this machine lacks."""
     row = _PROVIDERS.get(name.lower())
-    install = f"install {row.package}, or " if row and row.package else ""
-    return (
-        f"this machine has no {_execution_provider(name)} with its device, which the bundle is made for: {install}"
-        "run every stage on the CPU with --on-cpu"
-    )
+    what = f"this machine has no {_execution_provider(name)} with its device, which the bundle is made for"
+    on_cpu = "run every stage on the CPU with --on-cpu"
+    if row is None or not row.package:
+        return f"{what}: {on_cpu}"
+    if row.plugin and importlib.util.find_spec(row.plugin):
+        return f"{what}: {row.package} is installed and finds none, see to its driver, or {on_cpu}"
+    return f"{what}: install {row.package}, or {on_cpu}"
 
 
 def _execution_provider(name: str) -> str:

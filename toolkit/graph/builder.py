@@ -68,7 +68,7 @@ class GraphBuilder:
             outputs=values,
             name=path,
         )
-        if self.form.annotated and path.startswith(names.OUTSIDE_PATHS):
+        if path.startswith(self.form.annotated):
             node.metadata_props["layer_ann"] = names.OUTSIDE_ANNOTATION
         self.nodes.append(node)
         return values

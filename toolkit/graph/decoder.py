@@ -40,7 +40,7 @@ def _lengths(build: GraphBuilder, ids: ir.Value, mask: ir.Value) -> tuple[ir.Val
 
     The last query is the last unpadded one, so right-padded batches are right too.
     """
-    path = "/model/lengths"
+    path = names.LENGTHS_PATH
     one = build.constant(f"{path}/one", np.array([1], np.int64))
     (count,) = build.op(f"{path}/ReduceSum", [mask, one], {"keepdims": 1})
     (last,) = build.op(f"{path}/Sub.last", [count, one])

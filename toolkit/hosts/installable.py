@@ -26,6 +26,7 @@ PROVIDER_NAMES: Final = {
     "OpenVINOExecutionProvider": "openvino-npu",
     "QNNExecutionProvider": "qnn-npu",
     "VitisAIExecutionProvider": "vitis-npu",
+    "WebGpuExecutionProvider": "webgpu-gpu",
 }
 # A folder with a manifest.json was a model package to some builds of onnxruntime-genai, and reports are the maker's.
 _OURS: Final = (names.MANIFEST_FILE, names.REPORT_FILE, names.REPORT_PAGE_FILE, names.COMPILE_LOG_FILE)
