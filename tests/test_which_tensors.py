@@ -162,7 +162,7 @@ def test_mlx_is_known_by_its_scales_and_biases(folder: Path) -> None:
     ("values", "said"),
     [
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "fp8"),
+        ({"quantization_config": {"quant_method": "fp8", "fmt": "e5m2"}}, "e5m2"),
         ({"quantization": {"group_size": 64, "bits": 4}}, "MLX"),
         ({"quantization_config": 7}, "already quantized"),
         ({"quantization_config": {"load_in_4bit": True}}, "bitsandbytes.*take quantization_config out"),
@@ -177,12 +177,18 @@ def test_a_config_that_says_so_names_the_method(folder: Path, values: dict[str, 
     assert "download it again" not in str(found.value)
 
 
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.int32])
+def test_a_config_that_says_so_of_plain_floats_is_not_believed_and_said(folder: Path) -> None:
+    _config(folder, quantization_config={"quant_method": "fp8"})
+    assert "config.json says fp8, and all weights are plain floats" in open_checkpoint(folder).notes
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.int32, torch.float8_e5m2])
 def test_numbers_that_only_a_quantizer_stores_are_named(folder: Path, dtype: torch.dtype) -> None:
     """As some save them, without a word in config.json."""
     tensors = tensors_of(folder)
     save_tensors(folder, tensors | {f"{DOWN}.weight": tensors[f"{DOWN}.weight"].to(dtype)})
-    with pytest.raises(UnsupportedError, match=r"is quantized already: model.*down_proj.weight is .*name the original"):
+    said = r"down_proj.weight is .*name the original"
+    with pytest.raises((CheckpointError, UnsupportedError), match=said):
         open_checkpoint(folder)
 
 

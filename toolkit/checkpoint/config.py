@@ -15,7 +15,8 @@ from typing import Any, Final
 from toolkit.checkpoint.families import FAMILIES
 from toolkit.checkpoint.family import LAYER_KINDS, Structure
 from toolkit.checkpoint.fields import Fields, positive, whole
-from toolkit.checkpoint.other_formats import NAME_THE_ORIGINAL, missing_config
+from toolkit.checkpoint.other_formats import missing_config
+from toolkit.checkpoint.quantized_config import quantization_of
 from toolkit.errors import CheckpointError, UnsupportedError
 from toolkit.files import is_there, read_json
 from toolkit.names import CONFIG_FILE
@@ -119,22 +120,6 @@ def read_checkpoint_json(path: Path, max_bytes: int) -> dict[str, Any]:
     return read_json(path, max_bytes, CheckpointError, "a checkpoint folder in Hugging Face layout has one")
 
 
-def _quantized_by(raw: Mapping[str, Any]) -> str | None:
-    """How a config says its weights were quantized, as words to go on with; None where it does not."""
-    if isinstance(raw.get("quantization"), dict):
-        return " by MLX"
-    given = raw.get("quantization_config") or raw.get("compression_config")
-    if not given:
-        return None
-    if not isinstance(given, dict):
-        return ""
-    producer = given.get("producer")
-    method = given.get("quant_method") or (producer.get("name") if isinstance(producer, dict) else None)
-    if not method and any(key.startswith(("load_in_", "bnb_", "_load_in_")) for key in given):
-        method = "bitsandbytes"
-    return f" by {str(method)[:40]}" if method else ""
-
-
 def _check_kind(raw: Mapping[str, Any], path: Path) -> None:
     """Raises UnsupportedError for a model that judges texts and writes none."""
     listed = raw.get("architectures")
@@ -156,11 +141,7 @@ def parse_config(raw: Mapping[str, Any], path: Path) -> ModelConfig:
     _check_kind(raw, path)
     if raw.get("hidden_act") not in (None, "silu"):
         raise UnsupportedError(f"{path}: hidden_act {raw['hidden_act']!r:.60} is not supported, expected 'silu'")
-    if (method := _quantized_by(raw)) is not None:
-        raise UnsupportedError(
-            f"{path}: the checkpoint is already quantized{method}: {NAME_THE_ORIGINAL}; if its weights are that "
-            "again, as after a merge, take quantization_config out of config.json"
-        )
+    quantization_of(raw, path)  # refuses what is not read
     heads = read.count("num_attention_heads")
     hidden = read.count("hidden_size")
     head_dim = read.count("head_dim", hidden // heads)

@@ -12,6 +12,7 @@ from typing import Final
 
 from toolkit.checkpoint.gguf import is_gguf, split_set
 from toolkit.checkpoint.other_formats import other_format
+from toolkit.checkpoint.quantized_config import MODELOPT_FILE
 from toolkit.checkpoint.side_files import TEMPLATES_FOLDER, side_files_of
 from toolkit.checkpoint.weights import weight_files
 from toolkit.checkpoint.which_tensors import ADAPTER_CONFIG_FILE
@@ -25,6 +26,7 @@ _SIDE_PATTERNS: Final = (
     *(path.name for path in side_files_of(Path())),
     f"{TEMPLATES_FOLDER}/*.jinja",
     SAFETENSORS_INDEX_FILE,
+    MODELOPT_FILE,
     ADAPTER_CONFIG_FILE,
     "tokenizer.model",
     "tekken.json",

@@ -26,10 +26,11 @@ from toolkit.checkpoint.gguf_header import GgufHeader, read_gguf_header
 from toolkit.checkpoint.gguf_metadata import Metadata
 from toolkit.checkpoint.gguf_names import ROPE_FREQS, checkpoint_name, rotated_heads, to_halves
 from toolkit.checkpoint.gguf_tokenizer import tokenizer_config_of, tokenizer_of
-from toolkit.checkpoint.gguf_types import FILE_TYPES, TYPE_BY_NAME, StoredAs
+from toolkit.checkpoint.gguf_types import FILE_TYPES, TYPE_BY_NAME
 from toolkit.checkpoint.safetensors import TensorRef
 from toolkit.checkpoint.scan import Rows, whole_tensors
 from toolkit.checkpoint.side_files import GENERATION_FILE, TOKENIZER_CONFIG_FILE
+from toolkit.checkpoint.stored_as import StoredAs
 from toolkit.checkpoint.weights import FileWeights, WeightSource, expected_refs
 from toolkit.errors import CheckpointError
 from toolkit.files import write_json

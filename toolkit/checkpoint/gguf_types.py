@@ -18,16 +18,6 @@ class TensorType:
     nbytes: int
 
 
-@dataclass(frozen=True)
-class StoredAs:
-    """How a checkpoint's weights were stored before they were read: the file's type by its own word, such as Q4_K_M,
-    bits a weight over all of them, and how many tensors are of each type."""
-
-    file_type: str
-    bits_per_weight: float
-    tensors: dict[str, int]
-
-
 _BLOCK: Final = 32
 _SUPER_BLOCK: Final = 256
 # By its number in the file. Types of integers and those that ggml only computes with are no weights.

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from toolkit.checkpoint.config import ModelConfig, read_config
 from toolkit.checkpoint.gguf import GgufModel, is_gguf, open_gguf
-from toolkit.checkpoint.gguf_types import StoredAs
+from toolkit.checkpoint.safetensors import read_header
 from toolkit.checkpoint.side_files import SideFiles, read_side_files
+from toolkit.checkpoint.stored_as import StoredAs
 from toolkit.checkpoint.synthetic import SyntheticWeights
-from toolkit.checkpoint.weights import WeightSource, open_weights
+from toolkit.checkpoint.weights import FileWeights, FoundTensors, WeightSource, find_tensors, weights_of
 from toolkit.checkpoint.which_tensors import refuse_adapter
 
 
@@ -19,8 +20,8 @@ from toolkit.checkpoint.which_tensors import refuse_adapter
 class Checkpoint:
     """`synthetic` ones have random weights of the shapes that `folder`'s config names, and no tokenizer. One whose
     weights are not here, `download_bytes` of them, can be planned with and not read. `notes` are lines that a user
-    should read: which of several files was meant, which ids have no weights. `stored_as` says how the weights of a GGUF
-    file were stored; then `folder` has what was rebuilt from its metadata."""
+    should read: which of several files was meant, which ids have no weights. `stored_as` says how the weights were
+    stored where they are no plain floats; of a GGUF file `folder` has what was rebuilt from its metadata."""
 
     folder: Path
     config: ModelConfig
@@ -48,16 +49,30 @@ def gguf_checkpoint(model: GgufModel, download_bytes: int = 0) -> Checkpoint:
     """The checkpoint that a GGUF file is, with a line that says what its weights are; `download_bytes` are not here."""
     folder, stored = model.side_folder(model.source), model.stored_as
     side = read_side_files(folder, model.config.vocab_size)
-    kind = f"a {stored.file_type} file of {stored.bits_per_weight:.2f} bits a weight"
-    notes = (f"the weights are those of {kind}, dequantized", *side_notes(side, model.config.vocab_size))
+    notes = (*_dequantized(stored), *side_notes(side, model.config.vocab_size))
     return Checkpoint(folder, model.config, model.source, False, side, notes, download_bytes, stored)
 
 
 def _opened_folder(folder: Path) -> Checkpoint:
     refuse_adapter(folder)
     config = read_config(folder)
-    source, side = open_weights(folder, config), read_side_files(folder, config.vocab_size)
-    return Checkpoint(folder, config, source, False, side, (*source.notes, *side_notes(side, config.vocab_size)))
+    found = find_tensors(folder, config, read_header)
+    return found_checkpoint(folder, config, found, weights_of(found, folder))
+
+
+def found_checkpoint(
+    folder: Path, config: ModelConfig, found: FoundTensors, source: FileWeights, download_bytes: int = 0
+) -> Checkpoint:
+    """The checkpoint that a folder and its tensors are, `download_bytes` of which are not here."""
+    side = read_side_files(folder, config.vocab_size)
+    notes = (*found.notes, *_dequantized(found.stored_as), *side_notes(side, config.vocab_size))
+    return Checkpoint(folder, config, source, False, side, notes, download_bytes, found.stored_as)
+
+
+def _dequantized(stored: StoredAs | None) -> Iterator[str]:
+    """A line that says what the weights are where they are no plain floats."""
+    if stored:
+        yield f"the weights are those of {stored.words}, dequantized"
 
 
 def side_notes(side: SideFiles, rows: int) -> Iterator[str]:

@@ -16,12 +16,12 @@ from toolkit.checkpoint.download import hub_error, hub_file, is_hub_id, resolve_
 from toolkit.checkpoint.gguf import gguf_model, split_set
 from toolkit.checkpoint.gguf_header import parse_gguf_header
 from toolkit.checkpoint.gguf_names import ROPE_FREQS
-from toolkit.checkpoint.opened import Checkpoint, gguf_checkpoint, open_checkpoint, side_notes
+from toolkit.checkpoint.opened import Checkpoint, found_checkpoint, gguf_checkpoint, open_checkpoint
 from toolkit.checkpoint.safetensors import TensorRef, header_length, parse_header
 from toolkit.checkpoint.scan import Rows
-from toolkit.checkpoint.side_files import read_side_files
-from toolkit.checkpoint.weights import FileWeights, Origin, find_tensors, weight_files, widen
+from toolkit.checkpoint.weights import FileWeights, Origin, find_tensors, weight_files
 from toolkit.checkpoint.which_tensors import refuse_adapter
+from toolkit.checkpoint.widen import widen
 from toolkit.errors import CheckpointError
 
 # What most headers fit into.
@@ -89,10 +89,7 @@ def open_headers(place: str, revision: str | None = None) -> Checkpoint:
         return refs
 
     found = find_tensors(folder, config, read)
-    side = read_side_files(folder, config.vocab_size)
-    source = HeadersAlone(place, found.refs, sizes)
-    notes = (*found.notes, *side_notes(side, config.vocab_size))
-    return Checkpoint(folder, config, source, False, side, notes, download_bytes=sum(sizes.values()))
+    return found_checkpoint(folder, config, found, HeadersAlone(place, found.refs, sizes), sum(sizes.values()))
 
 
 def _open_gguf_headers(place: str, repository: str, file: str, revision: str | None) -> Checkpoint:

@@ -34,6 +34,7 @@ _KNOWN_BYTES: Final = {
     "U16": 2,
     "F8_E4M3": 1,
     "F8_E5M2": 1,
+    "F8_E8M0": 1,
 }
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -20,10 +20,13 @@ from numpy.typing import NDArray
 from toolkit import names
 from toolkit.checkpoint.anatomy import decoder_of
 from toolkit.checkpoint.config import ModelConfig
-from toolkit.checkpoint.gguf_blocks import dequantize
-from toolkit.checkpoint.other_formats import refuse_integers
+from toolkit.checkpoint.other_formats import refuse_integers, refuse_quantized
+from toolkit.checkpoint.quantized import Dequantizer
+from toolkit.checkpoint.quantized_config import read_quantization
+from toolkit.checkpoint.quantized_tensors import CODES, Coded, coded_tensors, stored_as
 from toolkit.checkpoint.safetensors import ITEM_BYTES, TensorRef, read_header
 from toolkit.checkpoint.scan import ReadBytes, Rows, read_exactly, scan_file
+from toolkit.checkpoint.stored_as import StoredAs
 from toolkit.checkpoint.which_tensors import ChosenFiles, choose_files, module_tensors
 from toolkit.errors import CheckpointError, NonFiniteError
 from toolkit.files import file_sha256
@@ -91,12 +94,20 @@ class WeightSource(Tensors, Protocol):
 
 
 class FileWeights:
-    """A `WeightSource` over files, safetensors or GGUF; `notes` say which of a folder's were chosen, and how."""
+    """A `WeightSource` over files, safetensors or GGUF; `notes` say which of a folder's were chosen, and how. Tensors
+    that are `coded` are dequantized as their rows are read."""
 
-    def __init__(self, refs: dict[str, TensorRef], files: list[Path], notes: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        refs: dict[str, TensorRef],
+        files: list[Path],
+        notes: tuple[str, ...] = (),
+        coded: Mapping[str, Coded] | None = None,
+    ) -> None:
         self._refs, self._files, self.notes = refs, sorted(files), notes
         self._digests: dict[str, str] = {}
         self._read = ReadBytes()
+        self._dequantizer = Dequantizer(coded or {}, self._read)
 
     def names(self) -> list[str]:
         """Lists every tensor's name, in file order."""
@@ -120,9 +131,13 @@ class FileWeights:
         ref = self._refs[rows.name]
         row_bytes = rows.raw.nbytes // (rows.stop - rows.start)
         raw = rows.raw[(start - rows.start) * row_bytes : (stop - rows.start) * row_bytes]
-        values = widen(raw, ref.dtype)
+        values = self._dequantizer.floats(ref, raw, start)
         check_finite(values, rows.name)
         return values.reshape((stop - start, *ref.shape[1:]))
+
+    def check_scales(self) -> None:
+        """Raises NonFiniteError for a scale of codes that is NaN or infinite, as far as they are few."""
+        self._dequantizer.check_scales()
 
     def identity(self) -> tuple[Origin, ...]:
         """Name, size and time of change of each file."""
@@ -142,7 +157,7 @@ class FileWeights:
         return self._read.total
 
     def dtype(self, name: str) -> str:
-        """The stored dtype of a tensor: BF16, F16, F32 or F64, or a type of GGUF such as Q4_K."""
+        """The stored dtype of a tensor: BF16, F16, F32 or F64, F8_E4M3 of codes, or a type of GGUF such as Q4_K."""
         return self._refs[name].dtype
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -162,23 +177,9 @@ class FileWeights:
             raise CheckpointError(f"{name} has {rows} rows, and rows {start} to {stop} were asked for")
         row_bytes = ref.nbytes // max(rows, 1)
         raw = read_exactly(ref.path, ref.offset + start * row_bytes, (stop - start) * row_bytes, self._read)
-        values = widen(raw, ref.dtype)
+        values = self._dequantizer.floats(ref, raw, start)
         check_finite(values, name)
         return values.reshape((stop - start, *ref.shape[1:]))
-
-
-def widen(raw: NDArray[np.uint8], dtype: str) -> NDArray[np.float32]:
-    """Stored bytes as flat float32: BF16, F16 and F32 exactly, F64 rounded, GGUF's types as llama.cpp reads them."""
-    if dtype == "F32":
-        return raw.view("<f4").astype(np.float32, copy=False)
-    if dtype == "F16":
-        return raw.view("<f2").astype(np.float32)
-    if dtype == "F64":
-        with np.errstate(over="ignore"):  # what float32 does not hold is infinite, and then named as such
-            return raw.view("<f8").astype(np.float32)
-    if dtype == "BF16":
-        return np.asarray(np.left_shift(raw.view("<u2"), 16, dtype=np.uint32).view(np.float32))
-    return dequantize(raw, dtype)
 
 
 def check_finite(values: NDArray[np.float32], name: str) -> None:
@@ -210,8 +211,13 @@ def parameter_count(config: ModelConfig) -> int:
 
 def open_weights(folder: Path, config: ModelConfig) -> FileWeights:
     """Opens the checkpoint's tensors, every header read and checked; raises CheckpointError naming what is wrong."""
-    found = find_tensors(folder, config, read_header)
-    source = FileWeights(found.refs, list(weight_files(folder)), found.notes)
+    return weights_of(find_tensors(folder, config, read_header), folder)
+
+
+def weights_of(found: FoundTensors, folder: Path) -> FileWeights:
+    """The tensors of a folder as a source; raises CheckpointError for a head that is not what it is tied to."""
+    source = FileWeights(found.refs, list(weight_files(folder)), found.notes, found.coded)
+    source.check_scales()
     if found.other_head is not None:
         _check_tied(source, found.other_head, folder)
     return source
@@ -226,23 +232,29 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
 class FoundTensors:
     """Each tensor that a config calls for, and a line for each choice that was made.
 
-    `other_head` is a head that a config with tied embeddings does not call for.
+    `other_head` is a head that a config with tied embeddings does not call for; `coded` has those of the tensors that
+    are codes with scales, and `stored_as` what they are all together, None where none is.
     """
 
     refs: dict[str, TensorRef]
     notes: tuple[str, ...] = ()
     other_head: TensorRef | None = None
+    coded: Mapping[str, Coded] = field(default_factory=dict)
+    stored_as: StoredAs | None = None
 
 
 def find_tensors(folder: Path, config: ModelConfig, read: Callable[[Path], dict[str, TensorRef]]) -> FoundTensors:
     """Finds each tensor the config calls for; `read` gives the tensors of a file.
 
     Raises CheckpointError for what is missing, stands twice, is not called for, or has another shape, UnsupportedError
-    for a quantized checkpoint.
+    for a checkpoint quantized in a way that is not read.
     """
+    by = read_quantization(folder)
     chosen = choose_files(folder)
     stored, placed = _all_tensors(chosen, read)
     found, renamed = module_tensors(stored, folder)
+    found, coded = coded_tensors(found, by, expected_tensors(config))
+    refuse_quantized(found, folder)
     found, tied = _with_tied_table(found, config)
     _check_complete(found, expected_tensors(config), folder)
     decoder = {name: ref for name, ref in found.items() if name.startswith(_DECODERS) and not _is_cache_scale(name)}
@@ -250,9 +262,11 @@ def find_tensors(folder: Path, config: ModelConfig, read: Callable[[Path], dict[
     left = [f"not read: {len(beside)} tensors beside the decoder, such as {beside[0][-80:]}"] if beside else []
     head = names.weight(names.LM_HEAD)
     ignorable = {head} if config.tie_word_embeddings else set()
-    refs = expected_refs(decoder, config, folder, ITEM_BYTES, ignorable)
+    refs = expected_refs(decoder, config, folder, {*ITEM_BYTES, *CODES}, ignorable)
     other = found.get(head) if config.tie_word_embeddings else None
-    return FoundTensors(refs, (*chosen.notes, *placed, *renamed, *tied, *left), other)
+    floats = [f"{names.CONFIG_FILE} says {by.words}, and all weights are plain floats"] if by and not coded else []
+    notes = (*chosen.notes, *placed, *renamed, *tied, *left, *floats)
+    return FoundTensors(refs, notes, other, coded, stored_as(refs, coded, by))
 
 
 def _all_tensors(

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Final
 
 from toolkit import names
-from toolkit.checkpoint.other_formats import refuse_other_formats, refuse_quantized
+from toolkit.checkpoint.other_formats import refuse_other_formats
 from toolkit.checkpoint.safetensors import TensorRef
 from toolkit.errors import CheckpointError
 from toolkit.files import is_there, read_json
@@ -73,9 +73,8 @@ def choose_files(folder: Path) -> ChosenFiles:
 def module_tensors(refs: Mapping[str, TensorRef], folder: Path) -> tuple[dict[str, TensorRef], list[str]]:
     """The tensors of all files by their modules' names, and a line for each way in which those were spelled otherwise.
 
-    Raises UnsupportedError for quantized ones, CheckpointError for an adapter that is not merged.
+    Raises CheckpointError for an adapter that is not merged.
     """
-    refuse_quantized(refs, folder)
     return _unwrapped(refs, folder)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from toolkit.checkpoint.gguf_types import StoredAs
+from toolkit.checkpoint.stored_as import StoredAs
 from toolkit.device.arrays import NUMPY, Device
 from toolkit.pipeline.forecast import Phase, forecast
 from toolkit.pipeline.judge.effort import Effort

@@ -15,8 +15,8 @@ from toolkit.bundle.operators import Placement, bundle_placements
 from toolkit.bundle.settings import read_settings
 from toolkit.checkpoint.config import ModelConfig, read_config
 from toolkit.checkpoint.gguf import GgufWeights, is_gguf
-from toolkit.checkpoint.gguf_types import StoredAs
 from toolkit.checkpoint.opened import Checkpoint, open_checkpoint
+from toolkit.checkpoint.stored_as import StoredAs
 from toolkit.checkpoint.weights import FileWeights, Origin, parameter_count
 from toolkit.errors import CheckpointError
 from toolkit.graph.interface import read_interface

@@ -99,8 +99,8 @@ def _notes(section: Quantization) -> list[str]:
     notes = []
     if source := section.source:
         notes.append(
-            f"The checkpoint is a {source.file_type} file of {source.bits_per_weight:.2f} bits a weight: everything "
-            "here is compared with its dequantized weights, not with those that the file was made from."
+            f"The checkpoint is {source.words}: everything here is "
+            "compared with its dequantized weights, not with those that the file was made from."
         )
     if made := section.calibration:
         budget = made.budget_bits_per_weight

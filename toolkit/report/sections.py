@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from toolkit.checkpoint.gguf_types import StoredAs
+from toolkit.checkpoint.stored_as import StoredAs
 from toolkit.machine import Machine
 
 

@@ -1,0 +1,208 @@
+"""Folders of quantized safetensors are read as the floats that torch makes of their codes and scales."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from tests.command_line import called
+from tests.quantized_folders import (
+    BLOCKS,
+    FP8,
+    Quantizer,
+    Tensors,
+    fp8_blocks,
+    fp8_tensor,
+    int8_channels,
+    quantize_folder,
+    save,
+)
+from tests.random_models import make_checkpoint
+from toolkit.checkpoint.opened import open_checkpoint
+from toolkit.checkpoint.quantized_blocks import E4M3, E8M0
+from toolkit.checkpoint.weights import WeightSource
+
+# Widths that no block of 128 divides, of both families that people publish in FP8.
+WIDE: Final[dict[str, Any]] = {"hidden_size": 192, "intermediate_size": 200, "head_dim": 48}
+DOWN: Final = "model.layers.1.mlp.down_proj"
+
+
+def _compressed(way: str, **weights: Any) -> dict[str, Any]:
+    group = {"targets": ["Linear"], "weights": {"num_bits": 8, **weights}}
+    return {"quant_method": "compressed-tensors", "format": way, "config_groups": {"group_0": group}}
+
+
+FLOAT8: Final[dict[str, tuple[Quantizer, dict[str, Any]]]] = {
+    "deepseek": (fp8_blocks((128, 128)), BLOCKS),
+    "qwen3": (fp8_blocks((128, 128), torch.bfloat16), BLOCKS),
+    "half-scales": (fp8_blocks((128, 128), torch.float16), BLOCKS),
+    "powers-of-two": (fp8_blocks((128, 128), torch.float8_e8m0fnu), BLOCKS),
+    "oblong-blocks": (fp8_blocks((16, 48)), {**BLOCKS, "weight_block_size": [16, 48]}),
+    "static": (fp8_tensor(()), {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None}),
+    "fbgemm": (fp8_blocks((1, 10**9), name="weight_scale"), {"quant_method": "fbgemm_fp8"}),
+    "modelopt": (fp8_tensor(()), {"quant_method": "modelopt", "quant_algo": "FP8"}),
+    "tensor": (fp8_tensor((1,)), _compressed("float-quantized", strategy="tensor")),
+    "channel": (
+        fp8_blocks((1, 10**9), torch.bfloat16, "weight_scale"),
+        _compressed("float-quantized", strategy="channel"),
+    ),
+    "block": (
+        fp8_blocks((64, 32), name="weight_scale"),
+        _compressed("float-quantized", strategy="block", block_structure=[64, 32]),
+    ),
+    "block-as-text": (
+        fp8_blocks((64, 32), name="weight_scale"),
+        _compressed("float-quantized", strategy="block", block_structure="64x32"),
+    ),
+    "int8": (int8_channels, _compressed("int-quantized", strategy="channel", type="int")),
+}
+
+
+def _assert_reads(source: WeightSource, floats: Tensors) -> None:
+    """Every tensor, whole, by rows and streamed, is what torch has, to the bit."""
+    assert sorted(source.names()) == sorted(floats)
+    for name, value in floats.items():
+        want = value.numpy()
+        assert source.read(name).tobytes() == want.tobytes(), name
+        assert source.read_rows(name, 1, len(want) - 1).tobytes() == want[1:-1].tobytes(), name
+    seen: dict[str, int] = {}
+    for rows in source.scan(5000):
+        want = floats[rows.name].numpy()
+        middle = (rows.start + rows.stop) // 2
+        assert source.decode(rows, middle, rows.stop).tobytes() == want[middle : rows.stop].tobytes()
+        assert source.decode(rows, rows.start, rows.stop).tobytes() == want[rows.start : rows.stop].tobytes()
+        seen[rows.name] = seen.get(rows.name, 0) + rows.stop - rows.start
+        rows.release()
+    assert seen == {name: len(value) for name, value in floats.items()}
+
+
+def test_every_code_is_torchs() -> None:
+    codes = torch.arange(256, dtype=torch.uint8)
+    np.testing.assert_array_equal(E4M3, codes.view(FP8).float().numpy())
+    np.testing.assert_array_equal(E8M0, codes.view(torch.float8_e8m0fnu).float().numpy())
+
+
+@pytest.mark.parametrize("name", FLOAT8)
+def test_codes_of_a_byte_are_read_as_torch_reads_them(name: str, tmp_path: Path) -> None:
+    make_checkpoint("Qwen3" if name != "fbgemm" else "Llama", WIDE, tmp_path)
+    quantizer, said = FLOAT8[name]
+    floats = quantize_folder(tmp_path, quantizer, said, left=("layers.0.mlp.gate_proj",))
+    opened = open_checkpoint(tmp_path)
+    _assert_reads(opened.source, floats)
+    assert opened.stored_as is not None
+    dtype = "I8" if name == "int8" else "F8_E4M3"
+    assert opened.stored_as.tensors == {"F32": len(floats) - 13, dtype: 13}
+    words = f"the weights are those of {opened.stored_as.words}, dequantized"
+    assert words in opened.notes and str(said["quant_method"]) in words
+
+
+def test_scales_may_lie_in_another_shard(tmp_path: Path) -> None:
+    make_checkpoint("Qwen3", WIDE, tmp_path)
+    floats = quantize_folder(tmp_path, fp8_blocks((128, 128)), BLOCKS)
+    stored = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    for number, there in enumerate((False, True), 1):
+        shard = {name: value for name, value in stored.items() if name.endswith("_inv") is there}
+        save(tmp_path, shard, f"model-{number:05}-of-00002.safetensors")
+    _assert_reads(open_checkpoint(tmp_path).source, floats)
+
+
+def test_modelopts_own_file_says_it_too(tmp_path: Path) -> None:
+    make_checkpoint("Qwen3", WIDE, tmp_path)
+    floats = quantize_folder(tmp_path, fp8_tensor(()), {})
+    (tmp_path / "hf_quant_config.json").write_text(
+        json.dumps({"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8"}}), encoding="utf-8"
+    )
+    opened = open_checkpoint(tmp_path)
+    _assert_reads(opened.source, floats)
+    assert opened.stored_as is not None and opened.stored_as.file_type == "modelopt FP8"
+
+
+@pytest.mark.parametrize("family", ["Qwen3", "Llama"])
+def test_a_bundle_is_that_of_the_floats_that_torch_makes(family: str, tmp_path: Path, tiny_r1: Path) -> None:
+    """The whole way: logits of equal graphs over equal weights are equal."""
+    written: list[dict[str, bytes]] = []
+    for kind in ("fp8", "floats"):
+        folder = tmp_path / kind
+        make_checkpoint(family, {**WIDE, "vocab_size": 1024, "max_position_embeddings": 128}, folder)
+        for path in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+            (folder / path).write_bytes((tiny_r1 / path).read_bytes())
+        if kind == "fp8":
+            floats = quantize_folder(folder, fp8_blocks((128, 128)), BLOCKS)
+        else:
+            save(folder, floats)
+        out = tmp_path / f"{kind}-bundle"
+        words = ["cpu", "--checkpoint", str(folder), "--precision", "fp32", "--no-validate", "--out", str(out)]
+        made = called("export", *words)
+        assert made.returncode == 0, made.stderr
+        assert ("those of a fp8 file of" in made.stderr) is (kind == "fp8")
+        report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+        assert ("source" in report["quantization"]) is (kind == "fp8")
+        written.append({path.name: path.read_bytes() for path in out.iterdir() if ".onnx" in path.name})
+    assert written[0] == written[1] and any(name.endswith(".data") for name in written[0])
+
+
+def _spoil(folder: Path, what: str) -> None:
+    """Makes one thing wrong with a folder in FP8."""
+    stored, config = safetensors.torch.load_file(folder / "model.safetensors"), folder / "config.json"
+    scale, raw = f"{DOWN}.weight_scale_inv", json.loads(config.read_text(encoding="utf-8"))
+    said = raw["quantization_config"]
+    if what == "missing scale":
+        del stored[scale]
+    elif what == "scale of a wrong shape":
+        stored[scale] = torch.ones(3, 2)
+    elif what == "scale of a wrong dtype":
+        stored[scale] = torch.ones(2, 2, dtype=torch.int32)
+    elif what == "NaN scale":
+        stored[scale][1, 1] = float("nan")
+    elif what == "NaN code":
+        stored[f"{DOWN}.weight"].view(torch.uint8)[3, 5] = 0x7F
+    elif what == "fmt":
+        said["fmt"] = "e5m2"
+    elif what == "codes of e5m2":
+        stored[f"{DOWN}.weight"] = stored[f"{DOWN}.weight"].to(torch.float8_e5m2)
+    elif what == "block size":
+        said["weight_block_size"] = [128, 0]
+    elif what == "quant_method":
+        said["quant_method"] = "fp9"
+    elif what == "scale without codes":
+        stored[f"{DOWN}.weight"] = stored[f"{DOWN}.weight"].float()
+    save(folder, stored)
+    config.write_text(json.dumps(raw), encoding="utf-8")
+
+
+SPOILT: Final = {
+    "missing scale": r"down_proj.weight is F8_E4M3 \[192, 200\] and quantized, and its scale is missing, .*_inv",
+    "scale of a wrong shape": r"weight_scale_inv is F32 \[3, 2\] beside \[192, 200\] weights, expected .*\[2, 2\]",
+    "scale of a wrong dtype": "weight_scale_inv is I32, expected one of F32",
+    "NaN scale": "weight_scale_inv holds 1 NaN or infinite scales",
+    "NaN code": "down_proj.weight holds 1 NaN or infinite values",
+    "fmt": "fmt of quantization_config is 'e5m2', expected 'e4m3'",
+    "codes of e5m2": "quantized already.*weight_scale_inv",
+    "block size": "weight_block_size of quantization_config is .*expected rows and columns",
+    "quant_method": "already quantized by fp9, which is not read",
+    "scale without codes": "quantized already.*weight_scale_inv",
+}
+
+
+@pytest.mark.parametrize("what", SPOILT)
+def test_what_is_wrong_is_one_line_and_nothing_is_written(what: str, tmp_path: Path, tiny_r1: Path) -> None:
+    folder, out = tmp_path / "fp8", tmp_path / "bundle"
+    make_checkpoint("Qwen3", {**WIDE, "vocab_size": 1024, "max_position_embeddings": 128}, folder)
+    for path in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        (folder / path).write_bytes((tiny_r1 / path).read_bytes())
+    quantize_folder(folder, fp8_blocks((128, 128)), BLOCKS)
+    _spoil(folder, what)
+    words = ["cpu", "--checkpoint", str(folder), "--precision", "fp32", "--no-validate", "--out", str(out)]
+    made = called("export", *words)
+    (line,) = [line for line in made.stderr.splitlines() if line.startswith("error:")]
+    assert made.returncode == 2 and re.search(SPOILT[what], line), made.stderr
+    left = ["bundle.partial"] if what == "NaN code" else []  # as with any NaN that is met on the way
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*left, "fp8"]

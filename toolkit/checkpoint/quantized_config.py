@@ -1,0 +1,149 @@
+"""What a checkpoint says of how its weights were quantized: in config.json, or in ModelOpt's own file.
+
+The tensors themselves tell most: their names, dtypes and shapes. What they leave open is read here, and a method that
+is not read is refused before a header is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from toolkit import names
+from toolkit.checkpoint.fields import Fields
+from toolkit.checkpoint.other_formats import NAME_THE_ORIGINAL
+from toolkit.errors import CheckpointError, UnsupportedError
+from toolkit.files import is_there, read_json
+
+MODELOPT_FILE: Final = "hf_quant_config.json"
+_MAX_BYTES: Final = 4 << 20
+_FP8: Final = ("fp8", "fbgemm_fp8")
+_COMPRESSED_TENSORS: Final = ("compressed-tensors", "compressed_tensors")
+_MODELOPT: Final = ("modelopt", "modelopt_fp4")
+METHODS: Final = (*_FP8, _COMPRESSED_TENSORS[0], _MODELOPT[0])
+# What compressed-tensors calls the ways to store that are read, and ModelOpt its algorithms.
+_FORMATS: Final = ("float-quantized", "naive-quantized", "int-quantized", "dense")
+_ALGORITHMS: Final = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN")
+
+
+@dataclass(frozen=True)
+class QuantizedBy:
+    """How weights were quantized: by which method, in its own words for a reader, and the rows and columns that share a
+    scale where scales stand in blocks."""
+
+    method: str
+    words: str
+    weight_block_size: tuple[int, int] = (128, 128)
+
+
+def read_quantization(folder: Path) -> QuantizedBy | None:
+    """How a folder says that its weights were quantized; None where it says nothing.
+
+    Raises UnsupportedError for a method that is not read, CheckpointError for a file that cannot be.
+    """
+    path = folder / names.CONFIG_FILE
+    said = quantization_of(_read(path), path)
+    path = folder / MODELOPT_FILE
+    if said is not None or not is_there(path, CheckpointError):
+        return said
+    given = _read(path).get("quantization")
+    if not isinstance(given, dict) or given.get("quant_algo") is None:
+        return None
+    return _modelopt(Fields(given, path, {}))
+
+
+def quantization_of(raw: Mapping[str, Any], path: Path) -> QuantizedBy | None:
+    """What the contents of a config.json say of it; `path` appears in messages alone. Raises as `read_quantization`."""
+    if isinstance(raw.get("quantization"), dict):
+        raise _not_read("MLX", path)
+    given = raw.get("quantization_config") or raw.get("compression_config")
+    if not given:
+        return None
+    if not isinstance(given, dict):
+        raise UnsupportedError(
+            f"{path}: the checkpoint is already quantized, and quantization_config is {str(given)[:40]!r}, expected "
+            f"an object: {NAME_THE_ORIGINAL}"
+        )
+    read, method = Fields(given, path, {}), _method(given)
+    if method in _FP8:
+        return _fp8(read, method)
+    if method in _COMPRESSED_TENSORS:
+        return _compressed_tensors(read)
+    if method in _MODELOPT:
+        return _modelopt(read)
+    raise _not_read(method, path)
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    return read_json(path, _MAX_BYTES, CheckpointError, "a checkpoint folder in Hugging Face layout has one")
+
+
+def _method(given: Mapping[str, Any]) -> str:
+    producer = given.get("producer")
+    method = given.get("quant_method") or (producer.get("name") if isinstance(producer, dict) else None)
+    if not method and any(key.startswith(("load_in_", "bnb_", "_load_in_")) for key in given):
+        method = "bitsandbytes"
+    return str(method or "")
+
+
+def _not_read(method: str, path: Path) -> UnsupportedError:
+    by = f" by {method[:40]}" if method else ""
+    return UnsupportedError(
+        f"{path}: the checkpoint is already quantized{by}, which is not read (expected {', '.join(METHODS)}): "
+        f"{NAME_THE_ORIGINAL}; if its weights are that again, as after a merge, take quantization_config out of "
+        "config.json"
+    )
+
+
+def _fp8(read: Fields, method: str) -> QuantizedBy:
+    """transformers' and DeepSeek's `fp8`, Meta's `fbgemm_fp8`."""
+    if read.get("fmt") not in (None, "e4m3"):
+        raise UnsupportedError(f"{read.path}: fmt of quantization_config is {read.get('fmt')!r:.40}, expected 'e4m3'")
+    return QuantizedBy(method, method, _block(read.get("weight_block_size"), "weight_block_size", read.path))
+
+
+def _compressed_tensors(read: Fields) -> QuantizedBy:
+    """vLLM's format: a way to store, and groups of modules with the settings of each."""
+    way = read.get("format")
+    if way not in _FORMATS:
+        raise UnsupportedError(
+            f"{read.path}: format of quantization_config (compressed-tensors) is {way!r:.40}, expected one of "
+            f"{', '.join(_FORMATS)}: "
+            f"{NAME_THE_ORIGINAL}"
+        )
+    sparsity = read.get("sparsity_config")
+    if isinstance(sparsity, dict) and sparsity.get("format", "dense") != "dense":
+        raise UnsupportedError(f"{read.path}: sparse weights are not read: {NAME_THE_ORIGINAL}")
+    groups = read.get("config_groups")
+    settings = [group.get("weights") for group in groups.values()] if isinstance(groups, dict) else []
+    blocks = {str(one.get("block_structure")): one.get("block_structure") for one in settings if isinstance(one, dict)}
+    given = [block for block in blocks.values() if block is not None]
+    if len(given) > 1:
+        raise UnsupportedError(f"{read.path}: groups of quantization_config differ in block_structure, expected one")
+    block = _block(given[0] if given else None, "block_structure", read.path)
+    return QuantizedBy(_COMPRESSED_TENSORS[0], f"{_COMPRESSED_TENSORS[0]} {way}", block)
+
+
+def _modelopt(read: Fields) -> QuantizedBy:
+    """NVIDIA's ModelOpt, whose settings name an algorithm."""
+    algorithm = read.get("quant_algo")
+    if algorithm not in _ALGORITHMS:
+        raise UnsupportedError(
+            f"{read.path}: quant_algo (modelopt) is {algorithm!r:.40}, expected one of {', '.join(_ALGORITHMS)}: "
+            f"{NAME_THE_ORIGINAL}"
+        )
+    return QuantizedBy(_MODELOPT[0], f"{_MODELOPT[0]} {algorithm}")
+
+
+def _block(given: object, key: str, path: Path) -> tuple[int, int]:
+    """Rows and columns of a block, 128 of each where none are given. Compressed-tensors once wrote them as 128x128."""
+    sides = given.split("x") if isinstance(given, str) else given
+    if sides is None:
+        return 128, 128
+    if isinstance(sides, list) and len(sides) == 2 and all(str(side).isdecimal() for side in sides):
+        rows, columns = (int(str(side)[:10]) for side in sides)
+        if rows and columns:
+            return rows, columns
+    raise CheckpointError(f"{path}: {key} of quantization_config is {given!r:.60}, expected rows and columns")
