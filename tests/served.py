@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,12 +49,17 @@ class Served:
 
 
 @contextmanager
-def served(*words: str | Path) -> Iterator[Served]:
-    """`toolkit serve WORDS… --port 0`, from when it listens until it has ended."""
+def served(*words: str | Path, cwd: Path | None = None, environment: Mapping[str, str] = {}) -> Iterator[Served]:
+    """`toolkit serve WORDS… --port 0` in a folder, from when it listens until it has ended."""
     command = [sys.executable, "-m", "toolkit", "serve", *map(str, words), "--port", "0"]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, encoding="utf-8", env={**os.environ, "PYTHONPATH": path}
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+        env={**os.environ, **environment, "PYTHONPATH": path},
+        cwd=cwd,
     )
     assert process.stderr is not None
     line = process.stderr.readline()

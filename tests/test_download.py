@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.gguf_files import from_checkpoint
+from tests.loopback_hub import REPO, Hub, hub_environment, loopback_hub
 from tests.random_models import make_checkpoint
 from toolkit.checkpoint.config import read_config
 from toolkit.checkpoint.download import hub_error
@@ -24,81 +21,6 @@ from toolkit.checkpoint.remote import HeadersAlone
 from toolkit.checkpoint.safetensors import read_header
 from toolkit.checkpoint.weights import find_tensors
 from toolkit.errors import CheckpointError
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-REPO = "someone/some-model"
-
-
-class Hub(ThreadingHTTPServer):
-    """Serves one folder as the repository `REPO`; the first answer with weights breaks off in the middle."""
-
-    daemon_threads = True
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(("127.0.0.1", 0), HubHandler)
-        self.folder = folder
-        self.requests: list[tuple[str, str, str | None]] = []
-        self.broken = self.mended = False
-        self.sent: dict[str, int] = {}
-
-
-class HubHandler(BaseHTTPRequestHandler):
-    """What a snapshot download asks for: the list of files in either form, a file's head, a file from some byte on."""
-
-    server: Hub
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
-    def do_HEAD(self) -> None:
-        self._answer(body=False)
-
-    def do_GET(self) -> None:
-        self._answer(body=True)
-
-    def _answer(self, body: bool) -> None:
-        wanted = self.headers.get("Range")
-        self.server.requests.append((self.command, self.path, wanted))
-        if self.path.startswith(f"/api/models/{REPO}/tree/"):  # where huggingface_hub lists files from 1.0 on
-            files = sorted(self.server.folder.iterdir())
-            tree = [{"type": "file", "path": p.name, "size": p.stat().st_size, "oid": COMMIT} for p in files]
-            self._send(200, json.dumps(tree).encode(), {"Content-Type": "application/json"}, body)
-            return
-        if self.path.startswith(f"/api/models/{REPO}"):
-            siblings = [{"rfilename": path.name} for path in sorted(self.server.folder.iterdir())]
-            text = json.dumps({"id": REPO, "sha": COMMIT, "siblings": siblings, "tags": ["license:mit"]}).encode()
-            known = self.path.rsplit("/", 1)[-1] in ("some-model", "main", "v1", COMMIT)
-            failed = {"X-Error-Code": "RevisionNotFound", "Content-Type": "application/json"}
-            self._send(200 if known else 404, text, {"Content-Type": "application/json"} if known else failed, body)
-            return
-        path = self.server.folder / self.path.rsplit("/", 1)[-1]
-        if not path.is_file():
-            self._send(404, b"", {"X-Error-Code": "EntryNotFound"}, body)
-            return
-        data = path.read_bytes()
-        first, _, last = wanted.removeprefix("bytes=").partition("-") if wanted else ("0", "", "")
-        start, stop = int(first), min(int(last) + 1, len(data)) if last else len(data)
-        headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
-        if wanted:
-            headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(data)}"
-        weights = body and not last and path.suffix == ".safetensors"
-        if weights and self.server.broken and not self.server.mended:
-            self._send(403, b"", {}, body)  # huggingface_hub 2 resumes by itself, and would hide the break
-            return
-        self.server.sent[path.name] = self.server.sent.get(path.name, 0) + body * (stop - start)
-        breaks = weights and not self.server.broken
-        self.server.broken |= breaks
-        self._send(206 if wanted else 200, data[start:stop], headers, body, breaks)
-
-    def _send(self, status: int, data: bytes, headers: dict[str, str], body: bool, breaks: bool = False) -> None:
-        self.send_response(status)
-        for key, value in {**headers, "Content-Length": str(len(data))}.items():
-            self.send_header(key, value)
-        self.end_headers()
-        if body:
-            self.wfile.write(data[: len(data) // 2] if breaks else data)
-        if breaks:
-            self.close_connection = True
 
 
 @pytest.fixture
@@ -111,26 +33,15 @@ def hub(tiny_r1: Path, tmp_path: Path) -> Iterator[Hub]:
     # Other formats of the same weights, and files of training, as repositories hold them.
     (folder / "consolidated.safetensors").write_bytes(b"not asked for")
     (folder / "trainer_state.json").write_text("{}", encoding="utf-8")
-    server = Hub(folder)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with loopback_hub(folder) as server:
+        yield server
 
 
 def _run(hub: Hub, home: Path, *words: str, offline: str = "0") -> subprocess.CompletedProcess[str]:
-    port = hub.server_address[1]
-    environment = {
-        **os.environ,
-        "HF_HOME": str(home),
-        "HF_ENDPOINT": f"http://127.0.0.1:{port}",
-        "HF_HUB_OFFLINE": offline,
-        "HF_HUB_DISABLE_XET": "1",
-        "NO_PROXY": "127.0.0.1",
-        "no_proxy": "127.0.0.1",
-    }
     command = [sys.executable, "-m", "toolkit", *words]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, encoding="utf-8")
+    return subprocess.run(
+        command, env=hub_environment(hub, home, offline), capture_output=True, text=True, encoding="utf-8"
+    )
 
 
 def _export(hub: Hub, home: Path, out: Path, offline: str) -> subprocess.CompletedProcess[str]:

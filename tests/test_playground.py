@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -29,8 +30,8 @@ def server(exports: Exports, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         yield running
 
 
-@pytest.fixture
-def page(server: Served) -> Iterator[Page]:
+@contextmanager
+def opened(url: str) -> Iterator[Page]:
     """The playground as it opens; whatever its console says of errors fails the test."""
     if BROWSER is None:
         pytest.skip(f"no browser of {', '.join(_BROWSERS)} is on the path")
@@ -38,14 +39,20 @@ def page(server: Served) -> Iterator[Page]:
     arguments = ["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=BROWSER, args=arguments)
-        opened, wrong = browser.new_page(), list[str]()
-        opened.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
-        opened.on("pageerror", lambda problem: wrong.append(str(problem)))
-        opened.goto(server.url)
-        expect(opened.get_by_label("Bundle")).to_be_visible()
-        yield opened
+        page, wrong = browser.new_page(), list[str]()
+        page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda problem: wrong.append(str(problem)))
+        page.goto(url)
+        yield page
         browser.close()
         assert wrong == []
+
+
+@pytest.fixture
+def page(server: Served) -> Iterator[Page]:
+    with opened(server.url) as page:
+        expect(page.get_by_label("Bundle")).to_be_visible()
+        yield page
 
 
 def _ask(page: Page, question: str) -> None:

@@ -18,9 +18,15 @@ import pytest
 import toolkit
 from tests.exports import Exports
 from tests.served import Served, one_thread, served, with_tools
-from toolkit.serve.app import MOST_BODY_BYTES
+from toolkit.serve.body import MOST_BODY_BYTES
 
 QUESTIONS = ["Add 4 and 5.", *(f"Add {100 + 37 * k} and {200 + 91 * k}." for k in range(1, 8))]
+# Hundreds of tokens: a short answer could be whole before anybody leaves or stops it.
+NUMBERS = {"type": "array", "items": {"type": "integer"}, "minItems": 200}
+LONG = {
+    "messages": [{"role": "user", "content": QUESTIONS[1]}],
+    "response_format": {"type": "json_schema", "json_schema": {"name": "numbers", "schema": NUMBERS}},
+}
 
 
 @pytest.fixture(scope="module")
@@ -290,7 +296,7 @@ def test_no_path_of_the_machine_is_answered(bundle: Path, exports: Exports, tmp_
 def test_beyond_the_queue_is_429_and_a_client_that_leaves_makes_room(bundle: Path) -> None:
     asked = {"messages": [{"role": "user", "content": QUESTIONS[1]}]}
     with served(bundle, "--queue", "1") as running, running.client() as http, ThreadPoolExecutor(1) as pool:
-        with http.stream("POST", "/v1/chat/completions", json={**asked, "stream": True}) as first:
+        with http.stream("POST", "/v1/chat/completions", json={**LONG, "stream": True}) as first:
             assert next(first.iter_lines()).startswith("data:")
             running.child.suspend()
             waiting = pool.submit(running.client().post, "/v1/chat/completions", json=asked)
@@ -326,10 +332,7 @@ def test_the_bundle_that_rested_longest_makes_room(bundle: Path, exports: Export
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM that a process could heed")
 def test_a_stop_in_the_middle_of_an_answer_ends_it_and_the_server(bundle: Path) -> None:
-    # Hundreds of tokens: a short answer could be whole before anybody stops it.
-    numbers = {"type": "array", "items": {"type": "integer"}, "minItems": 200}
-    wanted = {"type": "json_schema", "json_schema": {"name": "numbers", "schema": numbers}}
-    asked = {"messages": [{"role": "user", "content": QUESTIONS[1]}], "stream": True, "response_format": wanted}
+    asked = {**LONG, "stream": True}
     with served(bundle) as running:
         with running.client() as http, http.stream("POST", "/v1/chat/completions", json=asked) as answer:
             lines = answer.iter_lines()

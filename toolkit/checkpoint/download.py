@@ -34,8 +34,8 @@ _SIDE_PATTERNS: Final = (
     "merges.txt",
 )
 _HUB_ID: Final = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-# A GGUF file in a repository of the hub, owner/name:file.
-_HUB_FILE: Final = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*):(?P<file>[\w.-]+(/[\w.-]+)*\.gguf)")
+# A GGUF file in a repository of the hub, owner/name:file; no folder in it leads upwards.
+_HUB_FILE: Final = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*):(?P<file>((?!\.+/)[\w.-]+/)*[\w.-]+\.gguf)")
 _LICENSE_TIMEOUT_S: Final = 5.0
 _SENTENCE_END: Final = re.compile(r"(?<=[.!?])\s+(?=[A-Z])|\n")
 
@@ -126,6 +126,24 @@ def _gguf_set(repository: str, file: str, download: _Download) -> Path:
     if not path.is_file():
         raise CheckpointError(f"{repository} has no file {file}: look up its name on the hub")
     return path
+
+
+def downloaded_bytes(place: str, files: Sequence[Path]) -> int:
+    """How many bytes of a hub id's files, paths in its snapshot's folder, are in huggingface_hub's cache, with what has
+    arrived of those that are still being downloaded."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.file_download import repo_folder_name
+
+    repository = (hub_file(place) or (place,))[0]
+    blobs = Path(HF_HUB_CACHE) / repo_folder_name(repo_id=repository, repo_type="model") / "blobs"
+    return sum(_size(path) for path in (*files, *blobs.glob("*.incomplete")))
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:  # not there yet, or no longer under that name
+        return 0
 
 
 def hub_license(place: str) -> str | None:

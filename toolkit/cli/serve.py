@@ -17,6 +17,7 @@ from toolkit.cli.options import ON_CPU
 @click.option("--allow-host", multiple=True, metavar="NAME", help="A name this server is reached by. Repeatable.")
 @click.option("--keep", type=click.IntRange(min=1), default=1, show_default=True, help="Bundles open at once.")
 @click.option("--queue", type=click.IntRange(min=0), default=16, show_default=True, help="Requests that may wait.")
+@click.option("--allow-get", is_flag=True, help="Let pages get models though the server is not this machine's alone.")
 @ON_CPU
 def serve(
     bundles: tuple[Path, ...],
@@ -26,6 +27,7 @@ def serve(
     allow_host: tuple[str, ...],
     keep: int,
     queue: int,
+    allow_get: bool,
     on_cpu: bool,
 ) -> None:
     """A playground and OpenAI's API over each BUNDLE, those in build/ if none is named.
@@ -37,4 +39,4 @@ def serve(
     def note(line: str) -> None:
         click.echo(line, err=True)
 
-    start(bundles, host, port, api_key or None, allow_host, keep, queue, on_cpu, note)
+    start(bundles, host, port, api_key or None, allow_host, keep, queue, on_cpu, allow_get, note)

@@ -16,7 +16,7 @@ from toolkit.machine import free_memory_bytes
 from toolkit.names import CONFIG_FILE
 from toolkit.pipeline.catalogue import runs_on
 from toolkit.pipeline.plan import plan_export, shorten_context
-from toolkit.recipe import load_recipe, meant_recipe, nearest, recipe_names
+from toolkit.recipe import load_recipe, meant_recipe, model_names, nearest, recipe_names
 from toolkit.target import TARGETS, Target
 
 # The most able first: what draws least and leaves the rest of the machine free.
@@ -81,8 +81,8 @@ def _here() -> list[Target]:
 
 def _known(model: str) -> bool:
     """Whether a word is the name of a model of the recipes. Raises RecipeError for one that is nothing at all."""
-    models = sorted({name.removesuffix(f"-{t}") for name in recipe_names() for t in TARGETS if name.endswith(f"-{t}")})
-    if any(f"{model}-{t}" in recipe_names() for t in TARGETS):
+    models = model_names()
+    if model in models:
         return True
     place = Path(model)
     if is_hub_id(model) or hub_file(model) or (place / CONFIG_FILE).is_file() or is_gguf(place):

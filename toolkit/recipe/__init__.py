@@ -4,7 +4,7 @@ from toolkit.recipe.check import BITS, BLOCK_SIZES, FIGURES, RULE_ALGORITHMS
 from toolkit.recipe.matrix import Matrix, MatrixCell, read_matrix
 from toolkit.recipe.read import REQUIRED_KEYS, load_recipe, parse_recipe
 from toolkit.recipe.recipe import QuantRule, Recipe
-from toolkit.recipe.tree import data_folder, known_license, meant_recipe, model_facts, recipe_names
+from toolkit.recipe.tree import data_folder, known_license, meant_recipe, model_facts, model_names, recipe_names
 from toolkit.recipe.words import is_path, nearest
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "load_recipe",
     "meant_recipe",
     "model_facts",
+    "model_names",
     "nearest",
     "parse_recipe",
     "read_matrix",

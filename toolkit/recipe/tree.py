@@ -30,6 +30,11 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in data_folder("recipes").glob("*.yaml"))
 
 
+def model_names() -> list[str]:
+    """Returns the name of every model that a recipe is for, without its target, sorted."""
+    return sorted({name.removesuffix(f"-{_target_of(name)}") for name in recipe_names() if _target_of(name)})
+
+
 def model_facts(recipe_name: str, target: str) -> Path | None:
     """Returns `models/<model>` for a recipe called `<model>-<target>`, if there is one."""
     folder = data_folder("models") / recipe_name.removesuffix(f"-{target}")

@@ -79,7 +79,11 @@ def readme_text(bundle: Path, manifest: Manifest, report: Report) -> str:
 
 def model_name(manifest: Manifest) -> str:
     """Returns the model that a bundle was made from: a hub id, or of a folder its name alone, wherever it was."""
-    model = manifest.recipe.model
+    return place_name(manifest.recipe.model)
+
+
+def place_name(model: str) -> str:
+    """Returns a hub id or an embedded model's name as it is, of a folder on some machine its name alone."""
     local = model.count("/") > 1 or "\\" in model or Path(model).is_absolute()
     return model.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1] if local else model
 

@@ -21,16 +21,18 @@ def start(
     keep: int,
     queue: int,
     on_cpu: bool,
+    allow_get: bool,
     note: Callable[[str], None],
 ) -> None:
     """Serves bundles, those in build/ if none is named, until the process is asked to end.
 
-    Raises MachineError where the extra `serve` is not installed, BundleError for a folder that is no bundle.
+    Models can be got in the page, into build/, where the server is this machine's alone or `allow_get` is true. Raises
+    MachineError where the extra `serve` is not installed, BundleError for a folder that is no bundle.
     """
     try:
         from toolkit.serve.engine import Kept
         from toolkit.serve.guard import Doors
-        from toolkit.serve.run import run_server
+        from toolkit.serve.run import is_loopback, run_server
     except ImportError as problem:
         package = (problem.name or "").partition(".")[0]
         if package not in ("starlette", "uvicorn", "anyio", "h11"):
@@ -39,13 +41,14 @@ def start(
             f'{package} is not installed: pip install "onnx-distill-toolkit[serve]", or starlette and uvicorn'
         ) from None
     doors = Doors(api_key, tuple(name.lower() for name in hosts))
-    run_server(named_bundles(bundles), host, port, doors, Kept(keep, queue), on_cpu, note)
+    shelf = _BUILD if allow_get or (is_loopback(host) and not hosts) else None
+    run_server(named_bundles(bundles, shelf is None), host, port, doors, Kept(keep, queue), on_cpu, shelf, note)
 
 
-def named_bundles(bundles: Sequence[Path]) -> dict[str, Path]:
+def named_bundles(bundles: Sequence[Path], needs_one: bool) -> dict[str, Path]:
     """Bundles by the names of their folders. Raises BundleError for what is none, RecipeError for two of one name."""
     found = bundles or sorted(path.parent for path in _BUILD.glob(f"*/{names.GENAI_CONFIG_FILE}"))
-    if not found:
+    if not found and needs_one:
         raise RecipeError("no bundle is named, and build/ has none: name a folder that `toolkit export` made")
     named: dict[str, Path] = {}
     for bundle in found:

@@ -7,7 +7,7 @@ import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from typing import Final, TypeVar
+from typing import TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -16,7 +16,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from toolkit.serve.asked import AskedText, asked_chat, asked_completion, asked_response, read_body
+from toolkit.serve.asked import AskedText, asked_chat, asked_completion, asked_response, check_absent
+from toolkit.serve.body import read_body
 from toolkit.serve.engine import Engine, QueueFull, Texting
 from toolkit.serve.guard import Doors, Guard
 from toolkit.serve.job import Job
@@ -24,19 +25,18 @@ from toolkit.serve.page import page_routes
 from toolkit.serve.refusal import Refusal
 from toolkit.serve.replies import ChatReply, CompletionReply, Delta, Object, deltas, whole
 from toolkit.serve.response_reply import ResponseReply
+from toolkit.serve.shelf import Shelf
 from toolkit.typed_json import Json
 
-MOST_BODY_BYTES: Final = 4 << 20
-_BODY_S: Final = 30.0
 Reply = ChatReply | CompletionReply | ResponseReply
 Result = TypeVar("Result")
 
 
 class Server:
-    """OpenAI's API over the bundles of an engine."""
+    """OpenAI's API over the bundles of an engine; with a shelf, models can be got in the playground."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, engine: Engine, shelf: Shelf | None = None) -> None:
+        self._engine, self._shelf = engine, shelf
 
     def app(self, doors: Doors) -> Starlette:
         """Returns the ASGI application; the engine is closed as it ends."""
@@ -48,12 +48,15 @@ class Server:
             Route("/v1/chat/completions", self._answering(asked_chat, ChatReply), methods=["POST"]),
             Route("/v1/completions", self._answering(asked_completion, CompletionReply), methods=["POST"]),
             Route("/v1/responses", self._answering(asked_response, ResponseReply), methods=["POST"]),
-            *page_routes(self._engine.bundles),
+            *page_routes(self._engine.bundles, self._shelf is not None),
+            *(self._shelf.routes() if self._shelf else ()),
         ]
 
         @asynccontextmanager
         async def lifespan(_: Starlette) -> AsyncIterator[None]:
             yield
+            if self._shelf:
+                await self._shelf.close()
             await self._engine.close()
 
         return Starlette(
@@ -81,7 +84,7 @@ class Server:
 
     def _named(self, model: str) -> str:
         """The bundle of a request's model; the first where it names none."""
-        name = model or next(iter(self._engine.bundles))
+        name = model or next(iter(self._engine.bundles), "")
         if name not in self._engine.bundles:
             raise Refusal(f"no model {name!r:.80} is served: see /v1/models", 404, "model", "model_not_found")
         return name
@@ -92,7 +95,9 @@ class Server:
         """The route that reads a request and answers it, whole or as events."""
 
         async def answer(request: Request) -> Response:
-            asked = read(read_body(await _body(request)))
+            given = await read_body(request)
+            check_absent(given)
+            asked = read(given)
             asked = replace(asked, model=self._named(asked.model))
             texting = self._begun(asked)
             reply = reply_of(asked)
@@ -112,20 +117,6 @@ class Server:
             return self._engine.begin(asked.model, job)
         except QueueFull as problem:
             raise Refusal(str(problem), 429) from None
-
-
-async def _body(request: Request) -> bytes:
-    """The body of a request, bounded in size and time."""
-    body = bytearray()
-    try:
-        async with asyncio.timeout(_BODY_S):
-            async for piece in request.stream():
-                body += piece
-                if len(body) > MOST_BODY_BYTES:
-                    raise Refusal(f"the body is larger than {MOST_BODY_BYTES} bytes", 413)
-    except TimeoutError:
-        raise Refusal(f"the body did not arrive within {_BODY_S:.0f} s", 408) from None
-    return bytes(body)
 
 
 async def _unless_left(request: Request, texting: Texting, work: Awaitable[Result]) -> Result:

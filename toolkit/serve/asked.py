@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,8 +9,7 @@ from typing import Final, cast
 
 from toolkit.evaluate.grammar import json_rule
 from toolkit.evaluate.text_model import SearchOptions, TextOptions
-from toolkit.files import is_unicode
-from toolkit.serve.messages import chat_messages, text_of
+from toolkit.serve.messages import chat_messages
 from toolkit.serve.refusal import Refusal
 from toolkit.serve.tools import Tools, tools_of
 from toolkit.typed_json import Json, from_json
@@ -64,21 +62,11 @@ class AskedText:
     echo: bool = False
 
 
-def read_body(text: bytes) -> dict[str, Json]:
-    """The JSON object of a body, without the keys that are null. Raises Refusal for anything else."""
-    try:
-        raw: Json = json.loads(text, parse_constant=_no_number)
-    except (ValueError, RecursionError):
-        raise Refusal("the body is not JSON: expected one object") from None
-    if not isinstance(raw, dict):
-        raise Refusal("the body is not a JSON object")
-    if not is_unicode(raw):
-        raise Refusal("the body holds half a surrogate pair, which is no text")
-    given = {key: value for key, value in raw.items() if value is not None}
+def check_absent(given: Mapping[str, Json]) -> None:
+    """Raises Refusal where a request asks for what onnxruntime-genai has no option for."""
     for name, nothing in _ABSENT.items():
         if given.get(name, nothing) != nothing:
             raise Refusal(f"{name} is not supported here: leave it out", param=name)
-    return given
 
 
 def asked_chat(raw: Mapping[str, Json]) -> AskedText:
@@ -223,10 +211,3 @@ def _format(given: Json, under: str | None) -> str | None:
     if given.get("type") != "json_schema" or not isinstance(schema, dict):
         raise Refusal("response_format is no text, json_object, or json_schema with a schema", param="response_format")
     return json_rule(schema)
-
-
-def _no_number(word: str) -> float:
-    raise ValueError(word)
-
-
-__all__ = ["AskedText", "asked_chat", "asked_completion", "asked_response", "read_body", "text_of"]

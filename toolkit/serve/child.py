@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import queue
-import re
 import signal
 import sys
 import threading
@@ -22,17 +21,11 @@ from toolkit.evaluate.chat_prompt import without_thoughts
 from toolkit.evaluate.text_model import TextModel, Written
 from toolkit.evaluate.thought import Piece
 from toolkit.serve.job import FAILED, READY, REFUSED, WRITTEN, Event, Job, Told, line
+from toolkit.serve.refusal import without_paths
 from toolkit.serve.trimmed import Trimmed
 from toolkit.typed_json import from_json
 
-# Two folders or more from the root of a machine.
-_PATH: Final = re.compile(r"(?:[A-Za-z]:)?(?:[/\\][\w.@ -]+){2,}")
 TOOL_CALL: Final = "<tool_call>"
-
-
-def without_paths(message: str) -> str:
-    """A message without the places on this machine that it names."""
-    return _PATH.sub("…", message)
 
 
 @dataclass(frozen=True)

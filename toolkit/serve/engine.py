@@ -37,6 +37,8 @@ class Engine:
         self._kept, self._on_cpu = kept, on_cpu
         # In the order they were last used.
         self._open: dict[str, BundleProcess] = {}
+        # Made anew since they were opened.
+        self._stale: set[str] = set()
         self._turn = asyncio.Lock()
         self._numbers = itertools.count()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -45,6 +47,18 @@ class Engine:
     def open_names(self) -> list[str]:
         """The bundles that are open now."""
         return [name for name, process in self._open.items() if process.is_running]
+
+    def add(self, bundle: Path) -> str:
+        """Serves one bundle more, under its folder's name or one near it, which is returned; one that is served already
+        is opened anew when it is asked again."""
+        name, k = bundle.resolve().name, 1
+        while name in self.bundles and self.bundles[name].resolve() != bundle.resolve():
+            k += 1
+            name = f"{bundle.resolve().name}-{k}"
+        self.bundles[name] = bundle
+        if name in self._open:
+            self._stale.add(name)
+        return name
 
     def begin(self, name: str, job: Job) -> Texting:
         """Puts a job in the queue of the bundle `name`. Raises QueueFull if too many wait."""
@@ -108,6 +122,9 @@ class Engine:
 
     async def _process(self, name: str) -> BundleProcess:
         process = self._open.pop(name, None)
+        if process and name in self._stale:
+            await process.close()
+        self._stale.discard(name)
         if process is None or not process.is_running:
             while len(self._open) >= self._kept.bundles:
                 oldest = next(iter(self._open))

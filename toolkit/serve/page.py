@@ -22,8 +22,8 @@ _REPORT_POLICY: Final = (
 )
 
 
-def page_routes(bundles: Mapping[str, Path]) -> list[BaseRoute]:
-    """The routes of the playground over bundles by name."""
+def page_routes(bundles: Mapping[str, Path], may_get: bool) -> list[BaseRoute]:
+    """The routes of the playground over bundles by name; `may_get` is whether it offers more to get."""
 
     async def page(_: Request) -> Response:
         return FileResponse(_STATIC / "index.html", headers={"Cache-Control": "no-cache"})
@@ -33,7 +33,7 @@ def page_routes(bundles: Mapping[str, Path]) -> list[BaseRoute]:
             {"name": name, "report": f"/reports/{quote(name, safe='')}" if (bundle / _REPORT).is_file() else None}
             for name, bundle in bundles.items()
         ]
-        return JSONResponse({"bundles": rows})
+        return JSONResponse({"bundles": rows, "may_get": may_get})
 
     async def report(request: Request) -> Response:
         bundle = bundles.get(request.path_params["name"])

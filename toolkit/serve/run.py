@@ -17,6 +17,7 @@ from toolkit.errors import MachineError, RecipeError
 from toolkit.serve.app import Server
 from toolkit.serve.engine import Engine, Kept
 from toolkit.serve.guard import Doors
+from toolkit.serve.shelf import Shelf
 
 _GRACE_S: Final = 3
 _IDLE_S: Final = 15
@@ -53,9 +54,11 @@ def run_server(
     doors: Doors,
     kept: Kept,
     on_cpu: bool,
+    shelf: Path | None,
     note: Callable[[str], None],
 ) -> None:
-    """Serves until a signal comes; `note` is told where, once it listens.
+    """Serves until a signal comes; `note` is told where, once it listens. `shelf` is the folder for bundles of models
+    that are got in the page, None where none may be.
 
     Raises RecipeError for a host beyond loopback without a key, MachineError where it cannot listen.
     """
@@ -65,7 +68,7 @@ def run_server(
     engine = Engine(bundles, kept, on_cpu)
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
     config = uvicorn.Config(
-        Server(engine).app(doors),
+        Server(engine, None if shelf is None else Shelf(engine, shelf)).app(doors),
         log_config=None,
         access_log=False,
         server_header=False,
@@ -77,8 +80,9 @@ def run_server(
         h11_max_incomplete_event_size=64 << 10,
         ws="none",
     )
+    served = ", ".join(bundles) or "no bundle yet, the page gets one"
     shown = f"[{host}]" if ":" in host else host
-    note(f"the playground: http://{shown}:{listening.getsockname()[1]}/, OpenAI's API below /v1: {', '.join(bundles)}")
+    note(f"the playground: http://{shown}:{listening.getsockname()[1]}/, OpenAI's API below /v1: {served}")
     with listening:
         _Stopping(config, engine).run(sockets=[listening])
 

@@ -24,11 +24,15 @@ class Column {
     this.select = this.element.querySelector("select");
     this.turns = this.element.querySelector("ol");
     this.report = this.element.querySelector(".report");
-    for (const bundle of bundles) this.select.add(new Option(bundle.name, bundle.name));
-    this.select.selectedIndex = Math.min(index, bundles.length - 1);
     this.select.onchange = () => this.showReport();
-    this.showReport();
+    this.offer(bundles[Math.min(index, bundles.length - 1)].name);
     $("columns").append(this.element);
+  }
+
+  offer(name) {
+    this.select.replaceChildren(...bundles.map((bundle) => new Option(bundle.name, bundle.name)));
+    this.select.value = name;
+    this.showReport();
   }
 
   showReport() {
@@ -137,7 +141,9 @@ async function listBundles() {
   if (!reply.ok) { $("status").textContent = answer.error.message; $("settings").open = true; return; }
   $("status").textContent = "";
   bundles = answer.bundles;
-  if (!columns.length) columns.push(new Column(0));
+  for (const column of columns) column.offer(column.select.value);
+  if (!columns.length && bundles.length) columns.push(new Column(0));
+  if (answer.may_get) offerModels();
 }
 
 $("ask").onsubmit = (event) => {
@@ -160,4 +166,4 @@ $("beside").onclick = () => {
   $("beside").setAttribute("aria-pressed", String(two));
 };
 $("key").onchange = listBundles;
-listBundles();
+addEventListener("DOMContentLoaded", listBundles);
