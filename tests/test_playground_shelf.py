@@ -18,11 +18,11 @@ import psutil
 import pytest
 from playwright.sync_api import Page, expect
 
+from tests.browser import opened
 from tests.exports import Exports
 from tests.loopback_hub import REPO, Hub, hub_environment, loopback_hub
 from tests.random_models import make_checkpoint
 from tests.served import Served, served
-from tests.test_playground import opened
 from toolkit.serve.shelf_process import shelf_events
 from toolkit.serve.wanted import Look, ShelfJob
 

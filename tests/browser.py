@@ -1,0 +1,32 @@
+"""The system's Chromium, driven by Playwright."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+from playwright.sync_api import Page, sync_playwright
+
+_BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+BROWSER = next((path for name in _BROWSERS if (path := shutil.which(name))), None)
+
+
+@contextmanager
+def opened(url: str) -> Iterator[Page]:
+    """The playground as it opens; whatever its console says of errors fails the test."""
+    if BROWSER is None:
+        pytest.skip(f"no browser of {', '.join(_BROWSERS)} is on the path")
+    # A sandbox of its own is not to be had as root.
+    arguments = ["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=BROWSER, args=arguments)
+        page, wrong = browser.new_page(), list[str]()
+        page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda problem: wrong.append(str(problem)))
+        page.goto(url)
+        yield page
+        browser.close()
+        assert wrong == []
