@@ -15,9 +15,12 @@ from tests.graphs import WINDOW, recipe_for, write_graphs
 from tests.random_models import CASES, make_checkpoint
 from toolkit.bundle.operators import bundle_placements
 from toolkit.errors import BundleError, MachineError
+from toolkit.evaluate import webgpu
 from toolkit.evaluate.vendors import MAX_ERROR, run_vendor_apart
 from toolkit.recipe import QuantRule
+from toolkit.target import TARGETS
 
+WEBGPU = TARGETS["webgpu"].accelerator.execution_provider
 NEEDS = {"openvino": "openvino", "qnn": "onnxruntime_qnn"}
 PROVIDERS = {"openvino": "OpenVINOExecutionProvider", "qnn": "QNNExecutionProvider"}
 
@@ -83,3 +86,36 @@ def test_check_runs_the_stages_on_request(exports: Exports, target: str) -> None
     found = json.loads(done.stdout)
     assert done.returncode == 0 and found["passed"] and len(found["runs"]) == 2
     assert [stage["nodes_legal"] == stage["nodes"] for stage in found["stages"]] == [True] * 4
+
+
+@pytest.fixture
+def webgpu_graph(tmp_path: Path) -> Path:
+    """A small quantized graph, where its provider and something that computes are here."""
+    pytest.importorskip("onnxruntime_ep_webgpu")
+    if not any((Path(folder) / webgpu.DRIVER).is_file() for folder in webgpu.BROWSERS):
+        pytest.skip("no browser brings a Vulkan in software")
+    make_checkpoint(*CASES["qwen2"], tmp_path)
+    write_graphs(tmp_path, tmp_path / "webgpu", "webgpu", recipe_for("webgpu", (QuantRule("*", block_size=32),)))
+    return tmp_path / "webgpu"
+
+
+def test_webgpu_computes_what_ort_computes(webgpu_graph: Path) -> None:
+    """In the provider itself, every node but those of lengths, which are marked for the CPU."""
+    (run,) = run_vendor_apart(webgpu_graph, WEBGPU)
+    assert run.file == "model.onnx" and 0 < run.error < 1e-4
+    assert run.nodes.keys() == {WEBGPU} and run.nodes[WEBGPU] > 20
+    path = webgpu_graph / "model.onnx"
+    model = onnx.load(path, load_external_data=False)
+    for node in model.graph.node:
+        del node.metadata_props[:]
+    onnx.save(model, path)
+    (run,) = run_vendor_apart(webgpu_graph, WEBGPU)
+    assert run.nodes["CPUExecutionProvider"] == 11
+
+
+def test_webgpu_without_an_adapter_is_one_line(webgpu_graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VK_DRIVER_FILES", str(webgpu_graph / "none.json"))
+    with pytest.raises(
+        BundleError, match=r"onnxruntime-ep-webgpu did not run .*: no GPU and no Vulkan in software: ins"
+    ):
+        run_vendor_apart(webgpu_graph, WEBGPU)

@@ -195,7 +195,25 @@ def placement(session: ort.InferenceSession) -> dict[str, int]:
     return dict(counts)
 
 
+def exact_graph(bundle: Path, stage: str) -> onnx.ModelProto:
+    """Returns a stage's graph, weights included, that gives the logits of every position and rounds no activation."""
+    model = _graph(bundle, stage, exact=True)
+    onnx.load_external_data_for_model(model, str(bundle))
+    return model
+
+
 def _session(bundle: Path, stage: str, exact: bool) -> ort.InferenceSession:
+    model = _graph(bundle, stage, exact)
+    options = ort.SessionOptions()
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle))
+    options.add_session_config_entry("session.set_denormal_as_zero", "1")
+    # Or ORT fuses int4 weights and their product into one that rounds its input to int8, which no NPU does.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def _graph(bundle: Path, stage: str, exact: bool) -> onnx.ModelProto:
     path = bundle / names.stage_file(stage)
     if not path.is_file():
         raise BundleError(f"{bundle} has no {path.name}: not a bundle this command can judge")
@@ -207,13 +225,7 @@ def _session(bundle: Path, stage: str, exact: bool) -> ort.InferenceSession:
         for attribute in node.attribute:
             if exact and attribute.name == "accuracy_level":
                 attribute.i = 1
-    options = ort.SessionOptions()
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle))
-    options.add_session_config_entry("session.set_denormal_as_zero", "1")
-    # Or ORT fuses int4 weights and their product into one that rounds its input to int8, which no NPU does.
-    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return model
 
 
 def _bypass_gather(model: onnx.ModelProto, nodes: dict[str, onnx.NodeProto]) -> None:

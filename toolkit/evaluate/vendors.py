@@ -1,7 +1,8 @@
 """A bundle's accelerator stages in their vendor's own software, where it can be installed, beside ORT's CPU kernels.
 
 `openvino` loads and runs the stages on its CPU device; `onnxruntime-qnn` compiles them for HTP with fallback to the CPU
-disabled and runs them in its simulator. Native code of vendors may crash, so it runs in a process of its own.
+disabled and runs them in its simulator; `onnxruntime-ep-webgpu` runs a bundle's one graph on a GPU, or in a browser's
+software. Native code of vendors may crash, so it runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -20,11 +21,17 @@ from toolkit.apart import ChildFailed, answer, run_apart
 from toolkit.bundle.settings import read_settings
 from toolkit.epcontext.htp import open_htp
 from toolkit.errors import BundleError, MachineError
+from toolkit.evaluate import webgpu
 from toolkit.evaluate.positions import Pipeline, placement, some_ids
+from toolkit.target import TARGETS
 from toolkit.typed_json import Json, from_json, to_json
 
 # The package behind an execution provider that can be tried without its device.
-PACKAGES: Final = {"OpenVINOExecutionProvider": "openvino", "QNNExecutionProvider": "onnxruntime-qnn"}
+PACKAGES: Final = {
+    "OpenVINOExecutionProvider": "openvino",
+    "QNNExecutionProvider": "onnxruntime-qnn",
+    webgpu.PROVIDER: TARGETS["webgpu"].accelerator.package,
+}
 # float16 over a few layers, against the spread of the hidden states; a wrong mask or position costs far more.
 MAX_ERROR: Final = 0.02
 _Values = dict[str, NDArray[Any]]
@@ -32,8 +39,8 @@ _Values = dict[str, NDArray[Any]]
 
 @dataclass(frozen=True)
 class VendorRun:
-    """One stage in its vendor's software. `error` is the rms difference of the hidden states from ORT's CPU kernels,
-    over their standard deviation; `nodes` by execution provider where ORT placed them."""
+    """One stage in its vendor's software. `error` is the rms difference of the hidden states, or of one graph's logits,
+    from ORT's CPU kernels, over their standard deviation; `nodes` by execution provider where ORT placed them."""
 
     file: str
     software: str
@@ -81,9 +88,10 @@ def _run(raw: Json) -> Json:
     """In the child: both stages on one window of ids and the token after it, in turn with ORT."""
     job = from_json(VendorJob, raw, "the job")
     bundle, execution_provider = Path(job.bundle), job.execution_provider
+    if execution_provider == webgpu.PROVIDER:
+        return to_json(VendorRuns((_webgpu(bundle),)))
     vendor = _openvino if execution_provider == "OpenVINOExecutionProvider" else _qnn
-    package = PACKAGES[execution_provider]
-    software = f"{package} {importlib.metadata.version(package)}"
+    software = _software(execution_provider)
     runs, ids = [], some_ids(bundle, 1)
     for run, _ in Pipeline(bundle, exact=True).stage_runs(ids, len(ids) - 1):
         file = names.stage_file(run.stage)
@@ -92,6 +100,16 @@ def _run(raw: Json) -> Json:
         rms = float(np.sqrt(((made.astype(np.float64) - reference) ** 2).mean()))
         runs.append(VendorRun(file, software, rms / float(reference.std()), nodes))
     return to_json(VendorRuns(tuple(runs)))
+
+
+def _software(execution_provider: str) -> str:
+    package = PACKAGES[execution_provider]
+    return f"{package} {importlib.metadata.version(package)}"
+
+
+def _webgpu(bundle: Path) -> VendorRun:
+    error, nodes, said = webgpu.run_graph(bundle)
+    return VendorRun(names.stage_file(names.MODEL), f"{_software(webgpu.PROVIDER)} {said}", error, nodes)
 
 
 def _openvino(path: Path, feeds: _Values, output: str) -> tuple[NDArray[Any], dict[str, int]]:

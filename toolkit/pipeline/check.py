@@ -56,7 +56,7 @@ def _problems(run: VendorRun) -> list[str]:
     problems = []
     if not run.error <= MAX_ERROR:
         problems.append(
-            f"{run.file}: {run.software} differs from the CPU by {run.error:.3g} of the hidden states' spread, "
+            f"{run.file}: {run.software} differs from the CPU by {run.error:.3g} of its spread, "
             f"expected at most {MAX_ERROR}"
         )
     elsewhere = {ep: count for ep, count in run.nodes.items() if ep == CPU_EP}
