@@ -83,6 +83,13 @@ def physical_cores() -> int:
     return psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
 
 
+def threads() -> int:
+    """Returns how many threads this process may keep busy: as OMP_NUM_THREADS says where it is set, as Dask does for
+    its workers, else as many as there are logical cores."""
+    said = os.environ.get("OMP_NUM_THREADS", "")
+    return max(1, int(said)) if said.isdecimal() else os.cpu_count() or 1
+
+
 def is_running(process: int) -> bool:
     """Whether a process of that number is there."""
     return psutil.pid_exists(process)

@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 
 from toolkit.calibrate.activations import ActivationFile
 from toolkit.calibrate.exact import ExactInputs
+from toolkit.calibrate.pieces import added, each, inner, reading
 from toolkit.checkpoint.anatomy import LinearInput, Sublayer
 from toolkit.device.arrays import Device
+from toolkit.device.fitting import Pool
 from toolkit.reference.decoder import Layer
 
 Floats = NDArray[np.float32]
@@ -66,12 +68,18 @@ class KeptSide:
 
 
 class ComputedSide:
-    """A stream through a layer; `spill` gives it files for what stands in between."""
+    """A stream through a layer; `spill` gives it files for what stands in between, a pool works on sequences side by
+    side."""
 
     def __init__(
-        self, layer: Layer, before: ActivationFile, after: ActivationFile, spill: Callable[[str, int], ActivationFile]
+        self,
+        layer: Layer,
+        before: ActivationFile,
+        after: ActivationFile,
+        spill: Callable[[str, int], ActivationFile],
+        pool: Pool | None,
     ) -> None:
-        self._layer, self._spill, self._stream, self._after = layer, spill, before, after
+        self._layer, self._spill, self._stream, self._after, self._pool = layer, spill, before, after, pool
         self._inner: ActivationFile | None = None
 
     def normed(self, half: Sublayer) -> Iterator[Floats]:
@@ -84,13 +92,14 @@ class ComputedSide:
 
     def step(self, half: Sublayer) -> None:
         """Writes the stream behind a half: between the two to a spill, in the end to the file after the layer."""
-        pairs = zip(self._stream, self._inner_file(half), strict=True)
+        pairs = ((x, y) for (x, _), (y, _) in zip(self._stream, self._inner_file(half), strict=True))
+        behind = each(self._pool, added, reading(self._layer, half, half.inner_input), pairs)
         last = half is self._layer.anatomy.sublayers[-1]
         after = self._after if last else self._spill("middle", self._layer.config.hidden_size)
-        self._stream, self._inner = after.write(self._layer.added(half, x, y) for (x, _), (y, _) in pairs), None
+        self._stream, self._inner = after.write(behind), None
 
     def _inner_file(self, half: Sublayer) -> ActivationFile:
         if self._inner is None:
-            inner = (self._layer.inner(half, self._layer.normed(half, x), lengths) for x, lengths in self._stream)
-            self._inner = self._spill(half.inner_input.name, half.inner_input.width).write(inner)
+            read = each(self._pool, inner, reading(self._layer, half, half.normed_input), self._stream)
+            self._inner = self._spill(half.inner_input.name, half.inner_input.width).write(read)
         return self._inner

@@ -8,7 +8,7 @@ pass goes on after it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from toolkit import names
 from toolkit.calibrate.activations import ActivationFile
 from toolkit.calibrate.exact import ExactInputs
+from toolkit.calibrate.pieces import means_of_products
 from toolkit.calibrate.side_by_side import InputFactor, RowBlock, solve_rows, solve_side_by_side
 from toolkit.calibrate.sides import ComputedSide, KeptSide, Side
 from toolkit.calibrate.statistics import Products
@@ -126,8 +127,8 @@ class Solver:
 
         def solved(on: Device, tokens: int) -> _LayerPass:
             lengths = batched(self._lengths, tokens)
-            layer = _LayerPass(self._config, source, k, problem, self._writer, self._folder, lengths, on)
-            layer.pool = self._fitting.pool
+            pool = self._fitting.pool
+            layer = _LayerPass(self._config, source, k, problem, self._writer, self._folder, lengths, on, pool)
             before, after = (self._read_by(n, on, lengths) for n in (k, k + 1))
             exact = self._kept_side(problem, on, lengths) or layer.side(_EXACT, before[_EXACT], after[_EXACT])
             layer.run(exact, layer.side(_ROUNDED, before[_ROUNDED], after[_ROUNDED]))
@@ -154,7 +155,7 @@ class Solver:
             streams, kept = self._read_by(self._config.num_hidden_layers, on, lengths), None
             if side := self._kept_side(problem, on, lengths):
                 kept = side.values(given)
-            return _solve_head(self._config, source, problem, self._writer, streams, kept, on)
+            return _solve_head(self._config, source, problem, self._writer, streams, kept, on, self._fitting.pool)
 
         if not problem.specs[given.linears[0].weight].rounded_by.solves:
             return self._fallbacks
@@ -223,12 +224,13 @@ class _LayerPass:
         folder: Path,
         lengths: Sequence[tuple[int, ...]],
         on: Device,
+        pool: Pool | None,
     ) -> None:
         self._problem, self._writer, self._folder, self._lengths = problem, writer, folder, lengths
         self._exact = read_layer(config, source, k, on)
         self._rounded = _ArrivingLayer(self._exact, problem)
         self.fallbacks: list[Fallback] = []
-        self.pool: Pool | None = None
+        self._pool = pool
         self._spills: list[ActivationFile] = []
 
     def side(self, kind: str, before: ActivationFile, after: ActivationFile) -> Side:
@@ -240,7 +242,7 @@ class _LayerPass:
             )
             return self._spills[-1]
 
-        return ComputedSide(self._exact if kind == _EXACT else self._rounded, before, after, spill)
+        return ComputedSide(self._exact if kind == _EXACT else self._rounded, before, after, spill, self._pool)
 
     def run(self, exact: Side, rounded: Side) -> None:
         """Solves the layer's matrices in the order they are used, and takes both streams through it."""
@@ -256,17 +258,16 @@ class _LayerPass:
             spill.remove()
 
     def _solve(self, given: LinearInput, exact: Iterator[Floats], rounded: Iterator[Floats]) -> None:
-        solver = _InputSolver(given, self._problem, self._exact.on)
+        solver = _InputSolver(given, self._problem, self._exact.on, self._pool)
         if solver.wanted:
             rows = {tensor: self._exact.tensors[tensor] for tensor in solver.wanted}
             solver.gather(zip(exact, rounded, strict=True), sum(map(sum, self._lengths)), rows)
         self.fallbacks += solver.fallbacks
         weights = {linear.weight: self._exact.tensors[linear.weight] for linear in given.linears}
-        elsewhere = solver.solved_in(self.pool, weights) if self.pool else {}
+        made = solver.solved(weights)
         for linear in given.linears:
             tensor = linear.weight
-            weight = weights[tensor]
-            solved = elsewhere.get(tensor) or solver.solved(tensor, weight)
+            weight, solved = weights[tensor], made[tensor]
             if tensor in solver.wanted:
                 self._writer.write(tensor, 0, self._exact.on.to_host(weight), solved.blocks)
             self._rounded.tensors[tensor] = solved.restored
@@ -280,7 +281,8 @@ class _ArrivingLayer(Layer):
     def __init__(self, exact: Layer, problem: Problem) -> None:
         super().__init__(exact.config, exact.anatomy, dict(exact.tensors), exact.on)
         self.solved: dict[str, LinearInput] = {}
-        self._problem = problem
+        # What workers are not sent: the importance and the scales of a whole model.
+        self._problem = replace(problem, importance={}, scales={})
 
     def product(self, linear: Linear, x: Floats) -> Floats:
         """Returns the product [T, out_features] of the input as the bundle rounds it."""
@@ -292,10 +294,11 @@ class _ArrivingLayer(Layer):
 class _InputSolver:
     """The matrices that read one input, once that is gathered; `wanted` are those to be solved."""
 
-    def __init__(self, given: LinearInput, problem: Problem, on: Device) -> None:
+    def __init__(self, given: LinearInput, problem: Problem, on: Device, pool: Pool | None) -> None:
         tensors = [names.weight(reader) for reader in given.readers]
         self.wanted = [tensor for tensor in tensors if problem.specs[tensor].rounded_by.solves]
         self._given, self._problem, self._spec, self._on = given, problem, problem.specs[tensors[0]], on
+        self._pool = pool
         self._factor: Factor | TokenFactor | None = None
         self._cross: Floats | None = None
         self._products: dict[str, Floats] = {}
@@ -308,7 +311,9 @@ class _InputSolver:
         are the matrices where they are at hand."""
         arrived = ((x, self._problem.arriving(self._given, self._given.name, arriving)) for x, arriving in pairs)
         try:
-            if rows and pays(tokens, self._given.width, sum(weight.shape[0] for weight in rows.values())):
+            outputs = sum(weight.shape[0] for weight in rows.values()) if rows else 0
+            # P of all tokens is one product after the other: nothing for several workers.
+            if rows and not self._pool and pays(tokens, self._given.width, outputs):
                 exact, arriving = (self._on.concatenate(side) for side in zip(*arrived, strict=True))
                 self._factor = factorize_tokens(exact, arriving, self._spec)
             else:
@@ -316,16 +321,20 @@ class _InputSolver:
         except NotPositiveDefiniteError as failed:
             self.fallbacks += [Fallback(tensor, str(failed)) for tensor in self.wanted]
 
-    def solved(self, tensor: str, weight: Floats) -> Solved:
-        """Rows of a matrix, solved where that was asked for and possible, else rounded."""
+    def solved(self, weights: Mapping[str, Floats]) -> dict[str, Solved]:
+        """Rows of matrices, solved where that was asked for and possible, else rounded."""
+        made = self._solved_by_workers(self._pool, weights) if self._pool else {}
+        return made | {tensor: self._solved(tensor, weight) for tensor, weight in weights.items() if tensor not in made}
+
+    def _solved(self, tensor: str, weight: Floats) -> Solved:
         spec, factor = self._problem.specs[tensor], self._factor
         if tensor not in self.wanted or factor is None:
             blocks = quantize_blocks(self._on.to_host(weight), spec, self._problem.importance.get(tensor))
             return Solved(blocks, self._on.from_host(dequantize_blocks(blocks, spec, weight.shape[1])))
         return solve_rows(self._shared(factor), RowBlock(weight, spec, self._products.get(tensor)))
 
-    def solved_in(self, pool: Pool, weights: Mapping[str, Floats]) -> dict[str, Solved]:
-        """Those of the matrices that are to be solved and can be, by a pool."""
+    def _solved_by_workers(self, pool: Pool, weights: Mapping[str, Floats]) -> dict[str, Solved]:
+        """Those of the matrices that are to be solved and can be."""
         wanted = {tensor: weight for tensor, weight in weights.items() if tensor in self.wanted}
         if self._factor is None or not wanted:
             return {}
@@ -337,10 +346,15 @@ class _InputSolver:
     def _of_products(self, arrived: Iterator[tuple[Floats, Floats]], rows: Mapping[str, Floats] | None) -> Factor:
         few = rows is not None and sum(weight.shape[0] for weight in rows.values()) < self._given.width
         together = self._on.concatenate(list(rows.values())) if rows and few else None
-        gathered = Products(self._given.width, together, self._on)
-        for exact, arriving in arrived:
-            gathered.add(exact, arriving)
-        moment, cross = gathered.result()
+        if self._pool:
+            both = tuple(zip(*arrived, strict=True))
+            tokens = sum(x.shape[0] for x in both[0])
+            moment, cross = means_of_products(self._pool, both[0], both[1], together)
+        else:
+            gathered = Products(self._given.width, together, self._on)
+            for exact, arriving in arrived:
+                gathered.add(exact, arriving)
+            (moment, cross), tokens = gathered.result(), gathered.tokens
         if rows and few:
             ends = np.cumsum([weight.shape[0] for weight in rows.values()])
             self._products = {
@@ -350,7 +364,7 @@ class _InputSolver:
         else:
             self._cross = cross
         # Columns whose scales stand beforehand may be visited in any order.
-        return factorize(moment, self._given.width if self._spec.signed else self._spec.block_size, gathered.tokens)
+        return factorize(moment, self._given.width if self._spec.signed else self._spec.block_size, tokens)
 
 
 def _solve_head(
@@ -361,12 +375,13 @@ def _solve_head(
     streams: Mapping[str, ActivationFile],
     kept: Iterator[Floats] | None,
     on: Device,
+    pool: Pool | None,
 ) -> list[Fallback]:
     """Solves the head for what `streams` end with; what it reads in the exact one may be `kept`."""
     decoder = decoder_of(config)
     given, tensor = decoder.head_input, decoder.head.weight
     norm = on.from_host(source.read(decoder.norm.weight))
-    solver = _InputSolver(given, problem, on)
+    solver = _InputSolver(given, problem, on, pool)
 
     def arrived(kind: str) -> Iterator[Floats]:
         return (rms_norm(x, norm, config.rms_norm_eps) for x, _ in streams[kind])
@@ -374,5 +389,5 @@ def _solve_head(
     solver.gather(zip(kept or arrived(_EXACT), arrived(_ROUNDED), strict=True), streams[_ROUNDED].tokens)
     for start in range(0, config.vocab_size, HEAD_ROWS):
         weight = source.read_rows(tensor, start, min(config.vocab_size, start + HEAD_ROWS))
-        writer.write(tensor, start, weight, solver.solved(tensor, on.from_host(weight)).blocks)
+        writer.write(tensor, start, weight, solver.solved({tensor: on.from_host(weight)})[tensor].blocks)
     return solver.fallbacks

@@ -25,12 +25,13 @@ from toolkit.calibrate.activations import ActivationFile
 from toolkit.calibrate.exact import ExactInputs
 from toolkit.calibrate.facts import InputFacts, State, Survey, load_state, save_state, state_file
 from toolkit.calibrate.ladder import SharedFormat
+from toolkit.calibrate.pieces import each, through
 from toolkit.calibrate.statistics import InputStatistics
 from toolkit.checkpoint.anatomy import Linear, LinearInput, decoder_of
 from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.weights import Tensors
 from toolkit.device.arrays import Device
-from toolkit.device.fitting import ON_NUMPY, Fitting
+from toolkit.device.fitting import ON_NUMPY, Fitting, Pool
 from toolkit.quant.activations import InputSample, Rounding, rounded_input
 from toolkit.quant.awq import FoldChoice, Reader, choose_scales, output_loss, thinned_rows
 from toolkit.quant.blockwise import QuantSpec, dequantize_blocks, quantize_blocks
@@ -82,7 +83,7 @@ def survey(
         streams[0].write(embed(source, list(ids)) for ids in sequences)
         if wish.probes:
             state.probes = _first_probes(config, source, sequences, wish)
-    pass_over = _Pass(config, source, lengths, wish, kept)
+    pass_over = _Pass(config, source, lengths, wish, kept, fitting.pool)
     after(start, Survey(state.inputs, {}, sum(lengths)))
     for k in range(start, config.num_hidden_layers):
         fitting.run(f"layer {k}", partial(pass_over.layer, k, streams[k], streams[k + 1], state))
@@ -135,8 +136,15 @@ class _Pass:
     """One layer after the other, each on a device with so many tokens at a time."""
 
     def __init__(
-        self, config: ModelConfig, source: Tensors, lengths: Sequence[int], wish: Wish, kept: ExactInputs | None
+        self,
+        config: ModelConfig,
+        source: Tensors,
+        lengths: Sequence[int],
+        wish: Wish,
+        kept: ExactInputs | None,
+        pool: Pool | None,
     ) -> None:
+        self._pool = pool
         self._config, self._source, self._lengths, self._wish, self._kept = config, source, lengths, wish, kept
 
     def layer(
@@ -149,7 +157,11 @@ class _Pass:
         batches = before.read_by(on, batched(self._lengths, tokens))
         with ExitStack() as files:
             keep = {given.name: self._keeping(given, files) for given in inputs}
-            after.write(_through(layer, x, lengths, seen, keep) for x, lengths in batches)
+            if self._pool:
+                found = each(self._pool, through, layer, batches)
+                after.write(_counted(x, values, seen, keep) for x, values in found)
+            else:
+                after.write(_through(layer, x, lengths, seen, keep) for x, lengths in batches)
         for given in inputs:
             read = {linear.module: on.to_host(thinned_rows(layer.tensors[linear.weight])) for linear in given.linears}
             sample = seen[given.name].sample(on)
@@ -242,6 +254,18 @@ def _through(
     for half in layer.anatomy.sublayers:
         normed = looked_at(half.normed_input, layer.normed(half, x))
         x = layer.added(half, x, looked_at(half.inner_input, layer.inner(half, normed, lengths)))
+    return x
+
+
+def _counted(
+    x: Floats,
+    found: Mapping[str, Floats],
+    seen: Mapping[str, InputStatistics],
+    keep: Mapping[str, Callable[[Floats], Floats]],
+) -> Floats:
+    """Sequences that a worker took through a layer, and what it found the inputs to be."""
+    for name, values in found.items():
+        seen[name].add(keep[name](values))
     return x
 
 

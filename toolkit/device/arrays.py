@@ -7,7 +7,6 @@ Products and sums are float32 on every device; what is added up over a whole tex
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final, Protocol
@@ -16,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toolkit.device.words import CPU
+from toolkit.machine import threads
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
@@ -263,7 +263,7 @@ class _Numpy:
         def fill(start: int) -> None:
             made[start : start + step] = function(*(x[start : start + step] for x in arrays))
 
-        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        with ThreadPoolExecutor(threads()) as pool:
             list(pool.map(fill, range(step, T, step)))
         return made
 

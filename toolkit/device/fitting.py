@@ -12,6 +12,8 @@ from toolkit.device.arrays import NUMPY, Device
 TOGETHER: Final = 2048
 # Fewer at a time save nothing beside a layer's weights.
 _FEWEST: Final = 256
+# And of those that a pool works on side by side: the same on any number of workers, and enough pieces for several.
+_A_PIECE: Final = 512
 _Made = TypeVar("_Made")
 _Shared = TypeVar("_Shared")
 _Piece = TypeVar("_Piece")
@@ -30,7 +32,8 @@ class Fitting:
     `pool` works on what is independent, if there is one."""
 
     def __init__(self, on: Device, note: Callable[[str], None] = lambda _: None, pool: Pool | None = None) -> None:
-        self.on, self.tokens, self.pool, self._note = on, TOGETHER, pool, note
+        self.on, self.pool, self._note = on, pool, note
+        self.tokens = TOGETHER if pool is None else _A_PIECE
 
     def run(self, what: str, work: Callable[[Device, int], _Made]) -> _Made:
         """Returns what `work` makes on the device with so many tokens at once. It is begun again where memory runs out:

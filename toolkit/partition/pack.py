@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from toolkit.checkpoint.scan import Rows
 from toolkit.checkpoint.weights import WeightSource
 from toolkit.files import disk_error, write_text
-from toolkit.machine import fits_the_page_cache
+from toolkit.machine import fits_the_page_cache, threads
 from toolkit.partition.data_files import DataFile, Destination, open_data_files
 from toolkit.partition.prefix_hash import PrefixHash
 from toolkit.partition.rows import Packed, RowPacker
@@ -83,7 +83,7 @@ class _Window:
     """Rows at work on every core, and as many again waiting, so that reading never runs far ahead."""
 
     def __init__(self, on_packed: Callable[[Packed], None]) -> None:
-        self._workers = os.cpu_count() or 1
+        self._workers = threads()
         self._pool = ThreadPoolExecutor(self._workers)
         self._pending: dict[Future[Packed], Rows] = {}
         self._on_packed = on_packed

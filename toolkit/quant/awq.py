@@ -10,7 +10,6 @@ T sampled tokens, K channels.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toolkit.device.arrays import device_of
+from toolkit.machine import threads
 from toolkit.quant.activations import InputSample, Rounding
 from toolkit.quant.blockwise import QuantSpec, dequantize_blocks, quantize_blocks
 
@@ -85,7 +85,7 @@ def choose_scales(
     w = np.sqrt(_pooled(np.asarray(columns), shared))
 
     def judged(steps: Sequence[tuple[int, float]]) -> list[FoldChoice]:
-        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        with ThreadPoolExecutor(threads()) as pool:
             tried = [(_bounded(m, w, _STEP * step, beta), _STEP * step, beta) for step, beta in steps]
             losses = pool.map(loss_of, [scales for scales, _, _ in tried])
             return [FoldChoice(*one, plain, loss) for one, loss in zip(tried, losses, strict=True)]

@@ -12,7 +12,6 @@ N output features, Kp input features in whole blocks, n columns at a time.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
@@ -21,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toolkit.device.arrays import device_of
+from toolkit.machine import threads
 from toolkit.quant.blockwise import QuantSpec
 from toolkit.quant.kernel import compiled, nearest_bfloat16, take_share
 
@@ -44,7 +44,7 @@ def revisit(
     """Lowers |z - q U|^2 for z = `white` [N, Kp], which is used up, in place: `levels` and what they stand for,
     `visited` [N, Kp], and `scales` [N, Kp / block_size] are in the order of visits, and so are `zeros`, which stay.
     Each stride of columns is visited so many `times`."""
-    on, workers = device_of(white), os.cpu_count() or 1
+    on, workers = device_of(white), threads()
     white -= visited @ upper
     shares = [slice(k * len(levels) // workers, (k + 1) * len(levels) // workers) for k in range(workers)]
     with ThreadPoolExecutor(workers) as pool:

@@ -10,7 +10,6 @@ N output features, K input features, Kp = K padded to whole blocks, J blocks a r
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final, Protocol
@@ -19,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toolkit.device.arrays import device_of
+from toolkit.machine import threads
 from toolkit.quant import kernel, signed_kernel
 from toolkit.quant.blockwise import QuantizedBlocks, QuantSpec, pack_last_axis, quantize_blocks, weights_of_errors
 from toolkit.quant.device_columns import RoundedColumns, searched_columns, signed_columns
@@ -92,7 +92,7 @@ def round_in_order(
     rounding: _SearchedScales | _StandingScales
     rounding = _StandingScales(on.to_host(target), order, spec) if spec.signed else _SearchedScales(N, K, order, spec)
     levels, visited = np.empty((N, padded), np.uint8), on.empty((N, padded))
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+    with ThreadPoolExecutor(threads()) as pool:
         for some in order.strides(spec):
             left, triangle = columns.left(some, visited[:, : some.start])
             if on.rounds_columns:
@@ -115,7 +115,7 @@ def _round_on_host(
     pool: ThreadPoolExecutor, rounding: _SearchedScales | _StandingScales, some: slice, left: Floats, triangle: Floats
 ) -> tuple[NDArray[np.uint8], Floats]:
     """Levels and what they stand for of some columns, their rows by as many cores as there are."""
-    rows, workers = left.shape[0], os.cpu_count() or 1
+    rows, workers = left.shape[0], threads()
     slices = [slice(k * rows // workers, (k + 1) * rows // workers) for k in range(workers)]
     made, values = np.empty(left.shape, np.uint8), np.empty_like(left)
     done = [pool.submit(rounding.round, s, some, left[s], triangle, made[s], values[s]) for s in slices]
