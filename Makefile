@@ -7,7 +7,7 @@ BIN = .venv/bin
 SIDE_BY_SIDE = -n 2 --dist loadfile --no-loadscope-reorder
 EXPORT_OPTIONS = $(if $(CHECKPOINT),--checkpoint $(CHECKPOINT)) $(if $(OUT),--out $(OUT))
 
-.PHONY: help export models test test-fast test-real test-slow test-hostile test-tiers check docs validate bench bench-quality bench-real same-bytes
+.PHONY: help export serve models test test-fast test-real test-slow test-hostile test-tiers check docs validate bench bench-quality bench-real same-bytes
 
 help:  ## What can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -17,6 +17,10 @@ export: .venv/installed  ## Convert MODEL for TARGET [CHECKPOINT=…] [OUT=…] 
 
 validate: .venv/installed  ## Compare BUNDLE with its checkpoint [CHECKPOINT=…]
 	$(BIN)/toolkit validate $(BUNDLE) $(if $(CHECKPOINT),--checkpoint $(CHECKPOINT))
+
+serve: .venv/served  ## The playground in the browser, over BUNDLE, or build/, into which tiny-r1 is converted if it is empty
+	test -n "$(BUNDLE)$(wildcard build/*/genai_config.json)" || $(BIN)/toolkit export $(MODEL)-$(TARGET) --no-validate
+	$(BIN)/toolkit serve $(BUNDLE) --open
 
 bench: .venv/installed  ## Speed of BUNDLE
 	$(BIN)/toolkit bench $(BUNDLE)
@@ -70,6 +74,10 @@ docs: .venv/tested  ## The pages of docs/, into build/docs
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[convert]'
+	touch $@
+
+.venv/served: .venv/installed
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[serve]'
 	touch $@
 
 .venv/tested: .venv/installed

@@ -6,6 +6,9 @@ import json
 import math
 import os
 import signal
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,8 +20,9 @@ import pytest
 
 import toolkit
 from tests.exports import Exports
-from tests.served import Served, one_thread, served, with_tools
+from tests.served import ROOT, Served, one_thread, served, with_tools
 from toolkit.serve.body import MOST_BODY_BYTES
+from toolkit.serve.guard import Doors
 
 QUESTIONS = ["Add 4 and 5.", *(f"Add {100 + 37 * k} and {200 + 91 * k}." for k in range(1, 8))]
 # Hundreds of tokens: a short answer could be whole before anybody leaves or stops it.
@@ -309,6 +313,59 @@ def test_beyond_the_queue_is_429_and_a_client_that_leaves_makes_room(bundle: Pat
         figures = http.get("/metrics").text
         assert 'outcome="left"} 1' in figures and "toolkit_requests_rejected_total 1" in figures
         assert "toolkit_requests_deferred 0" in figures and "toolkit_requests_processing 0" in figures
+
+
+def test_a_client_that_waits_and_leaves_frees_its_place(bundle: Path) -> None:
+    asked = {"messages": [{"role": "user", "content": QUESTIONS[1]}]}
+    with served(bundle, "--queue", "1") as running, running.client() as http, ThreadPoolExecutor(1) as pool:
+        with http.stream("POST", "/v1/chat/completions", json={**LONG, "stream": True}) as first:
+            assert next(first.iter_lines()).startswith("data:")
+            running.child.suspend()
+            for stream in (False, True):
+                with socket.create_connection(("127.0.0.1", running.port)) as left:
+                    body = json.dumps({**asked, "stream": stream}).encode()
+                    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                    left.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+                    _until(lambda: "toolkit_requests_deferred 1" in http.get("/metrics").text)
+                    assert http.post("/v1/chat/completions", json=asked).status_code == 429
+                _until(lambda: "toolkit_requests_deferred 0" in http.get("/metrics").text)
+            waiting = pool.submit(running.client().post, "/v1/chat/completions", json=asked)
+            _until(lambda: "toolkit_requests_deferred 1" in http.get("/metrics").text)
+        running.child.resume()
+        assert waiting.result(60).status_code == 200
+        assert 'outcome="left"} 3' in http.get("/metrics").text
+
+
+def test_a_report_opens_by_a_signed_address_where_a_key_is_set(bundle: Path, exports: Exports) -> None:
+    other = exports.copy(bundle.parent / "another one", "cpu")
+    for folder in (bundle, other):
+        (folder / "report.html").write_text(f"<title>{folder.name}</title>", encoding="utf-8")
+    with served(bundle, other, "--api-key", "secret") as running, running.client() as http:
+        rows = http.get("/playground/bundles", headers={"Authorization": "Bearer secret"}).json()["bundles"]
+        for row, folder in zip(rows, (bundle, other), strict=True):
+            assert folder.name in http.get(row["report"]).text and "secret" not in row["report"]
+        path, _, query = rows[0]["report"].partition("?")
+        signature = query.rpartition("=")[2]
+        for address in (
+            path,
+            f"{path}?until=9999999999&signature={signature}",
+            f"{path}?until=1&signature={Doors('secret')._signature(path, 1)}",
+            f"{rows[1]['report'].partition('?')[0]}?{query}",
+            f"/v1/models?{query}",
+            f"{path}?until=x&signature=é",
+        ):
+            assert http.get(address).status_code == 401
+
+
+@pytest.mark.parametrize("package", ["starlette", "uvicorn"])
+def test_a_missing_package_is_one_line_with_what_to_install(package: str, bundle: Path) -> None:
+    program = f"import sys; sys.modules[{package!r}] = None; from toolkit.__main__ import run; run()"
+    command = [sys.executable, "-c", program, "serve", str(bundle)]
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", cwd=ROOT)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.splitlines() == [
+        f'error: {package} is not installed: pip install "onnx-distill-toolkit[serve]", or starlette and uvicorn'
+    ]
 
 
 def _until(is_so: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import webbrowser
 from pathlib import Path
 
 import click
@@ -18,6 +20,7 @@ from toolkit.cli.options import ON_CPU
 @click.option("--keep", type=click.IntRange(min=1), default=1, show_default=True, help="Bundles open at once.")
 @click.option("--queue", type=click.IntRange(min=0), default=16, show_default=True, help="Requests that may wait.")
 @click.option("--allow-get", is_flag=True, help="Let pages get models though the server is not this machine's alone.")
+@click.option("--open", "opens", is_flag=True, help="Show the playground in this machine's browser.")
 @ON_CPU
 def serve(
     bundles: tuple[Path, ...],
@@ -28,6 +31,7 @@ def serve(
     keep: int,
     queue: int,
     allow_get: bool,
+    opens: bool,
     on_cpu: bool,
 ) -> None:
     """A playground and OpenAI's API over each BUNDLE, those in build/ if none is named.
@@ -36,7 +40,9 @@ def serve(
     """
     from toolkit.serve import start
 
-    def note(line: str) -> None:
-        click.echo(line, err=True)
+    def listens(url: str, served: str) -> None:
+        click.echo(f"the playground: {url}, OpenAI's API below /v1: {served}", err=True)
+        if opens:
+            threading.Thread(target=webbrowser.open, args=[url], daemon=True).start()
 
-    start(bundles, host, port, api_key or None, allow_host, keep, queue, on_cpu, allow_get, note)
+    start(bundles, host, port, api_key or None, allow_host, keep, queue, on_cpu, allow_get, listens)

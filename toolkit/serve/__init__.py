@@ -22,12 +22,13 @@ def start(
     queue: int,
     on_cpu: bool,
     allow_get: bool,
-    note: Callable[[str], None],
+    listens: Callable[[str, str], None],
 ) -> None:
     """Serves bundles, those in build/ if none is named, until the process is asked to end.
 
-    Models can be got in the page, into build/, where the server is this machine's alone or `allow_get` is true. Raises
-    MachineError where the extra `serve` is not installed, BundleError for a folder that is no bundle.
+    Models can be got in the page, into build/, where the server is this machine's alone or `allow_get` is true.
+    `listens` is told the address and what is served once the server listens. Raises MachineError where the extra
+    `serve` is not installed, BundleError for a folder that is no bundle.
     """
     try:
         from toolkit.serve.engine import Kept
@@ -42,7 +43,7 @@ def start(
         ) from None
     doors = Doors(api_key, tuple(name.lower() for name in hosts))
     shelf = _BUILD if allow_get or (is_loopback(host) and not hosts) else None
-    run_server(named_bundles(bundles, shelf is None), host, port, doors, Kept(keep, queue), on_cpu, shelf, note)
+    run_server(named_bundles(bundles, shelf is None), host, port, doors, Kept(keep, queue), on_cpu, shelf, listens)
 
 
 def named_bundles(bundles: Sequence[Path], needs_one: bool) -> dict[str, Path]:

@@ -48,7 +48,7 @@ class Server:
             Route("/v1/chat/completions", self._answering(asked_chat, ChatReply), methods=["POST"]),
             Route("/v1/completions", self._answering(asked_completion, CompletionReply), methods=["POST"]),
             Route("/v1/responses", self._answering(asked_response, ResponseReply), methods=["POST"]),
-            *page_routes(self._engine.bundles, self._shelf is not None),
+            *page_routes(self._engine.bundles, self._shelf is not None, doors),
             *(self._shelf.routes() if self._shelf else ()),
         ]
 

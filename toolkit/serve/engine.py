@@ -66,10 +66,9 @@ class Engine:
             self.metrics.rejected += 1
             raise QueueFull(f"{len(self._tasks) - 1} requests wait already: ask again in a while")
         texting = Texting(replace(job, number=next(self._numbers)))
-        task = asyncio.create_task(self._run(name, texting))
+        task = texting.waiting = asyncio.create_task(self._run(name, texting))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        self.metrics.deferred += 1
         return texting
 
     async def close(self) -> None:
@@ -84,8 +83,10 @@ class Engine:
 
     async def _run(self, name: str, texting: Texting) -> None:
         last = Event(FAILED, "the server is being stopped")
+        self.metrics.deferred += 1
         try:
             async with self._turn:
+                texting.waiting = None
                 self.metrics.deferred -= 1
                 if texting.is_left:
                     return
@@ -101,6 +102,7 @@ class Engine:
             print(f"error: {name}: {type(problem).__name__}: {problem}", file=sys.stderr)
             last = Event(FAILED, f"a fault of the server, {type(problem).__name__}")
         finally:
+            self.metrics.deferred -= texting.waiting is not None
             self.metrics.count(name, last, texting.is_left)
             texting.put(last)
 
@@ -141,6 +143,8 @@ class Texting:
     def __init__(self, job: Job) -> None:
         self.job = job
         self.is_left = False
+        # The task that waits for its turn, which whoever leaves takes back.
+        self.waiting: asyncio.Task[None] | None = None
         self._is_told = False
         self._events: asyncio.Queue[Event] = asyncio.Queue()
 
@@ -156,8 +160,10 @@ class Texting:
             self.leave()
 
     def leave(self) -> None:
-        """The client no longer wants it: it ends with the token that is being written."""
+        """The client no longer wants it: it frees its place in the queue, or ends with the token being written."""
         self.is_left = True
+        if self.waiting:
+            self.waiting.cancel()
 
     def takes_leave(self) -> bool:
         """Whether the client has left and the process is still to be told, which is true once."""

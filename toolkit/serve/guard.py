@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, quote, urlsplit
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
@@ -17,6 +18,7 @@ from toolkit.serve.refusal import Refusal
 
 # What is answered without a key: the page itself, which asks for it, and whether the server is up.
 _OPEN: Final = ("/", "/health", "/static/")
+_LONGEST_TIME: Final = 12
 _POLICY: Final = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; font-src 'self'; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -31,12 +33,38 @@ _HEADERS: Final[Mapping[str, str]] = {
 }
 
 
+# What a browser opens as a page of its own.
+REPORTS: Final = "/reports/"
+# How long a signed address opens a report.
+_SIGNED_S: Final = 24 * 3600
+
+
 @dataclass(frozen=True)
 class Doors:
     """What the server lets in: `hosts` are names that it is reached by, besides localhost and IP addresses."""
 
     api_key: str | None = None
     hosts: tuple[str, ...] = ()
+
+    def signed(self, path: str) -> str:
+        """Returns the address of a path that a browser opens as a page, to which it adds no key: a signature by the
+        key, good for a day, stands in it."""
+        address = quote(path)
+        if self.api_key is None:
+            return address
+        until = int(time.time()) + _SIGNED_S
+        return f"{address}?until={until}&signature={self._signature(path, until)}"
+
+    def is_signed(self, path: str, query: str) -> bool:
+        """Whether a query holds a signature of its path that is still good."""
+        given = dict(parse_qsl(query))
+        until = given.get("until", "")
+        if self.api_key is None or not until.isdecimal() or len(until) > _LONGEST_TIME or int(until) < time.time():
+            return False
+        return hmac.compare_digest(given.get("signature", "").encode(), self._signature(path, int(until)).encode())
+
+    def _signature(self, path: str, until: int) -> str:
+        return hmac.new((self.api_key or "").encode(), f"{until} {path}".encode(), "sha256").hexdigest()
 
 
 class Guard:
@@ -66,13 +94,14 @@ class Guard:
             await send(message)
 
         try:
-            self._check(scope["path"], scope["method"], Headers(scope=scope))
+            self._check_origin(scope["method"], Headers(scope=scope))
+            self._check_key(scope["path"], scope["query_string"].decode("latin-1"), Headers(scope=scope))
         except Refusal as refusal:
             await JSONResponse(refusal.body(), refusal.status)(scope, receive, secured)
             return
         await self._app(scope, receive, secured)
 
-    def _check(self, path: str, method: str, headers: Headers) -> None:
+    def _check_origin(self, method: str, headers: Headers) -> None:
         host = headers.get("host", "")
         if len(headers.getlist("host")) != 1 or not self._is_known(_name_of(host)):
             raise Refusal("the Host is not this server's: use localhost, its address, or --allow-host", 403)
@@ -83,8 +112,12 @@ class Guard:
             raise Refusal("the request comes from another site", 403)
         if method == "POST" and headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise Refusal("the Content-Type is not application/json", 415)
+
+    def _check_key(self, path: str, query: str, headers: Headers) -> None:
         key = self._doors.api_key
-        if key is not None and not (path in _OPEN or path.startswith(_OPEN[-1])):
+        if key is None or path in _OPEN or path.startswith(_OPEN[-1]):
+            return
+        if not (path.startswith(REPORTS) and self._doors.is_signed(path, query)):
             given = headers.get("authorization", "").removeprefix("Bearer ")
             if not hmac.compare_digest(given.encode(), key.encode()):
                 raise Refusal("the API key is missing or wrong: send it as `Authorization: Bearer …`", 401)

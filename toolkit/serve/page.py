@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
-from urllib.parse import quote
 
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 
+from toolkit.serve.guard import REPORTS, Doors
 from toolkit.serve.refusal import Refusal
 
 _STATIC: Final = Path(__file__).resolve().parent / "static"
@@ -22,15 +22,16 @@ _REPORT_POLICY: Final = (
 )
 
 
-def page_routes(bundles: Mapping[str, Path], may_get: bool) -> list[BaseRoute]:
-    """The routes of the playground over bundles by name; `may_get` is whether it offers more to get."""
+def page_routes(bundles: Mapping[str, Path], may_get: bool, doors: Doors) -> list[BaseRoute]:
+    """The routes of the playground over bundles by name; `may_get` is whether it offers more to get. Addresses of
+    reports are signed: a browser opens them without the key."""
 
     async def page(_: Request) -> Response:
         return FileResponse(_STATIC / "index.html", headers={"Cache-Control": "no-cache"})
 
     async def listed(_: Request) -> Response:
         rows = [
-            {"name": name, "report": f"/reports/{quote(name, safe='')}" if (bundle / _REPORT).is_file() else None}
+            {"name": name, "report": doors.signed(REPORTS + name) if (bundle / _REPORT).is_file() else None}
             for name, bundle in bundles.items()
         ]
         return JSONResponse({"bundles": rows, "may_get": may_get})
@@ -44,6 +45,6 @@ def page_routes(bundles: Mapping[str, Path], may_get: bool) -> list[BaseRoute]:
     return [
         Route("/", page),
         Route("/playground/bundles", listed),
-        Route("/reports/{name}", report),
+        Route(REPORTS + "{name}", report),
         Mount("/static", StaticFiles(directory=_STATIC)),
     ]

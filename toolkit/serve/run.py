@@ -55,10 +55,10 @@ def run_server(
     kept: Kept,
     on_cpu: bool,
     shelf: Path | None,
-    note: Callable[[str], None],
+    listens: Callable[[str, str], None],
 ) -> None:
-    """Serves until a signal comes; `note` is told where, once it listens. `shelf` is the folder for bundles of models
-    that are got in the page, None where none may be.
+    """Serves until a signal comes; `listens` is told the address and what is served once it does. `shelf` is the folder
+    for bundles of models that are got in the page, None where none may be.
 
     Raises RecipeError for a host beyond loopback without a key, MachineError where it cannot listen.
     """
@@ -82,7 +82,7 @@ def run_server(
     )
     served = ", ".join(bundles) or "no bundle yet, the page gets one"
     shown = f"[{host}]" if ":" in host else host
-    note(f"the playground: http://{shown}:{listening.getsockname()[1]}/, OpenAI's API below /v1: {served}")
+    listens(f"http://{shown}:{listening.getsockname()[1]}/", served)
     with listening:
         _Stopping(config, engine).run(sockets=[listening])
 
