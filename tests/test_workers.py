@@ -93,7 +93,10 @@ def test_an_export_has_the_same_bytes_on_any_number_of_workers(tmp_path: Path, m
     made, errors = [], []
     for workers in ("1", "2", None):
         plans = toolkit.plan(
-            "tiny-r1-cpu", quality="balanced", out=tmp_path / f"of-{workers}", changes=["bits_per_weight=0"]
+            "tiny-r1-cpu",
+            quality="balanced",
+            out=tmp_path / f"of-{workers}",
+            changes=["bits_per_weight=0", "calibration_tokens=700"],
         )
         (bundle,) = toolkit.export(plans, workers=workers)
         (path,) = bundle.glob("*.data")

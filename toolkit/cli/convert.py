@@ -36,9 +36,7 @@ if TYPE_CHECKING:
 @click.option("--no-compile", is_flag=True, help="Leave qnn's compiling out; `toolkit compile` does it.")
 @click.option("--force", is_flag=True, help="Make it anew though it is there, validated or not.")
 @DEVICE
-@click.option(
-    "--workers", metavar="ADDRESS|N", help="Solve matrices on a Dask scheduler's workers, or N processes here."
-)
+@click.option("--workers", metavar="ADDRESS|N", help="Calibrate on a Dask scheduler's workers, or N processes here.")
 @AS_JSON
 @effort_options
 def export(
