@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,9 +19,13 @@ from tests.quantized_folders import (
     FP8,
     Quantizer,
     Tensors,
+    awq,
+    fp4,
     fp8_blocks,
     fp8_tensor,
+    gptq,
     int8_channels,
+    packed,
     quantize_folder,
     save,
 )
@@ -28,6 +33,7 @@ from tests.random_models import make_checkpoint
 from toolkit.checkpoint.opened import open_checkpoint
 from toolkit.checkpoint.quantized_blocks import E4M3, E8M0
 from toolkit.checkpoint.weights import WeightSource
+from toolkit.errors import CheckpointError, UnsupportedError
 
 # Widths that no block of 128 divides, of both families that people publish in FP8.
 WIDE: Final[dict[str, Any]] = {"hidden_size": 192, "intermediate_size": 200, "head_dim": 48}
@@ -63,6 +69,56 @@ FLOAT8: Final[dict[str, tuple[Quantizer, dict[str, Any]]]] = {
     ),
     "int8": (int8_channels, _compressed("int-quantized", strategy="channel", type="int")),
 }
+
+
+def _gptq(bits: int, size: int, way: str = "gptq") -> dict[str, Any]:
+    return {"quant_method": "gptq", "bits": bits, "group_size": size, "checkpoint_format": way}
+
+
+def _packed(bits: int, **weights: Any) -> dict[str, Any]:
+    return _compressed("pack-quantized", **{"num_bits": bits, "type": "int", **weights})
+
+
+# A width that neither groups nor words divide is 200: 13 groups of 16, cut.
+PACKED: Final[dict[str, tuple[str, Quantizer, dict[str, Any]]]] = {
+    "gptq": ("INT4", gptq(4, 32), _gptq(4, 32)),
+    "gptq-act-order": ("INT4", gptq(4, 32, shuffled=True), _gptq(4, 32)),
+    "gptq-v2": ("INT4", gptq(4, 32, version=2), _gptq(4, 32, "gptq_v2")),
+    "gptq-8": ("INT8", gptq(8, 64), _gptq(8, 64)),
+    "gptq-2": ("INT2", gptq(2, 32), _gptq(2, 32)),
+    "gptq-whole-rows": ("INT4", gptq(4, 10**9), _gptq(4, -1)),
+    "gptq-biases-of-zeros": ("INT4", gptq(4, 32, bias=True), _gptq(4, 32)),
+    "awq": ("INT4", awq(32), {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}),
+    "packed": ("INT4", packed(4, 32), _packed(4, strategy="group", group_size=32)),
+    "packed-channels": ("INT4", packed(4, 10**9), _packed(4, strategy="channel")),
+    "packed-zeros": ("INT4", packed(4, 32, symmetric=False), _packed(4, strategy="group", group_size=32)),
+    "packed-plain-zeros": (
+        "INT4",
+        packed(4, 32, symmetric=False, plain_zeros=True),
+        _packed(4, strategy="group", group_size=32),
+    ),
+    "packed-act-order": (
+        "INT4",
+        packed(4, 32, shuffled=True),
+        _packed(4, strategy="group", group_size=32, actorder="group"),
+    ),
+    "packed-8": ("INT8", packed(8, 10**9), _packed(8, strategy="channel")),
+    "packed-8-zeros": ("INT8", packed(8, 32, symmetric=False), _packed(8, strategy="group", group_size=32)),
+    "modelopt-nvfp4": ("NVFP4", fp4("modelopt"), {"quant_method": "modelopt", "quant_algo": "NVFP4"}),
+    "nvfp4": ("NVFP4", fp4("nvfp4"), _compressed("nvfp4-pack-quantized", group_size=16)),
+    "mxfp4": ("MXFP4", fp4("mxfp4"), _compressed("mxfp4-pack-quantized", group_size=32)),
+}
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_codes_are_read_as_the_formula_has_them(name: str, tmp_path: Path) -> None:
+    make_checkpoint("Qwen3", WIDE, tmp_path)
+    dtype, quantizer, said = PACKED[name]
+    floats = quantize_folder(tmp_path, quantizer, said)
+    opened = open_checkpoint(tmp_path)
+    _assert_reads(opened.source, floats)
+    assert opened.stored_as is not None
+    assert opened.stored_as.tensors == {dtype: 14, "F32": len(floats) - 14}
 
 
 def _assert_reads(source: WeightSource, floats: Tensors) -> None:
@@ -125,26 +181,28 @@ def test_modelopts_own_file_says_it_too(tmp_path: Path) -> None:
     assert opened.stored_as is not None and opened.stored_as.file_type == "modelopt FP8"
 
 
-@pytest.mark.parametrize("family", ["Qwen3", "Llama"])
-def test_a_bundle_is_that_of_the_floats_that_torch_makes(family: str, tmp_path: Path, tiny_r1: Path) -> None:
+@pytest.mark.parametrize(("family", "way"), [("Qwen3", "fp8"), ("Llama", "fp8"), ("Llama", "gptq")])
+def test_a_bundle_is_that_of_the_floats_that_torch_makes(family: str, way: str, tmp_path: Path, tiny_r1: Path) -> None:
     """The whole way: logits of equal graphs over equal weights are equal."""
     written: list[dict[str, bytes]] = []
-    for kind in ("fp8", "floats"):
+    for kind in (way, "floats"):
         folder = tmp_path / kind
         make_checkpoint(family, {**WIDE, "vocab_size": 1024, "max_position_embeddings": 128}, folder)
         for path in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
             (folder / path).write_bytes((tiny_r1 / path).read_bytes())
         if kind == "fp8":
             floats = quantize_folder(folder, fp8_blocks((128, 128)), BLOCKS)
+        elif kind == "gptq":
+            floats = quantize_folder(folder, gptq(4, 32, shuffled=True), _gptq(4, 32))
         else:
             save(folder, floats)
         out = tmp_path / f"{kind}-bundle"
         words = ["cpu", "--checkpoint", str(folder), "--precision", "fp32", "--no-validate", "--out", str(out)]
         made = called("export", *words)
         assert made.returncode == 0, made.stderr
-        assert ("those of a fp8 file of" in made.stderr) is (kind == "fp8")
+        assert (f"those of a {way}" in made.stderr) is (kind == way)
         report = json.loads((out / "report.json").read_text(encoding="utf-8"))
-        assert ("source" in report["quantization"]) is (kind == "fp8")
+        assert ("source" in report["quantization"]) is (kind == way)
         written.append({path.name: path.read_bytes() for path in out.iterdir() if ".onnx" in path.name})
     assert written[0] == written[1] and any(name.endswith(".data") for name in written[0])
 
@@ -206,3 +264,55 @@ def test_what_is_wrong_is_one_line_and_nothing_is_written(what: str, tmp_path: P
     assert made.returncode == 2 and re.search(SPOILT[what], line), made.stderr
     left = ["bundle.partial"] if what == "NaN code" else []  # as with any NaN that is met on the way
     assert sorted(path.name for path in tmp_path.iterdir()) == [*left, "fp8"]
+
+
+def _said(**values: Any) -> Callable[[dict[str, Any], Tensors], object]:
+    return lambda said, _: said.update(values)
+
+
+def _without(part: str) -> Callable[[dict[str, Any], Tensors], object]:
+    return lambda _, stored: stored.pop(f"{DOWN}.{part}")
+
+
+def _with(part: str, value: torch.Tensor) -> Callable[[dict[str, Any], Tensors], object]:
+    return lambda _, stored: stored.update({f"{DOWN}.{part}": value})
+
+
+PACKED_SPOILT: Final[dict[str, tuple[str, Callable[[dict[str, Any], Tensors], object], str]]] = {
+    "gptq without scales": ("gptq", _without("scales"), "quantized, and scales is missing beside its codes"),
+    "gptq without zeros": ("gptq", _without("qzeros"), "quantized, and qzeros is missing beside its codes"),
+    "gptq's scales": ("gptq", _with("scales", torch.ones(7, 5)), r"scales is F32 \[7, 5\], expected .* \[7, 192\]"),
+    "gptq's zeros": ("gptq", _with("qzeros", torch.ones(7, 24)), r"qzeros is F32 \[7, 24\], expected I32 \[7, 24\]"),
+    "gptq's groups": ("gptq", _with("g_idx", torch.full((200,), 7, dtype=torch.int32)), "from 7 to 7, expected 0 to 6"),
+    "gptq's bits": ("gptq", _with("qweight", torch.ones(20, 192, dtype=torch.int32)), "holds 3 bits a weight"),
+    "gptq's bias": ("gptq", _with("bias", torch.ones(192)), "down_proj.bias is not zero"),
+    "gptq for marlin": ("gptq", _said(checkpoint_format="marlin"), "is 'marlin', expected one of gptq"),
+    "gptq unsaid": ("gptq", lambda said, _: said.clear(), "by GPTQ or AWQ, and config.json does not say by which"),
+    "gptq's NaN": ("gptq", _with("scales", torch.full((7, 192), torch.nan)), "scales holds 1344 NaN"),
+    "awq's version": ("awq", _said(version="gemv"), "version 'gemv', expected 4 and 'gemm'"),
+    "awq's shape": ("awq", _with("qweight", torch.ones(24, 192, dtype=torch.int32)), r"expected I32 \[200, 24\]"),
+    "packed without scales": ("packed", _without("weight_scale"), "weight_scale is missing beside its codes"),
+    "packed sparsely": ("packed", _said(format="marlin-24"), "is 'marlin-24', expected one of float-quantized"),
+    "packed wrongly": (
+        "packed",
+        _with("weight_packed", torch.ones(3, 3, dtype=torch.int32)),
+        r"expected I32 \[192, 200",
+    ),
+    "nvfp4 without its second scale": ("nvfp4", _without("weight_global_scale"), "second scale is missing"),
+    "modelopt's algorithm": ("modelopt-nvfp4", _said(quant_algo="W4A8_AWQ"), "is 'W4A8_AWQ', expected one of FP8"),
+}
+
+
+@pytest.mark.parametrize("what", PACKED_SPOILT)
+def test_what_is_wrong_with_packed_codes_is_said(what: str, tmp_path: Path) -> None:
+    name, spoil, refusal = PACKED_SPOILT[what]
+    _, quantizer, said = PACKED[name]
+    make_checkpoint("Qwen3", WIDE, tmp_path)
+    quantize_folder(tmp_path, quantizer, said)
+    stored, config = safetensors.torch.load_file(tmp_path / "model.safetensors"), tmp_path / "config.json"
+    raw = json.loads(config.read_text(encoding="utf-8"))
+    spoil(raw["quantization_config"], stored)
+    save(tmp_path, stored)
+    config.write_text(json.dumps(raw), encoding="utf-8")
+    with pytest.raises((CheckpointError, UnsupportedError), match=refusal):
+        open_checkpoint(tmp_path).source.read(f"{DOWN}.weight")

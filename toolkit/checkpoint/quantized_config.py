@@ -22,20 +22,28 @@ _MAX_BYTES: Final = 4 << 20
 _FP8: Final = ("fp8", "fbgemm_fp8")
 _COMPRESSED_TENSORS: Final = ("compressed-tensors", "compressed_tensors")
 _MODELOPT: Final = ("modelopt", "modelopt_fp4")
-METHODS: Final = (*_FP8, _COMPRESSED_TENSORS[0], _MODELOPT[0])
+METHODS: Final = (*_FP8, _COMPRESSED_TENSORS[0], _MODELOPT[0], "gptq", "awq")
 # What compressed-tensors calls the ways to store that are read, and ModelOpt its algorithms.
-_FORMATS: Final = ("float-quantized", "naive-quantized", "int-quantized", "dense")
-_ALGORITHMS: Final = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN")
+_FORMATS: Final = (
+    *("float-quantized", "naive-quantized", "int-quantized", "pack-quantized"),
+    *("nvfp4-pack-quantized", "mxfp4-pack-quantized", "mixed-precision", "dense"),
+)
+_ALGORITHMS: Final = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "NVFP4", "MIXED_PRECISION")
+# GPTQ's ways to store: the first one's zero points are less by one.
+_GPTQ_LESS_ONE: Final = "gptq"
+_GPTQ_FORMATS: Final = (_GPTQ_LESS_ONE, "gptq_v2")
 
 
 @dataclass(frozen=True)
 class QuantizedBy:
-    """How weights were quantized: by which method, in its own words for a reader, and the rows and columns that share a
-    scale where scales stand in blocks."""
+    """How weights were quantized: by which method, in its own words for a reader, the rows and columns that share a
+    scale where scales stand in blocks, and the columns where they stand in groups, None for whole rows."""
 
     method: str
     words: str
     weight_block_size: tuple[int, int] = (128, 128)
+    group_size: int | None = None
+    zeros_less_one: bool = False
 
 
 def read_quantization(folder: Path) -> QuantizedBy | None:
@@ -73,6 +81,8 @@ def quantization_of(raw: Mapping[str, Any], path: Path) -> QuantizedBy | None:
         return _compressed_tensors(read)
     if method in _MODELOPT:
         return _modelopt(read)
+    if method in ("gptq", "awq"):
+        return (_gptq if method == "gptq" else _awq)(read)
     raise _not_read(method, path)
 
 
@@ -123,7 +133,10 @@ def _compressed_tensors(read: Fields) -> QuantizedBy:
     if len(given) > 1:
         raise UnsupportedError(f"{read.path}: groups of quantization_config differ in block_structure, expected one")
     block = _block(given[0] if given else None, "block_structure", read.path)
-    return QuantizedBy(_COMPRESSED_TENSORS[0], f"{_COMPRESSED_TENSORS[0]} {way}", block)
+    sizes = {size for one in settings if isinstance(one, dict) and (size := _group_size(Fields(one, read.path, {})))}
+    if len(sizes) > 1:
+        raise UnsupportedError(f"{read.path}: groups of quantization_config differ in group_size, expected one")
+    return QuantizedBy(_COMPRESSED_TENSORS[0], f"{_COMPRESSED_TENSORS[0]} {way}", block, next(iter(sizes), None))
 
 
 def _modelopt(read: Fields) -> QuantizedBy:
@@ -135,6 +148,34 @@ def _modelopt(read: Fields) -> QuantizedBy:
             f"{NAME_THE_ORIGINAL}"
         )
     return QuantizedBy(_MODELOPT[0], f"{_MODELOPT[0]} {algorithm}")
+
+
+def _gptq(read: Fields) -> QuantizedBy:
+    """AutoGPTQ's and GPTQModel's."""
+    way = read.get("checkpoint_format") or _GPTQ_LESS_ONE
+    if way not in _GPTQ_FORMATS or read.get("is_marlin_format"):
+        raise UnsupportedError(
+            f"{read.path}: checkpoint_format of quantization_config (gptq) is {way!r:.40}, expected one of "
+            f"{', '.join(_GPTQ_FORMATS)}: {NAME_THE_ORIGINAL}"
+        )
+    words = f"gptq {read.count('bits')} bits"
+    return QuantizedBy("gptq", words, group_size=_group_size(read), zeros_less_one=way == _GPTQ_LESS_ONE)
+
+
+def _awq(read: Fields) -> QuantizedBy:
+    """AutoAWQ's, as its GEMM kernels read it."""
+    version, bits = read.get("version") or "gemm", read.count("bits", 4)
+    if str(version).lower() != "gemm" or bits != 4:
+        raise UnsupportedError(
+            f"{read.path}: quantization_config (awq) has {bits} bits and version {version!r:.40}, expected 4 and "
+            f"'gemm': {NAME_THE_ORIGINAL}"
+        )
+    return QuantizedBy("awq", "awq 4 bits", group_size=_group_size(read))
+
+
+def _group_size(read: Fields) -> int | None:
+    """Columns that share a scale; None where a whole row does, which files write as -1."""
+    return None if read.get("group_size") in (None, -1) else read.count("group_size")
 
 
 def _block(given: object, key: str, path: Path) -> tuple[int, int]:

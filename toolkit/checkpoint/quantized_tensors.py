@@ -4,58 +4,61 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Final
 
 from toolkit.checkpoint.other_formats import NAME_THE_ORIGINAL
 from toolkit.checkpoint.quantized_config import QuantizedBy
+from toolkit.checkpoint.quantized_packing import Coded, awq_codes, checked, fp4_codes, gptq_codes, packed_codes
 from toolkit.checkpoint.safetensors import TensorRef
 from toolkit.checkpoint.stored_as import StoredAs
-from toolkit.errors import CheckpointError
+from toolkit.errors import CheckpointError, UnsupportedError
 
-# The tensors beside a module's weight, in the order in which a scale is looked for, and what a runtime alone reads.
+Parts = Mapping[str, TensorRef]
+# What stands beside a module's codes: of the weight, by the two ways to name it, and what a runtime alone reads.
 _SCALES: Final = ("weight_scale_inv", "weight_scale")
-_UNREAD: Final = ("input_scale", "activation_scale", "output_scale", "input_scale_ub", "input_zero_point")
-_PARTS: Final = (*_SCALES, *_UNREAD)
-# The dtypes of codes that a byte holds, and of scales.
+_WEIGHTS: Final = ("weight_packed", "weight_scale_2", "weight_global_scale", "weight_zero_point", "weight_g_idx")
+_GPTQ: Final = ("qweight", "qzeros", "scales", "g_idx")
+_UNREAD: Final = (
+    *("weight_shape", "input_scale", "activation_scale", "output_scale", "input_scale_ub", "input_zero_point"),
+    "input_global_scale",
+)
+_PARTS: Final = ("weight", *_SCALES, *_WEIGHTS, *_GPTQ, *_UNREAD, "bias")
+# Codes by the dtype of the tensor `weight`; U8 are pairs of FP4 where a second scale stands beside them.
 _BYTES: Final = ("F8_E4M3", "I8")
-_SCALE_DTYPES: Final = ("F32", "BF16", "F16", "F8_E8M0")
-CODES: Final = _BYTES
-
-
-@dataclass(frozen=True)
-class Coded:
-    """One weight's codes and their scales, one for each `block` of rows and columns in a grid of the shape `scales`."""
-
-    codes: TensorRef
-    scale: TensorRef
-    block: tuple[int, int]
-    scales: tuple[int, int]
-
-    @property
-    def nbytes(self) -> int:
-        """Returns the bytes of all its parts."""
-        return self.codes.nbytes + self.scale.nbytes
+_BYTE_SCALES: Final = ("F32", "BF16", "F16", "F8_E8M0")
+CODES: Final = (*_BYTES, "INT2", "INT4", "INT8", "NVFP4", "MXFP4")
 
 
 def coded_tensors(
-    refs: Mapping[str, TensorRef], by: QuantizedBy | None, wanted: Collection[str]
+    refs: Mapping[str, TensorRef], by: QuantizedBy | None, expected: Mapping[str, tuple[int, ...]]
 ) -> tuple[dict[str, TensorRef], dict[str, Coded]]:
-    """The tensors without those that stand beside codes, and the wanted weights that are codes, by name.
+    """The tensors with each wanted weight that is stored as codes in place of these and what stands beside them, and
+    how it is stored, by its name.
 
-    Raises CheckpointError for codes without their scale, or with one of another shape or dtype.
+    Raises CheckpointError for codes without their scale, or with one of another shape or dtype; UnsupportedError for
+    codes that are not read.
     """
     left = dict(refs)
     coded: dict[str, Coded] = {}
-    for name, ref in refs.items():
-        if ref.dtype not in _BYTES or not name.endswith(".weight"):
+    for name, shape in expected.items():
+        module, dot, last = name.rpartition(".")
+        if last != "weight" or len(shape) != 2:
             continue
-        beside = {part: refs[whole] for part in _PARTS if (whole := f"{name.removesuffix('weight')}{part}") in refs}
-        for part in beside.values():
-            left.pop(part.name)
-        if name in wanted:
-            coded[name] = _bytes(ref, beside, by)
+        parts = {part: refs[whole] for part in _PARTS if (whole := f"{module}{dot}{part}") in refs}
+        found = _coded(name, (shape[0], shape[1]), parts, by)
+        if found is None:
+            continue
+        if bias := parts.get("bias"):
+            called_for = bias.name in expected
+            found, parts = (found, {**parts}) if called_for else (replace(found, zero_bias=bias), parts)
+            if called_for:
+                del parts["bias"]
+        for part in parts.values():
+            del left[part.name]
+        coded[name] = found
+        left[name] = replace(found.codes, name=name)
     return left, coded
 
 
@@ -70,8 +73,28 @@ def stored_as(refs: Mapping[str, TensorRef], coded: Mapping[str, Coded], by: Qua
     return StoredAs(words, round(8 * nbytes / weights, 3), dict(kinds.most_common()))
 
 
-def _bytes(codes: TensorRef, beside: Mapping[str, TensorRef], by: QuantizedBy | None) -> Coded:
-    scale = next((beside[part] for part in _SCALES if part in beside), None)
+def _coded(name: str, shape: tuple[int, int], parts: Parts, by: QuantizedBy | None) -> Coded | None:
+    """How a weight of this shape is stored, by the tensors of its module; None where it is floats, or not there."""
+    weight, packed = parts.get("weight"), parts.get("weight_packed")
+    if weight is not None:
+        if weight.dtype in _BYTES:
+            return _byte_codes(weight, parts, by)
+        return fp4_codes(name, shape, weight, parts) if weight.dtype == "U8" and "weight_scale_2" in parts else None
+    if packed is not None:
+        return fp4_codes(name, shape, packed, parts) if packed.dtype == "U8" else packed_codes(name, shape, parts, by)
+    if "qweight" not in parts:
+        return None
+    if by is None or by.method not in ("gptq", "awq"):
+        raise UnsupportedError(
+            f"{parts['qweight'].name[-100:]} is quantized by GPTQ or AWQ, and config.json does not say by which: "
+            f"download its quantization_config, or {NAME_THE_ORIGINAL}"
+        )
+    return (gptq_codes if by.method == "gptq" else awq_codes)(name, shape, parts, by)
+
+
+def _byte_codes(codes: TensorRef, parts: Parts, by: QuantizedBy | None) -> Coded:
+    """Codes of a byte each, in the weight's own shape."""
+    scale = next((parts[part] for part in _SCALES if part in parts), None)
     if scale is None:
         expected = " or ".join(f"{codes.name}{part.removeprefix('weight')}" for part in _SCALES)
         raise CheckpointError(
@@ -80,24 +103,16 @@ def _bytes(codes: TensorRef, beside: Mapping[str, TensorRef], by: QuantizedBy | 
         )
     if len(codes.shape) != 2:
         raise CheckpointError(f"{codes.name[-100:]} is {codes.dtype} {list(codes.shape)}, expected a matrix")
-    if scale.dtype not in _SCALE_DTYPES:
-        raise CheckpointError(f"{scale.name[-100:]} is {scale.dtype}, expected one of {', '.join(_SCALE_DTYPES)}")
-    return Coded(codes, scale, *_grid(codes, scale, (128, 128) if by is None else by.weight_block_size))
-
-
-def _grid(codes: TensorRef, scale: TensorRef, blocks: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The rows and columns that share a scale, and how many scales there are along each; by the scale's shape."""
+    if scale.dtype not in _BYTE_SCALES:
+        raise CheckpointError(f"{scale.name[-100:]} is {scale.dtype}, expected one of {', '.join(_BYTE_SCALES)}")
     rows, columns = codes.shape
+    blocks = (128, 128) if by is None else by.weight_block_size
+    if by and by.group_size:
+        blocks = 1, by.group_size
     grids = {
         (1, 1): (rows, columns),
         (rows, 1): (1, columns),
         (-(-rows // blocks[0]), -(-columns // blocks[1])): blocks,
     }
-    shape = scale.shape if len(scale.shape) == 2 else (*scale.shape, 1) if len(scale.shape) == 1 else (1, 1)
-    if len(scale.shape) > 2 or shape not in grids:
-        expected = " or ".join(str(list(grid)) for grid in grids)
-        raise CheckpointError(
-            f"{scale.name[-100:]} is {scale.dtype} {list(scale.shape)} beside {list(codes.shape)} weights, expected "
-            f"{expected} (blocks of {blocks[0]} x {blocks[1]})"
-        )
-    return grids[shape[0], shape[1]], (shape[0], shape[1])
+    block, grid = checked(codes, scale, grids, f"blocks of {blocks[0]} x {blocks[1]}")
+    return Coded(codes, scale, block, grid, values=codes.dtype)

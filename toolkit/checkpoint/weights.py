@@ -23,12 +23,14 @@ from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.other_formats import refuse_integers, refuse_quantized
 from toolkit.checkpoint.quantized import Dequantizer
 from toolkit.checkpoint.quantized_config import read_quantization
-from toolkit.checkpoint.quantized_tensors import CODES, Coded, coded_tensors, stored_as
+from toolkit.checkpoint.quantized_packing import Coded
+from toolkit.checkpoint.quantized_tensors import CODES, coded_tensors, stored_as
 from toolkit.checkpoint.safetensors import ITEM_BYTES, TensorRef, read_header
-from toolkit.checkpoint.scan import ReadBytes, Rows, read_exactly, scan_file
+from toolkit.checkpoint.scan import ReadBytes, Rows, read_exactly, scan_file, whole_tensors
 from toolkit.checkpoint.stored_as import StoredAs
 from toolkit.checkpoint.which_tensors import ChosenFiles, choose_files, module_tensors
-from toolkit.errors import CheckpointError, NonFiniteError
+from toolkit.checkpoint.widen import check_finite
+from toolkit.errors import CheckpointError
 from toolkit.files import file_sha256
 from toolkit.machine import fits_the_page_cache
 
@@ -122,7 +124,8 @@ class FileWeights:
         direct = not fits_the_page_cache(sum(path.stat().st_size for path in self.files()))
         for path in self.files():
             refs = [ref for ref in self._refs.values() if ref.path == path]
-            yield from scan_file(path, refs, chunk_bytes, direct, self._digests, self._read)
+            stored = scan_file(path, refs, chunk_bytes, direct, self._digests, self._read)
+            yield from whole_tensors(stored, self._dequantizer.by_columns)
 
     def decode(self, rows: Rows, start: int, stop: int) -> NDArray[np.float32]:
         """Some of the rows as float32; raises NonFiniteError on NaN or infinity in them."""
@@ -131,8 +134,11 @@ class FileWeights:
         ref = self._refs[rows.name]
         row_bytes = rows.raw.nbytes // (rows.stop - rows.start)
         raw = rows.raw[(start - rows.start) * row_bytes : (stop - rows.start) * row_bytes]
-        values = self._dequantizer.floats(ref, raw, start)
-        check_finite(values, rows.name)
+        return self._floats(ref, rows.raw if self._dequantizer.by_columns(ref.name) else raw, start, stop)
+
+    def _floats(self, ref: TensorRef, raw: NDArray[np.uint8], start: int, stop: int) -> NDArray[np.float32]:
+        values = self._dequantizer.floats(ref, raw, start, stop)
+        check_finite(values, ref.name)
         return values.reshape((stop - start, *ref.shape[1:]))
 
     def check_scales(self) -> None:
@@ -175,28 +181,11 @@ class FileWeights:
         rows = ref.shape[0] if ref.shape else 1
         if not 0 <= start <= stop <= rows:
             raise CheckpointError(f"{name} has {rows} rows, and rows {start} to {stop} were asked for")
+        if self._dequantizer.by_columns(name):
+            return self._floats(ref, self._dequantizer.whole(name), start, stop)
         row_bytes = ref.nbytes // max(rows, 1)
         raw = read_exactly(ref.path, ref.offset + start * row_bytes, (stop - start) * row_bytes, self._read)
-        values = self._dequantizer.floats(ref, raw, start)
-        check_finite(values, name)
-        return values.reshape((stop - start, *ref.shape[1:]))
-
-
-def check_finite(values: NDArray[np.float32], name: str) -> None:
-    """Raises NonFiniteError with the tensor and the count; one NaN or infinity makes the sum of squares one. So do
-    weights beyond about 1e19, which no model has and no arithmetic in float32 survives."""
-    flat = values.reshape(-1)
-    if np.isfinite(np.vdot(flat, flat)):
-        return
-    bad = int(values.size - np.count_nonzero(np.isfinite(values)))
-    if bad == 0:
-        raise NonFiniteError(
-            f"{name} holds values of up to {float(np.abs(flat).max()):.3g}, whose squares float32 cannot hold: it is "
-            "damaged, compare its hash"
-        )
-    raise NonFiniteError(
-        f"{name} holds {bad} NaN or infinite values: it was published so, or is damaged: compare its hash"
-    )
+        return self._floats(ref, raw, start, stop)
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
