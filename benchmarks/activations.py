@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from toolkit import names
 from toolkit.checkpoint.opened import Checkpoint, open_checkpoint
+from toolkit.checkpoint.sublayers import Mlp
 from toolkit.pipeline.text import token_sequences
 from toolkit.reference.decoder import embed, read_layer
 
@@ -50,6 +51,7 @@ def layer_rows(checkpoint: Checkpoint, sequences: list[list[int]]) -> list[Layer
         attention, mlp = layer.anatomy.sublayers
         normed = [layer.normed(attention, x) for x in hidden]
         hidden = [layer.added(attention, x, layer.inner(attention, n)) for x, n in zip(hidden, normed, strict=True)]
+        assert isinstance(mlp, Mlp)
         gates = [layer.normed(mlp, x) for x in hidden]
         inner = [layer.inner(mlp, gate) for gate in gates]
         hidden = [layer.added(mlp, x, i) for x, i in zip(hidden, inner, strict=True)]

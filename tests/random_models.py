@@ -21,6 +21,9 @@ LLAMA3 = {
 }
 
 
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "num_hidden_layers": 3}
+
+
 # Model classes and what their configs add, by the name a test shows.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", {}),
@@ -35,6 +38,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral-sliding": ("Mistral", {"sliding_window": 6}),
     "qwen3": ("Qwen3", {"head_dim": 32}),
     "qwen3-yarn": ("Qwen3", {"head_dim": 32, "rope_scaling": YARN}),
+    # A dense layer between two of experts, a window in all; shares of the chosen alone, and of all experts.
+    "qwen3-moe": ("Qwen3Moe", {"head_dim": 32, "norm_topk_prob": True, "mlp_only_layers": [1], **EXPERTS}),
+    "qwen3-moe-shares-of-all": (
+        "Qwen3Moe",
+        {"head_dim": 32, "decoder_sparse_step": 2, "use_sliding_window": True, "sliding_window": 5, **EXPERTS},
+    ),
     "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0], "pad_token_id": 0}),
     "smollm3-tied-of-four": ("SmolLM3", {"num_hidden_layers": 4, "rope_scaling": YARN, "pad_token_id": 0}),
     "smollm3-narrow-heads": (

@@ -16,14 +16,16 @@ AUTO: Final = "auto"
 
 
 class MatrixUse(Enum):
-    """What a matrix is for: a linear multiplies its input, an embedding is looked up, a tied embedding is both."""
+    """What a matrix is for: a linear multiplies its input, an expert's multiplies that of the tokens which come to it,
+    an embedding is looked up, a tied embedding is both."""
 
     LINEAR = "linear"
+    EXPERT = "expert"
     EMBEDDING = "embedding"
     TIED_EMBEDDING = "tied embedding"
 
 
-_READS_INPUT: Final = (MatrixUse.LINEAR, MatrixUse.TIED_EMBEDDING)
+_READS_INPUT: Final = (MatrixUse.LINEAR, MatrixUse.EXPERT, MatrixUse.TIED_EMBEDDING)
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,8 @@ _ROWS: Final = (
     Algorithm("kquant", scales="searched_scales"),
     # The same search, errors weighed by the text.
     Algorithm("imatrix", scales="searched_scales", reads_text=True, used=_READS_INPUT, otherwise="kquant"),
-    # 8 bits leave GPTQ nothing to do, and rows of an embedding are looked up, not multiplied one after the other.
+    # 8 bits leave GPTQ nothing to do, rows of an embedding are looked up, not multiplied one after the other, and an
+    # expert sees too few tokens for it.
     Algorithm(
         "gptq",
         scales="searched_scales",

@@ -125,6 +125,11 @@ def role_of(name: str) -> str:
     return name.removesuffix(".weight").removesuffix(".bias").rsplit(".", 1)[-1]
 
 
+def is_expert(name: str) -> bool:
+    """Returns whether a tensor or module is one of a router's experts: `model.layers.3.mlp.experts.7.up_proj`."""
+    return ".experts." in name
+
+
 def layer_of(name: str) -> int | None:
     """Returns the layer a tensor or module belongs to, None outside the layers."""
     parts = name.split(".")

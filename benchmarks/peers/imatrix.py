@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from toolkit.checkpoint.anatomy import Linear
 from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.gguf_names import gguf_name
+from toolkit.checkpoint.sublayers import Linear
 from toolkit.checkpoint.weights import Tensors
 from toolkit.reference.decoder import Array, Layer, embed, read_layer
 

@@ -11,11 +11,15 @@ from pathlib import Path
 from typing import Final
 
 from toolkit import names
+from toolkit.checkpoint.config import ModelConfig
+from toolkit.errors import UnsupportedError
 from toolkit.graph.interface import GraphInterface, NodeFacts, read_interface
-from toolkit.target import CPU_EP, TARGETS, Stage
+from toolkit.target import CPU_EP, TARGETS, Stage, Target
 from toolkit.typed_json import from_json
 
 _TABLE: Final = Path(__file__).with_name("operators.json")
+# What computes the experts of a layer.
+_EXPERTS: Final = "com.microsoft:QMoE"
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,20 @@ def placement_of(graph: GraphInterface, stage: Stage) -> Placement:
         tuple(problems),
         tuple(_conditions(graph, stage, support)),
     )
+
+
+def check_experts(target: Target, config: ModelConfig) -> None:
+    """Raises UnsupportedError for a model with experts on a target whose execution provider does not compute them, or
+    not in its activations' dtype, by the table."""
+    if config.structure.experts is None:
+        return
+    provider = target.accelerator.execution_provider
+    node = NodeFacts("", _EXPERTS, target.form.activations, 0, {}, "")
+    if reason := _refusal(node, support_of(provider)):
+        raise UnsupportedError(
+            f"{config.model_type} has experts: {_EXPERTS} {reason} in the table of {provider}; "
+            "convert it for target cpu"
+        )
 
 
 @functools.cache

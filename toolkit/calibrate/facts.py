@@ -24,12 +24,14 @@ Floats = NDArray[np.float32]
 @dataclass(frozen=True)
 class InputFacts:
     """What became of one input. `importance` [K] are its second moments and `values` its range after folding, `fold`
-    how it was folded, and `losses` the error of the output by format, as a share of its energy."""
+    how it was folded, and `losses` the error of the output by format, as a share of its energy. `tokens` is how many of
+    the text's came to a routed input, None for all; `importance` is nothing where they are too few."""
 
     importance: Floats
     values: ActivationRange
     fold: FoldChoice
     losses: dict[QuantSpec, float]
+    tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def save_state(folder: Path, k: int, state: State) -> None:
             arrays[f"scales {name}"] = given.fold.scales
         figures = {key: value for key, value in asdict(given.fold).items() if key != "scales"}
         losses = [[asdict(spec), loss] for spec, loss in given.losses.items()]
-        facts[name] = {"values": asdict(given.values), "fold": figures, "losses": losses}
+        facts[name] = {"values": asdict(given.values), "fold": figures, "losses": losses, "tokens": given.tokens}
     for name, probe in state.probes.items():
         for k_piece, piece in enumerate(probe):
             arrays[f"probe {k_piece} {name}"] = piece
@@ -100,7 +102,7 @@ def _loaded(path: Path) -> State:
             scales = arrays[f"scales {name}"] if f"scales {name}" in arrays else None
             losses = {QuantSpec(**spec): loss for spec, loss in entry["losses"]}
             fold, values = FoldChoice(scales, **entry["fold"]), ActivationRange(**entry["values"])
-            state.inputs[name] = InputFacts(arrays[f"importance {name}"], values, fold, losses)
+            state.inputs[name] = InputFacts(arrays[f"importance {name}"], values, fold, losses, entry["tokens"])
         for key in arrays.files:
             if key.startswith("probe "):
                 state.probes.setdefault(key.split(" ", 2)[2], []).append(arrays[key])

@@ -15,7 +15,7 @@ from typing import Final, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from toolkit.checkpoint.anatomy import LinearInput, Sublayer
+from toolkit.checkpoint.sublayers import Attention, LinearInput, Mlp
 from toolkit.device.fitting import Pool
 from toolkit.reference.decoder import Layer
 
@@ -33,7 +33,7 @@ class Half:
     """A sublayer, and the layer with the weights that are needed of it."""
 
     layer: Layer
-    sublayer: Sublayer
+    sublayer: Attention | Mlp
 
 
 def each(
@@ -43,7 +43,7 @@ def each(
     return (work(shared, piece) for piece in pieces) if pool is None else iter(pool.map(work, shared, list(pieces)))
 
 
-def reading(layer: Layer, half: Sublayer, given: LinearInput) -> Half:
+def reading(layer: Layer, half: Attention | Mlp, given: LinearInput) -> Half:
     """Returns a sublayer with the weights alone that read one of its inputs."""
     kept = {linear.weight for linear in given.linears}
     left_out = {linear.weight for other in layer.anatomy.inputs for linear in other.linears} - kept
@@ -67,10 +67,13 @@ def added(half: Half, piece: tuple[Floats, Floats]) -> Floats:
 def through(layer: Layer, piece: Sequences) -> tuple[Floats, dict[str, Floats]]:
     """Returns some sequences [T, D] behind a layer, and what its linears read, by the name of the input."""
     (x, lengths), found = piece, dict[str, Floats]()
+
+    def look(given: LinearInput, values: Floats) -> Floats:
+        found[given.name] = values
+        return values
+
     for half in layer.anatomy.sublayers:
-        found[half.normed_input.name] = normed = layer.normed(half, x)
-        found[half.inner_input.name] = mixed = layer.inner(half, normed, lengths)
-        x = layer.added(half, x, mixed)
+        x = layer.through(half, x, lengths, look)
     return x, found
 
 

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 
 from toolkit import names
 from toolkit.calibrate.activations import ActivationFile
-from toolkit.checkpoint.anatomy import Linear, Mlp
 from toolkit.checkpoint.config import ModelConfig
+from toolkit.checkpoint.sublayers import Expert, Linear, Mlp
 from toolkit.checkpoint.weights import Tensors
 from toolkit.device.arrays import Device
 from toolkit.device.fitting import ON_NUMPY, Fitting
@@ -105,10 +105,11 @@ class _WatchedLayer(Layer):
         self._see(names.output_of(linear.module), y)
         return y
 
-    def activated(self, mlp: Mlp, gate: Floats) -> Floats:
+    def activated(self, mlp: Mlp | Expert, gate: Floats) -> Floats:
         """As the exact layer's; gate times its sigmoid is a tensor of its own in the graph."""
         silu = super().activated(mlp, gate)
-        self._see(names.output_of(mlp.act_fn), silu)
+        if isinstance(mlp, Mlp):  # experts have no form in uint16
+            self._see(names.output_of(mlp.act_fn), silu)
         return silu
 
     def project(self, normed: Floats, positions: NDArray[np.int64]) -> tuple[Floats, Floats, Floats]:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from toolkit.calibrate.activations import ActivationFile
 from toolkit.calibrate.exact import ExactInputs
 from toolkit.calibrate.pieces import added, each, inner, reading
-from toolkit.checkpoint.anatomy import LinearInput, Sublayer
+from toolkit.checkpoint.sublayers import Attention, LinearInput, Mlp, Moe, Sublayer
 from toolkit.device.arrays import Device
 from toolkit.device.fitting import Pool
 from toolkit.reference.decoder import Layer
@@ -26,11 +26,11 @@ class Side(Protocol):
     """One of the two streams through a layer: what its linears read, half by half, [T, K] of some sequences at a
     time."""
 
-    def normed(self, half: Sublayer) -> Iterator[Floats]:
+    def normed(self, half: Attention | Mlp) -> Iterator[Floats]:
         """What the linears behind the norm read."""
         ...
 
-    def inner(self, half: Sublayer) -> Iterator[Floats]:
+    def inner(self, half: Attention | Mlp) -> Iterator[Floats]:
         """What the last linear reads, once those before it are solved."""
         ...
 
@@ -54,11 +54,11 @@ class KeptSide:
         for x, _ in self._kept.file(given).read_by(self._on, self._lengths):
             yield x if divisor is None else x / divisor
 
-    def normed(self, half: Sublayer) -> Iterator[Floats]:
+    def normed(self, half: Attention | Mlp) -> Iterator[Floats]:
         """Yields what the linears there read, as `Side` says."""
         return self.values(half.normed_input)
 
-    def inner(self, half: Sublayer) -> Iterator[Floats]:
+    def inner(self, half: Attention | Mlp) -> Iterator[Floats]:
         """Yields what the linears there read, as `Side` says."""
         return self.values(half.inner_input)
 
@@ -82,23 +82,28 @@ class ComputedSide:
         self._layer, self._spill, self._stream, self._after, self._pool = layer, spill, before, after, pool
         self._inner: ActivationFile | None = None
 
-    def normed(self, half: Sublayer) -> Iterator[Floats]:
+    def normed(self, half: Attention | Mlp) -> Iterator[Floats]:
         """Yields what the linears there read, as `Side` says."""
         return (self._layer.normed(half, x) for x, _ in self._stream)
 
-    def inner(self, half: Sublayer) -> Iterator[Floats]:
+    def inner(self, half: Attention | Mlp) -> Iterator[Floats]:
         """Yields what the last linear reads, from a file: what stands behind the half is made of it too."""
         return (y for y, _ in self._inner_file(half))
 
     def step(self, half: Sublayer) -> None:
         """Writes the stream behind a half: between the two to a spill, in the end to the file after the layer."""
-        pairs = ((x, y) for (x, _), (y, _) in zip(self._stream, self._inner_file(half), strict=True))
-        behind = each(self._pool, added, reading(self._layer, half, half.inner_input), pairs)
         last = half is self._layer.anatomy.sublayers[-1]
         after = self._after if last else self._spill("middle", self._layer.config.hidden_size)
-        self._stream, self._inner = after.write(behind), None
+        self._stream, self._inner = after.write(self._behind(half)), None
 
-    def _inner_file(self, half: Sublayer) -> ActivationFile:
+    def _behind(self, half: Sublayer) -> Iterator[Floats]:
+        """What stands behind a half, of some sequences at a time; experts go by here, one after the other."""
+        if isinstance(half, Moe):
+            return (self._layer.through(half, x, lengths) for x, lengths in self._stream)
+        pairs = ((x, y) for (x, _), (y, _) in zip(self._stream, self._inner_file(half), strict=True))
+        return each(self._pool, added, reading(self._layer, half, half.inner_input), pairs)
+
+    def _inner_file(self, half: Attention | Mlp) -> ActivationFile:
         if self._inner is None:
             read = each(self._pool, inner, reading(self._layer, half, half.normed_input), self._stream)
             self._inner = self._spill(half.inner_input.name, half.inner_input.width).write(read)

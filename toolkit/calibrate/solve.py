@@ -18,12 +18,14 @@ from numpy.typing import NDArray
 from toolkit import names
 from toolkit.calibrate.activations import ActivationFile
 from toolkit.calibrate.exact import ExactInputs
+from toolkit.calibrate.experts import with_rounded_experts
 from toolkit.calibrate.pieces import means_of_products
 from toolkit.calibrate.side_by_side import InputFactor, RowBlock, solve_rows, solve_side_by_side
 from toolkit.calibrate.sides import ComputedSide, KeptSide, Side
 from toolkit.calibrate.statistics import Products
-from toolkit.checkpoint.anatomy import Linear, LinearInput, decoder_of
+from toolkit.checkpoint.anatomy import decoder_of
 from toolkit.checkpoint.config import ModelConfig
+from toolkit.checkpoint.sublayers import Linear, LinearInput, Moe
 from toolkit.checkpoint.weights import Tensors
 from toolkit.device.arrays import Device
 from toolkit.device.fitting import ON_NUMPY, Fitting, Pool
@@ -123,7 +125,7 @@ class Solver:
                 stream.write(embedding[kind](list(ids)) for ids in self._sequences)
             self._begun = True
         k = self.layers
-        inputs = decoder_of(self._config).layers[k].inputs
+        inputs = [given for given in decoder_of(self._config).layers[k].inputs if not given.routed]
 
         def solved(on: Device, tokens: int) -> _LayerPass:
             lengths = batched(self._lengths, tokens)
@@ -228,7 +230,7 @@ class _LayerPass:
     ) -> None:
         self._problem, self._writer, self._folder, self._lengths = problem, writer, folder, lengths
         self._exact = read_layer(config, source, k, on)
-        self._rounded = _ArrivingLayer(self._exact, problem)
+        self._rounded = _ArrivingLayer(self._exact, source, problem)
         self.fallbacks: list[Fallback] = []
         self._pool = pool
         self._spills: list[ActivationFile] = []
@@ -247,8 +249,11 @@ class _LayerPass:
     def run(self, exact: Side, rounded: Side) -> None:
         """Solves the layer's matrices in the order they are used, and takes both streams through it."""
         for half in self._exact.anatomy.sublayers:
-            self._solve(half.normed_input, exact.normed(half), rounded.normed(half))
-            self._solve(half.inner_input, exact.inner(half), rounded.inner(half))
+            if isinstance(half, Moe):
+                self._rounded.solved |= {linear.module: given for given in half.inputs for linear in given.linears}
+            else:
+                self._solve(half.normed_input, exact.normed(half), rounded.normed(half))
+                self._solve(half.inner_input, exact.inner(half), rounded.inner(half))
             exact.step(half)
             rounded.step(half)
 
@@ -278,8 +283,9 @@ class _ArrivingLayer(Layer):
     """A layer whose linears see their input as the bundle's will once they are solved: `solved` has that input by
     module."""
 
-    def __init__(self, exact: Layer, problem: Problem) -> None:
-        super().__init__(exact.config, exact.anatomy, dict(exact.tensors), exact.on)
+    def __init__(self, exact: Layer, source: Tensors, problem: Problem) -> None:
+        tensors = with_rounded_experts(exact, source, problem.specs, problem.importance)
+        super().__init__(exact.config, exact.anatomy, tensors, exact.on)
         self.solved: dict[str, LinearInput] = {}
         # What workers are not sent: the importance and the scales of a whole model.
         self._problem = replace(problem, importance={}, scales={})

@@ -21,14 +21,14 @@ _BATCH: Final = 2048
 
 
 class InputStatistics:
-    """Second moment and range of each channel, and tokens evenly spaced over the text."""
+    """Second moment and range of each channel, and tokens evenly spaced over the text, unless it is `sampled` False."""
 
-    def __init__(self, name: str, width: int, tokens: int) -> None:
+    def __init__(self, name: str, width: int, tokens: int, *, sampled: bool = True) -> None:
         self._name, self._every = name, max(1, tokens // _SAMPLE)
         self._squares = np.zeros(width, np.float64)
         self._low, self._high = np.zeros(width, np.float32), np.zeros(width, np.float32)
         self._kept: list[Floats] = []
-        self._seen = 0
+        self._sampled, self.seen = sampled, 0
 
     def add(self, x: Floats) -> Floats:
         """Counts [T, K] of one sequence; returns it. Raises NonFiniteError for NaN or infinity."""
@@ -43,8 +43,9 @@ class InputStatistics:
         self._squares += squares
         np.minimum(self._low, on.to_host(on.smallest(x, 0)), out=self._low)
         np.maximum(self._high, on.to_host(on.largest(x, 0)), out=self._high)
-        self._kept.append(on.to_host(x[-self._seen % self._every :: self._every]).copy())
-        self._seen += x.shape[0]
+        if self._sampled:
+            self._kept.append(on.to_host(x[-self.seen % self._every :: self._every]).copy())
+        self.seen += x.shape[0]
         return x
 
     @staticmethod
@@ -54,8 +55,9 @@ class InputStatistics:
 
     def sample(self, on: Device = NUMPY) -> InputSample:
         """What was seen, its tokens on a device; zero counts as seen in every channel."""
-        moments = (self._squares / max(self._seen, 1)).astype(np.float32)
-        return InputSample(on.from_host(np.concatenate(self._kept)), moments, self._low, self._high)
+        tokens = np.concatenate(self._kept) if self._kept else np.empty((0, self._low.size), np.float32)
+        moments = (self._squares / max(self.seen, 1)).astype(np.float32)
+        return InputSample(on.from_host(tokens), moments, self._low, self._high)
 
 
 class Products:

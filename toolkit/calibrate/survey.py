@@ -23,12 +23,14 @@ from toolkit import names
 from toolkit.algorithms import MatrixUse
 from toolkit.calibrate.activations import ActivationFile
 from toolkit.calibrate.exact import ExactInputs
+from toolkit.calibrate.experts import FEWEST_ROUTED
 from toolkit.calibrate.facts import InputFacts, State, Survey, load_state, save_state, state_file
 from toolkit.calibrate.ladder import SharedFormat
 from toolkit.calibrate.pieces import each, through
 from toolkit.calibrate.statistics import InputStatistics
-from toolkit.checkpoint.anatomy import Linear, LinearInput, decoder_of
+from toolkit.checkpoint.anatomy import decoder_of
 from toolkit.checkpoint.config import ModelConfig
+from toolkit.checkpoint.sublayers import Linear, LinearInput, Moe
 from toolkit.checkpoint.weights import Tensors
 from toolkit.device.arrays import Device
 from toolkit.device.fitting import ON_NUMPY, Fitting, Pool
@@ -153,16 +155,21 @@ class _Pass:
         """Statistics of the layer's inputs, its folds and losses, and every probe one layer further."""
         layer = read_layer(self._config, self._source, k, on)
         inputs = layer.anatomy.inputs
-        seen = {given.name: InputStatistics(given.name, given.width, sum(self._lengths)) for given in inputs}
+        text = sum(self._lengths)
+        seen = {g.name: InputStatistics(g.name, g.width, text, sampled=not g.routed) for g in inputs}
         batches = before.read_by(on, batched(self._lengths, tokens))
         with ExitStack() as files:
-            keep = {given.name: self._keeping(given, files) for given in inputs}
-            if self._pool:
+            keep = {given.name: self._keeping(given, files) for given in inputs if not given.routed}
+            # Experts are read one at a time, here.
+            if self._pool and not isinstance(layer.anatomy.mlp, Moe):
                 found = each(self._pool, through, layer, batches)
                 after.write(_counted(x, values, seen, keep) for x, values in found)
             else:
                 after.write(_through(layer, x, lengths, seen, keep) for x, lengths in batches)
         for given in inputs:
+            if given.routed:
+                state.inputs[given.name] = _routed_facts(seen[given.name])
+                continue
             read = {linear.module: on.to_host(thinned_rows(layer.tensors[linear.weight])) for linear in given.linears}
             sample = seen[given.name].sample(on)
             state.inputs[given.name] = self._facts(given, sample, read, self._wish.rounding)
@@ -246,14 +253,13 @@ def _through(
     seen: Mapping[str, InputStatistics],
     keep: Mapping[str, Callable[[Floats], Floats]],
 ) -> Floats:
-    """Sequences through a layer, each input counted and kept."""
+    """Sequences through a layer, each input counted, and kept where all tokens come to it."""
 
     def looked_at(given: LinearInput, values: Floats) -> Floats:
-        return seen[given.name].add(keep[given.name](values))
+        return seen[given.name].add(values if given.routed else keep[given.name](values))
 
     for half in layer.anatomy.sublayers:
-        normed = looked_at(half.normed_input, layer.normed(half, x))
-        x = layer.added(half, x, looked_at(half.inner_input, layer.inner(half, normed, lengths)))
+        x = layer.through(half, x, lengths, looked_at)
     return x
 
 
@@ -267,6 +273,13 @@ def _counted(
     for name, values in found.items():
         seen[name].add(keep[name](values))
     return x
+
+
+def _routed_facts(seen: InputStatistics) -> InputFacts:
+    """What an expert's input looks like by the tokens that came there; too few say nothing of its channels."""
+    sample = seen.sample()
+    moments = sample.moments if seen.seen >= FEWEST_ROUTED else np.zeros_like(sample.moments)
+    return InputFacts(moments, sample.values(), FoldChoice(), {}, seen.seen)
 
 
 class _RoundedLayer(Layer):

@@ -15,140 +15,8 @@ from functools import lru_cache
 
 from toolkit import names
 from toolkit.checkpoint.config import ModelConfig
-
-
-@dataclass(frozen=True)
-class Linear:
-    """A matrix [out_features, in_features] under the checkpoint's name of its module, and perhaps a bias."""
-
-    module: str
-    in_features: int
-    out_features: int
-    has_bias: bool = False
-
-    @property
-    def weight(self) -> str:
-        """Returns the name of its matrix in the checkpoint."""
-        return names.weight(self.module)
-
-    @property
-    def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Returns the shape of its matrix, and of its bias if there is one, by name."""
-        matrix: dict[str, tuple[int, ...]] = {self.weight: (self.out_features, self.in_features)}
-        return matrix | ({names.bias(self.module): (self.out_features,)} if self.has_bias else {})
-
-
-@dataclass(frozen=True)
-class Norm:
-    """An RMSNorm over `width` channels under the checkpoint's name of its module."""
-
-    module: str
-    width: int
-
-    @property
-    def weight(self) -> str:
-        """Returns the name of its gains in the checkpoint."""
-        return names.weight(self.module)
-
-    @property
-    def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Returns the shape of its gains by their name."""
-        return {self.weight: (self.width,)}
-
-
-@dataclass(frozen=True)
-class LinearInput:
-    """One activation vector of `width` channels: the linears that read it, and the module that writes its channels.
-
-    A scale moved from a channel's readers to its writer changes no output (AWQ, arXiv 2306.00978, section 3.2).
-    `writer` is None where nothing linear stands before the input alone. Under grouped-query attention one row of
-    v_proj makes `shared` channels of o_proj's input, head by head: channel (k * shared + g) * Dh + d comes from row
-    k * Dh + d.
-    """
-
-    linears: tuple[Linear, ...]
-    writer: Norm | Linear | None
-    width: int
-    shared: int = 1
-    head_dim: int = 1
-
-    @property
-    def name(self) -> str:
-        """The module that reads it first."""
-        return self.linears[0].module
-
-    @property
-    def readers(self) -> tuple[str, ...]:
-        """The modules whose weight columns it meets."""
-        return tuple(linear.module for linear in self.linears)
-
-    @property
-    def writers(self) -> tuple[str, ...]:
-        """The tensors whose rows, or elements, make its channels."""
-        return tuple(self.writer.tensors) if self.writer else ()
-
-
-@dataclass(frozen=True)
-class Attention:
-    """The first sublayer. `q_norm` and `k_norm` go over each head before RoPE, in families that have them.
-
-    `window` is how many tokens a query sees, itself included, None for all; `rope` is whether queries and keys are
-    rotated by their position. `qkv_proj` is the module that q, k and v become where a graph stacks their rows.
-    """
-
-    norm: Norm
-    q_proj: Linear
-    k_proj: Linear
-    v_proj: Linear
-    o_proj: Linear
-    q_norm: Norm | None
-    k_norm: Norm | None
-    qkv_proj: str
-    normed_input: LinearInput
-    inner_input: LinearInput
-    window: int | None
-    rope: bool
-
-    @property
-    def qkv(self) -> tuple[Linear, Linear, Linear]:
-        """The linears whose rows are heads; the columns of `o_proj` are."""
-        return self.q_proj, self.k_proj, self.v_proj
-
-    @property
-    def last(self) -> Linear:
-        """The linear whose output is added to the residual stream."""
-        return self.o_proj
-
-    @property
-    def head_norms(self) -> tuple[Norm, ...]:
-        """The norms over heads, none in most families."""
-        return tuple(norm for norm in (self.q_norm, self.k_norm) if norm)
-
-
-@dataclass(frozen=True)
-class Mlp:
-    """The second sublayer: down_proj(silu(gate_proj(x)) * up_proj(x)); `act_fn` is the name of silu's output."""
-
-    norm: Norm
-    gate_proj: Linear
-    up_proj: Linear
-    down_proj: Linear
-    act_fn: str
-    normed_input: LinearInput
-    inner_input: LinearInput
-
-    @property
-    def linears(self) -> tuple[Linear, Linear, Linear]:
-        """Every linear, in the order of the checkpoint."""
-        return self.gate_proj, self.up_proj, self.down_proj
-
-    @property
-    def last(self) -> Linear:
-        """The linear whose output is added to the residual stream."""
-        return self.down_proj
-
-
-Sublayer = Attention | Mlp
+from toolkit.checkpoint.family import Experts
+from toolkit.checkpoint.sublayers import Attention, Expert, Linear, LinearInput, Mlp, Moe, Norm
 
 
 @dataclass(frozen=True)
@@ -158,22 +26,23 @@ class DecoderLayer:
     index: int
     prefix: str
     attention: Attention
-    mlp: Mlp
+    mlp: Mlp | Moe
 
     @property
-    def sublayers(self) -> tuple[Sublayer, Sublayer]:
+    def sublayers(self) -> tuple[Attention, Mlp | Moe]:
         """Attention and MLP, in the order they are computed."""
         return self.attention, self.mlp
 
     @property
     def inputs(self) -> tuple[LinearInput, ...]:
         """Returns what the linears read, in the order in which it is computed."""
-        return tuple(given for half in self.sublayers for given in (half.normed_input, half.inner_input))
+        return tuple(given for half in self.sublayers for given in half.inputs)
 
     @property
     def linears(self) -> tuple[Linear, ...]:
-        """Every linear, in the order of the checkpoint."""
-        return tuple(linear for given in self.inputs for linear in given.linears)
+        """Every linear, in the order of the checkpoint, those that are never quantized last."""
+        read = tuple(linear for given in self.inputs for linear in given.linears)
+        return (*read, *(linear for half in self.sublayers for linear in half.exact_linears))
 
     @property
     def norms(self) -> tuple[Norm, ...]:
@@ -212,6 +81,16 @@ class Decoder:
         return found
 
     @property
+    def exact_matrices(self) -> frozenset[str]:
+        """The tensors of the linears that are never quantized."""
+        return frozenset(linear.weight for layer in self.layers for linear in layer.linears if linear.exact)
+
+    @property
+    def moes(self) -> tuple[Moe, ...]:
+        """The sublayers that have experts."""
+        return tuple(layer.mlp for layer in self.layers if isinstance(layer.mlp, Moe))
+
+    @property
     def norms(self) -> tuple[Norm, ...]:
         """Every norm of the layers, and the final one."""
         return (*(norm for layer in self.layers for norm in layer.norms), self.norm)
@@ -232,7 +111,9 @@ def decoder_of(config: ModelConfig) -> Decoder:
 
 def _layer(config: ModelConfig, index: int) -> DecoderLayer:
     prefix = names.layer_module(index, "")
-    return DecoderLayer(index, prefix, _attention(config, index, prefix), _mlp(config, prefix))
+    experts = config.structure.experts
+    mlp = _moe(config, experts, prefix) if experts and index not in experts.dense_layers else _mlp(config, prefix)
+    return DecoderLayer(index, prefix, _attention(config, index, prefix), mlp)
 
 
 def _attention(config: ModelConfig, index: int, prefix: str) -> Attention:
@@ -273,4 +154,30 @@ def _mlp(config: ModelConfig, prefix: str) -> Mlp:
         act_fn=f"{prefix}mlp.act_fn",
         normed_input=LinearInput((gate, up), norm, D),
         inner_input=LinearInput((down,), up, intermediate),
+    )
+
+
+def _moe(config: ModelConfig, experts: Experts, prefix: str) -> Moe:
+    D = config.hidden_size
+    return Moe(
+        Norm(f"{prefix}post_attention_layernorm", D),
+        Linear(f"{prefix}mlp.gate", D, experts.count, exact=True),
+        tuple(_expert(f"{prefix}mlp.experts.{k}.", D, experts.intermediate_size) for k in range(experts.count)),
+        experts,
+        gate_up_proj=f"{prefix}mlp.experts.gate_up_proj",
+        down_proj=f"{prefix}mlp.experts.down_proj",
+    )
+
+
+def _expert(prefix: str, hidden_size: int, intermediate_size: int) -> Expert:
+    gate, up = (Linear(f"{prefix}{name}", hidden_size, intermediate_size) for name in ("gate_proj", "up_proj"))
+    down = Linear(f"{prefix}down_proj", intermediate_size, hidden_size)
+    return Expert(
+        gate,
+        up,
+        down,
+        # The norm before it is every expert's and the router's: nothing is moved into it for one. Nor is anything into
+        # up, since what few tokens show of a channel would not be worth it.
+        normed_input=LinearInput((gate, up), None, hidden_size, routed=True),
+        inner_input=LinearInput((down,), None, intermediate_size, routed=True),
     )

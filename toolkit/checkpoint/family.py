@@ -18,12 +18,29 @@ DECODER: Final = "decoder"
 
 
 @dataclass(frozen=True)
+class Experts:
+    """How the MLP of a layer is made of `count` small ones, its experts, of which each token goes through `per_token`.
+
+    A router gives each expert a logit; their softmax over all experts weighs the outputs of the chosen ones, or, where
+    `normalized`, the softmax over the chosen ones alone. `intermediate_size` is an expert's width. `dense_layers` are
+    the indices of layers with an ordinary MLP.
+    """
+
+    count: int
+    per_token: int
+    intermediate_size: int
+    normalized: bool
+    dense_layers: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class Structure:
     """What a decoder has beside the seven linears and two norms of every layer, each with Llama's answer as default.
 
     `qkv_bias`, `o_bias` and `mlp_bias` say which linears add a bias, `qk_norm` whether an RMSNorm over each head of q
     and k comes before RoPE. `sliding_windows` has a layer's window in tokens, itself included, or None for all of the
-    text, and is empty where no layer slides. `layers_without_rope` are indices.
+    text, and is empty where no layer slides. `layers_without_rope` are indices. `experts` is None where every MLP is
+    one.
     """
 
     qkv_bias: bool = False
@@ -32,6 +49,7 @@ class Structure:
     qk_norm: bool = False
     sliding_windows: tuple[int | None, ...] = ()
     layers_without_rope: tuple[int, ...] = ()
+    experts: Experts | None = None
 
 
 @dataclass(frozen=True)
@@ -62,16 +80,19 @@ class Family:
     default_positions: int = 32768
 
 
-def sliding_windows(read: Fields, layers: int, sliding: Sequence[bool] | None = None) -> tuple[int | None, ...]:
+def sliding_windows(
+    read: Fields, layers: int, sliding: Sequence[bool] | None = None, *, listed: bool = True
+) -> tuple[int | None, ...]:
     """Returns each layer's window, or an empty tuple unless `use_sliding_window` is set and `sliding_window` is given.
 
     `layer_types` decides which layers slide. A config without it has those where `sliding` is true, or, if that is
-    None, the layers from `max_window_layers` on. Raises CheckpointError for a key of the wrong kind.
+    None, the layers from `max_window_layers` on. A family that knows no `layer_types` says so with `listed`. Raises
+    CheckpointError for a key of the wrong kind.
     """
     if read.get("sliding_window") is None or not read.flag("use_sliding_window", default=False):
         return ()
     window = read.count("sliding_window")
-    kinds = read.each_layer("layer_types", layers, LAYER_KINDS)
+    kinds = read.each_layer("layer_types", layers, LAYER_KINDS) if listed else None
     if kinds is not None:
         sliding = [kind == "sliding_attention" for kind in kinds]
     elif sliding is None:

@@ -61,6 +61,15 @@ class Fields:
             )
         return value[:layers]
 
+    def indices(self, key: str, layers: int) -> tuple[int, ...]:
+        """Returns a list of layers' indices, none for null; raises CheckpointError for anything else."""
+        value = self.get(key)
+        given = [whole(one) for one in value] if isinstance(value, list) else [] if value is None else [value]
+        found = [i for i in given if isinstance(i, int) and not isinstance(i, bool) and 0 <= i < layers]
+        if not isinstance(value, list | None) or len(found) < len(given):
+            raise CheckpointError(f"{self.path}: {key} is {str(value)[:60]}, expected indices of the {layers} layers")
+        return tuple(found)
+
     def token_ids(self, key: str) -> tuple[int, ...]:
         """Returns the ids of a number or a list of them, none for null; raises CheckpointError for anything else."""
         value = self.get(key)

@@ -16,11 +16,12 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from toolkit.checkpoint.anatomy import Decoder, Norm, decoder_of
+from toolkit.checkpoint.anatomy import Decoder, decoder_of
 from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.hadamard import Hadamard, is_known
 from toolkit.checkpoint.opened import Checkpoint
 from toolkit.checkpoint.scan import Rows, whole_tensors
+from toolkit.checkpoint.sublayers import Norm
 from toolkit.checkpoint.weights import WeightSource
 from toolkit.errors import UnsupportedError
 
@@ -72,8 +73,8 @@ def _turns(decoder: Decoder, stream: Hadamard, values: Hadamard) -> dict[str, _T
     turns |= {linear.weight: _Turn(None, decoder.norm.weight, stream) for linear in decoder.head_input.linears}
     for layer in decoder.layers:
         for half in layer.sublayers:
-            turns |= {linear.weight: _Turn(None, half.norm.weight, stream) for linear in half.normed_input.linears}
-            turns |= dict.fromkeys(half.last.tensors, _Turn(rows=stream))
+            turns |= {linear.weight: _Turn(None, half.norm.weight, stream) for linear in half.first}
+            turns |= {tensor: _Turn(rows=stream) for linear in half.writers for tensor in linear.tensors}
         v, o = layer.attention.v_proj, layer.attention.o_proj
         turns |= {tensor: replace(turns.get(tensor, _Turn()), rows=values) for tensor in v.tensors}
         turns[o.weight] = replace(turns[o.weight], columns=values)

@@ -12,8 +12,9 @@ import numpy as np
 import onnx_ir as ir
 
 from toolkit import names
-from toolkit.checkpoint.anatomy import DecoderLayer, Linear, Norm, decoder_of
+from toolkit.checkpoint.anatomy import DecoderLayer, decoder_of
 from toolkit.checkpoint.config import ModelConfig
+from toolkit.checkpoint.sublayers import Linear, Moe, Norm
 from toolkit.errors import UnsupportedError
 from toolkit.graph.attention import Lengths, check_attention, geometry, group_query_attention, plain_attention
 from toolkit.graph.builder import MS, GraphBuilder, declare, value
@@ -56,7 +57,7 @@ def check_layers(form: Form, config: ModelConfig, context_length: int) -> None:
     """Raises UnsupportedError for a head_dim that ORT's GroupQueryAttention refuses, for a sliding window shorter than
     the context where the target's attention knows none, and for biases in an MLP of uint16."""
     check_attention(form, config, context_length)
-    if form.qdq and any(linear.has_bias for layer in decoder_of(config).layers for linear in layer.mlp.linears):
+    if form.qdq and config.structure.mlp_bias:
         raise UnsupportedError(f"{config.model_type} with mlp_bias has no form in uint16: set profile=float16")
 
 
@@ -192,6 +193,8 @@ def _head_norm(build: GraphBuilder, x: ir.Value, norm: Norm, linear: Linear, con
 def _mlp(build: GraphBuilder, layer: DecoderLayer, x: ir.Value) -> ir.Value:
     """[B, S, D] to [B, S, D]. In a form of uint16 every value on the way is: HTP's Swish of it is wrong in silence."""
     path, mlp = f"/model/layers.{layer.index}/mlp", layer.mlp
+    if isinstance(mlp, Moe):
+        return _moe(build, path, mlp, x)
     x = build.rounded(f"{path}/input", x, names.input_of(mlp.normed_input.name))
     gate = _linear(build, x, mlp.gate_proj)
     up = _linear(build, x, mlp.up_proj)
@@ -203,3 +206,23 @@ def _mlp(build: GraphBuilder, layer: DecoderLayer, x: ir.Value) -> ir.Value:
     (product,) = build.op(f"{path}/Mul", [silu, up])
     product = build.rounded(f"{path}/product", product, names.input_of(mlp.inner_input.name))
     return _linear(build, product, mlp.down_proj)
+
+
+def _moe(build: GraphBuilder, path: str, moe: Moe, x: ir.Value) -> ir.Value:
+    """[B, S, D] to [B, S, D]: each token through the experts that the router's logits [B, S, E] put first.
+
+    The operator weighs the chosen by the softmax over them. Where a family takes the softmax over all experts, the two
+    differ by one factor for each token, the sum of the chosen ones' shares.
+    """
+    logits = _linear(build, x, moe.router)
+    flat = build.constant(f"/model/constants/flat_{moe.routing.count}", np.array([-1, moe.routing.count], np.int64))
+    (by_token,) = build.op(f"{path}/Reshape", [logits, flat])
+    y = build.experts(path, x, by_token, moe)
+    if moe.routing.normalized:
+        return y
+    (shares,) = build.op(f"{path}/Softmax", [logits], {"axis": -1})
+    k = build.constant(f"/model/constants/top_{moe.routing.per_token}", np.array([moe.routing.per_token], np.int64))
+    chosen, _ = build.op(f"{path}/TopK", [shares, k], {"axis": -1}, outputs=2)
+    last = build.constant("/model/constants/last_axis", np.array([-1], np.int64))
+    (share,) = build.op(f"{path}/ReduceSum", [chosen, last], {"keepdims": 1})
+    return build.op(f"{path}/Mul", [y, share])[0]

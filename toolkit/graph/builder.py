@@ -5,8 +5,9 @@ B batch, S query length, D hidden.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from toolkit import names
+from toolkit.checkpoint.sublayers import Moe
 from toolkit.graph.layout import Layout, Slot, Unit
 from toolkit.quant.ranges import ActivationRange, uint16_parameters
 from toolkit.target import Form, Stage
@@ -173,6 +175,39 @@ class GraphBuilder:
             inputs = [x, *weights, *[None] * (4 - len(weights)), bias]
         return self.op(f"{path}/MatMulNBits", inputs, attributes, MS)[0]
 
+    def experts(self, path: str, x: ir.Value, logits: ir.Value, moe: Moe) -> ir.Value:
+        """`x` [B, S, D] through the experts of the highest `logits` [tokens, E], weighed by the softmax over those."""
+        first, last = (self.layout.units[names.weight(module)] for module in (moe.gate_up_proj, moe.down_proj))
+        attributes: dict[str, Any] = {
+            "k": moe.routing.per_token,
+            "activation_type": "swiglu",
+            "activation_alpha": 1.0,
+            "activation_beta": 0.0,
+            # Rows of gate and up by turns: the CPU takes no other.
+            "swiglu_fusion": 1,
+            "normalize_routing_weights": 1,
+        }
+        if first.spec is None:
+            floats = [self.slot(_of_experts(unit.slots[0], moe)) for unit in (first, last)]
+            return self.op(f"{path}/MoE", [x, logits, floats[0], None, floats[1]], attributes, MS)[0]
+        quantized = {
+            "expert_weight_bits": first.spec.bits,
+            "block_size": first.spec.block_size,
+            "accuracy_level": self.form.accuracy_level,
+        }
+        stacked: list[ir.Value | None] = []
+        zeros: list[ir.Value | None] = []
+        for unit in (first, last):
+            packed, scales, *zero_points = (_of_experts(slot, moe) for slot in unit.slots)
+            where = f"{path}/{names.role_of(unit.name)}"
+            stacked += [self.slot(packed), self.scales(where, scales), None]
+            zeros += map(self.slot, zero_points)
+        after = [None, None, None, *zeros] if zeros else []
+        inputs = [x, logits, *stacked, *after]
+        while inputs[-1] is None:
+            inputs.pop()
+        return self.op(f"{path}/QMoE", inputs, {**attributes, **quantized}, MS)[0]
+
     def model(self, name: str, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value]) -> ir.Model:
         """Makes the model of the nodes and weights added so far."""
         for value in self.initializers.values():
@@ -188,6 +223,12 @@ class GraphBuilder:
             name=name,
         )
         return ir.Model(graph, ir_version=10, producer_name="toolkit")
+
+
+def _of_experts(slot: Slot, moe: Moe) -> Slot:
+    """The rows of a layer's experts, [E, rows of one, columns]; bytes of blocks stand one behind the other."""
+    count = moe.routing.count
+    return replace(slot, shape=(count, slot.shape[0] // count, math.prod(slot.shape[1:])))
 
 
 def value(name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:

@@ -19,6 +19,7 @@ from toolkit.recipe import Recipe
 from toolkit.target import Target
 
 _ALIGNMENT = 64
+_Group = tuple[str, tuple[str, ...], int]
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Slot:
 class Unit:
     """One matrix or vector of the graph: its sources are stacked by rows. `spec` None keeps floats.
 
+    Where `by_turns` is more than 1 so many sources at a time, of equally many rows, have their rows by turns.
     `slots` is (weight,), (packed, scales[, zero_points]), or, where the spec is signed, (integers, scales,
     zero_points) with the input features first.
     """
@@ -47,6 +49,16 @@ class Unit:
     width: int
     spec: QuantSpec | None
     slots: tuple[Slot, ...]
+    by_turns: int = 1
+
+    def place(self, k: int) -> slice:
+        """Where the rows of its k-th source stand among its own."""
+        first = sum(self.rows[: k - k % self.by_turns]) + k % self.by_turns
+        return slice(first, first + self.rows[k] * self.by_turns, self.by_turns)
+
+    def places(self) -> dict[str, slice]:
+        """Where the rows of each source stand among its own."""
+        return {source: self.place(k) for k, source in enumerate(self.sources)}
 
 
 @dataclass(frozen=True)
@@ -86,27 +98,36 @@ def plan_layout(
     shapes = expected_tensors(config)
     units: dict[str, Unit] = {}
     ends: dict[str, int] = {}
-    for name, sources in _groups(config, target, specs):
+    for name, sources, by_turns in _groups(config, target, specs):
         spec = specs.get(sources[0])
         rows = tuple(shapes[source][0] for source in sources)
         shape = (sum(rows), *shapes[sources[0]][1:])
         file = target.data_file(names.role_of(name))
         arrays = stored_arrays(shape, spec, floats_of(name, target.form))
         slots, ends[file] = _slots_from(name, arrays, file, ends.get(file, 0))
-        units[name] = Unit(name, sources, rows, shape[1] if len(shape) == 2 else 1, spec, slots)
+        units[name] = Unit(name, sources, rows, shape[1] if len(shape) == 2 else 1, spec, slots, by_turns)
     return Layout(units, ends)
 
 
-def _groups(config: ModelConfig, target: Target, specs: Mapping[str, QuantSpec]) -> list[tuple[str, tuple[str, ...]]]:
-    """Unit names with their sources: q, k and v become one matrix where target, specs and no q/k norm allow it."""
-    groups = {tensor: (tensor, (tensor,)) for tensor in expected_tensors(config)}
+def _groups(config: ModelConfig, target: Target, specs: Mapping[str, QuantSpec]) -> list[_Group]:
+    """Unit names with their sources, and how many of these have their rows by turns: q, k and v become one matrix where
+    target, specs and no q/k norm allow it, the experts of a layer become two."""
+    groups: dict[str, _Group] = {tensor: (tensor, (tensor,), 1) for tensor in expected_tensors(config)}
+    for moe in decoder_of(config).moes:
+        for module, stacked, by_turns in (
+            (moe.gate_up_proj, [linear for e in moe.experts for linear in (e.gate_proj, e.up_proj)], 2),
+            (moe.down_proj, [e.down_proj for e in moe.experts], 1),
+        ):
+            for sources in zip(*(linear.tensors for linear in stacked), strict=True):
+                name = module + sources[0].removeprefix(stacked[0].module)
+                groups |= dict.fromkeys(sources, (name, sources, by_turns))
     attentions = [layer.attention for layer in decoder_of(config).layers] if target.form.packed_qkv else []
     for attention in attentions:
         if attention.head_norms or len({specs.get(linear.weight) for linear in attention.qkv}) > 1:
             continue
         for sources in zip(*(linear.tensors for linear in attention.qkv), strict=True):
             stacked = attention.qkv_proj + sources[0].removeprefix(attention.q_proj.module)
-            groups |= dict.fromkeys(sources, (stacked, sources))
+            groups |= dict.fromkeys(sources, (stacked, sources, 1))
     return list(dict.fromkeys(groups.values()))
 
 

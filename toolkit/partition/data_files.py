@@ -11,6 +11,9 @@ from pathlib import Path
 from threading import Lock
 from typing import BinaryIO, Final
 
+import numpy as np
+from numpy.typing import NDArray
+
 from toolkit.files import disk_error, replacing
 from toolkit.graph.layout import Layout, Unit
 
@@ -50,11 +53,40 @@ class DataFile:
         """All of `left` at `offset`. Raises MachineError if the disk is full."""
         try:
             with self.lock:
-                self.handle.seek(offset)
-                while left:
-                    left = left[self.handle.write(left) :]
+                self._write(offset, left)
         except OSError as problem:
             raise disk_error(problem, self.path) from None
+
+    def write_rows(self, offset: int, rows: NDArray[np.uint8], stride: int) -> None:
+        """Rows [N, bytes of one] from `offset` on, each `stride` bytes behind the one before. Raises MachineError if
+        the disk is full."""
+        count, each = rows.shape
+        if stride == each:
+            self.write(offset, rows.data.cast("B"))
+            return
+        try:
+            with self.lock:
+                # One read and one write in place of as many as there are rows; what lies between them stays.
+                around = np.empty(count * stride, np.uint8)
+                around[: (count - 1) * stride + each] = self._read(offset, (count - 1) * stride + each)
+                around.reshape(count, stride)[:, :each] = rows
+                self._write(offset, around[: (count - 1) * stride + each].data.cast("B"))
+        except OSError as problem:
+            raise disk_error(problem, self.path) from None
+
+    def _write(self, offset: int, left: memoryview) -> None:
+        self.handle.seek(offset)
+        while left:
+            left = left[self.handle.write(left) :]
+
+    def _read(self, offset: int, nbytes: int) -> NDArray[np.uint8]:
+        """The bytes as they are; the file has its full size, so they are there."""
+        self.handle.seek(offset)
+        found = np.zeros(nbytes, np.uint8)
+        done = 0
+        while done < nbytes and (got := self.handle.readinto(found[done:].data)):  # type: ignore[attr-defined]
+            done += got
+        return found
 
 
 @contextmanager

@@ -36,17 +36,17 @@ class Packed:
     nbytes: int
 
 
-# A file, a unit in it that may stack several tensors, and the unit's row where a tensor's first belongs.
-UnitRows = tuple[DataFile, Unit, int]
+# A file, a unit in it that may stack several tensors, and the unit's rows where a tensor's belong.
+UnitRows = tuple[DataFile, Unit, slice]
 
 
 def unit_rows(files: Sequence[DataFile]) -> dict[str, list[UnitRows]]:
-    """Returns where the rows of each tensor go: the file, the unit, and the unit's row that is the tensor's first."""
+    """Returns where the rows of each tensor go: the file, the unit, and the unit's rows that are the tensor's."""
     found: dict[str, list[UnitRows]] = defaultdict(list)
     for file in files:
         for unit in file.units:
-            for k, name in enumerate(unit.sources):
-                found[name].append((file, unit, sum(unit.rows[:k])))
+            for name, place in unit.places().items():
+                found[name].append((file, unit, place))
     return found
 
 
@@ -64,16 +64,18 @@ class RowWriter:
 
         Raises UnsupportedError for what float16 cannot hold, MachineError if the disk is full.
         """
-        file, unit, base = into
+        file, unit, place = into
         if unit.spec is not None and unit.spec.signed:
-            whole = self._gather(file, unit, base + start, arrays)
+            whole = self._gather(file, unit, place.start + start, arrays)
             if whole is None:
                 return 0
             return self._write_turned(name, file, unit, *whole)
         nbytes = 0
         for slot, array in zip(unit.slots, arrays, strict=True):
             stored = _narrowed(array, slot, name)
-            file.write(slot.offset + (base + start) * (slot.nbytes // slot.shape[0]), stored.data.cast("B"))
+            each = slot.nbytes // slot.shape[0]
+            first = slot.offset + (place.start + start * place.step) * each
+            file.write_rows(first, stored.view(np.uint8).reshape(-1, each), place.step * each)
             nbytes += stored.nbytes
         return nbytes
 

@@ -26,11 +26,7 @@ class StoredTensors:
     def __init__(self, layout: Layout, folder: Path) -> None:
         self._folder = folder
         self.bytes_read = 0
-        self._places: dict[str, tuple[Unit, int, int]] = {}
-        for unit in layout.units.values():
-            for k, name in enumerate(unit.sources):
-                start = sum(unit.rows[:k])
-                self._places[name] = unit, start, start + unit.rows[k]
+        self._places = {name: (unit, place) for unit in layout.units.values() for name, place in unit.places().items()}
 
     def names(self) -> list[str]:
         """Lists the name of every packed tensor."""
@@ -38,21 +34,24 @@ class StoredTensors:
 
     def read(self, name: str) -> Floats:
         """A whole tensor, a matrix as [N, K]."""
-        unit, start, stop = self._places[name]
+        unit, place = self._places[name]
         if unit.spec is not None and unit.spec.signed:
-            return self._turned(unit)[start:stop]
-        return self._rows(unit, start, stop)
+            return self._turned(unit)[place]
+        return self._rows(unit, place)
 
     def read_rows(self, name: str, start: int, stop: int) -> Floats:
         """Rows of a tensor; of a signed matrix they lie apart, so that it is read whole."""
-        unit, first, _ = self._places[name]
+        unit, place = self._places[name]
         if unit.spec is not None and unit.spec.signed:
             return self.read(name)[start:stop]
-        return self._rows(unit, first + start, first + stop)
+        first, last = place.start + start * place.step, place.start + stop * place.step
+        return self._rows(unit, slice(first, last, place.step))
 
-    def _rows(self, unit: Unit, start: int, stop: int) -> Floats:
+    def _rows(self, unit: Unit, place: slice) -> Floats:
         """Rows of a unit that holds floats, or blocks along its rows."""
-        slots = [self._slot_rows(slot, start, stop) for slot in unit.slots]
+        # What stands between is read along: it lies on the same pages.
+        end = min(place.stop, sum(unit.rows))
+        slots = [self._slot_rows(slot, place.start, end)[:: place.step] for slot in unit.slots]
         if unit.spec is None:
             return np.asarray(slots[0], np.float32)
         packed, scales, *zero_points = slots

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from toolkit import names
 from toolkit.bundle.manifest import CalibrationText
 from toolkit.calibrate.exact import ExactInputs
+from toolkit.calibrate.experts import expert_tokens
 from toolkit.calibrate.facts import Survey
 from toolkit.calibrate.ladder import SharedFormat, spend_budget
 from toolkit.calibrate.ranges import activation_ranges
@@ -225,7 +226,9 @@ class _Passes:
         kept, solver = begun()
         surveyed = layers_surveyed(self._config, lengths, self._work / "survey")
         between = decoder_of(self._config).layers[solver.layers : surveyed]
-        if solver.layers <= surveyed and kept.has(given for layer in between for given in layer.inputs):
+        if solver.layers <= surveyed and kept.has(
+            given for layer in between for given in layer.inputs if not given.routed
+        ):
             return kept, solver
         for name in names_of:
             shutil.rmtree(self._work / name, ignore_errors=True)
@@ -331,6 +334,7 @@ def _decided(made: CalibrationOutcome, recipe: Recipe, found: Survey, fallbacks:
         inputs=len(found.inputs),
         folded=tuple(folds),
         fallbacks=tuple(FallbackRow(row.tensor, row.reason) for row in fallbacks),
+        experts=expert_tokens(found.inputs),
         budget_bits_per_weight=recipe.bits_per_weight or None,
         divergences=found.divergences if recipe.bits_per_weight else None,
     )

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from toolkit.checkpoint.anatomy import LinearInput, decoder_of
+from toolkit.checkpoint.anatomy import decoder_of
 from toolkit.checkpoint.config import ModelConfig
+from toolkit.checkpoint.sublayers import LinearInput
 from toolkit.checkpoint.weights import parameter_count
 from toolkit.machine import free_memory_bytes
 from toolkit.names import layer_of, weight
-from toolkit.pipeline.calibration_work import layer_weights, ranges_work, solving_work, survey_work
+from toolkit.pipeline.calibration_work import held_weights, ranges_work, solving_work, survey_work
 from toolkit.pipeline.text import LONGEST
 from toolkit.pipeline.work import Work
 from toolkit.quality import QUALITIES
@@ -69,7 +70,7 @@ def calibration_cost(recipe: Recipe, config: ModelConfig, form: Form) -> Calibra
     if solved:
         streams, revisits = 1 if solves_in_step(recipe, config, form) else 2, QUALITIES[recipe.quality].revisits
         work += solving_work(config, solved, tokens, streams, revisits)
-    layer_bytes = 4 * layer_weights(config) // config.num_hidden_layers
+    layer_bytes = 4 * held_weights(config)
     factors = max((_factor_bytes(given, tokens) for given in solved), default=0)
     kept = 4 * parameter_count(config) if remembers(recipe, config, form) else 0
     wide = 4 * LONGEST * config.intermediate_size * 4

@@ -13,8 +13,9 @@ from typing import Final
 
 from toolkit.calibrate.statistics import InputStatistics
 from toolkit.calibrate.survey import probe_tokens
-from toolkit.checkpoint.anatomy import LinearInput, decoder_of
+from toolkit.checkpoint.anatomy import decoder_of
 from toolkit.checkpoint.config import ModelConfig
+from toolkit.checkpoint.sublayers import LinearInput
 from toolkit.names import layer_of, weight
 from toolkit.pipeline.text import LONGEST
 from toolkit.pipeline.work import Work
@@ -42,7 +43,7 @@ _STREAM: Final = 1.6
 def forward_work(config: ModelConfig, tokens: float, length: int, sequences: float) -> Work:
     """One pass of so many tokens, in sequences of `length`, through every layer of the reference."""
     layers, heads = config.num_hidden_layers, config.num_attention_heads
-    weights = layer_weights(config)
+    weights = active_weights(config)
     products = 2.0 * weights * tokens + 4.0 * layers * tokens * length * config.q_size
     a_token = 25.0 * config.hidden_size + 15.0 * config.intermediate_size + 20.0 * (config.q_size + config.kv_size)
     elements = layers * tokens * (a_token + 15.0 * heads * length)
@@ -51,8 +52,24 @@ def forward_work(config: ModelConfig, tokens: float, length: int, sequences: flo
 
 def layer_weights(config: ModelConfig) -> int:
     """The weights of all layers' matrices."""
-    head = decoder_of(config).head_input.name
-    return sum(_weights(given) for given in decoder_of(config).inputs if given.name != head)
+    return sum(_weights(given) for layer in decoder_of(config).layers for given in layer.inputs)
+
+
+def active_weights(config: ModelConfig) -> int:
+    """The weights of all layers that one token goes through: those of a layer's experts count by the chosen ones."""
+    experts = config.structure.experts
+    chosen = experts.per_token / experts.count if experts else 1.0
+    inputs = [given for layer in decoder_of(config).layers for given in layer.inputs]
+    return int(sum(_weights(given) * (chosen if given.routed else 1.0) for given in inputs))
+
+
+def held_weights(config: ModelConfig) -> int:
+    """The weights of the largest layer that are in memory together: of its experts one at a time."""
+    return max(
+        sum(_weights(given) for given in layer.inputs if not given.routed)
+        + max((_weights(given) for given in layer.inputs if given.routed), default=0)
+        for layer in decoder_of(config).layers
+    )
 
 
 def survey_work(config: ModelConfig, specs: dict[str, QuantSpec], tokens: int, folds: bool, probes: bool) -> Work:
@@ -61,6 +78,8 @@ def survey_work(config: ModelConfig, specs: dict[str, QuantSpec], tokens: int, f
     done = forward_work(config, tokens, length, tokens / length)
     sampled = InputStatistics.sampled(tokens)
     for given in decoder_of(config).inputs:
+        if given.routed:
+            continue  # looked at by few tokens each, and not folded
         done += Work(elements=_KEPT * given.width * tokens)
         formats = len(other_formats(specs[weight(given.readers[0])], given.width)) if probes else 0
         solved = any(specs[weight(reader)].rounded_by.solves for reader in given.readers)

@@ -11,6 +11,7 @@ from typing import Final
 
 from toolkit import names
 from toolkit.bundle.genai_config import genai_type
+from toolkit.bundle.operators import check_experts
 from toolkit.bundle.stop_tokens import StopToken, stop_tokens
 from toolkit.checkpoint.config import ModelConfig, read_config
 from toolkit.checkpoint.opened import Checkpoint
@@ -101,6 +102,7 @@ def plan_export(recipe: Recipe, checkpoint: Checkpoint, out: Path, precision: st
         recipe = replace(recipe, rotate=wanted and can_rotate(checkpoint.config))
     opened, checkpoint = checkpoint, pad_heads(rotate(checkpoint) if recipe.rotate else checkpoint, HEAD_DIM_MULTIPLE)
     config = checkpoint.config
+    check_experts(target, config)
     check_layers(target.form, config, recipe.context_length)
     layout = _layout(config, target, recipe if precision == "int4" else None)
     layers = layer_bytes(layout, config.num_hidden_layers)

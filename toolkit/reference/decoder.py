@@ -9,15 +9,17 @@ B is 1 throughout; T tokens, D hidden, H heads, K kv heads, G = H/K, Dh head_dim
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from toolkit import names
-from toolkit.checkpoint.anatomy import Attention, DecoderLayer, Linear, Mlp, Norm, Sublayer, decoder_of
+from toolkit.checkpoint.anatomy import DecoderLayer, decoder_of
 from toolkit.checkpoint.config import ModelConfig, RopeConfig
+from toolkit.checkpoint.family import Experts
+from toolkit.checkpoint.sublayers import Attention, Expert, Linear, LinearInput, Mlp, Moe, Norm, Sublayer
 from toolkit.checkpoint.weights import Tensors
 from toolkit.device.arrays import NUMPY, Device, device_of
 from toolkit.device.fitting import TOGETHER
@@ -27,6 +29,12 @@ Array = NDArray[np.float32]
 HEAD_ROWS: Final = 16384
 # Queries whose scores are in memory at once: later keys than theirs are not looked at.
 _QUERIES: Final = 128
+# Sees what a linear's input is, and gives it back.
+Look = Callable[[LinearInput, Array], Array]
+
+
+def _unseen(_: LinearInput, values: Array) -> Array:
+    return values
 
 
 def reference_logits(
@@ -99,6 +107,18 @@ def head_rows(config: ModelConfig, source: Tensors) -> Iterator[Array]:
         yield source.read_rows(name, start, min(config.vocab_size, start + HEAD_ROWS))
 
 
+class LayerTensors(dict[str, Array]):
+    """A layer's tensors on a device, read at once. Those of its experts, which are most of it, are read each time that
+    they are asked for, and not kept."""
+
+    def __init__(self, source: Tensors, on: Device, wanted: Iterable[str]) -> None:
+        super().__init__((name, on.from_host(source.read(name))) for name in wanted)
+        self._source, self._on = source, on
+
+    def __missing__(self, name: str) -> Array:
+        return self._on.from_host(self._source.read(name))
+
+
 class Layer:
     """One decoder layer with its weights on a device: whole, or step by step for who looks at what linears read. All
     that goes in and comes out is that device's too."""
@@ -111,24 +131,31 @@ class Layer:
     def __call__(self, x: Array, lengths: Sequence[int] = ()) -> Array:
         """[T, D] to [T, D], causal, from position 0; `lengths` are those of several sequences behind each other."""
         for half in self.anatomy.sublayers:
-            x = self.added(half, x, self.inner(half, self.normed(half, x), lengths))
+            x = self.through(half, x, lengths)
         return x
 
     def finish(self, x: Array, mixed: Array) -> Array:
         """[T, D] to [T, D] from where attention gave `mixed` [T, H * Dh]."""
         attention, mlp = self.anatomy.sublayers
-        x = self.added(attention, x, mixed)
-        return self.added(mlp, x, self.inner(mlp, self.normed(mlp, x)))
+        return self.through(mlp, self.added(attention, x, mixed))
+
+    def through(self, half: Sublayer, x: Array, lengths: Sequence[int] = (), look: Look = _unseen) -> Array:
+        """The residual stream [T, D] with a sublayer's output added; `look` sees what each of its linears reads."""
+        normed = self.normed(half, x)
+        if isinstance(half, Moe):
+            return x + self.experts(half, normed, look)
+        inner = self.inner(half, look(half.normed_input, normed), lengths)
+        return self.added(half, x, look(half.inner_input, inner))
 
     def normed(self, half: Sublayer, x: Array) -> Array:
         """[T, D], what the linears behind the norm of a sublayer read of the residual stream [T, D]."""
         return self.rms_norm(half.norm, x)
 
-    def inner(self, half: Sublayer, normed: Array, lengths: Sequence[int] = ()) -> Array:
+    def inner(self, half: Attention | Mlp, normed: Array, lengths: Sequence[int] = ()) -> Array:
         """[T, D] to what the last linear of a sublayer reads: [T, H * Dh], or [T, intermediate_size]."""
         return self.mixed(half, normed, lengths) if isinstance(half, Attention) else self.mlp_hidden(half, normed)
 
-    def added(self, half: Sublayer, x: Array, inner: Array) -> Array:
+    def added(self, half: Attention | Mlp, x: Array, inner: Array) -> Array:
         """The residual stream [T, D] with a sublayer's output added."""
         return x + self.linear(half.last, inner)
 
@@ -147,12 +174,27 @@ class Layer:
             ]
         )
 
-    def mlp_hidden(self, mlp: Mlp, normed: Array) -> Array:
+    def experts(self, moe: Moe, normed: Array, look: Look = _unseen) -> Array:
+        """[T, D] to [T, D]: the outputs of each token's experts, weighed and added up. Experts go by one after the
+        other, each with the tokens that chose it, and one that none chose is left out."""
+        weights = routed(moe.routing, self.on.to_host(self.linear(moe.router, normed)))
+        made = self.on.zeros(normed.shape)
+        for k, expert in enumerate(moe.experts):
+            (tokens,) = np.nonzero(weights[:, k])
+            if not tokens.size:
+                continue
+            rows = self.on.index(tokens)
+            hidden = self.mlp_hidden(expert, look(expert.normed_input, normed[rows]))
+            output = self.linear(expert.down_proj, look(expert.inner_input, hidden))
+            made[rows] += output * self.on.from_host(weights[tokens, k, None])
+        return made
+
+    def mlp_hidden(self, mlp: Mlp | Expert, normed: Array) -> Array:
         """The MLP's activations [T, intermediate_size] of its normed input [T, D]."""
         gate, up = self.linear(mlp.gate_proj, normed), self.linear(mlp.up_proj, normed)
         return self.on.by_rows(lambda some, others: self.activated(mlp, some) * others, gate, up)
 
-    def activated(self, mlp: Mlp, gate: Array) -> Array:
+    def activated(self, mlp: Mlp | Expert, gate: Array) -> Array:
         """The gate through SiLU, each element for itself."""
         silu: Array = gate / (1 + self.on.exp(-gate))
         return silu
@@ -185,11 +227,24 @@ class Layer:
         return y
 
 
+def routed(routing: Experts, logits: Array) -> Array:
+    """How much of each expert's output each token takes, [T, E], 0 for those that it does not go through: the softmax
+    of the router's logits [T, E] at the `per_token` highest, over all experts or over these alone."""
+    order = np.argsort(-logits, axis=-1, kind="stable")[:, : routing.per_token]
+    terms = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    chosen = np.zeros_like(terms)
+    np.put_along_axis(chosen, order, np.take_along_axis(terms, order, axis=-1), axis=-1)
+    shares: Array = chosen / (chosen if routing.normalized else terms).sum(axis=-1, keepdims=True)
+    return shares
+
+
 def read_layer(config: ModelConfig, source: Tensors, layer_index: int, on: Device = NUMPY) -> Layer:
-    """Reads one layer's tensors onto a device, in the order of their file."""
+    """Reads one layer's tensors onto a device, in the order of their file; those of experts when they are used."""
     anatomy = decoder_of(config).layers[layer_index]
-    tensors = {name: on.from_host(source.read(name)) for name in source.names() if name.startswith(anatomy.prefix)}
-    return Layer(config, anatomy, tensors, on)
+    wanted = [name for name in source.names() if name.startswith(anatomy.prefix) and not names.is_expert(name)]
+    tensors: dict[str, Array] = LayerTensors(source, on, wanted)
+    # Without experts it holds all there is to it, and may go to another process.
+    return Layer(config, anatomy, tensors if isinstance(anatomy.mlp, Moe) else dict(tensors), on)
 
 
 def attend(q: Array, k: Array, v: Array, positions: NDArray[np.int64], window: int | None, head_dim: int) -> Array:

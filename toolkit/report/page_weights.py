@@ -109,6 +109,12 @@ def _notes(section: Quantization) -> list[str]:
             f"Quality {made.quality}: {made.tokens:,} tokens of {made.text}, channel scales folded into "
             f"{len(made.folded)} of {made.inputs} inputs{spent}."
         )
+        if seen := made.experts:
+            notes.append(
+                f"The text's tokens came to {seen.experts:,} experts, {seen.fewest:,} to {seen.most:,} to each, "
+                f"{seen.median:,} in the median; {seen.searched:,} of them saw fewer than {seen.needed} and were "
+                "searched without the text."
+            )
         notes += [f"{row.tensor} was searched, not solved: {row.reason}." for row in made.fallbacks]
     if salient := section.salient_inputs:
         turned = " Rotated for their sake, which mends a part." if section.rotated else ""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from toolkit.calibrate.experts import ExpertTokens
 from toolkit.checkpoint.stored_as import StoredAs
 from toolkit.machine import Machine
 
@@ -122,6 +123,7 @@ class CalibrationOutcome:
     inputs: int = 0
     folded: tuple[Fold, ...] = ()
     fallbacks: tuple[FallbackRow, ...] = ()
+    experts: ExpertTokens | None = None
     budget_bits_per_weight: float | None = None
     divergences: dict[str, float] | None = None
     survey_s: float | None = None

@@ -1,0 +1,239 @@
+"""What the two halves of a decoder's layer are made of: linears, norms, and what each linear reads.
+
+A half reads the residual stream through a norm and adds to it. `anatomy.py` gives them their names and sizes.
+D hidden, H heads, K kv heads, Dh head_dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from toolkit import names
+from toolkit.checkpoint.family import Experts
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A matrix [out_features, in_features] under the checkpoint's name of its module, and perhaps a bias.
+
+    One that is `exact` is never quantized.
+    """
+
+    module: str
+    in_features: int
+    out_features: int
+    has_bias: bool = False
+    exact: bool = False
+
+    @property
+    def weight(self) -> str:
+        """Returns the name of its matrix in the checkpoint."""
+        return names.weight(self.module)
+
+    @property
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Returns the shape of its matrix, and of its bias if there is one, by name."""
+        matrix: dict[str, tuple[int, ...]] = {self.weight: (self.out_features, self.in_features)}
+        return matrix | ({names.bias(self.module): (self.out_features,)} if self.has_bias else {})
+
+
+@dataclass(frozen=True)
+class Norm:
+    """An RMSNorm over `width` channels under the checkpoint's name of its module."""
+
+    module: str
+    width: int
+
+    @property
+    def weight(self) -> str:
+        """Returns the name of its gains in the checkpoint."""
+        return names.weight(self.module)
+
+    @property
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Returns the shape of its gains by their name."""
+        return {self.weight: (self.width,)}
+
+
+@dataclass(frozen=True)
+class LinearInput:
+    """One activation vector of `width` channels: the linears that read it, and the module that writes its channels.
+
+    A scale moved from a channel's readers to its writer changes no output (AWQ, arXiv 2306.00978, section 3.2).
+    `writer` is None where nothing linear stands before the input alone. Where it is `routed` only some of a text's
+    tokens come here. Under grouped-query attention one row of
+    v_proj makes `shared` channels of o_proj's input, head by head: channel (k * shared + g) * Dh + d comes from row
+    k * Dh + d.
+    """
+
+    linears: tuple[Linear, ...]
+    writer: Norm | Linear | None
+    width: int
+    shared: int = 1
+    head_dim: int = 1
+    routed: bool = False
+
+    @property
+    def name(self) -> str:
+        """The module that reads it first."""
+        return self.linears[0].module
+
+    @property
+    def readers(self) -> tuple[str, ...]:
+        """The modules whose weight columns it meets."""
+        return tuple(linear.module for linear in self.linears)
+
+    @property
+    def writers(self) -> tuple[str, ...]:
+        """The tensors whose rows, or elements, make its channels."""
+        return tuple(self.writer.tensors) if self.writer else ()
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The first sublayer. `q_norm` and `k_norm` go over each head before RoPE, in families that have them.
+
+    `window` is how many tokens a query sees, itself included, None for all; `rope` is whether queries and keys are
+    rotated by their position. `qkv_proj` is the module that q, k and v become where a graph stacks their rows.
+    """
+
+    norm: Norm
+    q_proj: Linear
+    k_proj: Linear
+    v_proj: Linear
+    o_proj: Linear
+    q_norm: Norm | None
+    k_norm: Norm | None
+    qkv_proj: str
+    normed_input: LinearInput
+    inner_input: LinearInput
+    window: int | None
+    rope: bool
+
+    @property
+    def qkv(self) -> tuple[Linear, Linear, Linear]:
+        """The linears whose rows are heads; the columns of `o_proj` are."""
+        return self.q_proj, self.k_proj, self.v_proj
+
+    @property
+    def inputs(self) -> tuple[LinearInput, ...]:
+        """What its linears read, in the order in which it is computed."""
+        return self.normed_input, self.inner_input
+
+    @property
+    def first(self) -> tuple[Linear, ...]:
+        """The linears that read the norm's output."""
+        return self.qkv
+
+    @property
+    def last(self) -> Linear:
+        """The linear whose output is added to the residual stream."""
+        return self.o_proj
+
+    @property
+    def writers(self) -> tuple[Linear, ...]:
+        """The linears that write into the residual stream."""
+        return (self.last,)
+
+    @property
+    def exact_linears(self) -> tuple[Linear, ...]:
+        """The linears that are never quantized: none."""
+        return ()
+
+    @property
+    def head_norms(self) -> tuple[Norm, ...]:
+        """The norms over heads, none in most families."""
+        return tuple(norm for norm in (self.q_norm, self.k_norm) if norm)
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """The second sublayer: down_proj(silu(gate_proj(x)) * up_proj(x)); `act_fn` is the name of silu's output."""
+
+    norm: Norm
+    gate_proj: Linear
+    up_proj: Linear
+    down_proj: Linear
+    act_fn: str
+    normed_input: LinearInput
+    inner_input: LinearInput
+
+    @property
+    def linears(self) -> tuple[Linear, Linear, Linear]:
+        """Every linear, in the order of the checkpoint."""
+        return self.gate_proj, self.up_proj, self.down_proj
+
+    @property
+    def inputs(self) -> tuple[LinearInput, ...]:
+        """What its linears read, in the order in which it is computed."""
+        return self.normed_input, self.inner_input
+
+    @property
+    def first(self) -> tuple[Linear, ...]:
+        """The linears that read the norm's output."""
+        return self.gate_proj, self.up_proj
+
+    @property
+    def last(self) -> Linear:
+        """The linear whose output is added to the residual stream."""
+        return self.down_proj
+
+    @property
+    def writers(self) -> tuple[Linear, ...]:
+        """The linears that write into the residual stream."""
+        return (self.last,)
+
+    @property
+    def exact_linears(self) -> tuple[Linear, ...]:
+        """The linears that are never quantized: none."""
+        return ()
+
+
+@dataclass(frozen=True)
+class Expert:
+    """One of the small MLPs that a router chooses from: down_proj(silu(gate_proj(x)) * up_proj(x))."""
+
+    gate_proj: Linear
+    up_proj: Linear
+    down_proj: Linear
+    normed_input: LinearInput
+    inner_input: LinearInput
+
+
+@dataclass(frozen=True)
+class Moe:
+    """The second sublayer where experts take the MLP's place: the sum of those that the router chose, each weighed.
+
+    `gate_up_proj` and `down_proj` are the modules that the experts' matrices become where a graph stacks them: the rows
+    of an expert's gate_proj and up_proj by turns, one expert behind the other.
+    """
+
+    norm: Norm
+    router: Linear
+    experts: tuple[Expert, ...]
+    routing: Experts
+    gate_up_proj: str
+    down_proj: str
+
+    @property
+    def inputs(self) -> tuple[LinearInput, ...]:
+        """What its experts' linears read, expert by expert. What the router reads is not rounded."""
+        return tuple(given for expert in self.experts for given in (expert.normed_input, expert.inner_input))
+
+    @property
+    def first(self) -> tuple[Linear, ...]:
+        """The linears that read the norm's output."""
+        return (self.router, *(linear for e in self.experts for linear in (e.gate_proj, e.up_proj)))
+
+    @property
+    def writers(self) -> tuple[Linear, ...]:
+        """The linears that write into the residual stream."""
+        return tuple(expert.down_proj for expert in self.experts)
+
+    @property
+    def exact_linears(self) -> tuple[Linear, ...]:
+        """The linears that are never quantized: the router, whose error would send tokens elsewhere."""
+        return (self.router,)
+
+
+Sublayer = Attention | Mlp | Moe
