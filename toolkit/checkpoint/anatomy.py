@@ -87,7 +87,7 @@ class Decoder:
 
     @property
     def moes(self) -> tuple[Moe, ...]:
-        """The sublayers that have experts."""
+        """Returns the sublayers that have experts, in the order of their layers."""
         return tuple(layer.mlp for layer in self.layers if isinstance(layer.mlp, Moe))
 
     @property
