@@ -57,7 +57,22 @@ JSON_CASES: Final[tuple[tuple[str, str, Any, str], ...]] = (
     ("config", "eos_token_id", [HUGE], "ends answers with token"),
     ("config", "eos_token_id", LONG, "eos_token_id"),
     ("config", "bos_token_id", None, ACCEPTED),
-    ("config", "quantization_config", {"quant_method": "gptq"}, "already quantized by gptq"),
+    ("config", "quantization_config", {"quant_method": "hqq"}, "already quantized by hqq"),
+    ("config", "quantization_config", {"quant_method": "gptq", "bits": HUGE}, "bits is"),
+    ("config", "quantization_config", {"quant_method": "gptq", "bits": 4, "group_size": "x"}, "group_size is"),
+    ("config", "quantization_config", {"quant_method": "fp8", "weight_block_size": [HUGE]}, "expected rows"),
+    ("config", "quantization_config", {"quant_method": "fp8", "weight_block_size": [1 << 80, -1]}, "expected rows"),
+    ("config", "quantization_config", {"quant_method": "compressed-tensors", "format": []}, "format of"),
+    (
+        "config",
+        "quantization_config",
+        {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "config_groups": {"a": 7, "b": {"weights": []}},
+        },
+        ACCEPTED,
+    ),
     ("config", "quantization_config", {"quant_method": LONG}, "already quantized"),
     ("config", "architectures", "\ud800", "surrogate"),
     *(

@@ -161,7 +161,8 @@ def test_mlx_is_known_by_its_scales_and_biases(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4, "checkpoint_format": "bitblas"}}, "gptq"),
+        ({"quantization_config": {"quant_method": "hqq"}}, "hqq"),
         ({"quantization_config": {"quant_method": "fp8", "fmt": "e5m2"}}, "e5m2"),
         ({"quantization": {"group_size": 64, "bits": 4}}, "MLX"),
         ({"quantization_config": 7}, "already quantized"),

@@ -127,13 +127,15 @@ def _compressed_tensors(read: Fields) -> QuantizedBy:
     if isinstance(sparsity, dict) and sparsity.get("format", "dense") != "dense":
         raise UnsupportedError(f"{read.path}: sparse weights are not read: {NAME_THE_ORIGINAL}")
     groups = read.get("config_groups")
-    settings = [group.get("weights") for group in groups.values()] if isinstance(groups, dict) else []
-    blocks = {str(one.get("block_structure")): one.get("block_structure") for one in settings if isinstance(one, dict)}
-    given = [block for block in blocks.values() if block is not None]
-    if len(given) > 1:
+    given = groups.values() if isinstance(groups, dict) else ()
+    found = [group.get("weights") for group in given if isinstance(group, dict)]
+    settings = [one for one in found if isinstance(one, dict)]
+    blocks = {str(one.get("block_structure")): one.get("block_structure") for one in settings}
+    blocks = {words: block for words, block in blocks.items() if block is not None}
+    if len(blocks) > 1:
         raise UnsupportedError(f"{read.path}: groups of quantization_config differ in block_structure, expected one")
-    block = _block(given[0] if given else None, "block_structure", read.path)
-    sizes = {size for one in settings if isinstance(one, dict) and (size := _group_size(Fields(one, read.path, {})))}
+    block = _block(next(iter(blocks.values()), None), "block_structure", read.path)
+    sizes = {size for one in settings if (size := _group_size(Fields(one, read.path, {})))}
     if len(sizes) > 1:
         raise UnsupportedError(f"{read.path}: groups of quantization_config differ in group_size, expected one")
     return QuantizedBy(_COMPRESSED_TENSORS[0], f"{_COMPRESSED_TENSORS[0]} {way}", block, next(iter(sizes), None))
