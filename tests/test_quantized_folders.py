@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from tests.command_line import called
 from tests.quantized_folders import (
@@ -32,7 +33,9 @@ from tests.quantized_folders import (
 from tests.random_models import make_checkpoint
 from toolkit.checkpoint.opened import open_checkpoint
 from toolkit.checkpoint.quantized_blocks import E4M3, E8M0
-from toolkit.checkpoint.weights import WeightSource
+from toolkit.checkpoint.quantized_tensors import coded_tensors
+from toolkit.checkpoint.safetensors import read_header
+from toolkit.checkpoint.weights import FileWeights, WeightSource
 from toolkit.errors import CheckpointError, UnsupportedError
 
 # Widths that no block of 128 divides, of both families that people publish in FP8.
@@ -157,6 +160,24 @@ def test_codes_of_a_byte_are_read_as_torch_reads_them(name: str, tmp_path: Path)
     assert opened.stored_as.tensors == {"F32": len(floats) - 13, dtype: 13}
     words = f"the weights are those of {opened.stored_as.words}, dequantized"
     assert words in opened.notes and str(said["quant_method"]) in words
+
+
+def test_experts_of_gpt_oss_are_transformers_to_the_bit(tmp_path: Path) -> None:
+    """By the expert, as what reads them asks; transformers has them input features first too."""
+    codes = torch.Generator().manual_seed(0)
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    blocks = torch.randint(0, 256, (3, 20, 4, 16), dtype=torch.uint8, generator=codes)
+    scales = torch.randint(0, 250, (3, 20, 4), dtype=torch.uint8, generator=codes).clamp(max=180)
+    save(tmp_path, {f"{name}_blocks": blocks, f"{name}_scales": scales})
+    refs = read_header(tmp_path / "model.safetensors")
+    left, coded = coded_tensors(refs, None, {name: (3, 128, 20)})
+    assert left.keys() == {name} and left[name].shape == (3, 128, 20)
+    source = FileWeights(left, [tmp_path / "model.safetensors"], coded=coded)
+    want = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
+    _assert_reads(source, {name: want})
+    save(tmp_path, {f"{name}_blocks": blocks})
+    with pytest.raises(CheckpointError, match="gate_up_proj is quantized, and _scales is missing"):
+        coded_tensors(read_header(tmp_path / "model.safetensors"), None, {name: (3, 128, 20)})
 
 
 def test_scales_may_lie_in_another_shard(tmp_path: Path) -> None:

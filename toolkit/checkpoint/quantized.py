@@ -75,11 +75,21 @@ class Dequantizer:
             return widen(raw, ref.dtype)
         if start == stop:
             return np.empty(0, np.float32)
+        if coded.layout == "experts":
+            return self._experts(ref, coded, raw, start, stop)
         codes, grid = _codes(coded, raw, start, stop), self._grid(ref.name)
         if grid.zeros is None or grid.groups is None:
             return decode_blocks(codes, TABLES[coded.values], grid.scales, coded.block, start).reshape(-1)
         rows = slice(start, stop) if len(grid.scales) > 1 else np.zeros(stop - start, np.int64)
         return decode_groups(codes, grid.zeros[rows], grid.scales[rows], grid.groups).reshape(-1)
+
+    def _experts(self, ref: TensorRef, coded: Coded, raw: Bytes, start: int, stop: int) -> Floats:
+        """Experts [start, stop), input features first; they are stored output features first."""
+        columns, rows = ref.shape[1:]
+        codes = unpack_pairs(raw.reshape((stop - start) * rows, -1), columns)
+        scales = self._grid(ref.name).scales
+        values = decode_blocks(codes, TABLES[coded.values], scales, coded.block, start * rows)
+        return np.ascontiguousarray(values.reshape(-1, rows, columns).transpose(0, 2, 1)).reshape(-1)
 
     def check_scales(self) -> None:
         """Reads the scales of tensors that have few, and biases that should be zeros; raises NonFiniteError for a scale

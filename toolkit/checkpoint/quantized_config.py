@@ -22,7 +22,7 @@ _MAX_BYTES: Final = 4 << 20
 _FP8: Final = ("fp8", "fbgemm_fp8")
 _COMPRESSED_TENSORS: Final = ("compressed-tensors", "compressed_tensors")
 _MODELOPT: Final = ("modelopt", "modelopt_fp4")
-METHODS: Final = (*_FP8, _COMPRESSED_TENSORS[0], _MODELOPT[0], "gptq", "awq")
+METHODS: Final = (*_FP8, _COMPRESSED_TENSORS[0], _MODELOPT[0], "gptq", "awq", "mxfp4")
 # What compressed-tensors calls the ways to store that are read, and ModelOpt its algorithms.
 _FORMATS: Final = (
     *("float-quantized", "naive-quantized", "int-quantized", "pack-quantized"),
@@ -83,6 +83,8 @@ def quantization_of(raw: Mapping[str, Any], path: Path) -> QuantizedBy | None:
         return _modelopt(read)
     if method in ("gptq", "awq"):
         return (_gptq if method == "gptq" else _awq)(read)
+    if method == "mxfp4":
+        return QuantizedBy(method, method)
     raise _not_read(method, path)
 
 

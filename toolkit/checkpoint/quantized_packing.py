@@ -2,7 +2,7 @@
 
 Layouts by the programs that write them: AutoGPTQ and GPTQModel (`qweight` packs input features, [in/8, out]), AutoAWQ
 (output features in an order of its own, [in, out/8]), compressed-tensors (`weight_packed` along a row), and pairs of
-FP4 in bytes (ModelOpt, compressed-tensors).
+FP4 in bytes (ModelOpt, compressed-tensors; gpt-oss, whose experts of a layer are one tensor).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from toolkit.checkpoint.quantized_config import QuantizedBy
 from toolkit.checkpoint.safetensors import TensorRef
 from toolkit.errors import CheckpointError, UnsupportedError
 
-Layout = Literal["bytes", "nibbles", "gptq", "awq"]
+Layout = Literal["bytes", "nibbles", "gptq", "awq", "experts"]
 Parts = Mapping[str, TensorRef]
 Shape = tuple[int, int]
 _WORD: Final = 32
@@ -151,6 +151,16 @@ def fp4_codes(name: str, shape: Shape, pairs: TensorRef, parts: Parts) -> Coded:
     grid = (rows, -(-columns // size))
     divides = "weight_scale_2" not in parts
     return Coded(codes, scale, (1, size), grid, "E2M1", "nibbles", 4, outer=outer, outer_divides=divides)
+
+
+def experts_codes(name: str, shape: tuple[int, ...], parts: Parts) -> Coded:
+    """MXFP4 of gpt-oss: experts [experts, input, output], stored as `_blocks` [experts, output, input / 32, 16] of
+    pairs along the input, and `_scales` without the last axis."""
+    experts, columns, rows = shape
+    pairs = _expect(parts["_blocks"], "U8", (experts, rows, -(-columns // 32), 16))
+    scale = _expect(_part(parts, "_scales", name), "U8", pairs.shape[:3])
+    codes = replace(pairs, name=name, dtype="MXFP4", shape=shape)
+    return Coded(codes, scale, (1, 32), (experts * rows, -(-columns // 32)), "E2M1", "experts", 4)
 
 
 def checked(codes: TensorRef, scale: TensorRef, grids: Mapping[Shape, Shape], words: str) -> tuple[Shape, Shape]:

@@ -10,7 +10,15 @@ from typing import Final
 
 from toolkit.checkpoint.other_formats import NAME_THE_ORIGINAL
 from toolkit.checkpoint.quantized_config import QuantizedBy
-from toolkit.checkpoint.quantized_packing import Coded, awq_codes, checked, fp4_codes, gptq_codes, packed_codes
+from toolkit.checkpoint.quantized_packing import (
+    Coded,
+    awq_codes,
+    checked,
+    experts_codes,
+    fp4_codes,
+    gptq_codes,
+    packed_codes,
+)
 from toolkit.checkpoint.safetensors import TensorRef
 from toolkit.checkpoint.stored_as import StoredAs
 from toolkit.errors import CheckpointError, UnsupportedError
@@ -20,6 +28,8 @@ Parts = Mapping[str, TensorRef]
 _SCALES: Final = ("weight_scale_inv", "weight_scale")
 _WEIGHTS: Final = ("weight_packed", "weight_scale_2", "weight_global_scale", "weight_zero_point", "weight_g_idx")
 _GPTQ: Final = ("qweight", "qzeros", "scales", "g_idx")
+# What follows the name of experts that are one tensor.
+_EXPERTS: Final = ("_blocks", "_scales")
 _UNREAD: Final = (
     *("weight_shape", "input_scale", "activation_scale", "output_scale", "input_scale_ub", "input_zero_point"),
     "input_global_scale",
@@ -43,23 +53,26 @@ def coded_tensors(
     left = dict(refs)
     coded: dict[str, Coded] = {}
     for name, shape in expected.items():
-        module, dot, last = name.rpartition(".")
-        if last != "weight" or len(shape) != 2:
-            continue
-        parts = {part: refs[whole] for part in _PARTS if (whole := f"{module}{dot}{part}") in refs}
-        found = _coded(name, (shape[0], shape[1]), parts, by)
+        parts = _parts(name, refs)
+        found = _coded(name, shape, parts, by)
         if found is None:
             continue
-        if bias := parts.get("bias"):
-            called_for = bias.name in expected
-            found, parts = (found, {**parts}) if called_for else (replace(found, zero_bias=bias), parts)
-            if called_for:
-                del parts["bias"]
+        bias = parts.pop("bias", None)
+        if bias is not None and bias.name not in expected:
+            found = replace(found, zero_bias=bias)
+            del left[bias.name]
         for part in parts.values():
             del left[part.name]
         coded[name] = found
         left[name] = replace(found.codes, name=name)
     return left, coded
+
+
+def _parts(name: str, refs: Mapping[str, TensorRef]) -> dict[str, TensorRef]:
+    """What may belong to a weight, by what follows its module's name, or its own where experts are one tensor."""
+    module, _, last = name.rpartition(".")
+    ends = {part: f"{module}.{part}" for part in _PARTS} if last == "weight" else {end: name + end for end in _EXPERTS}
+    return {end: refs[whole] for end, whole in ends.items() if whole in refs}
 
 
 def stored_as(refs: Mapping[str, TensorRef], coded: Mapping[str, Coded], by: QuantizedBy | None) -> StoredAs | None:
@@ -73,8 +86,14 @@ def stored_as(refs: Mapping[str, TensorRef], coded: Mapping[str, Coded], by: Qua
     return StoredAs(words, round(8 * nbytes / weights, 3), dict(kinds.most_common()))
 
 
-def _coded(name: str, shape: tuple[int, int], parts: Parts, by: QuantizedBy | None) -> Coded | None:
+def _coded(name: str, shape: tuple[int, ...], parts: Parts, by: QuantizedBy | None) -> Coded | None:
     """How a weight of this shape is stored, by the tensors of its module; None where it is floats, or not there."""
+    if len(shape) == 3:
+        return experts_codes(name, shape, parts) if _EXPERTS[0] in parts else None
+    return _matrix(name, (shape[0], shape[1]), parts, by) if len(shape) == 2 else None
+
+
+def _matrix(name: str, shape: tuple[int, int], parts: Parts, by: QuantizedBy | None) -> Coded | None:
     weight, packed = parts.get("weight"), parts.get("weight_packed")
     if weight is not None:
         if weight.dtype in _BYTES:
