@@ -15,8 +15,8 @@ from toolkit.errors import BundleError
 from toolkit.serve.job import ENDS, READY, Event, Job, Told, line
 from toolkit.typed_json import from_json
 
-# A line holds one token's text and its alternatives.
-_LONGEST_LINE: Final = 1 << 20
+# A line holds the text of the tokens of a moment, with their alternatives.
+_LONGEST_LINE: Final = 8 << 20
 _TO_END_S: Final = 5.0
 
 
