@@ -44,6 +44,18 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen3Moe",
         {"head_dim": 32, "decoder_sparse_step": 2, "use_sliding_window": True, "sliding_window": 5, **EXPERTS},
     ),
+    # Experts of one tensor, with biases; a window in every second layer; sinks.
+    "gpt-oss": (
+        "GptOss",
+        {
+            "head_dim": 32,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 3,
+            "intermediate_size": 64,
+            "sliding_window": 6,
+            "rope_scaling": {**YARN, "truncate": False},
+        },
+    ),
     "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0], "pad_token_id": 0}),
     "smollm3-tied-of-four": ("SmolLM3", {"num_hidden_layers": 4, "rope_scaling": YARN, "pad_token_id": 0}),
     "smollm3-narrow-heads": (
@@ -84,7 +96,7 @@ def make_checkpoint(family: str, extra: dict[str, Any], folder: Path) -> PreTrai
     )
     model = getattr(transformers, f"{family}ForCausalLM")(config).float().eval()
     for name, parameter in model.named_parameters():
-        if name.endswith("bias") or "norm" in name:
+        if name.endswith(("bias", "sinks")) or "norm" in name:
             parameter.data.add_(torch.randn_like(parameter) * 0.3)
     model.save_pretrained(folder)
     made: PreTrainedModel = model

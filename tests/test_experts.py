@@ -25,7 +25,7 @@ from toolkit.checkpoint.config import parse_config, read_config
 from toolkit.checkpoint.opened import open_checkpoint, synthetic_checkpoint
 from toolkit.checkpoint.rotated import rotate
 from toolkit.checkpoint.synthetic import SyntheticWeights
-from toolkit.checkpoint.weights import open_weights
+from toolkit.checkpoint.weights import expected_tensors, open_weights
 from toolkit.errors import CheckpointError, RecipeError, UnsupportedError
 from toolkit.evaluate.positions import open_positions
 from toolkit.graph.layout import Layout, plan_layout
@@ -52,7 +52,7 @@ def _config_json(tmp_path: Path, **changes: Any) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("case", ["qwen3-moe", "qwen3-moe-shares-of-all"])
+@pytest.mark.parametrize("case", ["qwen3-moe", "qwen3-moe-shares-of-all", "gpt-oss"])
 @pytest.mark.parametrize("rule", [QuantRule("*"), QuantRule("*", symmetric=True), QuantRule("*", block_size=16)])
 def test_graphs_compute_the_dequantized_weights_of_their_experts(case: str, rule: QuantRule, tmp_path: Path) -> None:
     make_checkpoint(*CASES[case], tmp_path)
@@ -63,7 +63,7 @@ def test_graphs_compute_the_dequantized_weights_of_their_experts(case: str, rule
     bundle = open_positions(tmp_path / "bundle", exact=True)
     for prompt in (None, 1, 9):
         assert np.abs(bundle.logits(IDS, prompt) - expected).max() <= 1e-4
-    (exact,) = reference_logits(config, open_weights(tmp_path, config), [IDS])
+    (exact,) = reference_logits(config, open_checkpoint(tmp_path).source, [IDS])
     assert np.abs(expected - exact).max() > 1e-2
 
 
@@ -92,12 +92,28 @@ def _rows(folder: Path, layout: Layout, name: str) -> NDArray[np.uint8]:
     return np.frombuffer(raw, np.uint8).reshape(slot.shape)
 
 
-def test_rotation_changes_no_output_of_a_model_with_experts(tmp_path: Path) -> None:
-    make_checkpoint(*CASES["qwen3-moe"], tmp_path)
+@pytest.mark.parametrize("case", ["qwen3-moe", "gpt-oss"])
+def test_rotation_changes_no_output_of_a_model_with_experts(case: str, tmp_path: Path) -> None:
+    make_checkpoint(*CASES[case], tmp_path)
     checkpoint = open_checkpoint(tmp_path)
     (exact,) = reference_logits(checkpoint.config, checkpoint.source, [IDS])
     (turned,) = reference_logits(checkpoint.config, rotate(checkpoint).source, [IDS])
     assert np.abs(turned - exact).max() <= 1e-4 * np.abs(exact).max()
+
+
+def test_experts_of_one_tensor_are_read_by_rows_as_transformers_multiplies_them(tmp_path: Path) -> None:
+    model = make_checkpoint(*CASES["gpt-oss"], tmp_path)
+    source = open_checkpoint(tmp_path).source
+    stored = dict(model.named_parameters())
+    prefix = "model.layers.1.mlp.experts."
+    gate_up = stored[f"{prefix}gate_up_proj"].detach().numpy()[5]
+    biases = stored[f"{prefix}gate_up_proj_bias"].detach().numpy()[5]
+    assert np.array_equal(source.read(f"{prefix}5.up_proj.weight"), gate_up[:, 1::2].T)
+    assert np.array_equal(source.read_rows(f"{prefix}5.gate_proj.weight", 7, 20), gate_up[:, 14:40:2].T)
+    assert np.array_equal(source.read(f"{prefix}5.up_proj.bias"), biases[1::2])
+    scanned = {rows.name: source.decode(rows, rows.start, rows.stop) for rows in source.scan(1 << 20)}
+    assert sorted(scanned) == sorted(source.names()) == sorted(expected_tensors(read_config(tmp_path)))
+    assert all(np.array_equal(values, source.read(name)) for name, values in scanned.items())
 
 
 def test_a_survey_counts_and_weighs_the_tokens_that_transformers_sends_to_each_expert(tmp_path: Path) -> None:

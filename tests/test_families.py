@@ -15,6 +15,7 @@ from tests.graphs import WINDOW, write_graphs
 from tests.random_models import CASES, make_checkpoint
 from toolkit.bundle.operators import check_experts
 from toolkit.checkpoint.config import read_config
+from toolkit.checkpoint.opened import open_checkpoint
 from toolkit.checkpoint.weights import open_weights
 from toolkit.errors import UnsupportedError
 from toolkit.evaluate.positions import open_positions
@@ -29,8 +30,7 @@ def test_reference_and_graph_match_transformers(case: str, tmp_path: Path) -> No
     ids = [int(i) for i in np.random.default_rng(3).integers(3, 96, 40)]
     with torch.no_grad():
         oracle = model(torch.tensor([ids])).logits[0].numpy()
-    config = read_config(tmp_path)
-    source = open_weights(tmp_path, config)
+    config, source = read_config(tmp_path), open_checkpoint(tmp_path).source
     (reference,) = reference_logits(config, source, [ids])
     assert np.abs(reference - oracle).max() <= 1e-3
     for target, row in TARGETS.items():

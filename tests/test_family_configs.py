@@ -19,12 +19,11 @@ from tests.graphs import write_graphs
 from tests.random_models import CASES
 from toolkit.bundle.genai_config import GENAI_TYPES
 from toolkit.checkpoint import families
-from toolkit.checkpoint.anatomy import decoder_of
+from toolkit.checkpoint.anatomy import decoder_of, stored_tensors
 from toolkit.checkpoint.config import parse_config
 from toolkit.checkpoint.families import FAMILIES
 from toolkit.checkpoint.family import DECODER
 from toolkit.checkpoint.opened import synthetic_checkpoint
-from toolkit.checkpoint.weights import expected_tensors
 from toolkit.errors import CheckpointError, UnsupportedError
 from toolkit.pipeline.plan import plan_export
 from toolkit.recipe import load_recipe
@@ -77,7 +76,7 @@ def test_a_config_means_what_it_means_to_transformers(case: str, model_type: str
     tensors = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if theirs.tie_word_embeddings:
         del tensors["lm_head.weight"]
-    assert expected_tensors(ours) == tensors
+    assert stored_tensors(decoder_of(ours)) == tensors
     for layer, module in zip(decoder_of(ours).layers, model.model.layers, strict=True):
         attention = module.self_attn
         # Mistral's attention asks its config; Llama keeps the key and knows no windows.
@@ -118,6 +117,16 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "smollm3 too few layers": ("smollm3", {"no_rope_layers": [1, 0]}, "expected 0 or 1 for each of the 5 layers"),
     "smollm3 no flags": ("smollm3", {"no_rope_layers": [0, 1, 2, 3, 4]}, "expected 0 or 1 for each of the 5 layers"),
     "smollm3 interval": ("smollm3", {"no_rope_layer_interval": 0}, "expected a positive whole number"),
+    "gpt_oss too few kinds": (
+        "gpt_oss",
+        {"layer_types": KINDS[:3]},
+        "expected full_attention or sliding_attention for each of the 5 layers",
+    ),
+    "gpt_oss more than there are": (
+        "gpt_oss",
+        {"num_local_experts": 3},
+        "num_experts_per_tok is 4, expected at most the 3",
+    ),
     "qwen3 unknown kind": (
         "qwen3",
         {"use_sliding_window": True, "layer_types": [*KINDS[:4], "linear_attention"]},

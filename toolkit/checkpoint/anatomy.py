@@ -58,6 +58,7 @@ class Decoder:
     layers: tuple[DecoderLayer, ...]
     norm: Norm
     head: Linear
+    head_dim: int
 
     @property
     def head_input(self) -> LinearInput:
@@ -78,6 +79,8 @@ class Decoder:
                 found |= linear.tensors
             for norm in layer.norms:
                 found |= norm.tensors
+            if layer.attention.sinks:
+                found[layer.attention.sinks] = (layer.attention.q_proj.out_features // self.head_dim,)
         return found
 
     @property
@@ -96,6 +99,24 @@ class Decoder:
         return (*(norm for layer in self.layers for norm in layer.norms), self.norm)
 
 
+def stored_tensors(decoder: Decoder) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of every tensor as the checkpoint has it, by name: those of a layer's experts may be one."""
+    found = decoder.tensors
+    for moe in decoder.moes:
+        if not moe.routing.stacked:
+            continue
+        for module, given in moe.stacks().items():
+            first = given[0][0]
+            width = first.out_features * len(given[0])
+            found[module] = (len(given), first.in_features, width)
+            if first.has_bias:
+                found[f"{module}_bias"] = (len(given), width)
+            for linear in (linear for linears in given for linear in linears):
+                for tensor in linear.tensors:
+                    del found[tensor]
+    return found
+
+
 @lru_cache(maxsize=64)
 def decoder_of(config: ModelConfig) -> Decoder:
     """Returns the decoder that a config means."""
@@ -106,6 +127,7 @@ def decoder_of(config: ModelConfig) -> Decoder:
         tuple(_layer(config, index) for index in range(config.num_hidden_layers)),
         Norm(names.FINAL_NORM, D),
         embedding if config.tie_word_embeddings else Linear(names.LM_HEAD, D, V),
+        config.head_dim,
     )
 
 
@@ -138,6 +160,7 @@ def _attention(config: ModelConfig, index: int, prefix: str) -> Attention:
         inner_input=LinearInput((o,), v, config.q_size, shared, Dh),
         window=structure.sliding_windows[index] if structure.sliding_windows else None,
         rope=index not in structure.layers_without_rope,
+        sinks=f"{prefix}self_attn.sinks" if structure.sinks else None,
     )
 
 
@@ -161,23 +184,24 @@ def _moe(config: ModelConfig, experts: Experts, prefix: str) -> Moe:
     D = config.hidden_size
     return Moe(
         Norm(f"{prefix}post_attention_layernorm", D),
-        Linear(f"{prefix}mlp.gate", D, experts.count, exact=True),
-        tuple(_expert(f"{prefix}mlp.experts.{k}.", D, experts.intermediate_size) for k in range(experts.count)),
+        Linear(f"{prefix}mlp.{experts.router}", D, experts.count, experts.biased, exact=True),
+        tuple(_expert(f"{prefix}mlp.experts.{k}.", D, experts) for k in range(experts.count)),
         experts,
         gate_up_proj=f"{prefix}mlp.experts.gate_up_proj",
         down_proj=f"{prefix}mlp.experts.down_proj",
     )
 
 
-def _expert(prefix: str, hidden_size: int, intermediate_size: int) -> Expert:
-    gate, up = (Linear(f"{prefix}{name}", hidden_size, intermediate_size) for name in ("gate_proj", "up_proj"))
-    down = Linear(f"{prefix}down_proj", intermediate_size, hidden_size)
+def _expert(prefix: str, D: int, experts: Experts) -> Expert:
+    width, biased = experts.intermediate_size, experts.biased
+    gate, up = (Linear(f"{prefix}{name}", D, width, biased) for name in ("gate_proj", "up_proj"))
+    down = Linear(f"{prefix}down_proj", width, D, biased)
     return Expert(
         gate,
         up,
         down,
         # The norm before it is every expert's and the router's: nothing is moved into it for one. Nor is anything into
         # up, since what few tokens show of a channel would not be worth it.
-        normed_input=LinearInput((gate, up), None, hidden_size, routed=True),
-        inner_input=LinearInput((down,), None, intermediate_size, routed=True),
+        normed_input=LinearInput((gate, up), None, D, routed=True),
+        inner_input=LinearInput((down,), None, width, routed=True),
     )

@@ -24,6 +24,11 @@ class Experts:
     A router gives each expert a logit; their softmax over all experts weighs the outputs of the chosen ones, or, where
     `normalized`, the softmax over the chosen ones alone. `intermediate_size` is an expert's width. `dense_layers` are
     the indices of layers with an ordinary MLP.
+
+    What an expert makes of gate and up is gate * sigmoid(`alpha` * gate) * (up + `offset`); a `limit` bounds both
+    before, the gate from above alone. Where `biased` the router and every linear of an expert add a bias. `router` is
+    the module's name, and `stacked` says that a checkpoint has the experts of a layer in one tensor, input features
+    first, columns of gate and up by turns.
     """
 
     count: int
@@ -31,6 +36,12 @@ class Experts:
     intermediate_size: int
     normalized: bool
     dense_layers: tuple[int, ...] = ()
+    alpha: float = 1.0
+    offset: float = 0.0
+    limit: float | None = None
+    biased: bool = False
+    router: str = "gate"
+    stacked: bool = False
 
 
 @dataclass(frozen=True)
@@ -40,7 +51,7 @@ class Structure:
     `qkv_bias`, `o_bias` and `mlp_bias` say which linears add a bias, `qk_norm` whether an RMSNorm over each head of q
     and k comes before RoPE. `sliding_windows` has a layer's window in tokens, itself included, or None for all of the
     text, and is empty where no layer slides. `layers_without_rope` are indices. `experts` is None where every MLP is
-    one.
+    one. `sinks` are logits, one a head, that take part in the softmax over keys and stand for no token.
     """
 
     qkv_bias: bool = False
@@ -50,6 +61,7 @@ class Structure:
     sliding_windows: tuple[int | None, ...] = ()
     layers_without_rope: tuple[int, ...] = ()
     experts: Experts | None = None
+    sinks: bool = False
 
 
 @dataclass(frozen=True)

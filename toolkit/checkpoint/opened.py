@@ -10,6 +10,7 @@ from toolkit.checkpoint.config import ModelConfig, read_config
 from toolkit.checkpoint.gguf import GgufModel, is_gguf, open_gguf
 from toolkit.checkpoint.safetensors import read_header
 from toolkit.checkpoint.side_files import SideFiles, read_side_files
+from toolkit.checkpoint.stacked_experts import unstacked
 from toolkit.checkpoint.stored_as import StoredAs
 from toolkit.checkpoint.synthetic import SyntheticWeights
 from toolkit.checkpoint.weights import FileWeights, FoundTensors, WeightSource, find_tensors, weights_of
@@ -66,7 +67,8 @@ def found_checkpoint(
     """The checkpoint that a folder and its tensors are, `download_bytes` of which are not here."""
     side = read_side_files(folder, config.vocab_size)
     notes = (*found.notes, *_dequantized(found.stored_as), *side_notes(side, config.vocab_size))
-    return Checkpoint(folder, config, source, False, side, notes, download_bytes, found.stored_as)
+    weights = unstacked(source, config)
+    return Checkpoint(folder, config, weights, False, side, notes, download_bytes, found.stored_as)
 
 
 def _dequantized(stored: StoredAs | None) -> Iterator[str]:

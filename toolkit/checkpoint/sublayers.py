@@ -94,7 +94,8 @@ class Attention:
     """The first sublayer. `q_norm` and `k_norm` go over each head before RoPE, in families that have them.
 
     `window` is how many tokens a query sees, itself included, None for all; `rope` is whether queries and keys are
-    rotated by their position. `qkv_proj` is the module that q, k and v become where a graph stacks their rows.
+    rotated by their position. `qkv_proj` is the module that q, k and v become where a graph stacks their rows. `sinks`
+    is the tensor of a logit for each head that stands for no token, None in most families.
     """
 
     norm: Norm
@@ -109,6 +110,7 @@ class Attention:
     inner_input: LinearInput
     window: int | None
     rope: bool
+    sinks: str | None = None
 
     @property
     def qkv(self) -> tuple[Linear, Linear, Linear]:
@@ -214,6 +216,11 @@ class Moe:
     routing: Experts
     gate_up_proj: str
     down_proj: str
+
+    def stacks(self) -> dict[str, list[tuple[Linear, ...]]]:
+        """The linears that become one, by its module: those of each expert, whose rows stand by turns."""
+        gates = [(expert.gate_proj, expert.up_proj) for expert in self.experts]
+        return {self.gate_up_proj: list(gates), self.down_proj: [(expert.down_proj,) for expert in self.experts]}
 
     @property
     def inputs(self) -> tuple[LinearInput, ...]:

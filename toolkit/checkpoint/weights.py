@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toolkit import names
-from toolkit.checkpoint.anatomy import decoder_of
+from toolkit.checkpoint.anatomy import decoder_of, stored_tensors
 from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.other_formats import refuse_integers, refuse_quantized
 from toolkit.checkpoint.quantized import Dequantizer
@@ -242,10 +242,10 @@ def find_tensors(folder: Path, config: ModelConfig, read: Callable[[Path], dict[
     chosen = choose_files(folder)
     stored, placed = _all_tensors(chosen, read)
     found, renamed = module_tensors(stored, folder)
-    found, coded = coded_tensors(found, by, expected_tensors(config))
+    found, coded = coded_tensors(found, by, stored_tensors(decoder_of(config)))
     refuse_quantized(found, folder)
     found, tied = _with_tied_table(found, config)
-    _check_complete(found, expected_tensors(config), folder)
+    _check_complete(found, stored_tensors(decoder_of(config)), folder)
     decoder = {name: ref for name, ref in found.items() if name.startswith(_DECODERS) and not _is_cache_scale(name)}
     beside = sorted(found.keys() - decoder.keys())
     left = [f"not read: {len(beside)} tensors beside the decoder, such as {beside[0][-80:]}"] if beside else []
@@ -305,7 +305,7 @@ def expected_refs(
 
     Raises CheckpointError for what is missing, is not called for, or has another shape or none of the dtypes.
     """
-    expected = expected_tensors(config)
+    expected = stored_tensors(decoder_of(config))
     _check_complete(found, expected, place)
     extra = [n for n in found.keys() - expected.keys() - set(ignorable) if not n.endswith(_COMPUTED_SUFFIXES)]
     if extra:

@@ -19,6 +19,8 @@ from toolkit.target import Form
 
 # GroupQueryAttention's rotary kernel refuses other widths.
 HEAD_DIM_MULTIPLE: Final = 16
+# Which input of GroupQueryAttention has a logit for each head that stands for no token.
+_HEAD_SINK: Final = 11
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,9 @@ def group_query_attention(
         "local_window_size": window or -1,
     }
     inputs = [*query, *past, lengths.seqlens_k, lengths.total, *(rotary if inside else [])]
+    if sinks := layer.attention.sinks:
+        inputs += [None] * (_HEAD_SINK - len(inputs))
+        inputs.append(build.vector(sinks))
     y, *present = build.op(f"{path}/GroupQueryAttention", inputs, attributes, MS, outputs=3)
     return y, present
 

@@ -181,15 +181,19 @@ class GraphBuilder:
         attributes: dict[str, Any] = {
             "k": moe.routing.per_token,
             "activation_type": "swiglu",
-            "activation_alpha": 1.0,
-            "activation_beta": 0.0,
+            "activation_alpha": moe.routing.alpha,
+            "activation_beta": moe.routing.offset,
             # Rows of gate and up by turns: the CPU takes no other.
             "swiglu_fusion": 1,
             "normalize_routing_weights": 1,
         }
+        if moe.routing.limit is not None:
+            attributes["swiglu_limit"] = moe.routing.limit
+        biases = [self._biases(module, moe) for module in (moe.gate_up_proj, moe.down_proj)]
         if first.spec is None:
             floats = [self.slot(_of_experts(unit.slots[0], moe)) for unit in (first, last)]
-            return self.op(f"{path}/MoE", [x, logits, floats[0], None, floats[1]], attributes, MS)[0]
+            given = [x, logits, floats[0], biases[0], floats[1], *([biases[1]] if biases[1] else [])]
+            return self.op(f"{path}/MoE", given, attributes, MS)[0]
         quantized = {
             "expert_weight_bits": first.spec.bits,
             "block_size": first.spec.block_size,
@@ -197,16 +201,23 @@ class GraphBuilder:
         }
         stacked: list[ir.Value | None] = []
         zeros: list[ir.Value | None] = []
-        for unit in (first, last):
+        for unit, bias in zip((first, last), biases, strict=True):
             packed, scales, *zero_points = (_of_experts(slot, moe) for slot in unit.slots)
             where = f"{path}/{names.role_of(unit.name)}"
-            stacked += [self.slot(packed), self.scales(where, scales), None]
+            stacked += [self.slot(packed), self.scales(where, scales), bias]
             zeros += map(self.slot, zero_points)
         after = [None, None, None, *zeros] if zeros else []
         inputs = [x, logits, *stacked, *after]
         while inputs[-1] is None:
             inputs.pop()
         return self.op(f"{path}/QMoE", inputs, {**attributes, **quantized}, MS)[0]
+
+    def _biases(self, module: str, moe: Moe) -> ir.Value | None:
+        """The biases [E, rows of one] of a stacked linear of a layer's experts; None where they have none."""
+        if names.bias(module) not in self.layout.units:
+            return None
+        (slot,), count = self.layout.units[names.bias(module)].slots, moe.routing.count
+        return self.slot(replace(slot, shape=(count, slot.shape[0] // count)))
 
     def model(self, name: str, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value]) -> ir.Model:
         """Makes the model of the nodes and weights added so far."""

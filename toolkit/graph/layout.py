@@ -114,10 +114,8 @@ def _groups(config: ModelConfig, target: Target, specs: Mapping[str, QuantSpec])
     target, specs and no q/k norm allow it, the experts of a layer become two."""
     groups: dict[str, _Group] = {tensor: (tensor, (tensor,), 1) for tensor in expected_tensors(config)}
     for moe in decoder_of(config).moes:
-        for module, stacked, by_turns in (
-            (moe.gate_up_proj, [linear for e in moe.experts for linear in (e.gate_proj, e.up_proj)], 2),
-            (moe.down_proj, [e.down_proj for e in moe.experts], 1),
-        ):
+        for module, by_expert in moe.stacks().items():
+            stacked, by_turns = [linear for linears in by_expert for linear in linears], len(by_expert[0])
             for sources in zip(*(linear.tensors for linear in stacked), strict=True):
                 name = module + sources[0].removeprefix(stacked[0].module)
                 groups |= dict.fromkeys(sources, (name, sources, by_turns))

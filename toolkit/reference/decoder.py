@@ -167,9 +167,10 @@ class Layer:
             [part[end - positions.size : end] for positions, end in zip(each, ends, strict=True)]
             for part in self.project(normed, np.concatenate(each))
         )
+        sinks = self.tensors[attention.sinks] if attention.sinks else None
         return self.on.concatenate(
             [
-                attend(q, k, v, positions, attention.window, self.config.rotary_head_dim)
+                attend(q, k, v, positions, attention.window, self.config.rotary_head_dim, sinks)
                 for q, k, v, positions in zip(*pieces, each, strict=True)
             ]
         )
@@ -184,10 +185,19 @@ class Layer:
             if not tokens.size:
                 continue
             rows = self.on.index(tokens)
-            hidden = self.mlp_hidden(expert, look(expert.normed_input, normed[rows]))
+            hidden = self.expert_hidden(moe.routing, expert, look(expert.normed_input, normed[rows]))
             output = self.linear(expert.down_proj, look(expert.inner_input, hidden))
             made[rows] += output * self.on.from_host(weights[tokens, k, None])
         return made
+
+    def expert_hidden(self, routing: Experts, expert: Expert, normed: Array) -> Array:
+        """An expert's activations [T, intermediate_size] of its normed input [T, D]."""
+        if routing.limit is None:
+            return self.mlp_hidden(expert, normed)
+        gate, up = self.linear(expert.gate_proj, normed), self.linear(expert.up_proj, normed)
+        gate, up = self.on.clip(gate, -np.inf, routing.limit), self.on.clip(up, -routing.limit, routing.limit)
+        hidden: Array = gate / (1 + self.on.exp(-routing.alpha * gate)) * (up + routing.offset)
+        return hidden
 
     def mlp_hidden(self, mlp: Mlp | Expert, normed: Array) -> Array:
         """The MLP's activations [T, intermediate_size] of its normed input [T, D]."""
@@ -247,11 +257,19 @@ def read_layer(config: ModelConfig, source: Tensors, layer_index: int, on: Devic
     return Layer(config, anatomy, tensors if isinstance(anatomy.mlp, Moe) else dict(tensors), on)
 
 
-def attend(q: Array, k: Array, v: Array, positions: NDArray[np.int64], window: int | None, head_dim: int) -> Array:
+def attend(
+    q: Array,
+    k: Array,
+    v: Array,
+    positions: NDArray[np.int64],
+    window: int | None,
+    head_dim: int,
+    sinks: Array | None = None,
+) -> Array:
     """Softmax attention [T, H * Dh] of queries at `positions` over keys at positions 0 … S-1.
 
     A query sees keys up to its own position, of which the last `window` where the layer slides. `head_dim` is what the
-    scale comes from.
+    scale comes from. `sinks` [H] take part in each head's softmax as one more key, of a value that is zero.
     """
     on, (T, H, Dh) = device_of(q), q.shape
     K, G = k.shape[1], H // k.shape[1]
@@ -265,8 +283,12 @@ def attend(q: Array, k: Array, v: Array, positions: NDArray[np.int64], window: i
         distance = positions[some, None] - np.arange(seen)[None, :]
         visible = (distance >= 0) & (distance < (window or seen))
         scores += on.from_host(np.where(visible, np.float32(0), np.float32(-np.inf)))
+        if sinks is not None:
+            column = on.zeros((K, G, count, 1)) + sinks.reshape(K, G, 1, 1)
+            scores = on.concatenate([scores, column], axis=-1)
         terms = on.softmax_terms(scores)
-        weighted = (terms.reshape(K, G * count, seen) @ values[:, :seen]).reshape(K, G, count, Dh)
+        over_keys = on.contiguous(terms[..., :seen]).reshape(K, G * count, seen)
+        weighted = (over_keys @ values[:, :seen]).reshape(K, G, count, Dh)
         mixed[some] = on.transpose(weighted / terms.sum(axis=-1, keepdims=True), (2, 0, 1, 3))
     return mixed.reshape(T, -1)
 
