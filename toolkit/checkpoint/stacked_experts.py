@@ -73,7 +73,7 @@ class StackedExperts:
         ]
 
     def read(self, name: str) -> Floats:
-        """A whole tensor in float32."""
+        """Reads a whole tensor in float32, an expert's cut out of its stack."""
         part = self._parts.get(name)
         return self._source.read(name) if part is None else self._part(part)
 
