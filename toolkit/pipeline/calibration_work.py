@@ -27,7 +27,7 @@ from toolkit.quant.gptq_tokens import pays, products_of_moment, products_of_toke
 # Passes over a weight: to search its scale and round it, to restore it, to solve its column.
 PASSES_TO_SEARCH: Final = 26.0
 PASSES_TO_RESTORE: Final = 6.0
-_SOLVED: Final = 600.0
+PASSES_TO_SOLVE: Final = 600.0
 # To refit its scale and look at its integer again.
 _REVISITED: Final = 250.0
 # Over a value of an input: to round it as the bundle does, and what a survey keeps of it.
@@ -103,7 +103,7 @@ def solving_work(
         factored = (products_of_tokens if by_tokens else products_of_moment)(tokens, given.width, rows)
         done += Work(
             products=factored + 2.0 * weights * given.width * (again + (again > 0)),
-            elements=(_SOLVED + _REVISITED * again) * weights / (os.cpu_count() or 1)
+            elements=(PASSES_TO_SOLVE + _REVISITED * again) * weights / (os.cpu_count() or 1)
             + 2 * PASSES_TO_RESTORE * weights
             + _ROUNDED * given.width * tokens * (1 + len(given.readers)),
         )
