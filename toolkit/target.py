@@ -10,6 +10,11 @@ from toolkit import names
 from toolkit.soc import SOCS, Soc
 
 CPU_EP: Final = "CPUExecutionProvider"
+# Thoughts of thousands of tokens, where the cache takes only what a request asks for.
+LONG_CONTEXT: Final = 16384
+# The CPU's GroupQueryAttention keeps every score of a prompt with all before it: 4,096 at once took five times the
+# memory of these, and twice the time (LOG.md).
+_CPU_CHUNK: Final = 512
 _STOP_SPINNING: Final = {"session.force_spinning_stop": "1"}
 
 
@@ -74,7 +79,8 @@ class Stage:
     """One graph file: who runs it, and the options its session needs. `sequence_length` 0 is any; `part` is which part
     of the transformer it is.
 
-    `provider` is onnxruntime-genai's name of the execution provider, `package` what to install for it, and `plugin` the
+    `chunk_size` is how many tokens of a prompt onnxruntime-genai gives it at once, 0 all of them. `provider` is
+    onnxruntime-genai's name of the execution provider, `package` what to install for it, and `plugin` the
     module of that package with a `get_library_path`, where the provider is a plugin. `threads` 0 is one for each core.
     """
 
@@ -82,6 +88,7 @@ class Stage:
     execution_provider: str = CPU_EP
     device: str = "cpu"
     sequence_length: int = 0
+    chunk_size: int = 0
     provider: str | None = None
     package: str = ""
     plugin: str = ""
@@ -258,10 +265,10 @@ _KEPT_ON_CPU: Final = {"session.layer_assignment_settings": f"{CPU_EP}(={names.O
 TARGETS: Final[dict[str, Target]] = {
     "cpu": Target(
         name="cpu",
-        accelerator=Stage(names.MODEL),
+        accelerator=Stage(names.MODEL, chunk_size=_CPU_CHUNK),
         form=CPU_FORM,
         window=0,
-        context_length=4096,
+        context_length=LONG_CONTEXT,
         quantize=_CPU_RULES,
         best=_BEST_CPU_RULES,
         validate=_THRESHOLDS,
@@ -290,7 +297,7 @@ TARGETS: Final[dict[str, Target]] = {
         ),
         form=_DML_FORM,
         window=0,
-        context_length=4096,
+        context_length=LONG_CONTEXT,
         quantize=_WIDE_RULES,
         validate=_WIDE_THRESHOLDS,
     ),
@@ -363,7 +370,7 @@ TARGETS: Final[dict[str, Target]] = {
         ),
         form=_WEBGPU_FORM,
         window=0,
-        context_length=4096,
+        context_length=LONG_CONTEXT,
         quantize=_BLOCKS_OF_32,
         validate=_THRESHOLDS,
         profiles=_WEBGPU_PROFILES,

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 # Reserved tokens that never stand in text. The distills ship pad = eos, and eos stands between turns.
 _PAD_TOKENS: Final = ("<|fim_pad|>", "<|finetune_right_pad_id|>")
 _MAX_TOKENIZER_BYTES: Final = 256 << 20
+_UNASKED_LENGTH: Final = 4096
 PIPELINE_TYPE: Final = "decoder-pipeline"
 # Types of a text decoder that onnxruntime-genai 0.12.2 and 0.18.0 both load, each tried; they compute the same.
 GENAI_TYPES: Final = (
@@ -74,15 +75,25 @@ def genai_config(
         },
     }
     search = {
-        "max_length": context_length,
-        # 0.16.0 sizes the cache of a pipeline at window + 16 unless a chunk is the whole context.
-        **({"chunk_size": context_length} if len(graphs) > 1 else {}),
+        "max_length": unasked_length(context_length, len(graphs) > 1),
+        **({"chunk_size": chunk} if (chunk := _chunk_size(context_length, graphs)) else {}),
         "past_present_share_buffer": True,
         **_sampling(side.generation.sampling, config.vocab_size),
     }
     if model["bos_token_id"] is None:
         del model["bos_token_id"]
     return {"model": model, "search": search}
+
+
+def unasked_length(context_length: int, is_pipeline: bool) -> int:
+    """How many tokens prompt and answer have together where an app does not say: the cache is allocated whole for
+    them. A pipeline's stages are told this number as their cache's length."""
+    return context_length if is_pipeline else min(context_length, _UNASKED_LENGTH)
+
+
+def _chunk_size(context_length: int, graphs: Sequence[StageGraph]) -> int:
+    # 0.16.0 sizes the cache of a pipeline at window + 16 unless a chunk is the whole context.
+    return context_length if len(graphs) > 1 else graphs[0].stage.chunk_size
 
 
 def _sampling(given: Sampling, vocab_size: int) -> dict[str, bool | int | float]:

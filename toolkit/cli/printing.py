@@ -94,7 +94,9 @@ def _print_plan(plan: DescribedPlan) -> None:
     click.echo(f"quality {plan.quality}: {_cost(plan.calibration)}")
     for row in plan.forecast or ():
         _print_phase(row)
-    click.echo(f"KV cache at {plan.context_length} tokens: {_mebibytes(plan.kv_cache_bytes)} when run")
+    unasked = plan.opened_cache_bytes
+    less = "" if unasked == plan.kv_cache_bytes else f", {_mebibytes(unasked)} where a request does not say how long"
+    click.echo(f"KV cache at {plan.context_length} tokens: {_mebibytes(plan.kv_cache_bytes)} when run{less}")
     click.echo(f"peak memory of the export: about {_mebibytes(plan.peak_memory_bytes)}")
     if plan.compile_memory_bytes:
         click.echo(f"peak memory of compiling a part: about {_mebibytes(plan.compile_memory_bytes)}")

@@ -65,7 +65,7 @@ def _say(conversation: Conversation, question: str) -> Answer:
     click.echo()
     answer = conversation.answer
     if answer.finish_reason == "length":
-        click.echo(
-            f"note: cut after {answer.new_tokens} tokens, by --max-new-tokens or the end of the context", err=True
-        )
+        full = answer.new_tokens < conversation.max_new_tokens
+        by = f"the end of the bundle's context of {conversation.context_length} tokens" if full else "--max-new-tokens"
+        click.echo(f"note: cut after {answer.new_tokens} tokens, by {by}", err=True)
     return answer

@@ -43,6 +43,16 @@ class Conversation:
         self._answer: Answer | None = None
 
     @property
+    def max_new_tokens(self) -> int:
+        """How many tokens an answer may have."""
+        return self._options.max_new_tokens or self.context_length
+
+    @property
+    def context_length(self) -> int:
+        """How many tokens a prompt and its answer have together at most."""
+        return self._model.settings.context_length
+
+    @property
     def answer(self) -> Answer:
         """The last answer, once its last piece was taken from `ask`."""
         if self._answer is None:

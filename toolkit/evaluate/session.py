@@ -41,22 +41,32 @@ _BUILT_IN: Final = frozenset(ort.get_available_providers())
 class OpenModel:
     """The onnxruntime_genai module, the bundle's Model, its settings, and the seconds it took to load.
 
-    `folder` holds the files of a model opened on the CPU for as long as it is used.
+    `token_bytes` is what a token takes of the cache. `folder` holds the files of a model opened on the CPU for as long
+    as it is used.
     """
 
     og: Any
     model: Any
     settings: Settings
     load_s: float
+    token_bytes: int
     folder: tempfile.TemporaryDirectory[str] | None
+
+    def longest(self) -> int:
+        """Returns how many tokens a request may have that sets no limit: the context, or what half of the free memory
+        holds of a cache, if that is less."""
+        least, most = self.settings.max_length, self.settings.context_length
+        return max(least, min(most, free_memory_bytes() // 2 // max(self.token_bytes, 1)))
 
     def generator(self, prompt: Any, new_tokens: int, grammar: str | None = None, **options: Any) -> Any:
         """Returns a fresh generator that has read the prompt, with room for `new_tokens` where the context has it.
 
         What it writes keeps to `grammar`, in llguidance's Lark. Raises BundleError if the runtime refuses,
-        UnsupportedError if it refuses the grammar.
+        UnsupportedError if it refuses the grammar, MachineError if a cache beyond the bundle's own does not fit.
         """
         length = self.settings.length_for(len(prompt), new_tokens)
+        if length > self.settings.max_length:
+            _check_cache(length, self.token_bytes * length)
         with running():
             params = self.og.GeneratorParams(self.model)
             params.set_search_options(max_length=length, **options)
@@ -131,7 +141,8 @@ def open_model(bundle: Path, on_cpu: bool = False) -> OpenModel:
     except ImportError:
         raise MachineError("onnxruntime-genai is not installed: pip install onnxruntime-genai") from None
     settings = read_settings(bundle)
-    _check_cache(bundle, settings)
+    cache = cache_bytes(bundle, settings, settings.max_length)
+    _check_cache(settings.max_length, cache)
     folder = None
     if on_cpu and settings.providers():
         folder = linked_copy(bundle, uncompiled_settings(settings).on_cpu())
@@ -142,7 +153,7 @@ def open_model(bundle: Path, on_cpu: bool = False) -> OpenModel:
         model = og.Model(folder.name if folder else str(bundle))
     except Exception as problem:  # whatever the runtime throws
         raise BundleError(f"onnxruntime-genai cannot open {bundle}: {_first_line(problem)}") from None
-    return OpenModel(og, model, settings, time.perf_counter() - start, folder)
+    return OpenModel(og, model, settings, time.perf_counter() - start, cache // settings.max_length, folder)
 
 
 def continuations(bundle: Path, prompts: list[list[int]], new_tokens: int, on_cpu: bool = False) -> list[list[int]]:
@@ -226,11 +237,9 @@ def _devices(execution_provider: str) -> set[Any]:
     return {found.device.type for found in ort.get_ep_devices() if found.ep_name == execution_provider}
 
 
-def _check_cache(bundle: Path, settings: Settings) -> None:
-    length = settings.max_length
-    needed, free = cache_bytes(bundle, settings, length), free_memory_bytes()
-    if needed > free:
+def _check_cache(length: int, needed: int) -> None:
+    if needed > (free := free_memory_bytes()):
         raise MachineError(
             f"the KV cache of {length} tokens takes {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free: "
-            "export with a smaller --set context_length, or close other programs"
+            "ask for fewer tokens, export with a smaller --set context_length, or close other programs"
         )

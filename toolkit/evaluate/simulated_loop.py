@@ -64,7 +64,7 @@ def _continue(raw: Json) -> Json:
     )
     (Path(folder.name) / names.GENAI_CONFIG_FILE).write_text(settings.text, encoding="utf-8")
     og.register_execution_provider_library(PROVIDER, plugin_library())
-    opened = OpenModel(og, og.Model(folder.name), settings, 0.0, folder)
+    opened = OpenModel(og, og.Model(folder.name), settings, 0.0, 0, folder)
     streams = (opened.stream(list(prompt), job.new_tokens, do_sample=False) for prompt in job.prompts)
     return to_json(Continued(tuple(tuple(stream) for stream in streams)))
 

@@ -40,7 +40,8 @@ class SearchOptions:
 
 @dataclass(frozen=True)
 class TextOptions:
-    """What is asked of one text. None of `max_new_tokens` leaves it all that the context has.
+    """What is asked of one text. None of `max_new_tokens` leaves it all that the context
+    and the memory for a cache have.
 
     `stop` are strings that end the answer and are not part of it; in a thought they mean nothing. `grammar` is a rule
     in llguidance's Lark that the answer keeps to. `alternatives` is how many of the likeliest tokens are told beside
@@ -101,7 +102,7 @@ class TextModel:
                 "start anew"
             )
         pieces = _Pieces(prompt, options)
-        new_tokens = options.max_new_tokens or self.settings.context_length
+        new_tokens = options.max_new_tokens or max(1, self._opened.longest() - len(ids))
         times, last = [begun], -1
         for last, scored in self._tokens(ids, prompt, new_tokens, options):
             times = [*times[:2], time.perf_counter()]

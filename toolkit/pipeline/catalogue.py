@@ -215,7 +215,7 @@ def _hub_row(hub_id: str, target: str) -> CatalogueRow:
 
 def _planned_row(kind: str, plan: ExportPlan, license: str | None) -> CatalogueRow:
     recipe, size = plan.recipe, sum(plan.files.values())
-    words, runs = runs_on(plan.target, size, plan.kv_cache_bytes)
+    words, runs = runs_on(plan.target, size, plan.opened_cache_bytes)
     enough = plan.disk_free_bytes >= plan.disk_needed_bytes
     read_bytes = weight_bytes_per_token(plan.layout)
     return CatalogueRow(

@@ -63,6 +63,7 @@ class DescribedPlan:
     peak_memory_bytes: int
     compile_memory_bytes: int | None
     kv_cache_bytes: int
+    opened_cache_bytes: int
     download_bytes: int | None
     disk_needed_bytes: int
     disk_free_bytes: int
@@ -107,6 +108,7 @@ def describe(plan: ExportPlan) -> DescribedPlan:
         peak_memory_bytes=plan.peak_memory_bytes,
         compile_memory_bytes=plan.compile_memory_bytes or None,
         kv_cache_bytes=plan.kv_cache_bytes,
+        opened_cache_bytes=plan.opened_cache_bytes,
         download_bytes=plan.opened.download_bytes or None,
         disk_needed_bytes=plan.disk_needed_bytes,
         disk_free_bytes=plan.disk_free_bytes,

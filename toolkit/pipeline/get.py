@@ -54,13 +54,13 @@ def choose_target(model: str, target: str | None = None, revision: str | None = 
             recipe = shorten_context(recipe, opened.config)
         plan = plan_export(recipe, opened, Path("build") / recipe.name, "int4")
         size = sum(plan.files.values())
-        _, runs = runs_on(row, size, plan.kv_cache_bytes)
+        _, runs = runs_on(row, size, plan.opened_cache_bytes)
         if runs:
             what = row.accelerator.execution_provider
             return ChosenTarget(
                 row.name, chosen.recipe, chosen.checkpoint, f"{what} is the best that is here, and {_gib(size)} fit"
             )
-        refused.append(f"{row.name} takes {_gib(size)} and {_gib(plan.kv_cache_bytes)} of cache")
+        refused.append(f"{row.name} takes {_gib(size)} and {_gib(plan.opened_cache_bytes)} of cache")
     raise MachineError(
         f"{model} does not fit the {_gib(free_memory_bytes())} of free memory: {'; '.join(refused)}: close programs, "
         "name a smaller model, or make it all the same with --target"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from toolkit import names
-from toolkit.bundle.genai_config import genai_type
+from toolkit.bundle.genai_config import genai_type, unasked_length
 from toolkit.bundle.operators import check_experts
 from toolkit.bundle.stop_tokens import StopToken, stop_tokens
 from toolkit.checkpoint.config import ModelConfig, read_config
@@ -60,10 +60,11 @@ _SHAPE_FIELDS: Final = (
 class ExportPlan:
     """What one export will make and need.
 
-    `opened` is the checkpoint as it was given, `checkpoint` as the graph needs it, rotated and with padded heads, and
-    `salient_inputs` has what rounding without data spoils in it. `peak_memory_bytes` is a forecast, of which the report
-    has the measured figure, and `compile_memory_bytes` one of compiling a part, 0 where that is no step. `tokenizer` is
-    None where the checkpoint has none, which an export refuses.
+    `opened` is the checkpoint as it was given, `checkpoint` as the graph needs it, rotated and with padded heads,
+    and `salient_inputs` has what rounding without data spoils in it. `peak_memory_bytes` is a forecast, of which
+    the report has the measured figure, and `compile_memory_bytes` one of compiling a part, 0 where that is no step.
+    `kv_cache_bytes` is a cache of the whole context, `opened_cache_bytes` that of a request which does not say how
+    long it will be. `tokenizer` is None where the checkpoint has none, which an export refuses.
     """
 
     recipe: Recipe
@@ -78,6 +79,7 @@ class ExportPlan:
     peak_memory_bytes: int
     compile_memory_bytes: int
     kv_cache_bytes: int
+    opened_cache_bytes: int
     calibration_cost: CalibrationCost | None
     salient_inputs: list[str]
     tokenizer: TokenizerFiles | None
@@ -110,6 +112,7 @@ def plan_export(recipe: Recipe, checkpoint: Checkpoint, out: Path, precision: st
     compiled = bool(target.soc) and precision == "int4"
     tokenizer = _tokenizer(opened)
     item_bytes = 2 if target.form.activations == "float16" else 4
+    token_bytes = 2 * item_bytes * config.num_hidden_layers * config.kv_size
     graphs = _graph_files(recipe, target, config, item_bytes)
     cores = os.cpu_count() or 1
     graph_bytes = sum(graphs.values())
@@ -133,7 +136,8 @@ def plan_export(recipe: Recipe, checkpoint: Checkpoint, out: Path, precision: st
         bits_per_weight=layout.bits_per_weight(),
         peak_memory_bytes=_BASE_BYTES + max(packing, cost.memory_bytes if cost else 0),
         compile_memory_bytes=compile_memory_bytes(largest_part(layers, recipe.parts)) if compiled else 0,
-        kv_cache_bytes=2 * item_bytes * recipe.context_length * config.num_hidden_layers * config.kv_size,
+        kv_cache_bytes=token_bytes * recipe.context_length,
+        opened_cache_bytes=token_bytes * unasked_length(recipe.context_length, target.partitioned),
         calibration_cost=cost,
         salient_inputs=salient,
         tokenizer=tokenizer,
@@ -250,10 +254,11 @@ def check_machine(plans: Sequence[ExportPlan], already_written_bytes: int) -> No
 
 def _check_cache(plan: ExportPlan) -> None:
     ram, length, window = ram_bytes(), plan.recipe.context_length, plan.recipe.window or 64
-    if plan.kv_cache_bytes > ram:
+    if plan.opened_cache_bytes > ram:
         # Half of the memory: the weights have to be somewhere too.
         fits = max(length * ram // plan.kv_cache_bytes // 2 // window, 1) * window
+        length = length * plan.opened_cache_bytes // plan.kv_cache_bytes
         raise MachineError(
-            f"the KV cache of {length} tokens is {plan.kv_cache_bytes / 2**30:.1f} GiB, allocated whole at the start, "
-            f"and this machine has {ram / 2**30:.1f} GiB: lower it with --set context_length={fits}"
+            f"the KV cache of {length} tokens is {plan.opened_cache_bytes / 2**30:.1f} GiB, allocated whole at the "
+            f"start, and this machine has {ram / 2**30:.1f} GiB: lower it with --set context_length={fits}"
         )

@@ -161,9 +161,12 @@ def _has_template(bundle: Path) -> bool:
 
 def _facts(settings: Settings, thought: Reasoning | None, manifest: Manifest) -> Iterator[str]:
     """Context, thought, stops and sampling, a line each."""
-    yield f"Context: {settings.context_length:,} tokens, prompt and answer together" + (
-        f"; a prompt is read in windows of {settings.window} and takes up whole ones." if settings.is_pipeline else "."
+    context, unasked = settings.context_length, settings.max_length
+    less = f", of which an app that does not say how many gets {unasked:,}" if unasked < context else ""
+    windows = (
+        f"; a prompt is read in windows of {settings.window} and takes up whole ones" if settings.is_pipeline else ""
     )
+    yield f"Context: {context:,} tokens, prompt and answer together{less}{windows}."
     if thought is None:
         return
     if thought.begin_of_thought and thought.end_of_thought:
