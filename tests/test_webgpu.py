@@ -88,3 +88,15 @@ def test_a_plugin_without_a_device_is_one_line(exports: Exports, monkeypatch: py
     line = str(refused.value)
     assert "onnxruntime-ep-webgpu is installed and finds none, see to its driver" in line
     assert "--on-cpu" in line and "\n" not in line and "install onnx" not in line
+
+
+def test_a_plugin_is_registered_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime refuses a library under a name it has, also where it found no device."""
+    row = next(row for row in session.providers() if row.provider == "WebGPU")
+    _plugin(monkeypatch, [], row.plugin)
+    registered: list[str] = []
+    monkeypatch.setattr(ort, "register_execution_provider_library", lambda name, path: registered.append(name))
+    session._make_known.cache_clear()
+    assert [session.provider_is_here("WebGPU") for _ in range(3)] == [False] * 3
+    assert registered == [row.execution_provider]
+    session._make_known.cache_clear()

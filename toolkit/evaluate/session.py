@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import tempfile
@@ -182,12 +183,19 @@ def provider_is_here(name: str) -> bool:
         return False
     try:
         if not _devices(execution_provider):
-            library = importlib.import_module(row.plugin).get_library_path()
-            ort.register_execution_provider_library(execution_provider, str(library))
-    except (ImportError, AttributeError, RuntimeError):
+            _make_known(row.plugin, execution_provider)
+    except Exception:  # a package that is not here or broken, or whatever the runtime throws
         return False
     found = _devices(execution_provider)
     return bool(found if row.device == "gpu" else found - {ort.OrtHardwareDeviceType.CPU})
+
+
+@functools.cache
+def _make_known(plugin: str, execution_provider: str) -> None:
+    """Registers a plugin once: it stays registered where it finds no device, and ONNX Runtime takes it no second
+    time."""
+    library = importlib.import_module(plugin).get_library_path()
+    ort.register_execution_provider_library(execution_provider, str(library))
 
 
 def _genai_has_dml() -> bool:
