@@ -79,13 +79,18 @@ class ExportPlan:
     peak_memory_bytes: int
     compile_memory_bytes: int
     kv_cache_bytes: int
-    opened_cache_bytes: int
     calibration_cost: CalibrationCost | None
     salient_inputs: list[str]
     tokenizer: TokenizerFiles | None
     stop_tokens: tuple[StopToken, ...]
     disk_needed_bytes: int
     disk_free_bytes: int
+
+    @property
+    def opened_cache_bytes(self) -> int:
+        """The bytes of a cache for a request which does not say how long it will be."""
+        length = self.recipe.context_length
+        return self.kv_cache_bytes * unasked_length(length, self.target.partitioned) // length
 
 
 def plan_export(recipe: Recipe, checkpoint: Checkpoint, out: Path, precision: str) -> ExportPlan:
@@ -112,7 +117,6 @@ def plan_export(recipe: Recipe, checkpoint: Checkpoint, out: Path, precision: st
     compiled = bool(target.soc) and precision == "int4"
     tokenizer = _tokenizer(opened)
     item_bytes = 2 if target.form.activations == "float16" else 4
-    token_bytes = 2 * item_bytes * config.num_hidden_layers * config.kv_size
     graphs = _graph_files(recipe, target, config, item_bytes)
     cores = os.cpu_count() or 1
     graph_bytes = sum(graphs.values())
@@ -136,8 +140,7 @@ def plan_export(recipe: Recipe, checkpoint: Checkpoint, out: Path, precision: st
         bits_per_weight=layout.bits_per_weight(),
         peak_memory_bytes=_BASE_BYTES + max(packing, cost.memory_bytes if cost else 0),
         compile_memory_bytes=compile_memory_bytes(largest_part(layers, recipe.parts)) if compiled else 0,
-        kv_cache_bytes=token_bytes * recipe.context_length,
-        opened_cache_bytes=token_bytes * unasked_length(recipe.context_length, target.partitioned),
+        kv_cache_bytes=2 * item_bytes * recipe.context_length * config.num_hidden_layers * config.kv_size,
         calibration_cost=cost,
         salient_inputs=salient,
         tokenizer=tokenizer,
