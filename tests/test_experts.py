@@ -38,6 +38,7 @@ from toolkit.quant.blockwise import QuantSpec, dequantize_blocks, quantize_block
 from toolkit.quant.formats import planned_specs
 from toolkit.recipe import QuantRule, Recipe, load_recipe
 from toolkit.reference.decoder import reference_hidden, reference_logits
+from toolkit.reference.greedy import greedy_continuations
 from toolkit.target import CPU_FORM, TARGETS
 
 IDS = [int(i) for i in np.random.default_rng(3).integers(3, 96, 40)]
@@ -90,6 +91,19 @@ def _rows(folder: Path, layout: Layout, name: str) -> NDArray[np.uint8]:
     slot = layout.units[name].slots[0]
     raw = (folder / slot.file).read_bytes()[slot.offset : slot.offset + slot.nbytes]
     return np.frombuffer(raw, np.uint8).reshape(slot.shape)
+
+
+@pytest.mark.parametrize("case", ["qwen3-moe", "gpt-oss"])
+def test_the_reference_continues_as_transformers_does(case: str, tmp_path: Path) -> None:
+    model = make_checkpoint(*CASES[case], tmp_path)
+    prompts, source = [IDS[:9], IDS[5:20]], open_checkpoint(tmp_path).source
+    found = greedy_continuations(read_config(tmp_path), source, prompts, 20, set())
+    for prompt, made in zip(prompts, found, strict=True):
+        expected = list(prompt)
+        for _ in made:
+            with torch.no_grad():
+                expected.append(int(model(torch.tensor([expected])).logits[0, -1].argmax()))
+        assert prompt + made == expected
 
 
 @pytest.mark.parametrize("case", ["qwen3-moe", "gpt-oss"])

@@ -167,10 +167,9 @@ class Layer:
             [part[end - positions.size : end] for positions, end in zip(each, ends, strict=True)]
             for part in self.project(normed, np.concatenate(each))
         )
-        sinks = self.tensors[attention.sinks] if attention.sinks else None
         return self.on.concatenate(
             [
-                attend(q, k, v, positions, attention.window, self.config.rotary_head_dim, sinks)
+                attend(q, k, v, positions, attention.window, self.config.rotary_head_dim, self.sinks)
                 for q, k, v, positions in zip(*pieces, each, strict=True)
             ]
         )
@@ -198,6 +197,12 @@ class Layer:
         gate, up = self.on.clip(gate, -np.inf, routing.limit), self.on.clip(up, -routing.limit, routing.limit)
         hidden: Array = gate / (1 + self.on.exp(-routing.alpha * gate)) * (up + routing.offset)
         return hidden
+
+    @property
+    def sinks(self) -> Array | None:
+        """The logits [H] that stand for no token in the softmax of attention, None in most families."""
+        name = self.anatomy.attention.sinks
+        return self.tensors[name] if name else None
 
     def mlp_hidden(self, mlp: Mlp | Expert, normed: Array) -> Array:
         """The MLP's activations [T, intermediate_size] of its normed input [T, D]."""

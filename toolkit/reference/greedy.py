@@ -89,7 +89,8 @@ class _Decoder:
                 attention = layer.anatomy.attention
                 q, k, v = layer.project(layer.normed(attention, x), positions)
                 keys[sequence, : len(prompt)], values[sequence, : len(prompt)] = k, v
-                x = layer.finish(x, attend(q, k, v, positions, attention.window, self.config.rotary_head_dim))
+                width = self.config.rotary_head_dim
+                x = layer.finish(x, attend(q, k, v, positions, attention.window, width, layer.sinks))
             last.append(x[-1:])
         return self._next(self.on.concatenate(last))
 
@@ -102,8 +103,8 @@ class _Decoder:
             attention = layer.anatomy.attention
             q, k, v = layer.project(layer.normed(attention, x), positions)
             keys[rows, last], values[rows, last] = k, v
-            mixed = _attend_one(q, keys[rows, :longest], values[rows, :longest], positions, attention.window)
-            x = layer.finish(x, mixed)
+            seen = keys[rows, :longest], values[rows, :longest]
+            x = layer.finish(x, _attend_one(q, *seen, positions, attention.window, layer.sinks))
         self.lengths[live] += 1
         return self._next(x)
 
@@ -113,14 +114,20 @@ class _Decoder:
         return np.asarray(np.concatenate(logits, axis=1).argmax(axis=-1))
 
 
-def _attend_one(q: Array, k: Array, v: Array, positions: NDArray[np.int64], window: int | None) -> Array:
-    """One query a sequence, q [B, H, Dh] at `positions`, over k and v [B, L, K, Dh]; returns [B, H * Dh]."""
+def _attend_one(
+    q: Array, k: Array, v: Array, positions: NDArray[np.int64], window: int | None, sinks: Array | None
+) -> Array:
+    """One query a sequence, q [B, H, Dh] at `positions`, over k and v [B, L, K, Dh], and over `sinks` [H] if there are
+    any; returns [B, H * Dh]."""
     on, (B, _, head_dim) = device_of(q), q.shape
     grouped = q.reshape(B, k.shape[2], -1, head_dim)
     scores = on.einsum("bkgd,blkd->bkgl", grouped, k) / np.float32(math.sqrt(head_dim))
     distance = positions[:, None] - np.arange(k.shape[1])[None, :]
     visible = (distance >= 0) & (distance < (window or k.shape[1] + 1))
     scores += on.from_host(np.where(visible, np.float32(0), np.float32(-np.inf))[:, None, None, :])
+    if sinks is not None:
+        column = on.zeros((*scores.shape[:3], 1)) + sinks.reshape(1, k.shape[2], -1, 1)
+        scores = on.concatenate([scores, column], axis=-1)
     terms = on.softmax_terms(scores)
     terms /= terms.sum(axis=-1, keepdims=True)
-    return on.einsum("bkgl,blkd->bkgd", terms, v).reshape(B, -1)
+    return on.einsum("bkgl,blkd->bkgd", terms[..., : k.shape[1]], v).reshape(B, -1)
