@@ -90,14 +90,15 @@ class OpenModel:
     ) -> Iterator[tuple[int, npt.NDArray[Any] | None]]:
         """Yields each token of a generator as `stream` does, with the logits [vocab_size] it was chosen by if they are
         asked for."""
-        for _ in range(new_tokens):
-            if generator.is_done():
-                return
-            with running():
+        # Around the loop: once a token it took as long as reading the token's text.
+        with running():
+            for _ in range(new_tokens):
+                if generator.is_done():
+                    return
                 # The buffer is the runtime's own, and the next step writes over it.
                 logits = np.array(generator.get_logits()).reshape(-1) if with_logits else None
                 generator.generate_next_token()
-            yield int(generator.get_next_tokens()[0]), logits
+                yield int(generator.get_next_tokens()[0]), logits
 
 
 @contextmanager

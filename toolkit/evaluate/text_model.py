@@ -180,9 +180,11 @@ class _Pieces:
         for piece in pieces:
             ended = self._ended_in(len(piece))
             self.thought_tokens += len(ended) if piece.kind == "thought" else 0
-            text = self._stops.add(piece) if piece.kind == "answer" else str(piece)
+            text = self._stops.add(piece) if piece.kind == "answer" else piece
             scored = tuple(token for token in ended if token is not None)
-            if text or scored:
+            if text is piece and not scored:
+                yield piece
+            elif text or scored:
                 yield Piece(piece.kind, text, scored)
 
     def _ended_in(self, characters: int) -> list[ScoredToken | None]:
