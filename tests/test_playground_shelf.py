@@ -27,6 +27,8 @@ from toolkit.serve.shelf_process import shelf_events
 from toolkit.serve.wanted import Look, ShelfJob
 
 QUESTION = "Add 4 and 5."
+# The model itself, and the bundles that the server of these tests has.
+MADE_OF_TINY_R1 = {"tiny-r1", "made-before", "served"}
 
 
 @dataclass
@@ -213,3 +215,31 @@ def test_a_process_that_is_left_ends() -> None:
         assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
 
     asyncio.run(left())
+
+
+def test_the_catalogue_is_found_by_keyboard_and_fits_narrow_and_dark_pages(idle: Served) -> None:
+    with opened(idle.url) as page:
+        page.get_by_role("button", name="Models").press("Enter")
+        expect(page.get_by_label("Search")).to_be_focused()
+        expect(page.get_by_role("button", name="Get tiny-r1")).to_be_visible(timeout=60_000)
+        page.keyboard.type("TINY mit")
+        expect(page.locator("#cards > li h2").first).to_be_visible()
+        assert {text.split(" ")[0] for text in page.locator("#cards > li h2").all_inner_texts()} <= MADE_OF_TINY_R1
+        for width, scheme in ((320, "dark"), (320, "light"), (1280, "dark")):
+            page.set_viewport_size({"width": width, "height": 640})
+            page.emulate_media(color_scheme="dark" if scheme == "dark" else "light")
+            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        # What a screen reader says of each control: none is without a name, none has another's.
+        names = [control for role in ("button", "combobox", "searchbox", "checkbox") for control in _names(page, role)]
+        assert all(names) and len(names) >= 5
+        assert len(_names(page, "button")) == len(set(_names(page, "button")))
+        page.keyboard.press("Shift+Tab")
+        expect(page.get_by_role("button", name="Back to talking")).to_be_focused()
+        page.keyboard.press("Enter")
+        expect(page.get_by_label("Your message")).to_be_focused()
+
+
+def _names(page: Page, role: str) -> list[str]:
+    """The accessible names of the controls of one role that are to be seen."""
+    found = re.findall(rf'^\s*- {role}(?: "((?:[^"\\]|\\.)*)")?', page.locator("body").aria_snapshot(), re.MULTILINE)
+    return [str(name) for name in found]
