@@ -145,6 +145,8 @@ def test_a_bundle_that_lies_there_is_served_by_its_name_alone(idle: Served) -> N
         assert [row["id"] for row in http.get("/v1/models").json()["data"]] == ["served", "made-before"]
         # It is in the catalogue with the others, and no row says where anything lies.
         answer = http.get("/playground/catalogue")
+    bundles = [row["name"] for row in answer.json()["rows"] if row["facts"]["kind"] == "bundle"]
+    assert sorted(bundles) == ["made-before", "served"]
     rows = {row["name"]: row["facts"] for row in answer.json()["rows"]}
     assert {"made-before", "served", "1.5b", "tiny-r1"} <= rows.keys()
     assert rows["made-before"]["model"] == "tiny-r1" and rows["made-before"]["bundle_bytes"] > 1 << 20

@@ -76,8 +76,7 @@ class Shelf:
     async def _catalogue(self, request: Request) -> Response:
         """Every recipe and bundle, or with `?hub=owner/name` what that checkpoint would be."""
         hub_id = request.query_params.get("hub")
-        folders = (str(self._folder), *map(str, self._engine.bundles.values()))
-        look = Look(() if hub_id else tuple(dict.fromkeys(folders)), check_on_hub(hub_id) if hub_id else None)
+        look = Look(hub_id=check_on_hub(hub_id)) if hub_id else Look(self._places())
         async with self._looking, aclosing(shelf_events(ShelfJob(look=look))) as events:
             last = [event async for event in events][-1]
         if last.kind == FAILED:
@@ -110,6 +109,12 @@ class Shelf:
         if found is None:
             raise Refusal(f"no bundle {name!r:.80} is here: see the catalogue", 404, "name")
         return JSONResponse({"name": self._engine.add(found)})
+
+    def _places(self) -> tuple[str, ...]:
+        """Where bundles are looked for: the folder, and each that is served from elsewhere."""
+        inside = self._folder.resolve()
+        served = self._engine.bundles.values()
+        return (str(self._folder), *(str(one) for one in served if not one.resolve().is_relative_to(inside)))
 
     def _made(self) -> Iterator[Path]:
         return (path.parent for path in self._folder.glob(f"*/{names.GENAI_CONFIG_FILE}"))
