@@ -180,6 +180,45 @@ def test_experts_of_gpt_oss_are_transformers_to_the_bit(tmp_path: Path) -> None:
         coded_tensors(read_header(tmp_path / "model.safetensors"), None, {name: (3, 128, 20)})
 
 
+def test_experts_one_by_one_are_read_too(tmp_path: Path) -> None:
+    """As Qwen3-30B-A3B-FP8 has them; its routers are left."""
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 136, "decoder_sparse_step": 1}
+    make_checkpoint("Qwen3Moe", {**WIDE, **experts}, tmp_path)
+    floats = quantize_folder(tmp_path, fp8_blocks((128, 128), torch.bfloat16), BLOCKS, left=("mlp.gate.",))
+    opened = open_checkpoint(tmp_path)
+    _assert_reads(opened.source, floats)
+    assert opened.stored_as is not None and opened.stored_as.tensors["F8_E4M3"] == 2 * (4 + 4 * 3)
+
+
+def test_codes_beside_the_decoder_are_in_nobodys_way(tmp_path: Path) -> None:
+    """A head for more tokens or a tower for pictures may be in FP8 too; a layer too many is named as such."""
+    make_checkpoint("Qwen3", WIDE, tmp_path)
+    floats = quantize_folder(tmp_path, fp8_blocks((128, 128)), BLOCKS)
+    stored = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    codes = {part: stored[f"{DOWN}.{part}"].clone() for part in ("weight", "weight_scale_inv")}
+    save(tmp_path, stored | {f"mtp.fc.{part}": tensor for part, tensor in codes.items()})
+    opened = open_checkpoint(tmp_path)
+    _assert_reads(opened.source, floats)
+    assert any("2 tensors beside the decoder, such as mtp.fc.weight" in note for note in opened.notes)
+    save(tmp_path, stored | {f"model.layers.2.mlp.up_proj.{part}": tensor for part, tensor in codes.items()})
+    with pytest.raises(CheckpointError, match="num_hidden_layers is 2 in its config"):
+        open_checkpoint(tmp_path)
+
+
+def test_inspect_says_what_is_in_a_folder(tmp_path: Path) -> None:
+    make_checkpoint("Qwen3", WIDE, tmp_path)
+    quantize_folder(tmp_path, fp8_blocks((128, 128)), BLOCKS)
+    inspected = called("inspect", str(tmp_path), "--json")
+    assert inspected.returncode == 0, inspected.stderr
+    facts = json.loads(inspected.stdout)
+    assert facts["file_type"] == "fp8" and facts["dtypes"] == {"F32": 11, "F8_E4M3": 14}
+    stored = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    floats = {name for name in stored if f"{name}_scale_inv" not in stored and not name.endswith("_inv")}
+    nbytes = sum(tensor.nbytes for tensor in stored.values())
+    weights = sum(tensor.numel() for name, tensor in stored.items() if not name.endswith("_inv"))
+    assert facts["bits_per_weight"] == round(8 * nbytes / weights, 3) and len(floats) == 11
+
+
 def test_scales_may_lie_in_another_shard(tmp_path: Path) -> None:
     make_checkpoint("Qwen3", WIDE, tmp_path)
     floats = quantize_folder(tmp_path, fp8_blocks((128, 128)), BLOCKS)

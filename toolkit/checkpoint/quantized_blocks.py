@@ -119,19 +119,23 @@ def _pairs(raw: Any, codes: Any) -> None:
 
 @_compiled
 def _gptq(words: Any, bits: Any, start: Any, codes: Any) -> None:
-    """Codes along a column of words, from the lowest bits on."""
+    """Codes along a column of words, from the lowest bits on; eight columns at a time, which the cache can hold."""
     per, mask = 32 // bits, (1 << bits) - 1
-    for r in range(words.shape[0]):
-        for i in range(codes.shape[0]):
-            word = np.int64(words[r, start + i])
-            for j in range(min(per, codes.shape[1] - r * per)):
-                codes[i, r * per + j] = (word >> (bits * j)) & mask
+    for first in range(0, codes.shape[0], 8):
+        for r in range(words.shape[0]):
+            for i in range(first, min(first + 8, codes.shape[0])):
+                word = np.int64(words[r, start + i])
+                for j in range(min(per, codes.shape[1] - r * per)):
+                    codes[i, r * per + j] = (word >> (bits * j)) & mask
 
 
 @_compiled
 def _awq(words: Any, places: Any, start: Any, codes: Any) -> None:
-    """The code of an output feature from the word of its eight."""
-    for k in range(words.shape[0]):
-        for i in range(codes.shape[0]):
-            row = start + i
-            codes[i, k] = (np.int64(words[k, row >> 3]) >> (4 * places[row & 7])) & 15
+    """The codes of eight output features from the word that has them; the first and last word may be cut."""
+    stop = start + codes.shape[0]
+    for column in range(start >> 3, (stop + 7) >> 3):
+        first, last = max(start, 8 * column), min(stop, 8 * column + 8)
+        for k in range(words.shape[0]):
+            word = np.int64(words[k, column])
+            for row in range(first, last):
+                codes[row - start, k] = (word >> (4 * places[row & 7])) & 15

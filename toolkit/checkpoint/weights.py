@@ -243,7 +243,8 @@ def find_tensors(folder: Path, config: ModelConfig, read: Callable[[Path], dict[
     stored, placed = _all_tensors(chosen, read)
     found, renamed = module_tensors(stored, folder)
     found, coded = coded_tensors(found, by, stored_tensors(decoder_of(config)))
-    refuse_quantized(found, folder)
+    meant = {name: ref for name, ref in found.items() if name.startswith(_DECODERS) and not _beyond(name, config)}
+    refuse_quantized(meant, folder)
     found, tied = _with_tied_table(found, config)
     _check_complete(found, stored_tensors(decoder_of(config)), folder)
     decoder = {name: ref for name, ref in found.items() if name.startswith(_DECODERS) and not _is_cache_scale(name)}
@@ -317,9 +318,15 @@ def expected_refs(
     return {name: found[name] for name in expected}
 
 
+def _beyond(name: str, config: ModelConfig) -> bool:
+    """Whether a tensor is of a layer that the config does not have."""
+    layer = _LAYER.match(name)
+    return layer is not None and int(layer[1]) >= config.num_hidden_layers
+
+
 def _not_called_for(extra: list[str], config: ModelConfig) -> str:
     """What there is beside what the config calls for, and what that may mean."""
-    beyond = [name for name in extra if (layer := _LAYER.match(name)) and int(layer[1]) >= config.num_hidden_layers]
+    beyond = [name for name in extra if _beyond(name, config)]
     first = (beyond or extra)[0]
     said = f"{len(extra)} tensors its config does not call for, such as {first[-100:]}: "
     if beyond:
