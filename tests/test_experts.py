@@ -23,6 +23,7 @@ from toolkit.calibrate.survey import Wish, survey
 from toolkit.checkpoint.anatomy import decoder_of
 from toolkit.checkpoint.config import parse_config, read_config
 from toolkit.checkpoint.opened import open_checkpoint, synthetic_checkpoint
+from toolkit.checkpoint.remembered import Remembered
 from toolkit.checkpoint.rotated import rotate
 from toolkit.checkpoint.synthetic import SyntheticWeights
 from toolkit.checkpoint.weights import expected_tensors, open_weights
@@ -271,3 +272,27 @@ def test_the_30b_plans_as_its_config_says(tmp_path: Path) -> None:
     assert of_experts == experts * (4 + 20 / 32) / 8
     assert plan.peak_memory_bytes < 1.5e9
     assert plan.disk_needed_bytes > plan.layout.nbytes > 17e9
+
+
+def test_what_is_remembered_leaves_experts_out() -> None:
+    class Counting:
+        def __init__(self) -> None:
+            self.reads: list[str] = []
+
+        def names(self) -> list[str]:
+            return []
+
+        def read(self, name: str) -> NDArray[np.float32]:
+            self.reads.append(name)
+            return np.zeros((2, 2), np.float32)
+
+        def read_rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
+            return self.read(name)[start:stop]
+
+    source = Counting()
+    remembered = Remembered(source)
+    plain, expert = "model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.experts.1.up_proj.weight"
+    for name in (plain, plain, expert, expert):
+        remembered.read(name)
+        remembered.read_rows(name, 0, 1)
+    assert source.reads.count(plain) == 2 and source.reads.count(expert) == 4

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from toolkit import names
+from toolkit.calibrate.expert_tokens import ExpertTokens
 from toolkit.calibrate.facts import InputFacts
 from toolkit.checkpoint.sublayers import Moe
 from toolkit.checkpoint.weights import Tensors
@@ -22,19 +22,6 @@ Floats = NDArray[np.float32]
 
 # Second moments of fewer tokens are off by a quarter or more, and those of none are nothing.
 FEWEST_ROUTED: Final = 32
-
-
-@dataclass(frozen=True)
-class ExpertTokens:
-    """How a text's tokens came to the experts of all layers, `experts` of them: the fewest that came to one, the
-    median and the most. To `searched` came fewer than `needed`, so that their errors are weighed without the text."""
-
-    experts: int
-    fewest: int
-    median: int
-    most: int
-    needed: int
-    searched: int
 
 
 def expert_tokens(inputs: Mapping[str, InputFacts]) -> ExpertTokens | None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from toolkit import names
 from toolkit.checkpoint.scan import Rows
 from toolkit.checkpoint.weights import Origin, Tensors, WeightSource
 
@@ -14,7 +15,8 @@ Floats = NDArray[np.float32]
 
 
 class Remembered:
-    """`Tensors` that reads each piece from its source once, until it is told to forget."""
+    """`Tensors` that reads each piece from its source once, until it is told to forget. Experts are read anew each
+    time: those of a layer together would be its memory many times over."""
 
     def __init__(self, source: Tensors) -> None:
         self._source = source
@@ -27,12 +29,16 @@ class Remembered:
 
     def read(self, name: str) -> Floats:
         """Reads a whole tensor as float32, once."""
+        if names.is_expert(name):
+            return self._source.read(name)
         if name not in self._whole:
             self._whole[name] = self._source.read(name)
         return self._whole[name]
 
     def read_rows(self, name: str, start: int, stop: int) -> Floats:
         """Reads rows [start, stop) as float32, once."""
+        if names.is_expert(name):
+            return self._source.read_rows(name, start, stop)
         if (name, start, stop) not in self._rows:
             self._rows[name, start, stop] = self._source.read_rows(name, start, stop)
         return self._rows[name, start, stop]

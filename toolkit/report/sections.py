@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from toolkit.calibrate.experts import ExpertTokens
+from toolkit.calibrate.expert_tokens import ExpertTokens
 from toolkit.checkpoint.stored_as import StoredAs
 from toolkit.machine import Machine
 
