@@ -60,8 +60,8 @@ JSON_CASES: Final[tuple[tuple[str, str, Any, str], ...]] = (
     ("config", "quantization_config", {"quant_method": "hqq"}, "already quantized by hqq"),
     ("config", "quantization_config", {"quant_method": "gptq", "bits": HUGE}, "bits is"),
     ("config", "quantization_config", {"quant_method": "gptq", "bits": 4, "group_size": "x"}, "group_size is"),
-    ("config", "quantization_config", {"quant_method": "fp8", "weight_block_size": [HUGE]}, "weight_block_size of"),
-    ("config", "quantization_config", {"quant_method": "fp8", "weight_block_size": [1 << 80, -1]}, "weight_block_size of"),
+    ("config", "quantization_config", {"quant_method": "fp8", "weight_block_size": [HUGE]}, "block_size of"),
+    ("config", "quantization_config", {"quant_method": "fp8", "weight_block_size": [1 << 80, -1]}, "block_size of"),
     ("config", "quantization_config", {"quant_method": "compressed-tensors", "format": []}, "format of"),
     (
         "config",
