@@ -94,11 +94,11 @@ def measured(model: str, quality: str, device: str, layers: int, toy: bool) -> M
     plans = toolkit.plan("cpu", checkpoint=folder, out=out, synthetic=True, quality=quality, changes=changes)
     _forget_peak(device)
     clock = _Clock()
-    bundles = toolkit.export(plans, device=device, progress=clock.hear, note=_said)
+    bundles = toolkit.export(plans, device=device, progress=clock.hear, note=said)
     device_bytes = _peak_bytes(device)
     start = time.perf_counter()
     effort = toolkit.Effort(tokens=512, tasks=False, speed=False, baseline=True)
-    report = toolkit.validate(bundles[0], plans[0].opened, effort, device=device, progress=_said, note=_said)
+    report = toolkit.validate(bundles[0], plans[0].opened, effort, device=device, progress=said, note=said)
     validate_s = time.perf_counter() - start
     made = report.quantization.calibration if report.quantization else None
     if made is None or report.parity is None:
@@ -134,7 +134,7 @@ class _Clock:
         if found := re.search("(calibrated|solved) (layer|head)", line):
             self.seconds[found[0]] += now - self._last
         self._last = now
-        _said(line)
+        said(line)
 
 
 def _module(device: str) -> Any:
@@ -162,11 +162,13 @@ def _card(device: str) -> str:
     return str(module.get_device_name()) if module else chosen_device(device).software
 
 
-def _said(line: str) -> None:
+def said(line: str) -> None:
+    """Says a line to who watches, apart from the table."""
     print(line, file=sys.stderr, flush=True)
 
 
-def _print_row(cells: Sequence[str]) -> None:
+def print_row(cells: Sequence[str]) -> None:
+    """Prints a row of a Markdown table."""
     print("| " + " | ".join(cells) + " |", flush=True)
 
 
@@ -184,12 +186,12 @@ def main() -> None:
         print(f"{name}: {_card(name)}", flush=True)
         # What a first use loads and compiles is no layer's.
         measured(asked.models[0], "balanced", name, 1, toy=True)
-    _print_row(_HEADS)
-    _print_row(["---"] * len(_HEADS))
+    print_row(_HEADS)
+    print_row(["---"] * len(_HEADS))
     for model in asked.models:
         for quality in asked.qualities:
             for name in names:
-                _print_row(measured(model, quality, name, asked.layers, asked.toy).cells())
+                print_row(measured(model, quality, name, asked.layers, asked.toy).cells())
 
 
 if __name__ == "__main__":

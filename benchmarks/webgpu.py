@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
 import onnx
 
 import toolkit
+from benchmarks.device import print_row, said
 from toolkit.errors import ToolkitError
 from toolkit.evaluate.parity import matching_prefix
 from toolkit.evaluate.session import continuations
@@ -42,7 +41,7 @@ def exported(model: str, profile: str) -> Path:
     synthetic = model != "tiny-r1"
     changes = [f"profile={profile}", *([] if synthetic else ["quantize.0.bits=8", "bits_per_weight=0"])]
     plans = toolkit.plan(f"{model}-webgpu", out=out, synthetic=synthetic, quality="fast", changes=changes)
-    return toolkit.export(plans, note=_said)[0]
+    return toolkit.export(plans, note=said)[0]
 
 
 def without_rounding(bundle: Path) -> Path:
@@ -74,14 +73,6 @@ def row_of(model: str, form: str, bundle: Path, toy: bool) -> list[str]:
     return [model, form, f"{speed.prefill_tokens_per_s:.0f}", f"{speed.decode_tokens_per_s:.0f}", equal]
 
 
-def _said(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def _print_row(cells: Sequence[str]) -> None:
-    print("| " + " | ".join(cells) + " |", flush=True)
-
-
 def main() -> None:
     """Prints a row as each is measured, so that what a card's minutes did not suffice for is all that is lost."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -92,15 +83,15 @@ def main() -> None:
         tiny = exported("tiny-r1", "gpu-head")
         for run in toolkit.check(tiny, run=True).runs:
             print(f"{run.software}: {run.error:.2g} of the logits' spread, nodes {run.nodes}", flush=True)
-        _print_row(_HEADS)
-        _print_row(["---"] * len(_HEADS))
-        _print_row(row_of("tiny-r1", "gpu-head", tiny, asked.toy))
+        print_row(_HEADS)
+        print_row(["---"] * len(_HEADS))
+        print_row(row_of("tiny-r1", "gpu-head", tiny, asked.toy))
         for model in () if asked.toy else asked.models:
             for profile in PROFILES:
                 bundle = exported(model, profile)
-                _print_row(row_of(model, profile, bundle, asked.toy))
+                print_row(row_of(model, profile, bundle, asked.toy))
                 if profile == PROFILES[0]:
-                    _print_row(row_of(model, "gpu-head, products exact", without_rounding(bundle), asked.toy))
+                    print_row(row_of(model, "gpu-head, products exact", without_rounding(bundle), asked.toy))
     except ToolkitError as problem:
         raise SystemExit(f"error: {problem}") from None
 
