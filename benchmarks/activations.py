@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from toolkit import names
 from toolkit.checkpoint.opened import Checkpoint, open_checkpoint
-from toolkit.checkpoint.sublayers import Mlp
+from toolkit.checkpoint.sublayers import Attention, Mlp
 from toolkit.pipeline.text import token_sequences
 from toolkit.reference.decoder import embed, read_layer
 
@@ -49,6 +49,7 @@ def layer_rows(checkpoint: Checkpoint, sequences: list[list[int]]) -> list[Layer
     for index in range(config.num_hidden_layers):
         layer = read_layer(config, source, index)
         attention, mlp = layer.anatomy.sublayers
+        assert isinstance(attention, Attention)
         normed = [layer.normed(attention, x) for x in hidden]
         hidden = [layer.added(attention, x, layer.inner(attention, n)) for x, n in zip(hidden, normed, strict=True)]
         assert isinstance(mlp, Mlp)

@@ -24,6 +24,20 @@ LLAMA3 = {
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "num_hidden_layers": 3}
 
 
+LATENT = {
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 4,
+}
+
+
 # Model classes and what their configs add, by the name a test shows.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", {}),
@@ -55,6 +69,22 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "sliding_window": 6,
             "rope_scaling": {**YARN, "truncate": False},
         },
+    ),
+    # Latents of both, a dense layer first, groups; values narrower than keys, and YaRN that sharpens scores.
+    "deepseek-v3": (
+        "DeepseekV3",
+        {
+            **LATENT,
+            "q_lora_rank": 32,
+            "n_group": 4,
+            "topk_group": 2,
+            "n_shared_experts": 1,
+            "rope_scaling": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
+        },
+    ),
+    "deepseek-v2": (
+        "DeepseekV2",
+        {**LATENT, "q_lora_rank": None, "n_shared_experts": 2, "topk_method": "greedy", "n_group": 1, "topk_group": 1},
     ),
     "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0], "pad_token_id": 0}),
     "smollm3-tied-of-four": ("SmolLM3", {"num_hidden_layers": 4, "rope_scaling": YARN, "pad_token_id": 0}),
@@ -98,6 +128,9 @@ def make_checkpoint(family: str, extra: dict[str, Any], folder: Path) -> PreTrai
     for name, parameter in model.named_parameters():
         if name.endswith(("bias", "sinks")) or "norm" in name:
             parameter.data.add_(torch.randn_like(parameter) * 0.3)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.add_(torch.rand_like(buffer) * 0.3)  # positive: where it is not, transformers opens other groups
     model.save_pretrained(folder)
     made: PreTrainedModel = model
     return made

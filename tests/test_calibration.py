@@ -26,7 +26,7 @@ from toolkit.calibrate.survey import Survey, Wish, survey
 from toolkit.checkpoint.anatomy import decoder_of
 from toolkit.checkpoint.folded import FoldedTensors
 from toolkit.checkpoint.opened import Checkpoint, open_checkpoint
-from toolkit.checkpoint.sublayers import Mlp
+from toolkit.checkpoint.sublayers import Attention, Mlp
 from toolkit.evaluate.parity import Comparison
 from toolkit.evaluate.positions import open_positions
 from toolkit.names import weight
@@ -235,6 +235,7 @@ def test_each_matrix_is_solved_against_what_the_rounded_layers_before_it_give(
         for ids in sequences:
             x = layers[0](embed(tensors, ids))
             attention, mlp = layers[1].anatomy.sublayers
+            assert isinstance(attention, Attention)
             x = layers[1].added(attention, x, layers[1].inner(attention, layers[1].normed(attention, x)))
             assert isinstance(mlp, Mlp)
             hidden = layers[1].inner(mlp, layers[1].normed(mlp, x))

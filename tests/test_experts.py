@@ -7,6 +7,7 @@ import json
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,13 @@ import torch
 from numpy.typing import NDArray
 
 from tests.graphs import export_bundle, recipe_for, write_graphs
-from tests.random_models import CASES, make_checkpoint
+from tests.random_models import CASES, LATENT, make_checkpoint
 from toolkit.bundle.operators import check_experts
 from toolkit.calibrate.experts import FEWEST_ROUTED
 from toolkit.calibrate.survey import Wish, survey
 from toolkit.checkpoint.anatomy import decoder_of
 from toolkit.checkpoint.config import parse_config, read_config
+from toolkit.checkpoint.family import Experts
 from toolkit.checkpoint.opened import open_checkpoint, synthetic_checkpoint
 from toolkit.checkpoint.remembered import Remembered
 from toolkit.checkpoint.rotated import rotate
@@ -38,7 +40,7 @@ from toolkit.quant.activations import Rounding
 from toolkit.quant.blockwise import QuantSpec, dequantize_blocks, quantize_blocks
 from toolkit.quant.formats import planned_specs
 from toolkit.recipe import QuantRule, Recipe, load_recipe
-from toolkit.reference.decoder import reference_hidden, reference_logits
+from toolkit.reference.decoder import reference_hidden, reference_logits, routed_by_groups
 from toolkit.reference.greedy import greedy_continuations
 from toolkit.target import CPU_FORM, TARGETS
 
@@ -54,7 +56,7 @@ def _config_json(tmp_path: Path, **changes: Any) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("case", ["qwen3-moe", "qwen3-moe-shares-of-all", "gpt-oss"])
+@pytest.mark.parametrize("case", ["qwen3-moe", "qwen3-moe-shares-of-all", "gpt-oss", "deepseek-v3", "deepseek-v2"])
 @pytest.mark.parametrize("rule", [QuantRule("*"), QuantRule("*", symmetric=True), QuantRule("*", block_size=16)])
 def test_graphs_compute_the_dequantized_weights_of_their_experts(case: str, rule: QuantRule, tmp_path: Path) -> None:
     make_checkpoint(*CASES[case], tmp_path)
@@ -94,7 +96,7 @@ def _rows(folder: Path, layout: Layout, name: str) -> NDArray[np.uint8]:
     return np.frombuffer(raw, np.uint8).reshape(slot.shape)
 
 
-@pytest.mark.parametrize("case", ["qwen3-moe", "gpt-oss"])
+@pytest.mark.parametrize("case", ["qwen3-moe", "gpt-oss", "deepseek-v3"])
 def test_the_reference_continues_as_transformers_does(case: str, tmp_path: Path) -> None:
     model = make_checkpoint(*CASES[case], tmp_path)
     prompts, source = [IDS[:9], IDS[5:20]], open_checkpoint(tmp_path).source
@@ -224,6 +226,58 @@ def test_what_experts_cannot_be_stored_as_is_refused_in_the_plan(tmp_path: Path)
         plan_export(recipe_for("cpu", (QuantRule("*", bits=8),)), checkpoint, tmp_path / "bundle", "int4")
     with pytest.raises(RecipeError, match=r"bits_per_weight is for models without experts"):
         plan_export(_calibrated(bits_per_weight=4.7), checkpoint, tmp_path / "bundle", "int4")
+
+
+def test_groups_that_are_shut_give_no_expert_whatever_the_bias_is() -> None:
+    """By DeepSeek's own way, which shuts them out for good, against one that tries every set of groups and experts."""
+    random = np.random.default_rng(5)
+    routing = Experts(8, 2, 32, normalized=True, scaling=2.5, groups=(4, 2))
+    logits = random.standard_normal((64, 8)).astype(np.float32)
+    bias = (random.standard_normal(8) - 1).astype(np.float32)  # mostly negative, where 0 would open them again
+    found = routed_by_groups(routing, logits, bias)
+    for row, weights in zip(logits, found, strict=True):
+        affinity = 1 / (1 + np.exp(-row.astype(np.float64)))
+        choice = affinity + bias
+        opened = max(combinations(range(4), 2), key=lambda pair: sum(choice[2 * g] + choice[2 * g + 1] for g in pair))
+        within = [e for g in opened for e in (2 * g, 2 * g + 1)]
+        chosen = sorted(within, key=lambda e: -choice[e])[:2]
+        expected = np.zeros(8)
+        expected[chosen] = 2.5 * affinity[chosen] / affinity[chosen].sum()
+        assert np.allclose(weights, expected, atol=1e-6)
+
+
+LATENT_REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "more than open groups hold": (
+        "deepseek_v3",
+        {"num_experts_per_tok": 5, "n_group": 4},
+        "expected at most the 4 of op",
+    ),
+    "uneven groups": ("deepseek_v3", {"n_group": 3}, "8 experts in 3 groups, 2 of them open: expected equal groups"),
+    "more open than there are": ("deepseek_v3", {"topk_group": 5}, "5 of them open: expected equal groups"),
+    "groups by the best": (
+        "deepseek_v2",
+        {"topk_method": "group_limited_greedy"},
+        "topk_method 'group_limited_greedy'",
+    ),
+    "wide values": ("deepseek_v3", {"v_head_dim": 64}, "v_head_dim 64 is more than the 48 of a head's query"),
+    "biases": ("deepseek_v3", {"attention_bias": True}, "not supported with latent attention"),
+}
+
+
+@pytest.mark.parametrize("case", LATENT_REFUSED)
+def test_routing_and_latents_that_contradict_each_other_are_refused(case: str) -> None:
+    model_type, changes, message = LATENT_REFUSED[case]
+    shape = {"model_type": model_type, "vocab_size": 96, "hidden_size": 64, "intermediate_size": 112}
+    heads = {"num_attention_heads": 4, "n_group": 4, "topk_group": 2, "first_k_dense_replace": 1}
+    with pytest.raises((CheckpointError, UnsupportedError), match=message):
+        parse_config({**shape, **heads, **LATENT, **changes}, Path("config.json"))
+
+
+def test_latent_attention_refuses_calibration_in_the_plan(tmp_path: Path) -> None:
+    make_checkpoint(*CASES["deepseek-v3"], tmp_path)
+    with pytest.raises(RecipeError, match=r"quality balanced reads a text.*set quality=fast"):
+        plan_export(_calibrated(), synthetic_checkpoint(tmp_path), tmp_path / "bundle", "int4")
+    plan_export(recipe_for("cpu"), synthetic_checkpoint(tmp_path), tmp_path / "bundle", "int4")
 
 
 def test_memory_does_not_grow_with_the_number_of_experts(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from toolkit.checkpoint.families import FAMILIES
 from toolkit.checkpoint.family import DECODER
 from toolkit.checkpoint.opened import synthetic_checkpoint
 from toolkit.errors import CheckpointError, UnsupportedError
+from toolkit.graph.attention import turns
 from toolkit.pipeline.plan import plan_export
 from toolkit.recipe import load_recipe
 
@@ -82,7 +83,7 @@ def test_a_config_means_what_it_means_to_transformers(case: str, model_type: str
         # Mistral's attention asks its config; Llama keeps the key and knows no windows.
         window = theirs.sliding_window if model_type == "mistral" else getattr(attention, "sliding_window", None)
         assert layer.attention.window == window
-        assert layer.attention.rope == bool(getattr(attention, "use_rope", True))
+        assert turns(layer) == bool(getattr(attention, "use_rope", True))
 
 
 def test_every_file_of_the_folder_is_a_family_under_its_own_name() -> None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from toolkit.calibrate.activations import ActivationFile
 from toolkit.calibrate.exact import ExactInputs
 from toolkit.calibrate.pieces import added, each, inner, reading
-from toolkit.checkpoint.sublayers import Attention, LinearInput, Mlp, Moe, Sublayer
+from toolkit.checkpoint.sublayers import Attention, LatentAttention, LinearInput, Mlp, Moe, Sublayer
 from toolkit.device.arrays import Device
 from toolkit.device.fitting import Pool
 from toolkit.reference.decoder import Layer
@@ -98,7 +98,7 @@ class ComputedSide:
 
     def _behind(self, half: Sublayer) -> Iterator[Floats]:
         """What stands behind a half, of some sequences at a time; experts go by here, one after the other."""
-        if isinstance(half, Moe):
+        if isinstance(half, Moe | LatentAttention):
             return (self._layer.through(half, x, lengths) for x, lengths in self._stream)
         pairs = ((x, y) for (x, _), (y, _) in zip(self._stream, self._inner_file(half), strict=True))
         return each(self._pool, added, reading(self._layer, half, half.inner_input), pairs)

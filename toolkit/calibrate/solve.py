@@ -25,7 +25,7 @@ from toolkit.calibrate.sides import ComputedSide, KeptSide, Side
 from toolkit.calibrate.statistics import Products
 from toolkit.checkpoint.anatomy import decoder_of
 from toolkit.checkpoint.config import ModelConfig
-from toolkit.checkpoint.sublayers import Linear, LinearInput, Moe
+from toolkit.checkpoint.sublayers import Attention, Linear, LinearInput, Mlp, Moe
 from toolkit.checkpoint.weights import Tensors
 from toolkit.device.arrays import Device
 from toolkit.device.fitting import ON_NUMPY, Fitting, Pool
@@ -251,7 +251,7 @@ class _LayerPass:
         for half in self._exact.anatomy.sublayers:
             if isinstance(half, Moe):
                 self._rounded.solved |= {linear.module: given for given in half.inputs for linear in given.linears}
-            else:
+            elif isinstance(half, Attention | Mlp):
                 self._solve(half.normed_input, exact.normed(half), rounded.normed(half))
                 self._solve(half.inner_input, exact.inner(half), rounded.inner(half))
             exact.step(half)

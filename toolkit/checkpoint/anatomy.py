@@ -15,8 +15,8 @@ from functools import lru_cache
 
 from toolkit import names
 from toolkit.checkpoint.config import ModelConfig
-from toolkit.checkpoint.family import Experts
-from toolkit.checkpoint.sublayers import Attention, Expert, Linear, LinearInput, Mlp, Moe, Norm
+from toolkit.checkpoint.family import Experts, Latent
+from toolkit.checkpoint.sublayers import Attention, Expert, LatentAttention, Linear, LinearInput, Mlp, Moe, Norm
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,11 @@ class DecoderLayer:
 
     index: int
     prefix: str
-    attention: Attention
+    attention: Attention | LatentAttention
     mlp: Mlp | Moe
 
     @property
-    def sublayers(self) -> tuple[Attention, Mlp | Moe]:
+    def sublayers(self) -> tuple[Attention | LatentAttention, Mlp | Moe]:
         """Attention and MLP, in the order they are computed."""
         return self.attention, self.mlp
 
@@ -79,7 +79,9 @@ class Decoder:
                 found |= linear.tensors
             for norm in layer.norms:
                 found |= norm.tensors
-            if layer.attention.sinks:
+            if isinstance(layer.mlp, Moe) and layer.mlp.routing.groups:
+                found[layer.mlp.choice_bias] = (layer.mlp.routing.count,)
+            if layer.attention.sinks and isinstance(layer.attention, Attention):
                 found[layer.attention.sinks] = (layer.attention.q_proj.out_features // self.head_dim,)
         return found
 
@@ -135,7 +137,9 @@ def _layer(config: ModelConfig, index: int) -> DecoderLayer:
     prefix = names.layer_module(index, "")
     experts = config.structure.experts
     mlp = _moe(config, experts, prefix) if experts and index not in experts.dense_layers else _mlp(config, prefix)
-    return DecoderLayer(index, prefix, _attention(config, index, prefix), mlp)
+    latent = config.structure.latent
+    attention = _latent(config, latent, prefix) if latent else _attention(config, index, prefix)
+    return DecoderLayer(index, prefix, attention, mlp)
 
 
 def _attention(config: ModelConfig, index: int, prefix: str) -> Attention:
@@ -164,10 +168,26 @@ def _attention(config: ModelConfig, index: int, prefix: str) -> Attention:
     )
 
 
-def _mlp(config: ModelConfig, prefix: str) -> Mlp:
-    D, intermediate, has_bias = config.hidden_size, config.intermediate_size, config.structure.mlp_bias
-    gate, up = (Linear(f"{prefix}mlp.{name}", D, intermediate, has_bias) for name in ("gate_proj", "up_proj"))
-    down = Linear(f"{prefix}mlp.down_proj", intermediate, D, has_bias)
+def _latent(config: ModelConfig, latent: Latent, prefix: str) -> LatentAttention:
+    D, H, of = config.hidden_size, config.num_attention_heads, f"{prefix}self_attn."
+    heads, rank = H * latent.qk_head_dim, latent.q_lora_rank
+    return LatentAttention(
+        Norm(f"{prefix}input_layernorm", D),
+        Linear(f"{of}q_a_proj", D, rank) if rank else None,
+        Norm(f"{of}q_a_layernorm", rank) if rank else None,
+        Linear(f"{of}q_b_proj", rank, heads) if rank else Linear(f"{of}q_proj", D, heads),
+        Linear(f"{of}kv_a_proj_with_mqa", D, latent.kv_lora_rank + latent.qk_rope_head_dim),
+        Norm(f"{of}kv_a_layernorm", latent.kv_lora_rank),
+        Linear(f"{of}kv_b_proj", latent.kv_lora_rank, H * (latent.qk_nope_head_dim + latent.v_head_dim)),
+        Linear(f"{of}o_proj", H * latent.v_head_dim, D),
+        latent,
+    )
+
+
+def _mlp(config: ModelConfig, prefix: str, of: str = "mlp", width: int = 0) -> Mlp:
+    D, intermediate, has_bias = config.hidden_size, width or config.intermediate_size, config.structure.mlp_bias
+    gate, up = (Linear(f"{prefix}{of}.{name}", D, intermediate, has_bias) for name in ("gate_proj", "up_proj"))
+    down = Linear(f"{prefix}{of}.down_proj", intermediate, D, has_bias)
     norm = Norm(f"{prefix}post_attention_layernorm", D)
     return Mlp(
         norm,
@@ -181,7 +201,7 @@ def _mlp(config: ModelConfig, prefix: str) -> Mlp:
 
 
 def _moe(config: ModelConfig, experts: Experts, prefix: str) -> Moe:
-    D = config.hidden_size
+    D, shared = config.hidden_size, experts.shared_intermediate_size
     return Moe(
         Norm(f"{prefix}post_attention_layernorm", D),
         Linear(f"{prefix}mlp.{experts.router}", D, experts.count, experts.biased, exact=True),
@@ -189,6 +209,7 @@ def _moe(config: ModelConfig, experts: Experts, prefix: str) -> Moe:
         experts,
         gate_up_proj=f"{prefix}mlp.experts.gate_up_proj",
         down_proj=f"{prefix}mlp.experts.down_proj",
+        shared=_mlp(config, prefix, "mlp.shared_experts", shared) if shared else None,
     )
 
 

@@ -7,6 +7,7 @@ the rest, and `anatomy.py` describes the decoder that all of it means.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +64,8 @@ class ModelConfig:
     """One decoder's shape, and its structure, which its family decides.
 
     `head_dim` is the width heads are stored with, `rotary_head_dim` the width that RoPE and the attention's scale are
-    computed from; they differ only where heads were padded for an operator (padded_heads.py).
+    computed from; they differ only where heads were padded for an operator (padded_heads.py), and under latent
+    attention, where `rotary_head_dim` channels of a head are rotated.
     """
 
     model_type: str
@@ -91,6 +93,17 @@ class ModelConfig:
         if self.rope.rope_type != "yarn":
             return self.max_position_embeddings
         return max(self.max_position_embeddings, int(self.rope.factor * self.rope.original_max_position_embeddings))
+
+    @property
+    def attention_scale(self) -> float:
+        """What products of queries and keys are multiplied by. Under latent attention YaRN sharpens them here, by the
+        square of its `mscale_all_dim`'s magnitude."""
+        if self.structure.latent is None:
+            return 1 / math.sqrt(self.rotary_head_dim)
+        magnitude = 1.0
+        if self.rope.rope_type == "yarn" and self.rope.mscale_all_dim and self.rope.factor > 1:
+            magnitude = 0.1 * self.rope.mscale_all_dim * math.log(self.rope.factor) + 1.0
+        return float(self.structure.latent.qk_head_dim**-0.5 * magnitude**2)
 
     @property
     def q_size(self) -> int:
@@ -152,6 +165,10 @@ def parse_config(raw: Mapping[str, Any], path: Path) -> ModelConfig:
         raise CheckpointError(f"{path}: head_dim {head_dim} is odd, rotary embeddings need an even one")
     layers = read.count("num_hidden_layers", most=MOST_LAYERS)
     positions = read.count("max_position_embeddings", family.default_positions)
+    structure = family.structure(read, layers)
+    rotary_head_dim = head_dim
+    if structure.latent:
+        head_dim, rotary_head_dim, kv_heads = structure.latent.qk_head_dim, structure.latent.qk_rope_head_dim, heads
     return ModelConfig(
         model_type=family.model_type,
         hidden_size=hidden,
@@ -160,12 +177,12 @@ def parse_config(raw: Mapping[str, Any], path: Path) -> ModelConfig:
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
-        rotary_head_dim=head_dim,
+        rotary_head_dim=rotary_head_dim,
         vocab_size=read.count("vocab_size"),
         max_position_embeddings=positions,
         rms_norm_eps=read.positive("rms_norm_eps", 1e-6),
         tie_word_embeddings=read.flag("tie_word_embeddings", default=False),
-        structure=family.structure(read, layers),
+        structure=structure,
         rope=_parse_rope(read, positions),
         bos_token_id=read.token_id("bos_token_id", read.count("vocab_size")),
         eos_token_ids=read.token_ids("eos_token_id"),

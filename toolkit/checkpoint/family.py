@@ -28,7 +28,12 @@ class Experts:
     What an expert makes of gate and up is gate * sigmoid(`alpha` * gate) * (up + `offset`); a `limit` bounds both
     before, the gate from above alone. Where `biased` the router and every linear of an expert add a bias. `router` is
     the module's name, and `stacked` says that a checkpoint has the experts of a layer in one tensor, input features
-    first, columns of gate and up by turns.
+    first, columns of gate and up by turns. Every token goes through an MLP of `shared_intermediate_size` besides, if
+    that is not 0, and `scaling` multiplies what the chosen experts give.
+
+    `groups` is (n_group, topk_group) where affinities are sigmoids: the experts are in so many groups, of which those
+    whose two highest affinities, a learned bias added, have the largest sums are open. The bias decides who is chosen
+    and weighs nothing (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
     """
 
     count: int
@@ -42,6 +47,28 @@ class Experts:
     biased: bool = False
     router: str = "gate"
     stacked: bool = False
+    shared_intermediate_size: int = 0
+    scaling: float = 1.0
+    groups: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Latent:
+    """Attention through a latent of `kv_lora_rank` channels, from which keys and values of each head are made
+    (DeepSeek-V2, arXiv 2405.04434, section 2.1). Of a head's query and key `qk_nope_head_dim` channels know no position
+    and `qk_rope_head_dim` are rotated, those of the key for all heads alike. Queries have a latent of their own, of
+    `q_lora_rank` channels, unless that is None."""
+
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    q_lora_rank: int | None = None
+
+    @property
+    def qk_head_dim(self) -> int:
+        """How wide a head's query and key are."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
 
 
 @dataclass(frozen=True)
@@ -62,6 +89,7 @@ class Structure:
     layers_without_rope: tuple[int, ...] = ()
     experts: Experts | None = None
     sinks: bool = False
+    latent: Latent | None = None
 
 
 @dataclass(frozen=True)

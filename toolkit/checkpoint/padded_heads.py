@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from toolkit.checkpoint.anatomy import Decoder, decoder_of
 from toolkit.checkpoint.opened import Checkpoint
 from toolkit.checkpoint.scan import Rows, whole_tensors
+from toolkit.checkpoint.sublayers import Attention
 from toolkit.checkpoint.weights import WeightSource
 from toolkit.errors import UnsupportedError
 
@@ -46,7 +47,7 @@ class PaddedHeads:
 
     def __init__(self, source: WeightSource, decoder: Decoder, head_dim: int, padded: int) -> None:
         self._source, self._head_dim, self._padded = source, head_dim, padded
-        attentions = [layer.attention for layer in decoder.layers]
+        attentions = [layer.attention for layer in decoder.layers if isinstance(layer.attention, Attention)]
         self._rows_are_heads = {tensor for a in attentions for linear in a.qkv for tensor in linear.tensors}
         self._columns_are_heads = {attention.o_proj.weight for attention in attentions}
         self.identity, self.digests, self.names = source.identity, source.digests, source.names

@@ -21,7 +21,7 @@ from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.hadamard import Hadamard, is_known
 from toolkit.checkpoint.opened import Checkpoint
 from toolkit.checkpoint.scan import Rows, whole_tensors
-from toolkit.checkpoint.sublayers import Norm
+from toolkit.checkpoint.sublayers import LatentAttention, Norm
 from toolkit.checkpoint.weights import WeightSource
 from toolkit.errors import UnsupportedError
 
@@ -43,6 +43,8 @@ def salient_inputs(checkpoint: Checkpoint) -> list[str]:
 
 def can_rotate(config: ModelConfig) -> bool:
     """Whether `rotate` takes a checkpoint of this config."""
+    if config.structure.latent:
+        return False  # what is rotated in the values of heads has no place in a latent
     return not config.tie_word_embeddings and is_known(config.hidden_size) and is_known(config.head_dim)
 
 
@@ -75,6 +77,8 @@ def _turns(decoder: Decoder, stream: Hadamard, values: Hadamard) -> dict[str, _T
         for half in layer.sublayers:
             turns |= {linear.weight: _Turn(None, half.norm.weight, stream) for linear in half.first}
             turns |= {tensor: _Turn(rows=stream) for linear in half.writers for tensor in linear.tensors}
+        if isinstance(layer.attention, LatentAttention):
+            continue
         v, o = layer.attention.v_proj, layer.attention.o_proj
         turns |= {tensor: replace(turns.get(tensor, _Turn()), rows=values) for tensor in v.tensors}
         turns[o.weight] = replace(turns[o.weight], columns=values)

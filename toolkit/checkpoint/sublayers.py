@@ -7,9 +7,13 @@ D hidden, H heads, K kv heads, Dh head_dim.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 from toolkit import names
-from toolkit.checkpoint.family import Experts
+from toolkit.checkpoint.family import Experts, Latent
+
+# Of the norms over latents, whatever the config says of the others (modeling_deepseek_v3.py).
+LATENT_EPS: Final = 1e-6
 
 
 @dataclass(frozen=True)
@@ -149,6 +153,59 @@ class Attention:
 
 
 @dataclass(frozen=True)
+class LatentAttention:
+    """The first sublayer where keys and values are made of a latent (DeepSeek-V2).
+
+    `q_proj` makes the heads of queries, of the norm's output or of a latent that `q_a_proj` and `q_a_layernorm` make.
+    `kv_a_proj` makes the latent and the channels of the keys that are rotated, `kv_b_proj` every head's other channels
+    of the key and its value. The latents' norms have an epsilon of their own, 1e-6.
+    """
+
+    norm: Norm
+    q_a_proj: Linear | None
+    q_a_layernorm: Norm | None
+    q_proj: Linear
+    kv_a_proj: Linear
+    kv_a_layernorm: Norm
+    kv_b_proj: Linear
+    o_proj: Linear
+    shape: Latent
+    window: int | None = None
+    sinks: str | None = None
+
+    @property
+    def first(self) -> tuple[Linear, ...]:
+        """The linears that read the norm's output."""
+        return self.q_a_proj or self.q_proj, self.kv_a_proj
+
+    @property
+    def inputs(self) -> tuple[LinearInput, ...]:
+        """What its linears read, in the order in which it is computed."""
+        latent_q = [LinearInput((self.q_proj,), None, self.q_proj.in_features)] if self.q_a_proj else []
+        return (
+            LinearInput(self.first, self.norm, self.norm.width),
+            *latent_q,
+            LinearInput((self.kv_b_proj,), self.kv_a_layernorm, self.kv_b_proj.in_features),
+            LinearInput((self.o_proj,), None, self.o_proj.in_features),
+        )
+
+    @property
+    def writers(self) -> tuple[Linear, ...]:
+        """The linears that write into the residual stream."""
+        return (self.o_proj,)
+
+    @property
+    def exact_linears(self) -> tuple[Linear, ...]:
+        """The linears that are never quantized: none."""
+        return ()
+
+    @property
+    def head_norms(self) -> tuple[Norm, ...]:
+        """The norms inside, those over latents."""
+        return tuple(norm for norm in (self.q_a_layernorm, self.kv_a_layernorm) if norm)
+
+
+@dataclass(frozen=True)
 class Mlp:
     """The second sublayer: down_proj(silu(gate_proj(x)) * up_proj(x)); `act_fn` is the name of silu's output."""
 
@@ -216,6 +273,7 @@ class Moe:
     routing: Experts
     gate_up_proj: str
     down_proj: str
+    shared: Mlp | None = None
 
     def stacks(self) -> dict[str, list[tuple[Linear, ...]]]:
         """The linears that become one, by its module: those of each expert, whose rows stand by turns."""
@@ -225,17 +283,25 @@ class Moe:
     @property
     def inputs(self) -> tuple[LinearInput, ...]:
         """What its experts' linears read, expert by expert. What the router reads is not rounded."""
-        return tuple(given for expert in self.experts for given in (expert.normed_input, expert.inner_input))
+        shared = self.shared.inputs if self.shared else ()
+        routed = (given for expert in self.experts for given in (expert.normed_input, expert.inner_input))
+        return (*shared, *routed)
 
     @property
     def first(self) -> tuple[Linear, ...]:
         """The linears that read the norm's output."""
-        return (self.router, *(linear for e in self.experts for linear in (e.gate_proj, e.up_proj)))
+        shared = self.shared.first if self.shared else ()
+        return (self.router, *shared, *(linear for e in self.experts for linear in (e.gate_proj, e.up_proj)))
 
     @property
     def writers(self) -> tuple[Linear, ...]:
         """The linears that write into the residual stream."""
-        return tuple(expert.down_proj for expert in self.experts)
+        return (*(self.shared.writers if self.shared else ()), *(expert.down_proj for expert in self.experts))
+
+    @property
+    def choice_bias(self) -> str:
+        """The tensor that is added to affinities while experts are chosen, where they are chosen by groups."""
+        return f"{self.router.module}.e_score_correction_bias"
 
     @property
     def exact_linears(self) -> tuple[Linear, ...]:
@@ -243,4 +309,4 @@ class Moe:
         return (self.router,)
 
 
-Sublayer = Attention | Mlp | Moe
+Sublayer = Attention | LatentAttention | Mlp | Moe

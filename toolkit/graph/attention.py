@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from toolkit.checkpoint.anatomy import DecoderLayer, decoder_of
 from toolkit.checkpoint.config import ModelConfig
+from toolkit.checkpoint.sublayers import LatentAttention
 from toolkit.errors import UnsupportedError
 from toolkit.graph.builder import MS, GraphBuilder
 from toolkit.target import Form
@@ -64,6 +65,11 @@ def check_attention(form: Form, config: ModelConfig, context_length: int) -> Non
         )
 
 
+def turns(layer: DecoderLayer) -> bool:
+    """Whether a layer rotates queries and keys by their position; under latent attention always a part of them."""
+    return isinstance(layer.attention, LatentAttention) or layer.attention.rope
+
+
 def group_query_attention(
     build: GraphBuilder,
     config: ModelConfig,
@@ -78,7 +84,7 @@ def group_query_attention(
     RoPE is its own, or two nodes before it, or neither in a layer without RoPE.
     """
     path = f"/model/layers.{layer.index}/attn"
-    rope = layer.attention.rope
+    rope = turns(layer)
     inside = rope and build.form.rotary_in_attention
     if rope and not inside:
         q, k, v = query
@@ -148,12 +154,12 @@ def plain_attention(
         for name, x, count in zip(("q", "k", "v"), query, (H, K, K), strict=True)
     )
     present = []
-    if layer.attention.rope:
+    if turns(layer):
         k = _rotated(build, f"{path}/k", k, where)
     for name, x, old in (("k", k, past[0]), ("v", v, past[1])):
         (spread,) = build.op(f"{path}/{name}/Gather", [x, where.source], {"axis": 2})
         present.append(build.op(f"{path}/{name}/Where", [where.is_new, spread, old])[0])
-    if layer.attention.rope:
+    if turns(layer):
         q = _rotated(build, f"{path}/q", q, where)
     scale = build.scalar("/model/constants/scale", config.rotary_head_dim**-0.5)
     (scaled,) = build.op(f"{path}/q/Mul.scale", [q, scale])

@@ -14,10 +14,11 @@ import onnx_ir as ir
 from toolkit import names
 from toolkit.checkpoint.anatomy import DecoderLayer, decoder_of
 from toolkit.checkpoint.config import ModelConfig
-from toolkit.checkpoint.sublayers import Linear, Moe, Norm
+from toolkit.checkpoint.sublayers import LATENT_EPS, Attention, LatentAttention, Linear, Mlp, Moe, Norm
 from toolkit.errors import UnsupportedError
-from toolkit.graph.attention import Lengths, check_attention, geometry, group_query_attention, plain_attention
+from toolkit.graph.attention import Geometry, Lengths, check_attention, geometry, group_query_attention, plain_attention
 from toolkit.graph.builder import MS, GraphBuilder, declare, value
+from toolkit.graph.latent import latent_attention
 from toolkit.graph.rope import rotary_caches
 from toolkit.quant.ranges import HEADROOM, ActivationRange
 from toolkit.target import CPU_FORM, Form
@@ -90,25 +91,21 @@ def layers(
     past: list[ir.Value] = []
     present: list[ir.Value] = []
     residual, first = embedded, stack[0]
-    hidden = _rms_norm(build, _path(first.attention.norm.module), residual, first.attention.norm, config)
+    hidden = _rms_norm(build, _path(first.attention.norm.module), residual, first.attention.norm, config.rms_norm_eps)
     for layer in stack:
         i, attention = layer.index, layer.attention
-        hidden = build.rounded(f"/model/layers.{i}/attn/input", hidden, names.input_of(attention.normed_input.name))
+        hidden = build.rounded(f"/model/layers.{i}/attn/input", hidden, names.input_of(attention.first[0].module))
         kept = (cache.batch, config.num_key_value_heads, cache.past, config.head_dim)
         grown = (cache.batch, config.num_key_value_heads, cache.total, config.head_dim)
         pair = [value(name(i), build.dtype, kept) for name in (names.past_key, names.past_value)]
-        query = _query_key_value(build, config, layer, hidden)
-        if where:
-            mixed, made = plain_attention(build, config, layer, query, pair, where)
-        else:
-            mixed, made = group_query_attention(build, config, layer, query, pair, lengths, rotary)
+        mixed, made = _attend(build, config, layer, hidden, pair, where, lengths, rotary)
         for output, name in zip(made, (names.present_key(i), names.present_value(i)), strict=True):
             present.append(declare(output, name, build.dtype, grown))
         past += pair
-        mixed = build.rounded(f"/model/layers.{i}/attn/mixed", mixed, names.input_of(attention.inner_input.name))
+        mixed = build.rounded(f"/model/layers.{i}/attn/mixed", mixed, names.input_of(attention.o_proj.module))
         attended = _linear(build, mixed, attention.o_proj)
         hidden, residual = _skip_norm(build, attended, residual, layer.mlp.norm, config)
-        product = _mlp(build, layer, hidden)
+        product = _mlp_of(build, layer, hidden)
         if layer is stack[-1] and layer is not decoder.layers[-1]:
             (hidden,) = build.op(f"/model/layers.{i}/Add", [product, residual])
             break
@@ -138,8 +135,8 @@ def _linear(build: GraphBuilder, x: ir.Value, linear: Linear) -> ir.Value:
     return build.linear(_path(linear.module), x, linear.module)
 
 
-def _rms_norm(build: GraphBuilder, path: str, x: ir.Value, norm: Norm, config: ModelConfig) -> ir.Value:
-    attributes = {"axis": -1, "epsilon": config.rms_norm_eps}
+def _rms_norm(build: GraphBuilder, path: str, x: ir.Value, norm: Norm, epsilon: float) -> ir.Value:
+    attributes = {"axis": -1, "epsilon": epsilon}
     op_type = "RMSNormalization" if build.form.opset >= 23 else "SimplifiedLayerNormalization"
     return build.op(f"{path}/{op_type}", [x, build.vector(norm.weight)], attributes)[0]
 
@@ -151,7 +148,7 @@ def _skip_norm(
     path = f"/{norm.module.replace('.', '/', 1)}"
     if not build.form.fused:
         (total,) = build.op(f"{path}/Add", [x, skip])
-        return _rms_norm(build, path, total, norm, config), total
+        return _rms_norm(build, path, total, norm, config.rms_norm_eps), total
     y = build.op(
         f"{path}/SkipSimplifiedLayerNormalization",
         [x, skip, build.vector(norm.weight)],
@@ -163,11 +160,37 @@ def _skip_norm(
     return y[0], y[3]
 
 
+def _attend(
+    build: GraphBuilder,
+    config: ModelConfig,
+    layer: DecoderLayer,
+    x: ir.Value,
+    pair: list[ir.Value],
+    where: Geometry | None,
+    lengths: Lengths,
+    rotary: list[ir.Value],
+) -> tuple[ir.Value, list[ir.Value]]:
+    """[B, S, D] to (what o_proj reads, present key and value)."""
+    if isinstance(layer.attention, LatentAttention):
+        path = f"/model/layers.{layer.index}/attn"
+
+        def linear(x: ir.Value, of: Linear) -> ir.Value:
+            return _linear(build, x, of)
+
+        def norm(x: ir.Value, of: Norm) -> ir.Value:
+            return _rms_norm(build, _path(of.module), x, of, LATENT_EPS)
+
+        return latent_attention(build, config, path, layer.attention, x, pair, lengths, rotary, linear, norm)
+    query = _query_key_value(build, config, layer.attention, x)
+    if where:
+        return plain_attention(build, config, layer, query, pair, where)
+    return group_query_attention(build, config, layer, query, pair, lengths, rotary)
+
+
 def _query_key_value(
-    build: GraphBuilder, config: ModelConfig, layer: DecoderLayer, x: ir.Value
+    build: GraphBuilder, config: ModelConfig, attention: Attention, x: ir.Value
 ) -> list[ir.Value | None]:
     """[q, k, v], each [B, S, heads * Dh], or [all packed, None, None]."""
-    attention = layer.attention
     if names.weight(attention.qkv_proj) in build.layout.units:
         return [build.linear(_path(attention.qkv_proj), x, attention.qkv_proj), None, None]
     q, k, v = (_linear(build, x, linear) for linear in attention.qkv)
@@ -187,14 +210,19 @@ def _head_norm(build: GraphBuilder, x: ir.Value, norm: Norm, linear: Linear, con
     heads = build.constant("/model/constants/per_head", np.array([0, -1, norm.width], np.int64))
     flat = build.constant(f"/model/constants/flat_{width}", np.array([0, -1, width], np.int64))
     (split,) = build.op(f"{path}/Reshape.split", [x, heads])
-    return build.op(f"{path}/Reshape.join", [_rms_norm(build, path, split, norm, config), flat])[0]
+    return build.op(f"{path}/Reshape.join", [_rms_norm(build, path, split, norm, config.rms_norm_eps), flat])[0]
 
 
-def _mlp(build: GraphBuilder, layer: DecoderLayer, x: ir.Value) -> ir.Value:
+def _mlp_of(build: GraphBuilder, layer: DecoderLayer, x: ir.Value) -> ir.Value:
+    """[B, S, D] to [B, S, D] through a layer's second sublayer."""
+    path = f"/model/layers.{layer.index}/mlp"
+    if isinstance(layer.mlp, Moe):
+        return _moe(build, path, layer.mlp, x)
+    return _mlp(build, path, layer.mlp, x)
+
+
+def _mlp(build: GraphBuilder, path: str, mlp: Mlp, x: ir.Value) -> ir.Value:
     """[B, S, D] to [B, S, D]. In a form of uint16 every value on the way is: HTP's Swish of it is wrong in silence."""
-    path, mlp = f"/model/layers.{layer.index}/mlp", layer.mlp
-    if isinstance(mlp, Moe):
-        return _moe(build, path, mlp, x)
     x = build.rounded(f"{path}/input", x, names.input_of(mlp.normed_input.name))
     gate = _linear(build, x, mlp.gate_proj)
     up = _linear(build, x, mlp.up_proj)
@@ -217,9 +245,23 @@ def _moe(build: GraphBuilder, path: str, moe: Moe, x: ir.Value) -> ir.Value:
     logits = _linear(build, x, moe.router)
     flat = build.constant(f"/model/constants/flat_{moe.routing.count}", np.array([-1, moe.routing.count], np.int64))
     (by_token,) = build.op(f"{path}/Reshape", [logits, flat])
+    if moe.routing.groups:
+        n_group, topk_group = moe.routing.groups
+        by_groups = {"n_group": n_group, "topk_group": topk_group, "group_topk": 2, "top_k": moe.routing.per_token}
+        given = [by_token, build.vector(moe.choice_bias)]
+        (by_token,) = build.op(f"{path}/MoEGroupRouter", given, by_groups, MS)
     y = build.experts(path, x, by_token, moe)
-    if moe.routing.normalized:
-        return y
+    y = y if moe.routing.normalized else _of_all(build, path, moe, logits, y)
+    if moe.routing.scaling != 1:
+        (y,) = build.op(f"{path}/Mul.scaling", [y, build.scalar("/model/constants/scaling", moe.routing.scaling)])
+    if moe.shared:
+        shared = _mlp(build, f"{path}/shared_experts", moe.shared, x)
+        (y,) = build.op(f"{path}/Add", [y, shared])
+    return y
+
+
+def _of_all(build: GraphBuilder, path: str, moe: Moe, logits: ir.Value, y: ir.Value) -> ir.Value:
+    """The experts' output times the chosen ones' part of the softmax over all."""
     (shares,) = build.op(f"{path}/Softmax", [logits], {"axis": -1})
     k = build.constant(f"/model/constants/top_{moe.routing.per_token}", np.array([moe.routing.per_token], np.int64))
     chosen, _ = build.op(f"{path}/TopK", [shares, k], {"axis": -1}, outputs=2)

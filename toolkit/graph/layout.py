@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from toolkit import names
 from toolkit.checkpoint.anatomy import decoder_of
 from toolkit.checkpoint.config import ModelConfig
+from toolkit.checkpoint.sublayers import LatentAttention
 from toolkit.checkpoint.weights import expected_tensors
 from toolkit.quant.blockwise import QuantSpec
 from toolkit.quant.formats import StoredArray, floats_of, planned_specs, stored_arrays
@@ -119,9 +120,13 @@ def _groups(config: ModelConfig, target: Target, specs: Mapping[str, QuantSpec])
             for sources in zip(*(linear.tensors for linear in stacked), strict=True):
                 name = module + sources[0].removeprefix(stacked[0].module)
                 groups |= dict.fromkeys(sources, (name, sources, by_turns))
-    attentions = [layer.attention for layer in decoder_of(config).layers] if target.form.packed_qkv else []
+    attentions = (layer.attention for layer in decoder_of(config).layers if target.form.packed_qkv)
     for attention in attentions:
-        if attention.head_norms or len({specs.get(linear.weight) for linear in attention.qkv}) > 1:
+        if (
+            isinstance(attention, LatentAttention)
+            or attention.head_norms
+            or len({specs.get(linear.weight) for linear in attention.qkv}) > 1
+        ):
             continue
         for sources in zip(*(linear.tensors for linear in attention.qkv), strict=True):
             stacked = attention.qkv_proj + sources[0].removeprefix(attention.q_proj.module)

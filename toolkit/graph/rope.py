@@ -16,7 +16,8 @@ def rotary_caches(config: ModelConfig, context_length: int) -> tuple[NDArray[np.
     Pairs that padding added stand still.
     """
     frequencies = inverse_frequencies(config.rope, config.rotary_head_dim)
-    frequencies = np.pad(frequencies, (0, (config.head_dim - config.rotary_head_dim) // 2))
+    if config.structure.latent is None:
+        frequencies = np.pad(frequencies, (0, (config.head_dim - config.rotary_head_dim) // 2))
     angles = np.arange(context_length, dtype=np.float64)[:, None] * frequencies
     factor = attention_factor(config.rope)
     return (np.cos(angles) * factor).astype(np.float32), (np.sin(angles) * factor).astype(np.float32)

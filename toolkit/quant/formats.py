@@ -142,6 +142,11 @@ def check_rules(config: ModelConfig, recipe: Recipe) -> None:
             f"recipe {recipe.name}: bits_per_weight is for models without experts, whose formats are not chosen by a "
             "budget: set bits_per_weight=0"
         )
+    if recipe.calibrated and config.structure.latent:
+        raise RecipeError(
+            f"recipe {recipe.name}: quality {recipe.quality} reads a text, which models with latent attention are not "
+            "calibrated by yet: set quality=fast"
+        )
     modules = [tensor.removesuffix(".weight") for tensor in _matrices(config)]
     left = set(modules)
     for k, rule in enumerate(recipe.quantize):

@@ -19,7 +19,18 @@ from toolkit import names
 from toolkit.checkpoint.anatomy import DecoderLayer, decoder_of
 from toolkit.checkpoint.config import ModelConfig, RopeConfig
 from toolkit.checkpoint.family import Experts
-from toolkit.checkpoint.sublayers import Attention, Expert, Linear, LinearInput, Mlp, Moe, Norm, Sublayer
+from toolkit.checkpoint.sublayers import (
+    LATENT_EPS,
+    Attention,
+    Expert,
+    LatentAttention,
+    Linear,
+    LinearInput,
+    Mlp,
+    Moe,
+    Norm,
+    Sublayer,
+)
 from toolkit.checkpoint.weights import Tensors
 from toolkit.device.arrays import NUMPY, Device, device_of
 from toolkit.device.fitting import TOGETHER
@@ -137,13 +148,15 @@ class Layer:
     def finish(self, x: Array, mixed: Array) -> Array:
         """[T, D] to [T, D] from where attention gave `mixed` [T, H * Dh]."""
         attention, mlp = self.anatomy.sublayers
-        return self.through(mlp, self.added(attention, x, mixed))
+        return self.through(mlp, x + self.linear(attention.o_proj, mixed))
 
     def through(self, half: Sublayer, x: Array, lengths: Sequence[int] = (), look: Look = _unseen) -> Array:
         """The residual stream [T, D] with a sublayer's output added; `look` sees what each of its linears reads."""
         normed = self.normed(half, x)
         if isinstance(half, Moe):
             return x + self.experts(half, normed, look)
+        if isinstance(half, LatentAttention):
+            return x + self.linear(half.o_proj, self.mixed(half, normed, lengths))
         inner = self.inner(half, look(half.normed_input, normed), lengths)
         return self.added(half, x, look(half.inner_input, inner))
 
@@ -159,7 +172,7 @@ class Layer:
         """The residual stream [T, D] with a sublayer's output added."""
         return x + self.linear(half.last, inner)
 
-    def mixed(self, attention: Attention, normed: Array, lengths: Sequence[int] = ()) -> Array:
+    def mixed(self, attention: Attention | LatentAttention, normed: Array, lengths: Sequence[int] = ()) -> Array:
         """[T, D] to [T, H * Dh], causal, each sequence from position 0."""
         each = [np.arange(length) for length in lengths or (normed.shape[0],)]
         ends = np.cumsum([positions.size for positions in each])
@@ -169,7 +182,7 @@ class Layer:
         )
         return self.on.concatenate(
             [
-                attend(q, k, v, positions, attention.window, self.config.rotary_head_dim, self.sinks)
+                attend(q, k, v, positions, attention.window, self.config.attention_scale, self.sinks)
                 for q, k, v, positions in zip(*pieces, each, strict=True)
             ]
         )
@@ -177,8 +190,14 @@ class Layer:
     def experts(self, moe: Moe, normed: Array, look: Look = _unseen) -> Array:
         """[T, D] to [T, D]: the outputs of each token's experts, weighed and added up. Experts go by one after the
         other, each with the tokens that chose it, and one that none chose is left out."""
-        weights = routed(moe.routing, self.on.to_host(self.linear(moe.router, normed)))
+        logits = self.on.to_host(self.linear(moe.router, normed))
+        if moe.routing.groups:
+            weights = routed_by_groups(moe.routing, logits, self.on.to_host(self.tensors[moe.choice_bias]))
+        else:
+            weights = routed(moe.routing, logits)
         made = self.on.zeros(normed.shape)
+        if moe.shared:
+            made += self.linear(moe.shared.down_proj, self.mlp_hidden(moe.shared, normed))
         for k, expert in enumerate(moe.experts):
             (tokens,) = np.nonzero(weights[:, k])
             if not tokens.size:
@@ -217,6 +236,8 @@ class Layer:
     def project(self, normed: Array, positions: NDArray[np.int64]) -> tuple[Array, Array, Array]:
         """q [T, H, Dh], k and v [T, K, Dh] of tokens at `positions`, rotated where the layer has RoPE."""
         c, attention, T = self.config, self.anatomy.attention, normed.shape[0]
+        if isinstance(attention, LatentAttention):
+            return self._project_latent(attention, normed, positions)
         q, k, v = (self.linear(linear, normed).reshape(T, -1, c.head_dim) for linear in attention.qkv)
         if attention.q_norm:
             q = self.rms_norm(attention.q_norm, q)
@@ -226,6 +247,28 @@ class Layer:
             return q, k, v
         cos, sin = _rotation(c.rope, c.rotary_head_dim, positions)
         return _rotate(q, cos, sin), _rotate(k, cos, sin), v
+
+    def _project_latent(
+        self, attention: LatentAttention, normed: Array, positions: NDArray[np.int64]
+    ) -> tuple[Array, Array, Array]:
+        """q and k [T, H, qk_head_dim], v [T, H, v_head_dim], rotated channels last; pairs that turn are neighbours."""
+        shape, T, H = attention.shape, normed.shape[0], self.config.num_attention_heads
+        nope, rope = shape.qk_nope_head_dim, shape.qk_rope_head_dim
+        latent = normed
+        if attention.q_a_proj and attention.q_a_layernorm:
+            latent = self._latent_norm(attention.q_a_layernorm, self.linear(attention.q_a_proj, normed))
+        q = self.linear(attention.q_proj, latent).reshape(T, H, nope + rope)
+        both = self.linear(attention.kv_a_proj, normed)
+        made = self._latent_norm(attention.kv_a_layernorm, both[:, : shape.kv_lora_rank])
+        kv = self.linear(attention.kv_b_proj, made).reshape(T, H, nope + shape.v_head_dim)
+        cos, sin = _rotation(self.config.rope, rope, positions)
+        turned = _rotate_neighbours(both[:, None, shape.kv_lora_rank :], cos, sin) + self.on.zeros((T, H, rope))
+        k = self.on.concatenate([kv[..., :nope], turned], axis=-1)
+        q = self.on.concatenate([q[..., :nope], _rotate_neighbours(q[..., nope:], cos, sin)], axis=-1)
+        return q, k, self.on.contiguous(kv[..., nope:])
+
+    def _latent_norm(self, norm: Norm, x: Array) -> Array:
+        return rms_norm(x, self.tensors[norm.weight], LATENT_EPS)
 
     def rms_norm(self, norm: Norm, x: Array) -> Array:
         """[..., width] to [..., width] with a norm's gains."""
@@ -250,7 +293,23 @@ def routed(routing: Experts, logits: Array) -> Array:
     chosen = np.zeros_like(terms)
     np.put_along_axis(chosen, order, np.take_along_axis(terms, order, axis=-1), axis=-1)
     shares: Array = chosen / (chosen if routing.normalized else terms).sum(axis=-1, keepdims=True)
-    return shares
+    return shares * np.float32(routing.scaling)
+
+
+def routed_by_groups(routing: Experts, logits: Array, bias: Array) -> Array:
+    """The same by sigmoids of the logits, of the groups that are open; `bias` [E] takes part in choosing alone."""
+    assert routing.groups is not None
+    (groups, opened), tokens = routing.groups, logits.shape[0]
+    affinity = 1 / (1 + np.exp(-logits))
+    choice = (affinity + bias).reshape(tokens, groups, -1)
+    best = np.sort(choice, axis=-1)[..., -2:].sum(axis=-1)
+    shut = np.argsort(-best, axis=-1, kind="stable")[:, opened:]
+    np.put_along_axis(choice, shut[..., None], -np.inf, axis=1)
+    order = np.argsort(-choice.reshape(tokens, -1), axis=-1, kind="stable")[:, : routing.per_token]
+    chosen = np.zeros_like(affinity)
+    np.put_along_axis(chosen, order, np.take_along_axis(affinity, order, axis=-1), axis=-1)
+    shares: Array = chosen / chosen.sum(axis=-1, keepdims=True)
+    return shares * np.float32(routing.scaling)
 
 
 def read_layer(config: ModelConfig, source: Tensors, layer_index: int, on: Device = NUMPY) -> Layer:
@@ -268,19 +327,19 @@ def attend(
     v: Array,
     positions: NDArray[np.int64],
     window: int | None,
-    head_dim: int,
+    scale: float,
     sinks: Array | None = None,
 ) -> Array:
     """Softmax attention [T, H * Dh] of queries at `positions` over keys at positions 0 … S-1.
 
-    A query sees keys up to its own position, of which the last `window` where the layer slides. `head_dim` is what the
-    scale comes from. `sinks` [H] take part in each head's softmax as one more key, of a value that is zero.
+    A query sees keys up to its own position, of which the last `window` where the layer slides. `scale` multiplies
+    scores. `sinks` [H] take part in each head's softmax as one more key, of a value that is zero.
     """
     on, (T, H, Dh) = device_of(q), q.shape
     K, G = k.shape[1], H // k.shape[1]
-    turned = on.transpose((q * (1 / math.sqrt(head_dim))).reshape(T, K, G, Dh), (1, 2, 0, 3))
+    turned, width = on.transpose((q * scale).reshape(T, K, G, Dh), (1, 2, 0, 3)), v.shape[-1]
     keys, values = on.transpose(k, (1, 2, 0)), on.contiguous(on.transpose(v, (1, 0, 2)))
-    mixed = on.empty((T, K, G, Dh))
+    mixed = on.empty((T, K, G, width))
     for start in range(0, T, _QUERIES):
         some = slice(start, min(start + _QUERIES, T))
         count, seen = some.stop - start, int(positions[some].max()) + 1
@@ -293,7 +352,7 @@ def attend(
             scores = on.concatenate([scores, column], axis=-1)
         terms = on.softmax_terms(scores)
         over_keys = on.contiguous(terms[..., :seen]).reshape(K, G * count, seen)
-        weighted = (over_keys @ values[:, :seen]).reshape(K, G, count, Dh)
+        weighted = (over_keys @ values[:, :seen]).reshape(K, G, count, width)
         mixed[some] = on.transpose(weighted / terms.sum(axis=-1, keepdims=True), (2, 0, 1, 3))
     return mixed.reshape(T, -1)
 
@@ -307,6 +366,13 @@ def rms_norm(x: Array, gain: Array, eps: float) -> Array:
         return made
 
     return on.by_rows(normed, x)
+
+
+def _rotate_neighbours(x: Array, cos: Array, sin: Array) -> Array:
+    """Rotation of the pairs (2i, 2i + 1), as DeepSeek's latent attention stores them."""
+    on, (a, b) = device_of(x), (x[..., ::2], x[..., 1::2])
+    cos, sin = on.from_host(cos), on.from_host(sin)
+    return on.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
 def _rotate(x: Array, cos: Array, sin: Array) -> Array:

@@ -89,8 +89,8 @@ class _Decoder:
                 attention = layer.anatomy.attention
                 q, k, v = layer.project(layer.normed(attention, x), positions)
                 keys[sequence, : len(prompt)], values[sequence, : len(prompt)] = k, v
-                width = self.config.rotary_head_dim
-                x = layer.finish(x, attend(q, k, v, positions, attention.window, width, layer.sinks))
+                scale = self.config.attention_scale
+                x = layer.finish(x, attend(q, k, v, positions, attention.window, scale, layer.sinks))
             last.append(x[-1:])
         return self._next(self.on.concatenate(last))
 
