@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import transformers
 from transformers import PreTrainedModel
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import yarn_get_mscale
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 
@@ -79,12 +80,20 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "n_group": 4,
             "topk_group": 2,
             "n_shared_experts": 1,
+            "attention_bias": True,
             "rope_scaling": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
         },
     ),
     "deepseek-v2": (
         "DeepseekV2",
-        {**LATENT, "q_lora_rank": None, "n_shared_experts": 2, "topk_method": "greedy", "n_group": 1, "topk_group": 1},
+        {
+            **LATENT,
+            "q_lora_rank": None,
+            "n_shared_experts": 2,
+            "topk_method": "greedy",
+            "routed_scaling_factor": 1.5,
+            "rope_scaling": {**YARN, "mscale": 0.707, "mscale_all_dim": 0.707},
+        },
     ),
     "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0], "pad_token_id": 0}),
     "smollm3-tied-of-four": ("SmolLM3", {"num_hidden_layers": 4, "rope_scaling": YARN, "pad_token_id": 0}),
@@ -131,6 +140,10 @@ def make_checkpoint(family: str, extra: dict[str, Any], folder: Path) -> PreTrai
     for name, buffer in model.named_buffers():
         if name.endswith("e_score_correction_bias"):
             buffer.add_(torch.rand_like(buffer) * 0.3)  # positive: where it is not, transformers opens other groups
+    if family == "DeepseekV2":  # transformers has YaRN sharpen its scores since its pull request 47435 alone
+        magnitude = yarn_get_mscale(extra["rope_scaling"]["factor"], extra["rope_scaling"]["mscale_all_dim"])
+        for layer in model.model.layers:
+            layer.self_attn.scaling *= magnitude**2
     model.save_pretrained(folder)
     made: PreTrainedModel = model
     return made

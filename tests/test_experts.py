@@ -40,8 +40,9 @@ from toolkit.quant.activations import Rounding
 from toolkit.quant.blockwise import QuantSpec, dequantize_blocks, quantize_blocks
 from toolkit.quant.formats import planned_specs
 from toolkit.recipe import QuantRule, Recipe, load_recipe
-from toolkit.reference.decoder import reference_hidden, reference_logits, routed_by_groups
+from toolkit.reference.decoder import reference_hidden, reference_logits
 from toolkit.reference.greedy import greedy_continuations
+from toolkit.reference.routing import routed_by_groups
 from toolkit.target import CPU_FORM, TARGETS
 
 IDS = [int(i) for i in np.random.default_rng(3).integers(3, 96, 40)]
@@ -247,11 +248,7 @@ def test_groups_that_are_shut_give_no_expert_whatever_the_bias_is() -> None:
 
 
 LATENT_REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "more than open groups hold": (
-        "deepseek_v3",
-        {"num_experts_per_tok": 5, "n_group": 4},
-        "expected at most the 4 of op",
-    ),
+    "more than open groups hold": ("deepseek_v3", {"num_experts_per_tok": 5}, "expected at most the 4 of open groups"),
     "uneven groups": ("deepseek_v3", {"n_group": 3}, "8 experts in 3 groups, 2 of them open: expected equal groups"),
     "more open than there are": ("deepseek_v3", {"topk_group": 5}, "5 of them open: expected equal groups"),
     "groups by the best": (
@@ -260,7 +257,10 @@ LATENT_REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         "topk_method 'group_limited_greedy'",
     ),
     "wide values": ("deepseek_v3", {"v_head_dim": 64}, "v_head_dim 64 is more than the 48 of a head's query"),
-    "biases": ("deepseek_v3", {"attention_bias": True}, "not supported with latent attention"),
+    "biases of experts": ("deepseek_v2", {"mlp_bias": True}, "mlp_bias is true, which is not supported"),
+    "shares made whole": ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob is true, which is not supported"),
+    "shares of groups": ("deepseek_v3", {"norm_topk_prob": False}, "norm_topk_prob is false, and the operator"),
+    "experts in turn": ("deepseek_v2", {"moe_layer_freq": 2}, "moe_layer_freq is not supported, expected 1"),
 }
 
 

@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 from tests.random_models import CASES, make_checkpoint
 from toolkit.checkpoint.opened import open_checkpoint
-from toolkit.reference import decoder
-from toolkit.reference.decoder import attend, batched, embed, read_layer, reference_hidden, through_layer
+from toolkit.reference import attention
+from toolkit.reference.attention import attend
+from toolkit.reference.decoder import batched, embed, read_layer, reference_hidden, through_layer
 
 Floats = NDArray[np.float32]
 
@@ -45,8 +46,8 @@ def test_attention_is_the_same_however_many_queries_are_taken_at_once(
     positions = np.arange(seen, 50 + seen)
     expected = _attention(q, k, v, positions, window)
     for queries in (1, 8, 128):
-        monkeypatch.setattr(decoder, "_QUERIES", queries)
-        np.testing.assert_allclose(attend(q, k, v, positions, window, 16), expected, atol=1e-5)
+        monkeypatch.setattr(attention, "_QUERIES", queries)
+        np.testing.assert_allclose(attend(q, k, v, positions, window, 1 / 4), expected, atol=1e-5)
 
 
 def _attention(

@@ -7,7 +7,8 @@ import numpy as np
 from toolkit import names
 from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.weights import Tensors
-from toolkit.reference.decoder import Array, attend, embed, head_logits, read_layer, rms_norm
+from toolkit.reference.attention import Array, attend
+from toolkit.reference.decoder import embed, head_logits, read_layer, rms_norm
 from toolkit.reference.greedy import Resident
 
 LENGTH = 160
@@ -26,7 +27,7 @@ def sampled_sequences(config: ModelConfig, source: Tensors, tokens: int, seed: i
             for layer, cache in zip(layers, past, strict=True):
                 attention = layer.anatomy.attention
                 q, k, v = layer.project(layer.normed(attention, x), at)
-                mixed = attend(q, *cache.grown(k, v), at, attention.window, config.rotary_head_dim)
+                mixed = attend(q, *cache.grown(k, v), at, attention.window, config.attention_scale)
                 x = layer.finish(x, mixed)
             logits = head_logits(config, resident, rms_norm(x, norm, config.rms_norm_eps))[0].astype(np.float64)
             ids.append(int((logits + generator.gumbel(size=logits.size)).argmax()))

@@ -170,16 +170,16 @@ def _attention(config: ModelConfig, index: int, prefix: str) -> Attention:
 
 def _latent(config: ModelConfig, latent: Latent, prefix: str) -> LatentAttention:
     D, H, of = config.hidden_size, config.num_attention_heads, f"{prefix}self_attn."
-    heads, rank = H * latent.qk_head_dim, latent.q_lora_rank
+    heads, rank, biased = H * latent.qk_head_dim, latent.q_lora_rank, config.structure.qkv_bias
     return LatentAttention(
         Norm(f"{prefix}input_layernorm", D),
-        Linear(f"{of}q_a_proj", D, rank) if rank else None,
+        Linear(f"{of}q_a_proj", D, rank, biased) if rank else None,
         Norm(f"{of}q_a_layernorm", rank) if rank else None,
         Linear(f"{of}q_b_proj", rank, heads) if rank else Linear(f"{of}q_proj", D, heads),
-        Linear(f"{of}kv_a_proj_with_mqa", D, latent.kv_lora_rank + latent.qk_rope_head_dim),
+        Linear(f"{of}kv_a_proj_with_mqa", D, latent.kv_lora_rank + latent.qk_rope_head_dim, biased),
         Norm(f"{of}kv_a_layernorm", latent.kv_lora_rank),
         Linear(f"{of}kv_b_proj", latent.kv_lora_rank, H * (latent.qk_nope_head_dim + latent.v_head_dim)),
-        Linear(f"{of}o_proj", H * latent.v_head_dim, D),
+        Linear(f"{of}o_proj", H * latent.v_head_dim, D, config.structure.o_bias),
         latent,
     )
 

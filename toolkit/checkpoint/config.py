@@ -95,6 +95,11 @@ class ModelConfig:
         return max(self.max_position_embeddings, int(self.rope.factor * self.rope.original_max_position_embeddings))
 
     @property
+    def v_head_dim(self) -> int:
+        """How wide a head's value is: as its key, but under latent attention."""
+        return self.structure.latent.v_head_dim if self.structure.latent else self.head_dim
+
+    @property
     def attention_scale(self) -> float:
         """What products of queries and keys are multiplied by. Under latent attention YaRN sharpens them here, by the
         square of its `mscale_all_dim`'s magnitude."""

@@ -10,11 +10,8 @@ from toolkit.errors import CheckpointError, UnsupportedError
 def deepseek(read: Fields, layers: int, groups: tuple[int, int] | None, *, normalized: bool) -> Structure:
     """The structure of a config whose router has these groups.
 
-    Raises UnsupportedError for biases in attention and for layers with experts in turn, CheckpointError for more
-    experts a token than there are.
+    Raises UnsupportedError for layers with experts in turn, CheckpointError for more experts a token than there are.
     """
-    if read.flag("attention_bias", default=False) or read.flag("mlp_bias", default=False):
-        raise UnsupportedError(f"{read.path}: attention_bias and mlp_bias are not supported with latent attention")
     if read.count("moe_layer_freq", 1) != 1:
         raise UnsupportedError(f"{read.path}: moe_layer_freq is not supported, expected 1")
     latent = Latent(
@@ -45,4 +42,5 @@ def deepseek(read: Fields, layers: int, groups: tuple[int, int] | None, *, norma
         scaling=read.positive("routed_scaling_factor", 1.0),
         groups=groups,
     )
-    return Structure(experts=experts, latent=latent)
+    biased = read.flag("attention_bias", default=False)  # of what reads the stream, and of what writes it
+    return Structure(qkv_bias=biased, o_bias=biased, experts=experts, latent=latent)

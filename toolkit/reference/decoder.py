@@ -34,12 +34,12 @@ from toolkit.checkpoint.sublayers import (
 from toolkit.checkpoint.weights import Tensors
 from toolkit.device.arrays import NUMPY, Device, device_of
 from toolkit.device.fitting import TOGETHER
+from toolkit.reference.attention import attend
+from toolkit.reference.routing import routed, routed_by_groups
 
 Array = NDArray[np.float32]
 # Of a head at once; who remembers rows has them if it asks for as many.
 HEAD_ROWS: Final = 16384
-# Queries whose scores are in memory at once: later keys than theirs are not looked at.
-_QUERIES: Final = 128
 # Sees what a linear's input is, and gives it back.
 Look = Callable[[LinearInput, Array], Array]
 
@@ -285,33 +285,6 @@ class Layer:
         return y
 
 
-def routed(routing: Experts, logits: Array) -> Array:
-    """How much of each expert's output each token takes, [T, E], 0 for those that it does not go through: the softmax
-    of the router's logits [T, E] at the `per_token` highest, over all experts or over these alone."""
-    order = np.argsort(-logits, axis=-1, kind="stable")[:, : routing.per_token]
-    terms = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    chosen = np.zeros_like(terms)
-    np.put_along_axis(chosen, order, np.take_along_axis(terms, order, axis=-1), axis=-1)
-    shares: Array = chosen / (chosen if routing.normalized else terms).sum(axis=-1, keepdims=True)
-    return shares * np.float32(routing.scaling)
-
-
-def routed_by_groups(routing: Experts, logits: Array, bias: Array) -> Array:
-    """The same by sigmoids of the logits, of the groups that are open; `bias` [E] takes part in choosing alone."""
-    assert routing.groups is not None
-    (groups, opened), tokens = routing.groups, logits.shape[0]
-    affinity = 1 / (1 + np.exp(-logits))
-    choice = (affinity + bias).reshape(tokens, groups, -1)
-    best = np.sort(choice, axis=-1)[..., -2:].sum(axis=-1)
-    shut = np.argsort(-best, axis=-1, kind="stable")[:, opened:]
-    np.put_along_axis(choice, shut[..., None], -np.inf, axis=1)
-    order = np.argsort(-choice.reshape(tokens, -1), axis=-1, kind="stable")[:, : routing.per_token]
-    chosen = np.zeros_like(affinity)
-    np.put_along_axis(chosen, order, np.take_along_axis(affinity, order, axis=-1), axis=-1)
-    shares: Array = chosen / chosen.sum(axis=-1, keepdims=True)
-    return shares * np.float32(routing.scaling)
-
-
 def read_layer(config: ModelConfig, source: Tensors, layer_index: int, on: Device = NUMPY) -> Layer:
     """Reads one layer's tensors onto a device, in the order of their file; those of experts when they are used."""
     anatomy = decoder_of(config).layers[layer_index]
@@ -319,42 +292,6 @@ def read_layer(config: ModelConfig, source: Tensors, layer_index: int, on: Devic
     tensors: dict[str, Array] = LayerTensors(source, on, wanted)
     # Without experts it holds all there is to it, and may go to another process.
     return Layer(config, anatomy, tensors if isinstance(anatomy.mlp, Moe) else dict(tensors), on)
-
-
-def attend(
-    q: Array,
-    k: Array,
-    v: Array,
-    positions: NDArray[np.int64],
-    window: int | None,
-    scale: float,
-    sinks: Array | None = None,
-) -> Array:
-    """Softmax attention [T, H * Dh] of queries at `positions` over keys at positions 0 … S-1.
-
-    A query sees keys up to its own position, of which the last `window` where the layer slides. `scale` multiplies
-    scores. `sinks` [H] take part in each head's softmax as one more key, of a value that is zero.
-    """
-    on, (T, H, Dh) = device_of(q), q.shape
-    K, G = k.shape[1], H // k.shape[1]
-    turned, width = on.transpose((q * scale).reshape(T, K, G, Dh), (1, 2, 0, 3)), v.shape[-1]
-    keys, values = on.transpose(k, (1, 2, 0)), on.contiguous(on.transpose(v, (1, 0, 2)))
-    mixed = on.empty((T, K, G, width))
-    for start in range(0, T, _QUERIES):
-        some = slice(start, min(start + _QUERIES, T))
-        count, seen = some.stop - start, int(positions[some].max()) + 1
-        scores = (turned[:, :, some].reshape(K, G * count, Dh) @ keys[:, :, :seen]).reshape(K, G, count, seen)
-        distance = positions[some, None] - np.arange(seen)[None, :]
-        visible = (distance >= 0) & (distance < (window or seen))
-        scores += on.from_host(np.where(visible, np.float32(0), np.float32(-np.inf)))
-        if sinks is not None:
-            column = on.zeros((K, G, count, 1)) + sinks.reshape(K, G, 1, 1)
-            scores = on.concatenate([scores, column], axis=-1)
-        terms = on.softmax_terms(scores)
-        over_keys = on.contiguous(terms[..., :seen]).reshape(K, G * count, seen)
-        weighted = (over_keys @ values[:, :seen]).reshape(K, G, count, width)
-        mixed[some] = on.transpose(weighted / terms.sum(axis=-1, keepdims=True), (2, 0, 1, 3))
-    return mixed.reshape(T, -1)
 
 
 def rms_norm(x: Array, gain: Array, eps: float) -> Array:

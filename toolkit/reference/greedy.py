@@ -6,16 +6,15 @@ B live sequences, T tokens, D hidden, H heads, K kv heads, G = H/K, Dh head_dim,
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 from numpy.typing import NDArray
 
 from toolkit import names
 from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.weights import Tensors
-from toolkit.device.arrays import NUMPY, Device, device_of
-from toolkit.reference.decoder import Array, attend, embed, head_rows, read_layer, rms_norm
+from toolkit.device.arrays import NUMPY, Device
+from toolkit.reference.attention import Array, attend, attend_one
+from toolkit.reference.decoder import embed, head_rows, read_layer, rms_norm
 
 
 class Resident:
@@ -76,9 +75,9 @@ class _Decoder:
         self.norm = on.from_host(source.read(names.weight(names.FINAL_NORM)))
         self.head = [on.from_host(rows) for rows in head_rows(config, source)]
         self.lengths = np.array([len(prompt) for prompt in prompts])
-        shape = (len(prompts), int(self.lengths.max()) + new_tokens, config.num_key_value_heads, config.head_dim)
-        self.keys = [on.zeros(shape) for _ in self.layers]
-        self.values = [on.zeros(shape) for _ in self.layers]
+        shape = (len(prompts), int(self.lengths.max()) + new_tokens, config.num_key_value_heads)
+        self.keys = [on.zeros((*shape, config.head_dim)) for _ in self.layers]
+        self.values = [on.zeros((*shape, config.v_head_dim)) for _ in self.layers]
 
     def prefill(self, prompts: list[list[int]]) -> NDArray[np.int64]:
         """Fills the caches; returns each prompt's next token [B]."""
@@ -104,7 +103,8 @@ class _Decoder:
             q, k, v = layer.project(layer.normed(attention, x), positions)
             keys[rows, last], values[rows, last] = k, v
             seen = keys[rows, :longest], values[rows, :longest]
-            x = layer.finish(x, _attend_one(q, *seen, positions, attention.window, layer.sinks))
+            scale = self.config.attention_scale
+            x = layer.finish(x, attend_one(q, *seen, positions, attention.window, scale, layer.sinks))
         self.lengths[live] += 1
         return self._next(x)
 
@@ -112,22 +112,3 @@ class _Decoder:
         x = rms_norm(x, self.norm, self.config.rms_norm_eps)
         logits = [self.on.to_host(x @ rows.T) for rows in self.head]
         return np.asarray(np.concatenate(logits, axis=1).argmax(axis=-1))
-
-
-def _attend_one(
-    q: Array, k: Array, v: Array, positions: NDArray[np.int64], window: int | None, sinks: Array | None
-) -> Array:
-    """One query a sequence, q [B, H, Dh] at `positions`, over k and v [B, L, K, Dh], and over `sinks` [H] if there are
-    any; returns [B, H * Dh]."""
-    on, (B, _, head_dim) = device_of(q), q.shape
-    grouped = q.reshape(B, k.shape[2], -1, head_dim)
-    scores = on.einsum("bkgd,blkd->bkgl", grouped, k) / np.float32(math.sqrt(head_dim))
-    distance = positions[:, None] - np.arange(k.shape[1])[None, :]
-    visible = (distance >= 0) & (distance < (window or k.shape[1] + 1))
-    scores += on.from_host(np.where(visible, np.float32(0), np.float32(-np.inf))[:, None, None, :])
-    if sinks is not None:
-        column = on.zeros((*scores.shape[:3], 1)) + sinks.reshape(1, k.shape[2], -1, 1)
-        scores = on.concatenate([scores, column], axis=-1)
-    terms = on.softmax_terms(scores)
-    terms /= terms.sum(axis=-1, keepdims=True)
-    return on.einsum("bkgl,blkd->bkgd", terms[..., : k.shape[1]], v).reshape(B, -1)

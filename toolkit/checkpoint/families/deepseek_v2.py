@@ -13,7 +13,10 @@ def _structure(read: Fields, layers: int) -> Structure:
         raise UnsupportedError(
             f"{read.path}: topk_method {read.get('topk_method')!r:.40} is not supported, expected 'greedy'"
         )
-    # transformers reads norm_topk_prob of these, and does not use it.
+    for key in ("norm_topk_prob", "mlp_bias"):
+        # The first is read by the model's own code and not by transformers, and no published model has either.
+        if read.flag(key, default=False):
+            raise UnsupportedError(f"{read.path}: {key} is true, which is not supported in deepseek_v2: expected false")
     return deepseek(read, layers, None, normalized=False)
 
 
