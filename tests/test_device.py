@@ -289,13 +289,13 @@ def test_a_full_memory_gets_smaller_pieces_then_the_cpu_and_says_so() -> None:
     said: list[str] = []
     fitting = Fitting(TORCH, said.append)
     assert fitting.run("layer 0", _full(1)) == (TORCH, TOGETHER // 2)
-    assert said == [f"layer 0: the memory of torch is full with {TOGETHER} tokens at a time, going on with 1024"]
+    assert said == [f"layer 0: the memory of torch is full with {TOGETHER} tokens at a time, going on with 256"]
     # What was learned of one layer holds for the next, and each next tries the device again.
     assert fitting.run("layer 1", _full(0)) == (TORCH, TOGETHER // 2)
-    assert fitting.run("layer 2", _full(99)) == (NUMPY, 256)
-    assert said[-1] == "layer 2: the memory of torch is full with 256 tokens at a time, computed on the CPU instead"
-    assert fitting.run("layer 3", _full(0)) == (TORCH, 256)
-    assert len(said) == 4
+    assert fitting.run("layer 2", _full(99)) == (NUMPY, 128)
+    assert said[-1] == "layer 2: the memory of torch is full with 128 tokens at a time, computed on the CPU instead"
+    assert fitting.run("layer 3", _full(0)) == (TORCH, 128)
+    assert len(said) == 3
 
 
 def test_another_exception_is_not_taken_for_a_full_memory() -> None:

@@ -8,12 +8,12 @@ from typing import Final, Protocol, TypeVar
 
 from toolkit.device.arrays import NUMPY, Device
 
-# Tokens of short sequences that go through a layer together: matrix products want many rows.
-TOGETHER: Final = 2048
+# Tokens of short sequences that go through a layer together, and that a pool works on side by side. Matrix products
+# want many rows; but the arrays of more are beyond what the C library keeps for the next ones (32 MiB), so that the
+# system clears memory anew for each, which took a fifth of a pass.
+TOGETHER: Final = 512
 # Fewer at a time save nothing beside a layer's weights.
-_FEWEST: Final = 256
-# And of those that a pool works on side by side: the same on any number of workers, and enough pieces for several.
-_A_PIECE: Final = 512
+_FEWEST: Final = 128
 _Made = TypeVar("_Made")
 _Shared = TypeVar("_Shared")
 _Piece = TypeVar("_Piece")
@@ -33,7 +33,7 @@ class Fitting:
 
     def __init__(self, on: Device, note: Callable[[str], None] = lambda _: None, pool: Pool | None = None) -> None:
         self.on, self.pool, self._note = on, pool, note
-        self.tokens = TOGETHER if pool is None else _A_PIECE
+        self.tokens = TOGETHER
 
     def run(self, what: str, work: Callable[[Device, int], _Made]) -> _Made:
         """Returns what `work` makes on the device with so many tokens at once. It is begun again where memory runs out:

@@ -83,7 +83,8 @@ class OneGraph:
             pieces.append(made[names.LOGITS][0])
             cache = _grown(cache, made)
             start = stop
-        return np.concatenate(pieces)
+        # Logits are most of what there is to copy.
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from toolkit.checkpoint.remembered import Remembered
 from toolkit.checkpoint.weights import Tensors
 from toolkit.device.arrays import Device
 from toolkit.device.fitting import ON_NUMPY, Fitting
-from toolkit.reference.decoder import Array, embed, head_rows, read_layer, rms_norm, through_layer
+from toolkit.reference.decoder import Array, add_logits, embed, head_rows, read_layer, rms_norm, through_layer
 
 # What a variant makes of the checkpoint's tensors; the checkpoint itself is `exact`.
 Variant = Callable[[Tensors], Tensors]
@@ -91,7 +91,7 @@ def _logits(
     start, moved = 0, [on.from_host(states) for states in hidden]
     for blocks in zip(*(head_rows(config, variant(read)) for variant in variants), strict=True):
         for logits, states, rows in zip(made, moved, blocks, strict=True):
-            logits[:, start : start + rows.shape[0]] = on.to_host(states @ on.from_host(rows).T)
+            add_logits(logits, start, states, rows, on)
         start += blocks[0].shape[0]
         read.forget()
     return made

@@ -40,6 +40,7 @@ from toolkit.reference.routing import routed, routed_by_groups
 Array = NDArray[np.float32]
 # Of a head at once; who remembers rows has them if it asks for as many.
 HEAD_ROWS: Final = 16384
+_COLUMNS: Final = 1024
 # Sees what a linear's input is, and gives it back.
 Look = Callable[[LinearInput, Array], Array]
 
@@ -106,9 +107,19 @@ def head_logits(config: ModelConfig, source: Tensors, hidden: Array, on: Device 
     logits = np.empty((hidden.shape[0], config.vocab_size), np.float32)
     start, hidden = 0, on.from_host(hidden)
     for rows in head_rows(config, source):
-        logits[:, start : start + rows.shape[0]] = on.to_host(hidden @ on.from_host(rows).T)
+        add_logits(logits, start, hidden, rows, on)
         start += rows.shape[0]
     return logits
+
+
+def add_logits(logits: Array, start: int, hidden: Array, rows: Array, on: Device) -> None:
+    """Writes into numpy's `logits` [T, V], from column `start` on, the products of the device's `hidden` [T, D] with
+    numpy's `rows` [n, D] of the head."""
+    moved = on.from_host(rows)
+    # Few columns at a time: what is copied into place is still in the cache.
+    for first in range(0, rows.shape[0], _COLUMNS):
+        part = on.to_host(hidden @ moved[first : first + _COLUMNS].T)
+        logits[:, start + first : start + first + part.shape[1]] = part
 
 
 def head_rows(config: ModelConfig, source: Tensors) -> Iterator[Array]:

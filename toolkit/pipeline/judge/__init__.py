@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
 
-from toolkit.bundle.settings import read_settings
 from toolkit.checkpoint.opened import Checkpoint
 from toolkit.device.fitting import ON_NUMPY, Fitting
 from toolkit.epcontext.htp import PROVIDER
-from toolkit.evaluate.speed import measure_speed_apart
 from toolkit.pipeline.judge.answers import (
     ReferenceAnswers,
     answers_not_measured,
@@ -21,20 +18,19 @@ from toolkit.pipeline.judge.answers import (
     task_rows,
 )
 from toolkit.pipeline.judge.effort import Effort
-from toolkit.pipeline.judge.parity import Compared, compare, greedy_tokens
+from toolkit.pipeline.judge.parity import Compared, compare
 from toolkit.pipeline.judge.reference import Reference
+from toolkit.pipeline.judge.runtime import through_genai
 from toolkit.pipeline.judge.simulator import Simulation, plan_simulation, run_simulation, simulated_task_rows
 from toolkit.pipeline.judge.subject import Subject, open_subject
 from toolkit.pipeline.judge.verdict import thresholds
 from toolkit.progress import counted
-from toolkit.report.sections import NotMeasured, PartitionRow, Report, Speed
+from toolkit.report.sections import NotMeasured, PartitionRow, Report
 from toolkit.report.summary import read_report, write_report
 from toolkit.report.verdict import judge
 from toolkit.target import CPU_EP
 
 __all__ = ["Effort", "judge_bundle"]
-
-_BENCH: Final = (128, 64, 3)
 
 
 def judge_bundle(
@@ -52,7 +48,7 @@ def judge_bundle(
     report = read_report(bundle, subject.manifest)
     asked, answers = asked_tasks(subject), ReferenceAnswers()
     read_before = checkpoint.source.bytes_read()
-    simulation, greedy = plan_simulation(subject), greedy_tokens(subject)
+    simulation, (greedy, speed) = plan_simulation(subject), through_genai(subject)
     simulated_ids = simulation.sequences if isinstance(simulation, Simulation) else []
     reference = Reference(subject, [greedy.prompt + greedy.made, *simulated_ids])
     compared = compare(subject, reference, greedy)
@@ -76,7 +72,6 @@ def judge_bundle(
             baseline = replace(baseline, tasks=plain)
     reasons += answers_not_measured(subject, report.tasks or ())
     reasons += questions_left_out(subject.task_files, subject.effort)
-    speed = _speed(subject)
     if isinstance(speed, NotMeasured):
         reasons.append(speed)
     else:
@@ -107,19 +102,3 @@ def _not_seen(rows: Sequence[PartitionRow], subject: Subject) -> list[NotMeasure
     reason = f"{' and '.join(others)} {ran}; the nodes were checked against the operators it is known to take"
     compiled = [NotMeasured("partition.bin_bytes", "not compiled ahead of time: `toolkit compile`")]
     return [*(compiled if PROVIDER in others else []), NotMeasured("partition.nodes_on_ep", reason)]
-
-
-def _speed(subject: Subject) -> Speed | NotMeasured:
-    """The medians of a few runs, measured in a process of its own; or why there are none."""
-    if not subject.effort.speed:
-        return NotMeasured("speed", "left out by --no-speed")
-    if not subject.here:
-        return NotMeasured(
-            "speed", "the execution provider of the bundle is not on this machine: `toolkit bench --on-cpu`"
-        )
-    subject.progress("speed")
-    prompt, new, repeat = _BENCH
-    room = read_settings(subject.bundle).context_length
-    if prompt + new > room:
-        prompt, new = room // 2, room - room // 2
-    return measure_speed_apart(subject.bundle, prompt, new, repeat)

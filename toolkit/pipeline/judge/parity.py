@@ -7,18 +7,16 @@ from typing import Final
 
 import numpy as np
 
-from toolkit.evaluate.parity import Comparison, matching_prefix
+from toolkit.evaluate.parity import Comparison
 from toolkit.evaluate.positions import open_positions, rounds_activations
 from toolkit.evaluate.rounded import PLAIN_BITS_PER_WEIGHT, PLAIN_NAME
-from toolkit.evaluate.session import continuations
 from toolkit.pipeline.judge.reference import Reference
-from toolkit.pipeline.judge.subject import GREEDY_PROMPT, Subject
+from toolkit.pipeline.judge.runtime import Greedy
+from toolkit.pipeline.judge.subject import Subject
 from toolkit.pipeline.judge.work import ALONE_TOKENS
-from toolkit.reference.decoder import Array
 from toolkit.report.sections import Baseline, Parity, WeightsAlone
 
 _REFERENCE: Final = "numpy float32 forward of the checkpoint"
-_GREEDY_NEW: Final = 32
 # The bundle's logits are taken from one run over this many tokens, and again with the cache over the first of them.
 _DECODED_TOKENS: Final = 48
 
@@ -31,27 +29,6 @@ class Compared:
     parity: Parity
     baseline: Baseline | None
     placements: dict[str, dict[str, int]]
-
-
-@dataclass(frozen=True)
-class Greedy:
-    """A prompt, and what a bundle makes of it greedily, as token ids."""
-
-    prompt: list[int]
-    made: list[int]
-
-    def matching(self, logits: Array) -> int:
-        """How many of its first tokens are the best of the checkpoint's logits [T, V] on prompt and tokens."""
-        best = logits[len(self.prompt) - 1 : -1].argmax(axis=-1)
-        return matching_prefix(best.tolist(), self.made)
-
-
-def greedy_tokens(subject: Subject) -> Greedy:
-    """The first words of the text, continued by the bundle through onnxruntime-genai."""
-    prompt = subject.sequences[0][:GREEDY_PROMPT]
-    subject.progress("greedy tokens through onnxruntime-genai")
-    (made,) = continuations(subject.bundle, [prompt], _GREEDY_NEW, not subject.here)
-    return Greedy(prompt, made)
 
 
 def compare(subject: Subject, reference: Reference, greedy: Greedy) -> Compared:

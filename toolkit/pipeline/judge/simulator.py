@@ -13,8 +13,8 @@ from toolkit.evaluate.answers import Asked, first_of, simulated_answers
 from toolkit.evaluate.simulated_loop import simulated_continuations
 from toolkit.evaluate.simulator import SimulatedDivergence, simulate, simulated_divergence
 from toolkit.pipeline.judge.answers import ReferenceAnswers, task_row
-from toolkit.pipeline.judge.parity import Greedy
 from toolkit.pipeline.judge.reference import Reference
+from toolkit.pipeline.judge.runtime import Greedy
 from toolkit.pipeline.judge.subject import GREEDY_PROMPT, Subject
 from toolkit.reference.decoder import Array
 from toolkit.report.sections import NotMeasured, Simulator, TaskRow
