@@ -90,7 +90,7 @@ class SpeedJob:
 
 
 @dataclass(frozen=True)
-class Continued:
+class SpeedAnswer:
     """What a bundle made of a prompt greedily, and its speed after that."""
 
     made: tuple[int, ...]
@@ -104,15 +104,15 @@ def measure_speed_apart(bundle: Path, prompt_tokens: int, new_tokens: int, repea
 
 def continue_and_measure(
     bundle: Path, prompt: Sequence[int], continued_tokens: int, prompt_tokens: int, new_tokens: int, repeat: int
-) -> Continued:
+) -> SpeedAnswer:
     """Continues `prompt` greedily, ended by eos or after `continued_tokens`, and measures the speed, in one process of
     its own: a model is loaded once for both."""
     return _apart(SpeedJob(str(bundle), prompt_tokens, new_tokens, repeat, tuple(prompt), continued_tokens))
 
 
-def _apart(job: SpeedJob) -> Continued:
+def _apart(job: SpeedJob) -> SpeedAnswer:
     try:
-        return from_json(Continued, run_apart("toolkit.evaluate.speed", job), "the measured speed")
+        return from_json(SpeedAnswer, run_apart("toolkit.evaluate.speed", job), "the measured speed")
     except ChildFailed as failed:
         raise BundleError(f"the speed of {job.bundle} could not be measured: {failed.reason}") from None
 
@@ -122,11 +122,11 @@ def _measure(raw: Json) -> Json:
     job = from_json(SpeedJob, raw, "the job")
     if not job.continued:
         speed = measure_speed(Path(job.bundle), job.prompt_tokens, job.new_tokens, job.repeat)
-        return to_json(Continued((), speed))
+        return to_json(SpeedAnswer((), speed))
     opened = open_model(Path(job.bundle))
     _check_room(opened.settings, job.prompt_tokens, job.new_tokens, job.repeat)
     made = tuple(opened.stream(list(job.continued), job.continued_tokens, do_sample=False))
-    return to_json(Continued(made, _speed(opened, job.prompt_tokens, job.new_tokens, job.repeat)))
+    return to_json(SpeedAnswer(made, _speed(opened, job.prompt_tokens, job.new_tokens, job.repeat)))
 
 
 def _threads(settings: Settings) -> int:
