@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from toolkit.bundle.genai_config import genai_config, pad_token_id
@@ -29,7 +30,13 @@ def recipe_for(target: str, rules: tuple[QuantRule, ...] = (QuantRule("*"),)) ->
     return Recipe("r", "m", target, CONTEXT_LENGTH, rules, {}, window=window, quality="fast")
 
 
-def write_graphs(checkpoint: Path, folder: Path, target: str = "cpu", recipe: Recipe | None = None) -> Layout:
+def write_graphs(
+    checkpoint: Path,
+    folder: Path,
+    target: str = "cpu",
+    recipe: Recipe | None = None,
+    context_length: int = CONTEXT_LENGTH,
+) -> Layout:
     """What the target's bundle computes with, float32 unless a recipe quantizes it; returns the layout."""
     folder.mkdir(exist_ok=True)
     row = TARGETS[target].in_precision("int4" if recipe else "fp32")
@@ -38,10 +45,12 @@ def write_graphs(checkpoint: Path, folder: Path, target: str = "cpu", recipe: Re
     pack_weights(padded.source, [Destination(layout, folder)])
     pad = pad_token_id(padded.config, padded.side)
     stop_ids = padded.side.generation.eos_token_ids or padded.config.eos_token_ids
-    graphs = lower(padded.config, layout, row, recipe or recipe_for(target), pad)
+    graphs = lower(
+        padded.config, layout, row, recipe or replace(recipe_for(target), context_length=context_length), pad
+    )
     for graph in graphs:
         graph.save(folder)
-    settings = genai_config(padded.config, padded.side, stop_ids, CONTEXT_LENGTH, graphs)
+    settings = genai_config(padded.config, padded.side, stop_ids, context_length, graphs)
     (folder / "genai_config.json").write_text(json.dumps(settings), encoding="utf-8")
     return layout
 

@@ -22,6 +22,13 @@ LLAMA3 = {
 }
 
 
+LONGROPE = {
+    "type": "longrope",
+    "short_factor": [1.0, 1.1, 1.3, 1.6, 2.0, 2.5],
+    "long_factor": [1.2, 1.7, 3.0, 6.0, 12.0, 24.0],
+}
+
+
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "num_hidden_layers": 3}
 
 
@@ -94,6 +101,22 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "routed_scaling_factor": 1.5,
             "rope_scaling": {**YARN, "mscale": 0.707, "mscale_all_dim": 0.707},
         },
+    ),
+    # RoPE on 12 of 16 channels; a text of any length that fits here is a short one.
+    "phi3": (
+        "Phi3",
+        {
+            "partial_rotary_factor": 0.75,
+            "rope_scaling": LONGROPE,
+            "original_max_position_embeddings": 64,
+            "max_position_embeddings": 256,
+            "tie_word_embeddings": True,
+            "pad_token_id": 0,
+        },
+    ),
+    "phi3-sliding-narrow-heads": (
+        "Phi3",
+        {"hidden_size": 32, "partial_rotary_factor": 0.5, "sliding_window": 6, "pad_token_id": 0},
     ),
     "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0], "pad_token_id": 0}),
     "smollm3-tied-of-four": ("SmolLM3", {"num_hidden_layers": 4, "rope_scaling": YARN, "pad_token_id": 0}),

@@ -77,7 +77,7 @@ def test_a_config_means_what_it_means_to_transformers(case: str, model_type: str
         changes |= FEWER.get(model_type, {})
     if model_type == "deepseek_v2":
         changes.pop("mlp_bias", None)  # refused
-    if model_type in ("llama", "mistral"):
+    if model_type in ("llama", "mistral", "phi3"):
         # Their classes take any key and keep it, but have no such list to check it against.
         changes.pop("layer_types", None)
     theirs = transformers.AutoConfig.for_model(model_type, **SHAPE, **changes)
@@ -92,8 +92,10 @@ def test_a_config_means_what_it_means_to_transformers(case: str, model_type: str
     assert stored_tensors(decoder_of(ours)) == tensors
     for layer, module in zip(decoder_of(ours).layers, model.model.layers, strict=True):
         attention = module.self_attn
-        # Mistral's attention asks its config; Llama keeps the key and knows no windows.
-        window = theirs.sliding_window if model_type == "mistral" else getattr(attention, "sliding_window", None)
+        # Mistral's and Phi3's attention asks its config; Llama keeps the key and knows no windows.
+        window = (
+            theirs.sliding_window if model_type in ("mistral", "phi3") else getattr(attention, "sliding_window", None)
+        )
         assert layer.attention.window == window
         assert turns(layer) == bool(getattr(attention, "use_rope", True))
 
@@ -140,6 +142,17 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         {"num_local_experts": 3},
         "num_experts_per_tok is 4, expected at most the 3",
     ),
+    "phi3 too few factors": (
+        "phi3",
+        {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 7, "long_factor": [1.0] * 8}},
+        r"rope short_factor is \[1.0, .*expected a list of 8 numbers",
+    ),
+    "phi3 an odd part": (
+        "phi3",
+        {"partial_rotary_factor": 0.7},
+        "partial_rotary_factor 0.7 turns 11 of the 16 channels",
+    ),
+    "phi3 more than a head": ("phi3", {"partial_rotary_factor": 1.5}, "turns 24 of the 16 channels"),
     "qwen3 unknown kind": (
         "qwen3",
         {"use_sliding_window": True, "layer_types": [*KINDS[:4], "linear_attention"]},

@@ -10,7 +10,7 @@ from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.families import FAMILIES
 from toolkit.checkpoint.side_files import Sampling, SideFiles
 from toolkit.errors import UnsupportedError
-from toolkit.target import Stage
+from toolkit.target import CPU_EP, Stage, Target
 
 if TYPE_CHECKING:
     from toolkit.graph.builder import StageGraph
@@ -45,6 +45,8 @@ GENAI_TYPES: Final = (
 )
 _PAST: Final = {"past_key_names": names.past_key("%d"), "past_value_names": names.past_value("%d")}
 _PRESENT: Final = {"present_key_names": names.present_key("%d"), "present_value_names": names.present_value("%d")}
+# After how many tokens onnxruntime-genai reads a text of a type anew, by LongRoPE's long factors (generators.cpp).
+_READ_ANEW: Final = {"phi3": 4096}
 # When a stage runs, where that is not always.
 _RUNS: Final[dict[str, dict[str, bool]]] = {
     names.CONTEXT: {"run_on_token_gen": False},
@@ -76,7 +78,7 @@ def genai_config(
     }
     search = {
         "max_length": unasked_length(context_length, len(graphs) > 1),
-        **({"chunk_size": chunk} if (chunk := _chunk_size(context_length, graphs)) else {}),
+        **({"chunk_size": chunk} if (chunk := _chunk_size(config, context_length, graphs)) else {}),
         "past_present_share_buffer": True,
         **_sampling(side.generation.sampling, config.vocab_size),
     }
@@ -91,7 +93,28 @@ def unasked_length(context_length: int, is_pipeline: bool) -> int:
     return context_length if is_pipeline else min(context_length, _UNASKED_LENGTH)
 
 
-def _chunk_size(context_length: int, graphs: Sequence[StageGraph]) -> int:
+def check_switch(target: Target, config: ModelConfig, context_length: int) -> None:
+    """Raises UnsupportedError for a context that LongRoPE turns in two ways, unless the text is read anew at that
+    length: one graph on the CPU of a type for which onnxruntime-genai does so."""
+    switch = config.rope.switch(context_length)
+    if switch is None:
+        return
+    if target.partitioned or target.accelerator.execution_provider != CPU_EP:
+        raise UnsupportedError(
+            f"{config.model_type} turns texts of more than {switch} tokens by other factors (LongRoPE) and has to read "
+            f"them anew, which target {target.name} cannot: convert it for target cpu, or set context_length={switch}"
+        )
+    if _READ_ANEW.get(genai_type(config)) != switch:
+        raise UnsupportedError(
+            f"{config.model_type} turns texts of more than {switch} tokens by other factors (LongRoPE), and "
+            f"onnxruntime-genai does not read one anew there: set context_length={switch}"
+        )
+
+
+def _chunk_size(config: ModelConfig, context_length: int, graphs: Sequence[StageGraph]) -> int:
+    # Nor can a prompt's first chunk know that the whole is longer than LongRoPE's switch.
+    if len(graphs) == 1 and config.rope.switch(context_length) is not None:
+        return 0
     # 0.16.0 sizes the cache of a pipeline at window + 16 unless a chunk is the whole context.
     return context_length if len(graphs) > 1 else graphs[0].stage.chunk_size
 

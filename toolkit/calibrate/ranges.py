@@ -116,10 +116,10 @@ class _WatchedLayer(Layer):
         """As the exact layer's; no score may be more than float16 holds."""
         q, k, v = super().project(normed, positions)
         longest_q, longest_k = (self.on.to_host(self.on.largest((x * x).sum(axis=-1), 0)) ** 0.5 for x in (q, k))
-        bound = longest_q * np.repeat(longest_k, q.shape[1] // k.shape[1]) * self.config.rotary_head_dim**-0.5
+        bound = longest_q * np.repeat(longest_k, q.shape[1] // k.shape[1]) * self.config.attention_scale
         for head in np.flatnonzero(bound > _FLOAT16_MAX):
             scores = q[:, head] @ k[:, head * k.shape[1] // q.shape[1]].T
-            self._check_float16("attention scores", float(abs(scores).max()) * self.config.rotary_head_dim**-0.5)
+            self._check_float16("attention scores", float(abs(scores).max()) * self.config.attention_scale)
         return q, k, v
 
     def ranges(self, percentile: float) -> dict[str, ActivationRange]:

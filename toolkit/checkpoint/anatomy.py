@@ -52,13 +52,25 @@ class DecoderLayer:
 
 @dataclass(frozen=True)
 class Decoder:
-    """The whole model. A tied `head` is the embedding's table [V, D], read as a linear."""
+    """The whole model. A tied `head` is the embedding's table [V, D], read as a linear. `is_merged` is whether a
+    checkpoint has linears that read the same in one tensor."""
 
     embedding: Linear
     layers: tuple[DecoderLayer, ...]
     norm: Norm
     head: Linear
     head_dim: int
+    is_merged: bool = False
+
+    @property
+    def merged(self) -> dict[str, tuple[Linear, ...]]:
+        """Returns the linears whose rows a checkpoint has in one tensor, one behind the other, by that one's module."""
+        found: dict[str, tuple[Linear, ...]] = {}
+        for layer in self.layers if self.is_merged else ():
+            if isinstance(layer.attention, Attention):
+                found[layer.attention.qkv_proj] = layer.attention.qkv
+            found[f"{layer.prefix}mlp.gate_up_proj"] = layer.mlp.first
+        return found
 
     @property
     def head_input(self) -> LinearInput:
@@ -102,8 +114,13 @@ class Decoder:
 
 
 def stored_tensors(decoder: Decoder) -> dict[str, tuple[int, ...]]:
-    """Returns the shape of every tensor as the checkpoint has it, by name: those of a layer's experts may be one."""
+    """Returns the shape of every tensor as the checkpoint has it, by name: those of a layer's experts may be one, and
+    so may those of linears that read the same."""
     found = decoder.tensors
+    for module, linears in decoder.merged.items():
+        found[names.weight(module)] = (sum(linear.out_features for linear in linears), linears[0].in_features)
+        for linear in linears:
+            del found[linear.weight]
     for moe in decoder.moes:
         if not moe.routing.stacked:
             continue
@@ -130,6 +147,7 @@ def decoder_of(config: ModelConfig) -> Decoder:
         Norm(names.FINAL_NORM, D),
         embedding if config.tie_word_embeddings else Linear(names.LM_HEAD, D, V),
         config.head_dim,
+        config.structure.merged,
     )
 
 

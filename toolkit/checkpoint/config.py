@@ -22,7 +22,7 @@ from toolkit.errors import CheckpointError, UnsupportedError
 from toolkit.files import is_there, read_json
 from toolkit.names import CONFIG_FILE
 
-ROPE_TYPES: Final = ("default", "linear", "llama3", "yarn")
+ROPE_TYPES: Final = ("default", "linear", "llama3", "yarn", "longrope")
 # The deepest published decoders have some 130; what is planned for each layer has to fit into memory.
 MOST_LAYERS: Final = 1000
 # The ends of architectures that judge texts instead of writing them, some from the same weights but for their head.
@@ -42,7 +42,9 @@ class RopeConfig:
     """Rotary embedding parameters; fields other than `rope_type` and `rope_theta` hold for the types that read them.
 
     `original_max_position_embeddings`, `low_freq_factor` and `high_freq_factor` belong to llama3; `attention_factor`,
-    `beta_fast`, `beta_slow`, `mscale`, `mscale_all_dim`, `truncate` to yarn (arXiv 2309.00071).
+    `beta_fast`, `beta_slow`, `mscale`, `mscale_all_dim`, `truncate` to yarn (arXiv 2309.00071). Of longrope
+    (arXiv 2402.13753) `short_factor` divides the inverse frequency of each pair in texts of up to
+    `original_max_position_embeddings` tokens, and `long_factor`, from its first token on, in one that is longer.
     """
 
     rope_type: str = "default"
@@ -57,15 +59,23 @@ class RopeConfig:
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool = True
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+
+    def switch(self, context_length: int) -> int | None:
+        """Returns the longest text, in tokens, that is not turned by the long factors, None where every text of a
+        context is turned alike."""
+        original = self.original_max_position_embeddings
+        return original if self.rope_type == "longrope" and context_length > original else None
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """One decoder's shape, and its structure, which its family decides.
 
-    `head_dim` is the width heads are stored with, `rotary_head_dim` the width that RoPE and the attention's scale are
-    computed from; they differ only where heads were padded for an operator (padded_heads.py), and under latent
-    attention, where `rotary_head_dim` channels of a head are rotated.
+    `head_dim` is the width heads are stored with, `rotary_head_dim` that which RoPE turns. They differ where heads were
+    padded for an operator (padded_heads.py), where RoPE leaves a part of a head as it is (partial_rotary.py), and under
+    latent attention. Products of queries and keys are multiplied by `attention_scale`.
     """
 
     model_type: str
@@ -76,6 +86,7 @@ class ModelConfig:
     num_key_value_heads: int
     head_dim: int
     rotary_head_dim: int
+    attention_scale: float
     vocab_size: int
     max_position_embeddings: int
     rms_norm_eps: float
@@ -98,17 +109,6 @@ class ModelConfig:
     def v_head_dim(self) -> int:
         """How wide a head's value is: as its key, but under latent attention."""
         return self.structure.latent.v_head_dim if self.structure.latent else self.head_dim
-
-    @property
-    def attention_scale(self) -> float:
-        """What products of queries and keys are multiplied by. Under latent attention YaRN sharpens them here, by the
-        square of its `mscale_all_dim`'s magnitude."""
-        if self.structure.latent is None:
-            return 1 / math.sqrt(self.rotary_head_dim)
-        magnitude = 1.0
-        if self.rope.rope_type == "yarn" and self.rope.mscale_all_dim and self.rope.factor > 1:
-            magnitude = 0.1 * self.rope.mscale_all_dim * math.log(self.rope.factor) + 1.0
-        return float(self.structure.latent.qk_head_dim**-0.5 * magnitude**2)
 
     @property
     def q_size(self) -> int:
@@ -168,10 +168,10 @@ def parse_config(raw: Mapping[str, Any], path: Path) -> ModelConfig:
         raise CheckpointError(f"{path}: {heads} attention heads cannot share {kv_heads} key/value heads evenly")
     if head_dim % 2:
         raise CheckpointError(f"{path}: head_dim {head_dim} is odd, rotary embeddings need an even one")
+    rotary_head_dim = _rotary_head_dim(read, head_dim, family.partial_rotary)
     layers = read.count("num_hidden_layers", most=MOST_LAYERS)
     positions = read.count("max_position_embeddings", family.default_positions)
-    structure = family.structure(read, layers)
-    rotary_head_dim = head_dim
+    structure, rope = family.structure(read, layers), _parse_rope(read, positions, rotary_head_dim)
     if structure.latent:
         head_dim, rotary_head_dim, kv_heads = structure.latent.qk_head_dim, structure.latent.qk_rope_head_dim, heads
     return ModelConfig(
@@ -183,12 +183,13 @@ def parse_config(raw: Mapping[str, Any], path: Path) -> ModelConfig:
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
         rotary_head_dim=rotary_head_dim,
+        attention_scale=_attention_scale(structure, rope, head_dim),
         vocab_size=read.count("vocab_size"),
         max_position_embeddings=positions,
         rms_norm_eps=read.positive("rms_norm_eps", 1e-6),
         tie_word_embeddings=read.flag("tie_word_embeddings", default=False),
         structure=structure,
-        rope=_parse_rope(read, positions),
+        rope=rope,
         bos_token_id=read.token_id("bos_token_id", read.count("vocab_size")),
         eos_token_ids=read.token_ids("eos_token_id"),
         pad_token_id=read.token_id("pad_token_id", read.count("vocab_size")),
@@ -213,7 +214,32 @@ def _rope_parameters(read: Fields) -> dict[str, Any]:
     return dict(by_kind[0])
 
 
-def _parse_rope(read: Fields, positions: int) -> RopeConfig:
+def _attention_scale(structure: Structure, rope: RopeConfig, head_dim: int) -> float:
+    """What products of queries and keys are multiplied by. Under latent attention YaRN sharpens them here, by the
+    square of its `mscale_all_dim`'s magnitude."""
+    magnitude = 1.0
+    if structure.latent and rope.rope_type == "yarn" and rope.mscale_all_dim and rope.factor > 1:
+        magnitude = 0.1 * rope.mscale_all_dim * math.log(rope.factor) + 1.0
+    return float(head_dim**-0.5 * magnitude**2)
+
+
+def _rotary_head_dim(read: Fields, head_dim: int, partial: bool) -> int:
+    """How many channels of a head RoPE turns: all of them, or, in families where that may be, the first part."""
+    share = _rope_parameters(read).get("partial_rotary_factor", read.get("partial_rotary_factor"))
+    if share in (None, 1, 1.0):
+        return head_dim
+    if not partial:
+        raise UnsupportedError(f"{read.path}: partial_rotary_factor is not supported in this family, expected 1.0")
+    turned = int(head_dim * positive(share, "partial_rotary_factor", read.path))
+    if turned % 2 or not 0 < turned <= head_dim:
+        raise CheckpointError(
+            f"{read.path}: partial_rotary_factor {share} turns {turned} of the {head_dim} channels of a head, expected "
+            "an even number of them"
+        )
+    return turned
+
+
+def _parse_rope(read: Fields, positions: int, rotary_head_dim: int) -> RopeConfig:
     """RoPE from `rope_parameters` (transformers 5) or `rope_theta` + `rope_scaling` (transformers 4)."""
     path = read.path
     scaling = _rope_parameters(read)
@@ -228,9 +254,6 @@ def _parse_rope(read: Fields, positions: int) -> RopeConfig:
         raise UnsupportedError(
             f"{path}: rope_type {rope_type!r:.60} is not supported, expected {', '.join(ROPE_TYPES)}"
         )
-    partial = scaling.get("partial_rotary_factor", read.get("partial_rotary_factor"))
-    if partial not in (None, 1, 1.0):
-        raise UnsupportedError(f"{path}: partial_rotary_factor is not supported, expected 1.0")
 
     def number(key: str, default: float | None = None) -> float:
         return positive(scaling.get(key, default), f"rope {key}", path)
@@ -251,6 +274,16 @@ def _parse_rope(read: Fields, positions: int) -> RopeConfig:
     original = whole(scaling.get("original_max_position_embeddings") or own or positions)
     if isinstance(original, bool) or not isinstance(original, int) or not 0 < original < 1 << 31:
         raise CheckpointError(f"{path}: original_max_position_embeddings is {original!r:.40}, expected a token count")
+    if rope_type == "longrope":
+        return RopeConfig(
+            rope_type,
+            theta,
+            positions / original if own else number("factor", positions / original),
+            original,
+            attention_factor=optional("attention_factor"),
+            short_factor=_pair_factors(scaling, "short_factor", rotary_head_dim // 2, path),
+            long_factor=_pair_factors(scaling, "long_factor", rotary_head_dim // 2, path),
+        )
     if rope_type == "llama3":
         low, high = number("low_freq_factor"), number("high_freq_factor")
         if low >= high:
@@ -268,3 +301,11 @@ def _parse_rope(read: Fields, positions: int) -> RopeConfig:
         mscale_all_dim=optional("mscale_all_dim"),
         truncate=bool(scaling.get("truncate", True)),
     )
+
+
+def _pair_factors(scaling: Mapping[str, Any], key: str, pairs: int, path: Path) -> tuple[float, ...]:
+    """LongRoPE's divisor of each pair's inverse frequency; raises CheckpointError unless there is one for each."""
+    given = scaling.get(key)
+    if not isinstance(given, list) or len(given) != pairs:
+        raise CheckpointError(f"{path}: rope {key} is {str(given)[:60]}, expected a list of {pairs} numbers")
+    return tuple(positive(one, f"rope {key}", path) for one in given)

@@ -78,7 +78,8 @@ class Structure:
     `qkv_bias`, `o_bias` and `mlp_bias` say which linears add a bias, `qk_norm` whether an RMSNorm over each head of q
     and k comes before RoPE. `sliding_windows` has a layer's window in tokens, itself included, or None for all of the
     text, and is empty where no layer slides. `layers_without_rope` are indices. `experts` is None where every MLP is
-    one. `sinks` are logits, one a head, that take part in the softmax over keys and stand for no token.
+    one. `sinks` are logits, one a head, that take part in the softmax over keys and stand for no token. `merged` says
+    that a checkpoint has q, k and v of a layer in one tensor, and gate and up in another.
     """
 
     qkv_bias: bool = False
@@ -90,6 +91,7 @@ class Structure:
     experts: Experts | None = None
     sinks: bool = False
     latent: Latent | None = None
+    merged: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ class Family:
     contradict each other. `genai_type` is `model.type` of genai_config.json. `defaults` are keys a config.json may
     leave out, with the value that transformers' configuration class then takes, `default_positions` that of
     max_position_embeddings. `gguf` is None where no GGUF file is
-    read as this family.
+    read as this family. `partial_rotary` is whether RoPE may turn a part of each head alone.
     """
 
     model_type: str
@@ -118,6 +120,7 @@ class Family:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     gguf: Gguf | None = None
     default_positions: int = 32768
+    partial_rotary: bool = False
 
 
 def sliding_windows(

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from toolkit.checkpoint.config import ModelConfig, read_config
 from toolkit.checkpoint.gguf import GgufModel, is_gguf, open_gguf
+from toolkit.checkpoint.merged_rows import unmerged
+from toolkit.checkpoint.partial_rotary import in_halves
 from toolkit.checkpoint.safetensors import read_header
 from toolkit.checkpoint.side_files import SideFiles, read_side_files
 from toolkit.checkpoint.stacked_experts import unstacked
@@ -67,7 +69,7 @@ def found_checkpoint(
     """The checkpoint that a folder and its tensors are, `download_bytes` of which are not here."""
     side = read_side_files(folder, config.vocab_size)
     notes = (*found.notes, *_dequantized(found.stored_as), *side_notes(side, config.vocab_size))
-    weights = unstacked(source, config)
+    weights = in_halves(unmerged(unstacked(source, config), config, source.by_columns), config)
     return Checkpoint(folder, config, weights, False, side, notes, download_bytes, found.stored_as)
 
 

@@ -141,6 +141,10 @@ class FileWeights:
         check_finite(values, ref.name)
         return values.reshape((stop - start, *ref.shape[1:]))
 
+    def by_columns(self, name: str) -> bool:
+        """Whether rows of a tensor come from the whole of its codes alone."""
+        return self._dequantizer.by_columns(name)
+
     def check_scales(self) -> None:
         """Raises NonFiniteError for a scale of codes that is NaN or infinite, as far as they are few."""
         self._dequantizer.check_scales()

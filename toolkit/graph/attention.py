@@ -27,11 +27,13 @@ _HEAD_SINK: Final = 11
 @dataclass(frozen=True)
 class Lengths:
     """Where the queries stand: GroupQueryAttention's seqlens_k and total_sequence_length, int32, and position_ids
-    int64 [B, S] where RoPE is a node of its own."""
+    int64 [B, S] where RoPE is a node of its own. `tokens`, int64 [1], is how many tokens there are so far, where a
+    graph is told."""
 
     seqlens_k: ir.Value
     total: ir.Value
     position_ids: ir.Value | None = None
+    tokens: ir.Value | None = None
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,21 @@ def turns(layer: DecoderLayer) -> bool:
     return isinstance(layer.attention, LatentAttention) or layer.attention.rope
 
 
+def chosen_rotary(build: GraphBuilder, rotary: list[ir.Value], switch: int, lengths: Lengths) -> list[ir.Value]:
+    """Of each table, short texts' rows before long ones', those of as many tokens as there are: a text longer than
+    `switch` tokens has the second part's, from its first token on."""
+    path = "/model/rotary"
+    assert lengths.tokens
+    limit = build.constant(f"{path}/switch", np.array([switch], np.int64))
+    (is_long,) = build.op(f"{path}/Greater", [lengths.tokens, limit])
+    (start,) = build.op(f"{path}/Mul", [build.cast(f"{path}/Cast", is_long, ir.DataType.INT64), limit])
+    (end,) = build.op(f"{path}/Add", [start, lengths.tokens])
+    return [
+        build.op(f"{path}/Slice.{name}", [table, start, end])[0]
+        for name, table in zip(("cos", "sin"), rotary, strict=True)
+    ]
+
+
 def group_query_attention(
     build: GraphBuilder,
     config: ModelConfig,
@@ -97,7 +114,7 @@ def group_query_attention(
     attributes = {
         "num_heads": config.num_attention_heads,
         "kv_num_heads": config.num_key_value_heads,
-        "scale": config.rotary_head_dim**-0.5,
+        "scale": config.attention_scale,
         "do_rotary": int(inside),
         "local_window_size": window or -1,
     }
@@ -161,7 +178,7 @@ def plain_attention(
         present.append(build.op(f"{path}/{name}/Where", [where.is_new, spread, old])[0])
     if turns(layer):
         q = _rotated(build, f"{path}/q", q, where)
-    scale = build.scalar("/model/constants/scale", config.rotary_head_dim**-0.5)
+    scale = build.scalar("/model/constants/scale", config.attention_scale)
     (scaled,) = build.op(f"{path}/q/Mul.scale", [q, scale])
     grouped = build.constant("/model/constants/grouped", np.array([1, K, -1, Dh], np.int64))
     (q,) = build.op(f"{path}/q/Reshape.grouped", [scaled, grouped])

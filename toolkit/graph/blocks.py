@@ -16,7 +16,15 @@ from toolkit.checkpoint.anatomy import DecoderLayer, decoder_of
 from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.sublayers import LATENT_EPS, Attention, LatentAttention, Linear, Mlp, Moe, Norm
 from toolkit.errors import UnsupportedError
-from toolkit.graph.attention import Geometry, Lengths, check_attention, geometry, group_query_attention, plain_attention
+from toolkit.graph.attention import (
+    Geometry,
+    Lengths,
+    check_attention,
+    chosen_rotary,
+    geometry,
+    group_query_attention,
+    plain_attention,
+)
 from toolkit.graph.builder import MS, GraphBuilder, declare, value
 from toolkit.graph.latent import latent_attention
 from toolkit.graph.rope import rotary_caches
@@ -83,6 +91,8 @@ def layers(
         build.constant(f"/model/rotary/{name}_cache", table.astype(dtype))
         for name, table in zip(("cos", "sin"), rotary_caches(config, context_length), strict=True)
     ]
+    if (switch := config.rope.switch(context_length)) is not None:
+        rotary = chosen_rotary(build, rotary, switch, lengths)
     where = None
     if build.form.plain_attention:
         shape = embedded.shape

@@ -1,4 +1,4 @@
-"""Rotary caches for GroupQueryAttention: cos and sin, float32 [context_length, head_dim / 2]."""
+"""Rotary caches for GroupQueryAttention: cos and sin, float32 [positions, head_dim / 2]."""
 
 from __future__ import annotations
 
@@ -11,20 +11,32 @@ from toolkit.checkpoint.config import ModelConfig, RopeConfig
 
 
 def rotary_caches(config: ModelConfig, context_length: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """cos and sin of position x frequency, computed in float64; YaRN's attention factor multiplies both.
+    """cos and sin of position x frequency, computed in float64; the attention factor of YaRN and LongRoPE multiplies
+    both. [context_length, head_dim / 2] each; behind the short texts' [switch, head_dim / 2] where LongRoPE has two.
 
-    Pairs that padding added stand still.
+    Pairs that padding added, or that RoPE leaves as they are, stand still.
     """
-    frequencies = inverse_frequencies(config.rope, config.rotary_head_dim)
+    switch = config.rope.switch(context_length)
+    tables = [_caches(config, context_length, is_long=switch is not None)]
+    if switch is not None:
+        tables.insert(0, _caches(config, switch, is_long=False))
+    cos, sin = (np.concatenate(parts).astype(np.float32) for parts in zip(*tables, strict=True))
+    return cos, sin
+
+
+def _caches(config: ModelConfig, rows: int, is_long: bool) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """cos and sin [rows, head_dim / 2] of the positions from 0 on."""
+    frequencies = inverse_frequencies(config.rope, config.rotary_head_dim, is_long)
+    factors = np.full(frequencies.shape, attention_factor(config.rope))
+    still = (0, (config.head_dim - config.rotary_head_dim) // 2)
     if config.structure.latent is None:
-        frequencies = np.pad(frequencies, (0, (config.head_dim - config.rotary_head_dim) // 2))
-    angles = np.arange(context_length, dtype=np.float64)[:, None] * frequencies
-    factor = attention_factor(config.rope)
-    return (np.cos(angles) * factor).astype(np.float32), (np.sin(angles) * factor).astype(np.float32)
+        frequencies, factors = np.pad(frequencies, still), np.pad(factors, still, constant_values=1)
+    angles = np.arange(rows, dtype=np.float64)[:, None] * frequencies
+    return np.cos(angles) * factors, np.sin(angles) * factors
 
 
-def inverse_frequencies(rope: RopeConfig, head_dim: int) -> NDArray[np.float64]:
-    """Returns the angles, [head_dim / 2], in radians per position."""
+def inverse_frequencies(rope: RopeConfig, head_dim: int, is_long: bool = False) -> NDArray[np.float64]:
+    """Returns the angles, [head_dim / 2], in radians per position; `is_long` takes LongRoPE's long factors."""
     plain = rope.rope_theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     if rope.rope_type == "linear":
         return plain / rope.factor
@@ -36,6 +48,9 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> NDArray[np.float64]:
         return plain * keep + plain / rope.factor * (1 - keep)
     if rope.rope_type == "yarn":
         return _yarn(rope, head_dim, plain)
+    if rope.rope_type == "longrope":
+        factors = np.array(rope.long_factor if is_long else rope.short_factor)
+        return np.asarray(plain / factors)
     return plain
 
 
@@ -55,11 +70,14 @@ def _yarn(rope: RopeConfig, head_dim: int, plain: NDArray[np.float64]) -> NDArra
 
 
 def attention_factor(rope: RopeConfig) -> float:
-    """Returns what cos and sin are multiplied by: 1 unless YaRN (arXiv 2309.00071 section 3.4)."""
-    if rope.rope_type != "yarn":
+    """Returns what cos and sin are multiplied by: 1 unless YaRN (arXiv 2309.00071 section 3.4) or LongRoPE
+    (arXiv 2402.13753 section 3.3)."""
+    if rope.rope_type not in ("yarn", "longrope"):
         return 1.0
     if rope.attention_factor is not None:
         return rope.attention_factor
+    if rope.rope_type == "longrope":
+        return math.sqrt(1 + math.log(max(rope.factor, 1)) / math.log(rope.original_max_position_embeddings))
 
     def magnitude(scale: float) -> float:
         return 1.0 if rope.factor <= 1 else 0.1 * scale * math.log(rope.factor) + 1.0

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from toolkit import names
-from toolkit.bundle.genai_config import genai_type, unasked_length
+from toolkit.bundle.genai_config import check_switch, genai_type, unasked_length
 from toolkit.bundle.operators import check_experts
 from toolkit.bundle.stop_tokens import StopToken, stop_tokens
 from toolkit.checkpoint.config import ModelConfig, read_config
@@ -110,6 +110,7 @@ def plan_export(recipe: Recipe, checkpoint: Checkpoint, out: Path, precision: st
     opened, checkpoint = checkpoint, pad_heads(rotate(checkpoint) if recipe.rotate else checkpoint, HEAD_DIM_MULTIPLE)
     config = checkpoint.config
     check_experts(target, config)
+    check_switch(target, config, recipe.context_length)
     check_layers(target.form, config, recipe.context_length)
     layout = _layout(config, target, recipe if precision == "int4" else None)
     layers = layer_bytes(layout, config.num_hidden_layers)

@@ -334,7 +334,8 @@ def _rotate(x: Array, cos: Array, sin: Array) -> Array:
 
 
 def _rotation(rope: RopeConfig, head_dim: int, positions: NDArray[np.int64]) -> tuple[Array, Array]:
-    """cos and sin [T, 1, Dh/2] at `positions`; each pair's wavelength decides its scaling."""
+    """cos and sin [T, 1, Dh/2] at `positions`; each pair's wavelength decides its scaling, and under LongRoPE the
+    length of the text that a position belongs to, which runs on while positions do."""
     scale = 1.0
     frequencies = []
     for pair in range(head_dim // 2):
@@ -343,6 +344,12 @@ def _rotation(rope: RopeConfig, head_dim: int, positions: NDArray[np.int64]) -> 
     if rope.rope_type == "yarn":
         scale = _yarn_scale(rope)
     angles = np.outer(positions, frequencies)
+    if rope.rope_type == "longrope":
+        scale = _longrope_scale(rope)
+        texts = np.split(positions, np.flatnonzero(np.diff(positions) != 1) + 1)
+        ends = np.concatenate([np.full(text.shape, text[-1] + 1) for text in texts])
+        is_long = ends > rope.original_max_position_embeddings
+        angles /= np.where(is_long[:, None], rope.long_factor, rope.short_factor)
     return (
         (scale * np.cos(angles)).astype(np.float32)[:, None, :],
         (scale * np.sin(angles)).astype(np.float32)[:, None, :],
@@ -372,6 +379,12 @@ def _scaled(rope: RopeConfig, frequency: float, pair: int, head_dim: int) -> flo
         interpolated = min(max((pair - low) / ((high - low) or 0.001), 0.0), 1.0)
         return frequency * (1 - interpolated) + frequency / rope.factor * interpolated
     return frequency
+
+
+def _longrope_scale(rope: RopeConfig) -> float:
+    if rope.attention_factor is not None or rope.factor <= 1:
+        return rope.attention_factor or 1.0
+    return math.sqrt(1 + math.log(rope.factor, rope.original_max_position_embeddings))
 
 
 def _yarn_scale(rope: RopeConfig) -> float:
