@@ -25,7 +25,8 @@ from transformers import PreTrainedModel
 
 from tests.random_models import LLAMA3, YARN, make_checkpoint
 from toolkit.checkpoint import scan
-from toolkit.checkpoint.config import ModelConfig, RopeConfig, parse_config, read_config
+from toolkit.checkpoint.config import ModelConfig, parse_config, read_config
+from toolkit.checkpoint.rope_config import RopeConfig
 from toolkit.checkpoint.safetensors import read_header
 from toolkit.checkpoint.scan import ReadBytes, Rows, scan_file
 from toolkit.checkpoint.synthetic import SyntheticWeights

@@ -7,7 +7,8 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from toolkit.checkpoint.config import ModelConfig, RopeConfig
+from toolkit.checkpoint.config import ModelConfig
+from toolkit.checkpoint.rope_config import RopeConfig
 
 
 def rotary_caches(config: ModelConfig, context_length: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

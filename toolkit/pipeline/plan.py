@@ -109,9 +109,7 @@ def plan_export(recipe: Recipe, checkpoint: Checkpoint, out: Path, precision: st
         recipe = replace(recipe, rotate=wanted and can_rotate(checkpoint.config))
     opened, checkpoint = checkpoint, pad_heads(rotate(checkpoint) if recipe.rotate else checkpoint, HEAD_DIM_MULTIPLE)
     config = checkpoint.config
-    check_experts(target, config)
-    check_switch(target, config, recipe.context_length)
-    check_layers(target.form, config, recipe.context_length)
+    _check_target(target, config, recipe.context_length)
     layout = _layout(config, target, recipe if precision == "int4" else None)
     layers = layer_bytes(layout, config.num_hidden_layers)
     recipe = _with_parts(recipe, target, layers)
@@ -197,6 +195,13 @@ def _target(recipe: Recipe, precision: str) -> Target:
     """The recipe's row, in its profile and for its SoC."""
     target = TARGETS[recipe.target].in_profile(recipe.profile).in_precision(precision)
     return target.on_soc(SOCS[recipe.soc]) if recipe.soc else target
+
+
+def _check_target(target: Target, config: ModelConfig, context_length: int) -> None:
+    """Raises UnsupportedError for what a target cannot do with a model of this config."""
+    check_experts(target, config)
+    check_switch(target, config, context_length)
+    check_layers(target.form, config, context_length)
 
 
 def _with_parts(recipe: Recipe, target: Target, layers: list[int]) -> Recipe:

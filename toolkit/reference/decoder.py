@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 from toolkit import names
 from toolkit.checkpoint.anatomy import DecoderLayer, decoder_of
-from toolkit.checkpoint.config import ModelConfig, RopeConfig
+from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.family import Experts
+from toolkit.checkpoint.rope_config import RopeConfig
 from toolkit.checkpoint.sublayers import (
     LATENT_EPS,
     Attention,
