@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from toolkit import names
+from toolkit.algorithms import AUTO
 from toolkit.soc import SOCS, Soc
 
 CPU_EP: Final = "CPUExecutionProvider"
@@ -114,9 +115,9 @@ class Target:
 
     `window` is the context stage's sequence length, 0 where the whole model is one graph. `soc` names what its stages
     are compiled for ahead of time, in parts of limited size, where there is such a step. `profiles` are the forms
-    that a recipe chooses from where there are several, its default first; `form` is what needs no text. `quantize`,
-    `context_length` and `validate` are what a recipe has that does not say them, and `best` the rules instead at that
-    quality, where they differ.
+    that a recipe chooses from where there are several, its default first; `form` is what needs no text. `quantize` and
+    `context_length` are what a recipe has that does not say them, and `best` the rules instead at that quality, where
+    they differ. `measured_kld` is what `quantize` cost Qwen2.5-Coder-0.5B-Instruct, which thresholds follow from.
     """
 
     name: str
@@ -125,7 +126,7 @@ class Target:
     window: int
     context_length: int
     quantize: tuple[dict[str, Any], ...]
-    validate: dict[str, float]
+    measured_kld: float
     soc: str = ""
     profiles: tuple[Profile, ...] = ()
     best: tuple[dict[str, Any], ...] = ()
@@ -137,7 +138,7 @@ class Target:
         return {
             "context_length": self.context_length,
             "quantize": [dict(rule) for rule in rules],
-            "validate": dict(self.validate),
+            "validate": {"mean_kld": AUTO},
             "window": self.window,
             "soc": self.soc,
             "profile": next((profile.name for profile in self.profiles), ""),
@@ -221,12 +222,11 @@ _WIDE_RULES: Final = (_OUTSIDE_RULE, {"match": "*", "bits": 4, "block_size": 128
 # 4.125; they make up for what integers without zero points lose beside a CPU's blocks of 32 (LOG.md).
 _QNN_RULES: Final = (_OUTSIDE_RULE, {"match": "*", "bits": 4, "block_size": 16})
 
-# Twice what their own rules cost Qwen2.5-Coder-0.5B at `balanced`, .019 on a CPU and .027 on qnn (LOG.md); plain
-# rounding in blocks of 32 (rtn, symmetric) costs it .0975.
-_THRESHOLDS: Final = {"mean_kld": 0.04}
-_QNN_THRESHOLDS: Final = {"mean_kld": 0.055}
-# Between what wider blocks cost that model when they were searched, .079, and plain rounding.
-_WIDE_THRESHOLDS: Final = {"mean_kld": 0.09}
+# The mean KLD that their own rules cost Qwen2.5-Coder-0.5B-Instruct at `balanced` (docs/measured.md); plain rounding in
+# blocks of 32 (rtn, symmetric) costs it .0975.
+_KLD_OF_32: Final = 0.0205
+_KLD_OF_LPBQ_16: Final = 0.027
+_KLD_OF_128: Final = 0.045
 
 # Why each is as it is: bundle/operators.json, with sources.
 _PARTS: Final = Form(
@@ -271,7 +271,7 @@ TARGETS: Final[dict[str, Target]] = {
         context_length=LONG_CONTEXT,
         quantize=_CPU_RULES,
         best=_BEST_CPU_RULES,
-        validate=_THRESHOLDS,
+        measured_kld=_KLD_OF_32,
     ),
     "cpu-split": Target(
         name="cpu-split",
@@ -281,7 +281,7 @@ TARGETS: Final[dict[str, Target]] = {
         context_length=4096,
         quantize=_CPU_RULES,
         best=_BEST_CPU_RULES,
-        validate=_THRESHOLDS,
+        measured_kld=_KLD_OF_32,
     ),
     "dml": Target(
         name="dml",
@@ -299,7 +299,7 @@ TARGETS: Final[dict[str, Target]] = {
         window=0,
         context_length=LONG_CONTEXT,
         quantize=_WIDE_RULES,
-        validate=_WIDE_THRESHOLDS,
+        measured_kld=_KLD_OF_128,
     ),
     "openvino": Target(
         name="openvino",
@@ -315,7 +315,7 @@ TARGETS: Final[dict[str, Target]] = {
         window=64,
         context_length=4096,
         quantize=(_OUTSIDE_RULE, {"match": "*", "bits": 4, "block_size": 128, "symmetric": True}),
-        validate=_WIDE_THRESHOLDS,
+        measured_kld=_KLD_OF_128,
     ),
     "qnn": Target(
         name="qnn",
@@ -338,7 +338,7 @@ TARGETS: Final[dict[str, Target]] = {
         window=64,
         context_length=4096,
         quantize=_QNN_RULES,
-        validate=_QNN_THRESHOLDS,
+        measured_kld=_KLD_OF_LPBQ_16,
         soc="x-elite",
         profiles=_QNN_PROFILES,
     ),
@@ -355,7 +355,7 @@ TARGETS: Final[dict[str, Target]] = {
         window=64,
         context_length=4096,
         quantize=_WIDE_RULES,
-        validate=_WIDE_THRESHOLDS,
+        measured_kld=_KLD_OF_128,
     ),
     "webgpu": Target(
         name="webgpu",
@@ -372,7 +372,7 @@ TARGETS: Final[dict[str, Target]] = {
         window=0,
         context_length=LONG_CONTEXT,
         quantize=_BLOCKS_OF_32,
-        validate=_THRESHOLDS,
+        measured_kld=_KLD_OF_32,
         profiles=_WEBGPU_PROFILES,
     ),
 }

@@ -17,6 +17,7 @@ from toolkit.checkpoint.config import ModelConfig, read_config
 from toolkit.checkpoint.opened import Checkpoint
 from toolkit.checkpoint.padded_heads import pad_heads
 from toolkit.checkpoint.rotated import can_rotate, rotate, salient_inputs
+from toolkit.checkpoint.weights import parameter_count
 from toolkit.errors import MachineError, RecipeError
 from toolkit.graph.attention import HEAD_DIM_MULTIPLE
 from toolkit.graph.blocks import check_layers
@@ -38,6 +39,7 @@ from toolkit.quant.formats import check_rules
 from toolkit.recipe import Recipe
 from toolkit.soc import SOCS
 from toolkit.target import TARGETS, Target
+from toolkit.thresholds import resolved
 
 # Interpreter, numpy, onnx_ir and the compiler of the quantizers: measured, see LOG.md.
 _BASE_BYTES: Final = 220 << 20
@@ -94,7 +96,7 @@ class ExportPlan:
 
 
 def plan_export(recipe: Recipe, checkpoint: Checkpoint, out: Path, precision: str) -> ExportPlan:
-    """The plan; its recipe has the number of parts.
+    """The plan; its recipe has the number of parts and every threshold.
 
     Raises RecipeError if recipe and checkpoint do not belong together, UnsupportedError for parts that cannot be.
     """
@@ -112,7 +114,8 @@ def plan_export(recipe: Recipe, checkpoint: Checkpoint, out: Path, precision: st
     _check_target(target, config, recipe.context_length)
     layout = _layout(config, target, recipe if precision == "int4" else None)
     layers = layer_bytes(layout, config.num_hidden_layers)
-    recipe = _with_parts(recipe, target, layers)
+    limits = resolved(recipe.validate, target.measured_kld, parameter_count(config))
+    recipe = replace(_with_parts(recipe, target, layers), validate={**limits})
     compiled = bool(target.soc) and precision == "int4"
     tokenizer = _tokenizer(opened)
     item_bytes = 2 if target.form.activations == "float16" else 4

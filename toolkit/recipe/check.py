@@ -20,6 +20,8 @@ BLOCK_SIZES: Final = (16, 32, 64, 128, 256)
 FIGURES: Final = threshold_names()
 # A threshold beyond this is none, and infinity cannot be written down.
 _MOST: Final = 1e300
+# The figure whose threshold may be left to the checkpoint's size.
+_BY_SIZE: Final = "mean_kld"
 # What file systems take, less what is put around a bundle's name.
 _LONGEST_NAME: Final = 200
 
@@ -81,15 +83,18 @@ def check_recipe(recipe: Recipe, where: str) -> None:
     _check_thresholds(recipe.validate, where)
 
 
-def _check_thresholds(thresholds: dict[str, float], where: str) -> None:
-    if not isinstance(thresholds, dict) or not all(
-        isinstance(v, int | float) and not isinstance(v, bool) and abs(v) < _MOST for v in thresholds.values()
-    ):
+def _check_thresholds(thresholds: dict[str, float | str], where: str) -> None:
+    if not isinstance(thresholds, dict):
         raise RecipeError(f"{where}: validate is {thresholds!r:.200}, expected figures with their thresholds")
-    for figure in thresholds:
+    for figure, limit in thresholds.items():
         if figure not in FIGURES:
             hint = nearest(str(figure), FIGURES)
             raise RecipeError(f"{where}: validate has no figure {figure!r}{hint}, expected {', '.join(FIGURES)}")
+        if figure == _BY_SIZE and limit == AUTO:
+            continue
+        if isinstance(limit, bool) or not isinstance(limit, int | float) or not abs(limit) < _MOST:
+            more = f" or {AUTO}" if figure == _BY_SIZE else ""
+            raise RecipeError(f"{where}: validate has {limit!r:.60} for {figure}, expected a number{more}")
 
 
 def _check_calibration(recipe: Recipe, where: str) -> None:

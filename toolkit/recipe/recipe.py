@@ -39,11 +39,12 @@ class Recipe:
     `context_length`, `quantize`, `validate`, `window`, `soc` and `profile` are the target's own in a recipe that does
     not say them (`Target.defaults`).
 
-    `validate` maps figures of the report to thresholds. `tasks` names question files (JSON lines of `prompt` and
-    `answer`) beside the model's facts, and `baseline` asks for plain 4-bit rounding to be measured beside. `window` is
-    how many prompt tokens the context stage takes at once, 0 without such a stage. `profile` is one of the target's,
-    where it has several. `soc` is what a target with an ahead-of-time compiler compiles for, and `parts` how many parts
-    the transformer is split into, 0 for as few as the compiler's limits allow.
+    `validate` maps figures of the report to thresholds; that of `mean_kld` may be `auto`, which a plan replaces by what
+    follows from the checkpoint's size. `tasks` names question files (JSON lines of `prompt` and `answer`) beside the
+    model's facts, and `baseline` asks for plain 4-bit rounding to be measured beside. `window` is how many prompt
+    tokens the context stage takes at once, 0 without such a stage. `profile` is one of the target's, where it has
+    several. `soc` is what a target with an ahead-of-time compiler compiles for, and `parts` how many parts the
+    transformer is split into, 0 for as few as the compiler's limits allow.
 
     `quality` is a row of QUALITIES. `calibration` names the calibration text, a file beside the model's facts or a
     path, and `calibration_tokens` how much of it is read, 0 for what the quality needs. `fold` allows channel scales
@@ -59,7 +60,7 @@ class Recipe:
     target: str
     context_length: int
     quantize: tuple[QuantRule, ...]
-    validate: dict[str, float]
+    validate: dict[str, float | str]
     tasks: tuple[str, ...] = ()
     baseline: bool = False
     window: int = 0

@@ -17,4 +17,4 @@ def thresholds(manifest: Manifest, report: Report) -> dict[str, float]:
     left_out = {name for name in ("tasks", "speed", "simulator") if getattr(report, name) is None}
     if report.simulator is None or report.simulator.tasks is None:
         left_out.add("simulator.tasks")
-    return {name: limit for name, limit in wanted.items() if FIGURES[name].section not in left_out}
+    return {name: float(limit) for name, limit in wanted.items() if FIGURES[name].section not in left_out}
