@@ -114,8 +114,7 @@ def plan_export(recipe: Recipe, checkpoint: Checkpoint, out: Path, precision: st
     _check_target(target, config, recipe.context_length)
     layout = _layout(config, target, recipe if precision == "int4" else None)
     layers = layer_bytes(layout, config.num_hidden_layers)
-    limits = resolved(recipe.validate, target.measured_kld, parameter_count(config))
-    recipe = replace(_with_parts(recipe, target, layers), validate={**limits})
+    recipe = _with_thresholds(_with_parts(recipe, target, layers), target, config)
     compiled = bool(target.soc) and precision == "int4"
     tokenizer = _tokenizer(opened)
     item_bytes = 2 if target.form.activations == "float16" else 4
@@ -212,6 +211,11 @@ def _with_parts(recipe: Recipe, target: Target, layers: list[int]) -> Recipe:
         check_parts(layers, recipe.parts)
         return recipe
     return replace(recipe, parts=plan_parts(layers) if target.soc else 1)
+
+
+def _with_thresholds(recipe: Recipe, target: Target, config: ModelConfig) -> Recipe:
+    limits = resolved(recipe.validate, target.measured_kld, parameter_count(config))
+    return replace(recipe, validate={**limits})
 
 
 def check_match(recipe: Recipe, config: ModelConfig) -> None:
