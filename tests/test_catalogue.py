@@ -21,7 +21,7 @@ from toolkit.files import write_json
 from toolkit.pipeline import bandwidth, catalogue, doctor, get
 from toolkit.pipeline.bandwidth import MemoryBandwidth, memory_bandwidth
 from toolkit.pipeline.catalogue import bundle_row
-from toolkit.recipe import known_license, load_recipe, recipe_names
+from toolkit.recipe import data_folder, known_license, load_recipe, recipe_names
 from toolkit.report.summary import load_report
 from toolkit.target import TARGETS
 
@@ -78,6 +78,11 @@ def test_every_model_of_the_recipes_has_a_licence() -> None:
     licenses = {recipe.model: known_license(recipe.name, recipe.target) for recipe in loaded if recipe.facts()}
     assert set(licenses.values()) == {"mit", "apache-2.0"}
     assert {word for model, word in licenses.items() if model.startswith("Qwen/Qwen3")} == {"apache-2.0"}
+    rows = json.loads((data_folder("models") / "licenses.json").read_text(encoding="utf-8"))
+    assert all("License" in row["source"] or "LICENSE" in row["source"] for row in rows.values())
+    distilled = {name: row.get("base") for name, row in rows.items() if row["license"] == "mit" and name != "tiny-r1"}
+    assert distilled.pop("8b") == "llama3.1" and distilled.pop("70b") == "llama3.3"
+    assert set(distilled.values()) == {"apache-2.0"}
 
 
 def test_a_search_narrows(exports: Exports, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,7 +49,7 @@ def known_license(recipe_name: str, target: str) -> str | None:
 @cache
 def _licenses() -> dict[str, str]:
     path = data_folder("models") / "licenses.json"
-    return {str(model): str(word) for model, word in json.loads(path.read_text(encoding="utf-8")).items()}
+    return {str(model): str(row["license"]) for model, row in json.loads(path.read_text(encoding="utf-8")).items()}
 
 
 def meant_recipe(word: str, checkpoint: str | None) -> str:
