@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 import onnx
 import pytest
 
+import toolkit
 from tests.command_line import called, run
 from tests.compiler import needs_compiler
 from tests.exports import IN_TWO_PARTS, Exports
@@ -22,7 +24,7 @@ from tests.graphs import EIGHT_BITS, SET_EIGHT_BITS
 from toolkit import apart
 from toolkit.bundle.compiled import lint_compiled
 from toolkit.bundle.lint import lint_bundle
-from toolkit.bundle.manifest import read_manifest, verify_manifest
+from toolkit.bundle.manifest import read_manifest, save_manifest, verify_manifest
 from toolkit.bundle.settings import read_genai_config
 from toolkit.checkpoint.opened import open_checkpoint
 from toolkit.epcontext import htp
@@ -229,6 +231,40 @@ def test_each_planted_fault_of_a_compiled_stage_is_named(case: str, compiled_cop
     change(compiled_copy)
     problems = lint_compiled(compiled_copy, "x-elite") + lint_bundle(compiled_copy)
     assert any(words in line for line in problems), problems
+
+
+@needs_compiler
+def test_doctor_compiles_anew_what_no_longer_fits(compiled_copy: Path, compiled: Path) -> None:
+    """After an upgrade of the compiler and of onnxruntime-genai, and of a binary that was lost."""
+    before = read_manifest(compiled)
+    upgraded = replace(before, compiled=dict.fromkeys(before.compiled, "of another"))
+    save_manifest(compiled_copy / "manifest.json", upgraded)
+    (state,) = toolkit.doctor(compiled_copy).bundles
+    assert [(row.problem, row.compiles) for row in state.ailments] == [
+        ("its binaries are another compiler's than the one here", True)
+    ]
+    assert state.ailments[0].command == f"toolkit compile {compiled_copy}"
+    older = {**before.versions, "onnxruntime_genai": "0.12.2"}
+    save_manifest(compiled_copy / "manifest.json", replace(upgraded, versions=older))
+    (compiled_copy / BINARIES[1]).unlink()
+    done = called("doctor", str(compiled_copy), "--fix")
+    assert done.returncode == 0, done.stdout
+    assert f"  mended: {BINARIES[1]} is missing or has another size" in done.stdout and "FAIL" not in done.stdout
+    assert "since it was made: onnxruntime-genai 0.12.2 to " in done.stdout
+    assert read_manifest(compiled_copy).compiled == before.compiled and verify_manifest(compiled_copy) == []
+    (compiled_copy / "transformer.onnx.data").unlink()
+    (state,) = toolkit.doctor(compiled_copy, fix=True).bundles
+    assert state.ailments[0].command.endswith("--force") and state.mended == ()
+
+
+def test_what_doctor_cannot_mend_it_says(exports: Exports, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = exports.copy(tmp_path / "b", "qnn")
+    save_manifest(bundle / "manifest.json", replace(read_manifest(bundle), compiled={"context": "of another"}))
+    monkeypatch.setattr("toolkit.pipeline.compile.htp_version", lambda: "9.9")
+    monkeypatch.setattr(compiling, "free_memory_bytes", lambda: 1 << 20)
+    done = called("doctor", str(tmp_path), "--fix")
+    assert done.returncode == 1 and "  not mended: compiling part 1 of 1" in done.stdout
+    assert f"  mend: toolkit compile {bundle}" in done.stdout
 
 
 @needs_compiler

@@ -327,13 +327,13 @@ def get(
     return bundle
 
 
-def doctor(*folders: str | Path) -> Diagnosis:
+def doctor(*folders: str | Path, fix: bool = False, progress: Progress = _silent) -> Diagnosis:
     """Looks at this machine and at the bundles in folders, `build` if none is named.
 
     It says what is installed, what each bundle would run on, what is wrong with it since the software changed, and the
-    command that mends it.
+    command that mends it. With `fix` binaries that no longer fit are compiled anew from the graphs beside them.
     """
-    return diagnose([Path(folder) for folder in folders] or [Path("build")])
+    return diagnose([Path(folder) for folder in folders] or [Path("build")], fix, progress)
 
 
 def compare(a: str | Path, b: str | Path, *, tolerances: Mapping[str, str] | None = None) -> ComparedReports:

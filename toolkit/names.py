@@ -74,6 +74,11 @@ def compiled_file(stage: str) -> str:
     return f"{stage}_ctx.onnx"
 
 
+def is_compilers(file: str) -> bool:
+    """Whether a bundle's file is a compiler's, made ahead of time from the graphs beside it."""
+    return file.endswith((compiled_file(""), ".bin"))
+
+
 def part_stage(stage: str, part: int, parts: int) -> str:
     """Returns a transformer stage's name: `context`, or `context_3` where there are several parts of it."""
     return stage if parts == 1 else f"{stage}_{part}"

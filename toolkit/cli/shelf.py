@@ -122,13 +122,16 @@ def get(
 
 @click.command()
 @click.argument("folders", nargs=-1, metavar="[FOLDER]...", type=click.Path(path_type=Path))
+@click.option("--fix", is_flag=True, help="Compile binaries that no longer fit, from the graphs beside them.")
 @AS_JSON
-def doctor(folders: tuple[Path, ...], as_json: bool) -> None:
+def doctor(folders: tuple[Path, ...], fix: bool, as_json: bool) -> None:
     """What this machine has to run bundles with, and what those in FOLDER, build/ if none is named, would run on, lack,
     and are mended by."""
     from toolkit import library
+    from toolkit.progress import progress_line
 
-    found = library.doctor(*folders)
+    with progress_line() as progress:
+        found = library.doctor(*folders, fix=fix, progress=progress)
     if as_json:
         click.echo(one_document([found]))
     else:
@@ -158,6 +161,10 @@ def _print_bundle(bundle: BundleState) -> None:
     click.echo(f"{bundle.path}: {bundle.recipe or 'unreadable'}, runs on {bundle.runs_on}")
     for change in bundle.changed:
         click.echo(f"  since it was made: {change}")
+    for problem in bundle.mended:
+        click.echo(f"  mended: {problem}")
+    if bundle.not_mended:
+        click.echo(f"  not mended: {bundle.not_mended}")
     for ailment in bundle.ailments:
         click.echo(f"  FAIL: {ailment.problem}")
         click.echo(f"  mend: {ailment.command}")

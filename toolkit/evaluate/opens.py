@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from toolkit.apart import ChildFailed, answer, run_apart
+from toolkit.bundle.compiled import uncompiled_settings
 from toolkit.bundle.settings import Settings, read_settings
 from toolkit.errors import BundleError, MachineError
 from toolkit.evaluate.encodes import encoded_otherwise
@@ -94,7 +95,7 @@ def _mapped_model(og: Any, bundle: Path) -> tuple[Any, tempfile.TemporaryDirecto
         config = og.Config(str(bundle))
         config.overlay(json.dumps({"model": {"decoder": _told(settings)}}))
         return og.Model(config), None
-    folder = linked_copy(bundle, settings.on_cpu(_MAPPED), within=bundle)
+    folder = linked_copy(bundle, uncompiled_settings(settings).on_cpu(_MAPPED), within=bundle)
     return og.Model(folder.name), folder
 
 

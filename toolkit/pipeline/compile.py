@@ -65,13 +65,13 @@ def is_current(bundle: Path) -> bool:
 
 
 def compile_bundle(
-    bundle: Path, progress: Callable[[str], None] = lambda _: None, soc: str | None = None
+    bundle: Path, progress: Callable[[str], None] = lambda _: None, soc: str | None = None, anew: bool = False
 ) -> tuple[PartitionRow, ...]:
     """Compiles what is not compiled yet, points settings, manifest and report at it; returns the report's `partition`.
 
-    `soc` makes the bundle one for another SoC than its recipe's. The work is done in `<bundle>.compile` and goes on
-    there. Raises UnsupportedError for a target without a compiler, MachineError if the compiler is not here or the
-    memory will not do, BundleError for what it does not take.
+    `soc` makes the bundle one for another SoC than its recipe's, `anew` takes none of its binaries for good. The work is
+    done in `<bundle>.compile` and goes on there. Raises UnsupportedError for a target without a compiler, MachineError
+    if the compiler is not here or the memory will not do, BundleError for what it does not take.
     """
     manifest = read_manifest(bundle)
     if edited := check_unedited(bundle):
@@ -88,7 +88,7 @@ def compile_bundle(
         settings = settings.for_soc(SOCS[soc].provider_options)
     parts = _parts(recipe, settings.soc_options(), hashes, f"{PACKAGE} {htp_version()}")
     work = bundle.with_name(bundle.name + ".compile")
-    if work.exists() or manifest.compiled != _keys(parts) or not _sizes_fit(bundle, manifest):
+    if anew or work.exists() or manifest.compiled != _keys(parts) or not _sizes_fit(bundle, manifest):
         made = compile_parts(bundle, parts, work, counted(progress, "compile"))
         _install(bundle, manifest, settings, parts, made, work)
     return amend_report(bundle, lambda report: report).partition or ()

@@ -29,6 +29,9 @@ from toolkit.typed_json import from_json
 # 25 lines a second read as fluently as more would. Each takes the server about a millisecond of a core that the model
 # could have.
 _TOGETHER_S: Final = 0.04
+# The runtime's threads hold every core and go on with the next token at once, so that the server and then its client
+# would each wait for the end of a turn, some milliseconds: a text's first line leaves them a core.
+_FIRST_REST_S: Final = 0.001
 TOOL_CALL: Final = "<tool_call>"
 
 
@@ -49,7 +52,7 @@ class _Together:
     spend its time on lines, nor the server and the client theirs on reading them."""
 
     def __init__(self, out: _Out) -> None:
-        self._out, self._said_at = out, 0.0
+        self._out, self._said_at, self._is_first = out, 0.0, True
         self._kind, self._texts, self._tokens = "", list[str](), list[ScoredToken]()
 
     def add(self, kind: str, text: str, tokens: tuple[ScoredToken, ...]) -> None:
@@ -66,8 +69,11 @@ class _Together:
         """Says what is held, if anything is."""
         if self._texts:
             self._out.say(Event(self._kind, "".join(self._texts), tuple(self._tokens)))
-            self._said_at = time.monotonic()
             self._texts, self._tokens = [], []
+            if self._is_first:
+                time.sleep(_FIRST_REST_S)
+                self._is_first = False
+            self._said_at = time.monotonic()
 
 
 class _Orders:
