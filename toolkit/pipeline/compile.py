@@ -69,9 +69,9 @@ def compile_bundle(
 ) -> tuple[PartitionRow, ...]:
     """Compiles what is not compiled yet, points settings, manifest and report at it; returns the report's `partition`.
 
-    `soc` makes the bundle one for another SoC than its recipe's, `anew` takes none of its binaries for good. The work is
-    done in `<bundle>.compile` and goes on there. Raises UnsupportedError for a target without a compiler, MachineError
-    if the compiler is not here or the memory will not do, BundleError for what it does not take.
+    `soc` makes the bundle one for another SoC than its recipe's, `anew` takes none of its binaries for good. The work
+    is done in `<bundle>.compile` and goes on there. Raises UnsupportedError for a target without a compiler,
+    MachineError if the compiler is not here or the memory will not do, BundleError for what it does not take.
     """
     manifest = read_manifest(bundle)
     if edited := check_unedited(bundle):
