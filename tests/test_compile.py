@@ -237,7 +237,7 @@ def test_each_planted_fault_of_a_compiled_stage_is_named(case: str, compiled_cop
 def test_doctor_compiles_anew_what_no_longer_fits(compiled_copy: Path, compiled: Path) -> None:
     """After an upgrade of the compiler and of onnxruntime-genai, and of a binary that was lost."""
     before = read_manifest(compiled)
-    upgraded = replace(before, compiled=dict.fromkeys(before.compiled, "of another"))
+    upgraded = replace(before, compiled=dict.fromkeys(before.compiled or (), "of another"))
     save_manifest(compiled_copy / "manifest.json", upgraded)
     (state,) = toolkit.doctor(compiled_copy).bundles
     assert [(row.problem, row.compiles) for row in state.ailments] == [
