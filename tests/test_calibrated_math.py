@@ -232,7 +232,9 @@ def test_scales_are_chosen_for_what_one_range_does_to_other_channels() -> None:
     assert error(np.ones(2048, np.float32)) > 0.15 and error(seeing) < error(blind) / 2
 
 
-@pytest.mark.parametrize("case", ["qwen2", "qwen2-tied", "llama-bias", "qwen3", "llama-narrow-heads"])
+@pytest.mark.parametrize(
+    "case", ["qwen2", "qwen2-tied", "llama-bias", "qwen3", "llama-narrow-heads", "deepseek-v2", "deepseek-v3"]
+)
 def test_folding_changes_no_output(case: str, tmp_path: Path) -> None:
     family, extra = CASES[case]
     make_checkpoint(family, extra, tmp_path)
@@ -244,7 +246,11 @@ def test_folding_changes_no_output(case: str, tmp_path: Path) -> None:
             factors = np.exp(rng.standard_normal(given.width // given.shared)).astype(np.float32)
             heads = factors.reshape(-1, 1, given.head_dim).repeat(given.shared, axis=1)
             scales[given.name] = heads.reshape(-1)
-    assert len(scales) == 4 * config.num_hidden_layers + (not config.tie_word_embeddings)
+    # Of latents the norm's output, one or two latents, and what down_proj reads; a norm before experts is theirs too.
+    expected = 4 * config.num_hidden_layers
+    if latent := config.structure.latent:
+        expected += config.num_hidden_layers * (latent.q_lora_rank is not None) - 2
+    assert len(scales) == expected + (not config.tie_word_embeddings)
     folded = FoldedTensors(checkpoint.source, decoder_of(config).inputs, scales)
     ids = rng.integers(3, 96, 40).tolist()
     (plain,), (other,) = (reference_logits(config, source, [ids]) for source in (checkpoint.source, folded))

@@ -26,7 +26,7 @@ from toolkit.calibrate.survey import Survey, Wish, survey
 from toolkit.checkpoint.anatomy import decoder_of
 from toolkit.checkpoint.folded import FoldedTensors
 from toolkit.checkpoint.opened import Checkpoint, open_checkpoint
-from toolkit.checkpoint.sublayers import Attention, Mlp
+from toolkit.checkpoint.sublayers import LinearInput
 from toolkit.evaluate.parity import Comparison
 from toolkit.evaluate.positions import open_positions
 from toolkit.names import weight
@@ -209,12 +209,21 @@ def _of_rounded(product: Callable[..., Floats], rounding: Rounding) -> Callable[
     return lambda linear, x: product(linear, _rounded(x, rounding))
 
 
-@pytest.mark.parametrize("rounding", Rounding)
+@pytest.mark.parametrize(
+    ("case", "module", "rounding"),
+    [
+        *(("qwen2", "mlp.down_proj", rounding) for rounding in Rounding),
+        ("deepseek-v3", "self_attn.q_b_proj", Rounding.INT8),
+        ("deepseek-v3", "self_attn.kv_b_proj", Rounding.INT8),
+        ("deepseek-v3", "self_attn.o_proj", Rounding.INT8),
+        ("deepseek-v3", "mlp.shared_experts.down_proj", Rounding.INT8),
+    ],
+)
 def test_each_matrix_is_solved_against_what_the_rounded_layers_before_it_give(
-    rounding: Rounding, tmp_path: Path
+    case: str, module: str, rounding: Rounding, tmp_path: Path
 ) -> None:
-    """Layer 1's down_proj, from the checkpoint with everything before it replaced by what was solved."""
-    checkpoint, sequences = _checkpoint("qwen2", tmp_path)
+    """A matrix of layer 1, from the checkpoint with everything before it replaced by what was solved."""
+    checkpoint, sequences = _checkpoint(case, tmp_path)
     sequences = sequences * 3
     kept, fallbacks = _solved(checkpoint, sequences, tmp_path / "work", rounding)
     assert fallbacks == [] and kept.commits == checkpoint.config.num_hidden_layers + 1
@@ -226,25 +235,27 @@ def test_each_matrix_is_solved_against_what_the_rounded_layers_before_it_give(
     changes["model.embed_tokens.weight"] = dequantize_blocks(quantize_blocks(table, plain), plain, 64)
     arriving = Changed(source, changes)
 
-    def down_input(tensors: Any) -> Floats:
+    def input_of(tensors: Any) -> Floats:
         layers = [read_layer(config, tensors, k) for k in range(2)]
         if tensors is arriving:
             for layer in layers:
                 setattr(layer, "product", _of_rounded(layer.product, rounding))  # noqa: B010  a method replaced
         seen = []
+
+        def look(given: LinearInput, values: Floats) -> Floats:
+            if given.name == f"model.layers.1.{module}":
+                seen.append(_rounded(values, rounding) if tensors is arriving else values)
+            return values
+
         for ids in sequences:
             x = layers[0](embed(tensors, ids))
-            attention, mlp = layers[1].anatomy.sublayers
-            assert isinstance(attention, Attention)
-            x = layers[1].added(attention, x, layers[1].inner(attention, layers[1].normed(attention, x)))
-            assert isinstance(mlp, Mlp)
-            hidden = layers[1].inner(mlp, layers[1].normed(mlp, x))
-            seen.append(_rounded(hidden, rounding) if tensors is arriving else hidden)
+            for half in layers[1].anatomy.sublayers:
+                x = layers[1].through(half, x, look=look)
         return np.concatenate(seen)
 
-    exact_x, x = down_input(source), down_input(arriving)
+    exact_x, x = input_of(source), input_of(arriving)
     T = np.float32(len(x))
-    name = "model.layers.1.mlp.down_proj.weight"
+    name = f"model.layers.1.{module}.weight"
     factor = factorize(x.T @ x / T, BLOCK, len(x))
     target = corrected_target(source.read(name), source.read(name) @ (exact_x.T @ x / T), factor)
     expected = dequantize_blocks(factor.solved(target, spec).blocks, spec, x.shape[1])

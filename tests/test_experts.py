@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from transformers import PreTrainedModel
 
 from tests.graphs import export_bundle, recipe_for, write_graphs
 from tests.random_models import CASES, LATENT, make_checkpoint
@@ -134,22 +135,27 @@ def test_experts_of_one_tensor_are_read_by_rows_as_transformers_multiplies_them(
     assert all(np.array_equal(values, source.read(name)) for name, values in scanned.items())
 
 
-def test_a_survey_counts_and_weighs_the_tokens_that_transformers_sends_to_each_expert(tmp_path: Path) -> None:
-    model = make_checkpoint(*CASES["qwen3-moe"], tmp_path)
-    config = read_config(tmp_path)
+def _read_by_linears(model: PreTrainedModel) -> dict[str, NDArray[np.float32]]:
+    """What transformers' linears of the layers read of `IDS`, [tokens, width] by the module's name."""
     seen: dict[str, NDArray[np.float32]] = {}
 
     def keep(name: str) -> Callable[..., None]:
         def kept(_: Any, given: tuple[torch.Tensor]) -> None:
-            seen[name] = given[0].numpy()
+            seen[name] = given[0].numpy().reshape(-1, given[0].shape[-1])
 
         return kept
 
     for name, module in model.named_modules():
-        if ".experts." in name and name.endswith("_proj"):
+        if isinstance(module, torch.nn.Linear):
             module.register_forward_pre_hook(keep(name))
     with torch.no_grad():
         model(torch.tensor([IDS]))
+    return seen
+
+
+def test_a_survey_counts_and_weighs_the_tokens_that_transformers_sends_to_each_expert(tmp_path: Path) -> None:
+    seen = _read_by_linears(make_checkpoint(*CASES["qwen3-moe"], tmp_path))
+    config = read_config(tmp_path)
     wish = Wish(planned_specs(config, recipe_for("cpu"), CPU_FORM), Rounding.INT8, Rounding.INT8, True, False)
     found = survey(config, open_weights(tmp_path, config), [IDS], wish, tmp_path / "survey")
     inputs = [given for moe in decoder_of(config).moes for given in moe.inputs]
@@ -164,6 +170,34 @@ def test_a_survey_counts_and_weighs_the_tokens_that_transformers_sends_to_each_e
     first = [found.inputs[f"model.layers.0.mlp.experts.{k}.gate_proj"].tokens or 0 for k in range(8)]
     assert sum(first) == 3 * len(IDS)
     assert min(first) < FEWEST_ROUTED
+
+
+def test_a_survey_sees_what_transformers_makes_of_latents_and_gives_to_shared_experts(tmp_path: Path) -> None:
+    seen = _read_by_linears(make_checkpoint(*CASES["deepseek-v3"], tmp_path))
+    config = read_config(tmp_path)
+    wish = Wish(planned_specs(config, recipe_for("cpu"), CPU_FORM), Rounding.INT8, Rounding.INT8, False, False)
+    found = survey(config, open_weights(tmp_path, config), [IDS], wish, tmp_path / "survey")
+    inputs = [given for layer in decoder_of(config).layers for given in layer.inputs if not given.routed]
+    assert len(inputs) == 3 * (4 + 2)
+    for given in inputs:
+        for reader in given.readers:
+            moments = np.square(seen[reader]).mean(axis=0)
+            assert np.allclose(found.inputs[given.name].importance, moments, rtol=1e-3, atol=1e-6), reader
+
+
+def test_latents_are_solved_experts_are_searched_and_the_rest_is_whole(tmp_path: Path) -> None:
+    make_checkpoint(*CASES["deepseek-v3"], tmp_path / "checkpoint")
+    checkpoint = synthetic_checkpoint(tmp_path / "checkpoint")
+    bundle = export_bundle(_calibrated(), checkpoint, tmp_path / "bundle")
+    report = json.loads((bundle / "report.json").read_text(encoding="utf-8"))
+    algorithms = {row["name"]: row["algorithm"] for row in report["quantization"]["tensors"]}
+    prefix = "model.layers.1."
+    solved = [f"self_attn.{name}" for name in ("q_a_proj", "q_b_proj", "o_proj")]
+    solved += [f"mlp.shared_experts.{name}_proj" for name in ("gate", "up", "down")]
+    assert {algorithms[f"{prefix}{name}.weight"] for name in solved} == {"gptq"}
+    searched = ["self_attn.kv_a_proj_with_mqa", "self_attn.kv_b_proj", "mlp.experts.3.up_proj"]  # of 8 bits, and routed
+    assert {algorithms[f"{prefix}{name}.weight"] for name in searched} == {"imatrix"}
+    assert report["quantization"]["calibration"]["experts"]["experts"] == 16
 
 
 def _calibrated(**changes: Any) -> Recipe:
@@ -271,13 +305,6 @@ def test_routing_and_latents_that_contradict_each_other_are_refused(case: str) -
     heads = {"num_attention_heads": 4, "n_group": 4, "topk_group": 2, "first_k_dense_replace": 1}
     with pytest.raises((CheckpointError, UnsupportedError), match=message):
         parse_config({**shape, **heads, **LATENT, **changes}, Path("config.json"))
-
-
-def test_latent_attention_refuses_calibration_in_the_plan(tmp_path: Path) -> None:
-    make_checkpoint(*CASES["deepseek-v3"], tmp_path)
-    with pytest.raises(RecipeError, match=r"quality balanced reads a text.*set quality=fast"):
-        plan_export(_calibrated(), synthetic_checkpoint(tmp_path), tmp_path / "bundle", "int4")
-    plan_export(recipe_for("cpu"), synthetic_checkpoint(tmp_path), tmp_path / "bundle", "int4")
 
 
 def test_memory_does_not_grow_with_the_number_of_experts(tmp_path: Path) -> None:

@@ -150,7 +150,7 @@ def test_the_best_quality_has_narrower_blocks_and_what_is_asked_for_goes_before(
     def rules(*changes: str) -> list[tuple[str, int]]:
         return [(rule.match, rule.block_size) for rule in load_recipe(f"1.5b-{target}", changes).quantize]
 
-    keys, less = ("*.k_proj|*.v_proj", 32), "model.embed_tokens|*.gate_proj|*.up_proj"
+    keys, less = ("*.k_proj|*.v_proj|*.kv_a_proj_with_mqa|*.kv_b_proj", 32), "model.embed_tokens|*.gate_proj|*.up_proj"
     assert rules() == rules("quality=fast") == [keys, ("*", 32)]
     assert rules("quality=best") == [keys, (less, 32), ("*", 16)]
     assert rules("quantize.1.block_size=128", "quality=best") == [keys, (less, 128), ("*", 16)]

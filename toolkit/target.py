@@ -202,8 +202,9 @@ class Target:
 
 
 # What formats cost Qwen2.5-Coder-0.5B and are worth (LOG.md). k and v are 1.5% of a layer and a tenth of what it loses,
-# so they have 8 bits. Blocks of 32 in embedding and head instead of 64 are a fifth less, layers in 64 a third more.
-_WIDE_KEYS: Final = {"match": "*.k_proj|*.v_proj", "bits": 8, "block_size": 32}
+# so they have 8 bits, and so has what makes them of a latent. Blocks of 32 in embedding and head instead of 64 are a
+# fifth less, layers in 64 a third more.
+_WIDE_KEYS: Final = {"match": "*.k_proj|*.v_proj|*.kv_a_proj_with_mqa|*.kv_b_proj", "bits": 8, "block_size": 32}
 # Also what WebGPU's kernels are made for; k and v of other bits than q would not be packed with it.
 _BLOCKS_OF_32: Final = ({"match": "*", "bits": 4, "block_size": 32},)
 _CPU_RULES: Final = (_WIDE_KEYS, *_BLOCKS_OF_32)

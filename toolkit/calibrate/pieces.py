@@ -15,7 +15,7 @@ from typing import Final, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from toolkit.checkpoint.sublayers import Attention, LinearInput, Mlp
+from toolkit.checkpoint.sublayers import Attention, LatentAttention, LinearInput, Mlp
 from toolkit.device.fitting import Pool
 from toolkit.reference.decoder import Layer
 
@@ -33,7 +33,7 @@ class Half:
     """A sublayer, and the layer with the weights that are needed of it."""
 
     layer: Layer
-    sublayer: Attention | Mlp
+    sublayer: Attention | LatentAttention | Mlp
 
 
 def each(
@@ -43,9 +43,9 @@ def each(
     return (work(shared, piece) for piece in pieces) if pool is None else iter(pool.map(work, shared, list(pieces)))
 
 
-def reading(layer: Layer, half: Attention | Mlp, given: LinearInput) -> Half:
-    """Returns a sublayer with the weights alone that read one of its inputs."""
-    kept = {linear.weight for linear in given.linears}
+def reading(layer: Layer, half: Attention | LatentAttention | Mlp, inputs: Sequence[LinearInput]) -> Half:
+    """Returns a sublayer with the weights alone that read these of its inputs."""
+    kept = {linear.weight for given in inputs for linear in given.linears}
     left_out = {linear.weight for other in layer.anatomy.inputs for linear in other.linears} - kept
     some = copy(layer)
     some.tensors = {name: tensor for name, tensor in layer.tensors.items() if name not in left_out}

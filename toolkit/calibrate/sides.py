@@ -26,12 +26,8 @@ class Side(Protocol):
     """One of the two streams through a layer: what its linears read, half by half, [T, K] of some sequences at a
     time."""
 
-    def normed(self, half: Attention | Mlp) -> Iterator[Floats]:
-        """What the linears behind the norm read."""
-        ...
-
-    def inner(self, half: Attention | Mlp) -> Iterator[Floats]:
-        """What the last linear reads, once those before it are solved."""
+    def reads(self, half: Sublayer, given: LinearInput) -> Iterator[Floats]:
+        """What the linears behind an input of a half read, once those before it are solved."""
         ...
 
     def step(self, half: Sublayer) -> None:
@@ -54,13 +50,9 @@ class KeptSide:
         for x, _ in self._kept.file(given).read_by(self._on, self._lengths):
             yield x if divisor is None else x / divisor
 
-    def normed(self, half: Attention | Mlp) -> Iterator[Floats]:
+    def reads(self, half: Sublayer, given: LinearInput) -> Iterator[Floats]:
         """Yields what the linears there read, as `Side` says."""
-        return self.values(half.normed_input)
-
-    def inner(self, half: Attention | Mlp) -> Iterator[Floats]:
-        """Yields what the linears there read, as `Side` says."""
-        return self.values(half.inner_input)
+        return self.values(given)
 
     def step(self, half: Sublayer) -> None:
         """Does nothing: what is behind a half was kept too."""
@@ -82,12 +74,11 @@ class ComputedSide:
         self._layer, self._spill, self._stream, self._after, self._pool = layer, spill, before, after, pool
         self._inner: ActivationFile | None = None
 
-    def normed(self, half: Attention | Mlp) -> Iterator[Floats]:
-        """Yields what the linears there read, as `Side` says."""
-        return (self._layer.normed(half, x) for x, _ in self._stream)
-
-    def inner(self, half: Attention | Mlp) -> Iterator[Floats]:
-        """Yields what the last linear reads, from a file: what stands behind the half is made of it too."""
+    def reads(self, half: Sublayer, given: LinearInput) -> Iterator[Floats]:
+        """Yields what the linears there read, as `Side` says. What the last linear of a half reads comes from a file:
+        what stands behind the half is made of it too."""
+        if isinstance(half, Moe) or given != half.inner_input:
+            return (self._layer.reads(half, given, x) for x, _ in self._stream)
         return (y for y, _ in self._inner_file(half))
 
     def step(self, half: Sublayer) -> None:
@@ -98,13 +89,13 @@ class ComputedSide:
 
     def _behind(self, half: Sublayer) -> Iterator[Floats]:
         """What stands behind a half, of some sequences at a time; experts go by here, one after the other."""
-        if isinstance(half, Moe | LatentAttention):
+        if isinstance(half, Moe):
             return (self._layer.through(half, x, lengths) for x, lengths in self._stream)
         pairs = ((x, y) for (x, _), (y, _) in zip(self._stream, self._inner_file(half), strict=True))
-        return each(self._pool, added, reading(self._layer, half, half.inner_input), pairs)
+        return each(self._pool, added, reading(self._layer, half, [half.inner_input]), pairs)
 
-    def _inner_file(self, half: Attention | Mlp) -> ActivationFile:
+    def _inner_file(self, half: Attention | LatentAttention | Mlp) -> ActivationFile:
         if self._inner is None:
-            read = each(self._pool, inner, reading(self._layer, half, half.normed_input), self._stream)
+            read = each(self._pool, inner, reading(self._layer, half, half.inputs[:-1]), self._stream)
             self._inner = self._spill(half.inner_input.name, half.inner_input.width).write(read)
         return self._inner

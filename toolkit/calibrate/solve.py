@@ -25,7 +25,7 @@ from toolkit.calibrate.sides import ComputedSide, KeptSide, Side
 from toolkit.calibrate.statistics import Products
 from toolkit.checkpoint.anatomy import decoder_of
 from toolkit.checkpoint.config import ModelConfig
-from toolkit.checkpoint.sublayers import Attention, Linear, LinearInput, Mlp, Moe
+from toolkit.checkpoint.sublayers import Linear, LinearInput
 from toolkit.checkpoint.weights import Tensors
 from toolkit.device.arrays import Device
 from toolkit.device.fitting import ON_NUMPY, Fitting, Pool
@@ -249,11 +249,11 @@ class _LayerPass:
     def run(self, exact: Side, rounded: Side) -> None:
         """Solves the layer's matrices in the order they are used, and takes both streams through it."""
         for half in self._exact.anatomy.sublayers:
-            if isinstance(half, Moe):
-                self._rounded.solved |= {linear.module: given for given in half.inputs for linear in given.linears}
-            elif isinstance(half, Attention | Mlp):
-                self._solve(half.normed_input, exact.normed(half), rounded.normed(half))
-                self._solve(half.inner_input, exact.inner(half), rounded.inner(half))
+            for given in half.inputs:
+                if given.routed:
+                    self._rounded.solved |= {linear.module: given for linear in given.linears}
+                else:
+                    self._solve(given, exact.reads(half, given), rounded.reads(half, given))
             exact.step(half)
             rounded.step(half)
 

@@ -10,13 +10,17 @@ D hidden, H heads, K kv heads, Dh head_dim, V vocab.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Final
 
 from toolkit import names
 from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.family import Experts, Latent
 from toolkit.checkpoint.sublayers import Attention, Expert, LatentAttention, Linear, LinearInput, Mlp, Moe, Norm
+
+# Of the norms over latents, whatever the config says of the others (modeling_deepseek_v3.py of transformers).
+_LATENT_EPS: Final = 1e-6
 
 
 @dataclass(frozen=True)
@@ -192,10 +196,10 @@ def _latent(config: ModelConfig, latent: Latent, prefix: str) -> LatentAttention
     return LatentAttention(
         Norm(f"{prefix}input_layernorm", D),
         Linear(f"{of}q_a_proj", D, rank, biased) if rank else None,
-        Norm(f"{of}q_a_layernorm", rank) if rank else None,
+        Norm(f"{of}q_a_layernorm", rank, _LATENT_EPS) if rank else None,
         Linear(f"{of}q_b_proj", rank, heads) if rank else Linear(f"{of}q_proj", D, heads),
         Linear(f"{of}kv_a_proj_with_mqa", D, latent.kv_lora_rank + latent.qk_rope_head_dim, biased),
-        Norm(f"{of}kv_a_layernorm", latent.kv_lora_rank),
+        Norm(f"{of}kv_a_layernorm", latent.kv_lora_rank, _LATENT_EPS),
         Linear(f"{of}kv_b_proj", latent.kv_lora_rank, H * (latent.qk_nope_head_dim + latent.v_head_dim)),
         Linear(f"{of}o_proj", H * latent.v_head_dim, D, config.structure.o_bias),
         latent,
@@ -227,8 +231,14 @@ def _moe(config: ModelConfig, experts: Experts, prefix: str) -> Moe:
         experts,
         gate_up_proj=f"{prefix}mlp.experts.gate_up_proj",
         down_proj=f"{prefix}mlp.experts.down_proj",
-        shared=_mlp(config, prefix, "mlp.shared_experts", shared) if shared else None,
+        shared=_shared_experts(config, prefix, shared) if shared else None,
     )
+
+
+def _shared_experts(config: ModelConfig, prefix: str, width: int) -> Mlp:
+    """The MLP that every token goes through. Router and experts read the same norm, so it is not folded into."""
+    mlp = _mlp(config, prefix, "mlp.shared_experts", width)
+    return replace(mlp, normed_input=replace(mlp.normed_input, writer=None))
 
 
 def _expert(prefix: str, D: int, experts: Experts) -> Expert:

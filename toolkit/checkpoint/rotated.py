@@ -43,9 +43,8 @@ def salient_inputs(checkpoint: Checkpoint) -> list[str]:
 
 def can_rotate(config: ModelConfig) -> bool:
     """Whether `rotate` takes a checkpoint of this config."""
-    if config.structure.latent:
-        return False  # what is rotated in the values of heads has no place in a latent
-    return not config.tie_word_embeddings and is_known(config.hidden_size) and is_known(config.head_dim)
+    widths = [config.hidden_size, *([] if config.structure.latent else [config.head_dim])]
+    return not config.tie_word_embeddings and all(map(is_known, widths))
 
 
 def rotate(checkpoint: Checkpoint, seed: int = 0) -> Checkpoint:
@@ -68,9 +67,9 @@ class _Turn:
     columns: Hadamard | None = None
 
 
-def _turns(decoder: Decoder, stream: Hadamard, values: Hadamard) -> dict[str, _Turn]:
+def _turns(decoder: Decoder, stream: Hadamard, values: Hadamard | None) -> dict[str, _Turn]:
     """Returns the turn of every tensor that has one: what writes into the residual stream or reads from it, and, for
-    the values of attention, v_proj and o_proj."""
+    the values of attention, v_proj and o_proj. Values that are made of a latent stay as they are."""
     turns = {decoder.embedding.weight: _Turn(columns=stream)}
     turns |= {linear.weight: _Turn(None, decoder.norm.weight, stream) for linear in decoder.head_input.linears}
     for layer in decoder.layers:
@@ -91,7 +90,8 @@ class RotatedTensors:
     def __init__(self, source: WeightSource, config: ModelConfig, seed: int) -> None:
         decoder = decoder_of(config)
         self._source = source
-        self._turns = _turns(decoder, Hadamard(config.hidden_size, seed), Hadamard(config.head_dim, seed + 1))
+        values = None if config.structure.latent else Hadamard(config.head_dim, seed + 1)
+        self._turns = _turns(decoder, Hadamard(config.hidden_size, seed), values)
         # Their gains stand in the linears behind them.
         self._emptied = {half.norm.weight for layer in decoder.layers for half in layer.sublayers}
         self._emptied.add(decoder.norm.weight)

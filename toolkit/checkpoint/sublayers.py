@@ -7,13 +7,9 @@ D hidden, H heads, K kv heads, Dh head_dim.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
 
 from toolkit import names
 from toolkit.checkpoint.family import Experts, Latent
-
-# Of the norms over latents, whatever the config says of the others (modeling_deepseek_v3.py).
-LATENT_EPS: Final = 1e-6
 
 
 @dataclass(frozen=True)
@@ -43,10 +39,12 @@ class Linear:
 
 @dataclass(frozen=True)
 class Norm:
-    """An RMSNorm over `width` channels under the checkpoint's name of its module."""
+    """An RMSNorm over `width` channels under the checkpoint's name of its module; `eps` where it is not the config's
+    rms_norm_eps."""
 
     module: str
     width: int
+    eps: float | None = None
 
     @property
     def weight(self) -> str:
@@ -158,7 +156,7 @@ class LatentAttention:
 
     `q_proj` makes the heads of queries, of the norm's output or of a latent that `q_a_proj` and `q_a_layernorm` make.
     `kv_a_proj` makes the latent and the channels of the keys that are rotated, `kv_b_proj` every head's other channels
-    of the key and its value. The latents' norms have an epsilon of their own, 1e-6.
+    of the key and its value.
     """
 
     norm: Norm
@@ -179,15 +177,39 @@ class LatentAttention:
         return self.q_a_proj or self.q_proj, self.kv_a_proj
 
     @property
+    def last(self) -> Linear:
+        """The linear whose output is added to the residual stream."""
+        return self.o_proj
+
+    @property
+    def normed_input(self) -> LinearInput:
+        """What `first` reads."""
+        return LinearInput(self.first, self.norm, self.norm.width)
+
+    @property
+    def q_input(self) -> LinearInput | None:
+        """The latent that queries are made of, None where they have none."""
+        return LinearInput((self.q_proj,), self.q_a_layernorm, self.q_proj.in_features) if self.q_a_layernorm else None
+
+    @property
+    def kv_input(self) -> LinearInput:
+        """The latent that keys and values are made of."""
+        return LinearInput((self.kv_b_proj,), self.kv_a_layernorm, self.kv_b_proj.in_features)
+
+    @property
+    def inner_input(self) -> LinearInput:
+        """What `last` reads. Rows of kv_b_proj that make its channels stand between others, so nothing is folded."""
+        return LinearInput((self.o_proj,), None, self.o_proj.in_features)
+
+    @property
+    def latent_inputs(self) -> tuple[LinearInput, ...]:
+        """The latents that heads are made of."""
+        return (self.q_input, self.kv_input) if self.q_input else (self.kv_input,)
+
+    @property
     def inputs(self) -> tuple[LinearInput, ...]:
         """What its linears read, in the order in which it is computed."""
-        latent_q = [LinearInput((self.q_proj,), None, self.q_proj.in_features)] if self.q_a_proj else []
-        return (
-            LinearInput(self.first, self.norm, self.norm.width),
-            *latent_q,
-            LinearInput((self.kv_b_proj,), self.kv_a_layernorm, self.kv_b_proj.in_features),
-            LinearInput((self.o_proj,), None, self.o_proj.in_features),
-        )
+        return self.normed_input, *self.latent_inputs, self.inner_input
 
     @property
     def writers(self) -> tuple[Linear, ...]:

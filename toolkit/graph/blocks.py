@@ -14,7 +14,7 @@ import onnx_ir as ir
 from toolkit import names
 from toolkit.checkpoint.anatomy import DecoderLayer, decoder_of
 from toolkit.checkpoint.config import ModelConfig
-from toolkit.checkpoint.sublayers import LATENT_EPS, Attention, LatentAttention, Linear, Mlp, Moe, Norm
+from toolkit.checkpoint.sublayers import Attention, LatentAttention, Linear, Mlp, Moe, Norm
 from toolkit.errors import UnsupportedError
 from toolkit.graph.attention import (
     Geometry,
@@ -146,7 +146,7 @@ def _linear(build: GraphBuilder, x: ir.Value, linear: Linear) -> ir.Value:
 
 
 def _rms_norm(build: GraphBuilder, path: str, x: ir.Value, norm: Norm, epsilon: float) -> ir.Value:
-    attributes = {"axis": -1, "epsilon": epsilon}
+    attributes = {"axis": -1, "epsilon": norm.eps or epsilon}
     op_type = "RMSNormalization" if build.form.opset >= 23 else "SimplifiedLayerNormalization"
     return build.op(f"{path}/{op_type}", [x, build.vector(norm.weight)], attributes)[0]
 
@@ -188,7 +188,7 @@ def _attend(
             return _linear(build, x, of)
 
         def norm(x: ir.Value, of: Norm) -> ir.Value:
-            return _rms_norm(build, _path(of.module), x, of, LATENT_EPS)
+            return _rms_norm(build, _path(of.module), x, of, config.rms_norm_eps)
 
         return latent_attention(build, config, path, layer.attention, x, pair, lengths, rotary, linear, norm)
     query = _query_key_value(build, config, layer.attention, x)

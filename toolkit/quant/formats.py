@@ -16,6 +16,7 @@ from toolkit import names
 from toolkit.algorithms import MatrixUse
 from toolkit.checkpoint.anatomy import decoder_of
 from toolkit.checkpoint.config import ModelConfig
+from toolkit.checkpoint.family import Latent
 from toolkit.checkpoint.sublayers import Moe
 from toolkit.checkpoint.weights import expected_tensors
 from toolkit.errors import RecipeError
@@ -134,24 +135,22 @@ def other_formats(spec: QuantSpec, columns: int, use: MatrixUse = MatrixUse.LINE
 def check_rules(config: ModelConfig, recipe: Recipe) -> None:
     """Raises RecipeError for a rule that decides nothing: a name no matrix has, or one that earlier rules have taken.
 
-    A rule for `lm_head` stands where the head is tied to the embedding, and so does a `*` that finds nothing left:
-    both are what a list of rules for many checkpoints says.
+    A rule for `lm_head` stands where the head is tied to the embedding, and so do a `*` that finds nothing left, and a
+    rule that also names linears of the attention of other families: a list of rules for many checkpoints says such.
     """
     if recipe.bits_per_weight and decoder_of(config).moes:
         raise RecipeError(
             f"recipe {recipe.name}: bits_per_weight is for models without experts, whose formats are not chosen by a "
             "budget: set bits_per_weight=0"
         )
-    if recipe.calibrated and config.structure.latent:
-        raise RecipeError(
-            f"recipe {recipe.name}: quality {recipe.quality} reads a text, which models with latent attention are not "
-            "calibrated by yet: set quality=fast"
-        )
     modules = [tensor.removesuffix(".weight") for tensor in _matrices(config)]
     left = set(modules)
     for k, rule in enumerate(recipe.quantize):
+        known = [*modules, names.LM_HEAD]
+        if any(map(rule.matches, known)):
+            known += _of_other_attention(config)
         for glob in rule.globs():
-            if not any(QuantRule(glob).matches(module) for module in (*modules, names.LM_HEAD)):
+            if not any(map(QuantRule(glob).matches, known)):
                 near = nearest(glob, _spellings(modules))
                 raise RecipeError(f"recipe {recipe.name}: rule {k + 1} matches no module: {glob!r}{near}")
         taken = {module for module in modules if rule.matches(module)}
@@ -162,6 +161,13 @@ def check_rules(config: ModelConfig, recipe: Recipe) -> None:
                 f"({recipe.quantize[first].match!r}) comes before it: the first match wins, so put it earlier"
             )
         left -= taken
+
+
+def _of_other_attention(config: ModelConfig) -> list[str]:
+    """The linears that attention would have through a latent if it has none, and without one if it has one."""
+    latent = None if config.structure.latent else Latent(1, 1, 1, 1, 1)
+    other = replace(config, structure=replace(config.structure, latent=latent), num_hidden_layers=1)
+    return [module for given in decoder_of(other).layers[0].attention.inputs for module in given.readers]
 
 
 def idle_rules(config: ModelConfig, recipe: Recipe) -> list[str]:

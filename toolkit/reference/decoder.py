@@ -21,7 +21,6 @@ from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.family import Experts
 from toolkit.checkpoint.rope_config import RopeConfig
 from toolkit.checkpoint.sublayers import (
-    LATENT_EPS,
     Attention,
     Expert,
     LatentAttention,
@@ -167,30 +166,47 @@ class Layer:
         normed = self.normed(half, x)
         if isinstance(half, Moe):
             return x + self.experts(half, normed, look)
-        if isinstance(half, LatentAttention):
-            return x + self.linear(half.o_proj, self.mixed(half, normed, lengths))
-        inner = self.inner(half, look(half.normed_input, normed), lengths)
+        inner = self.inner(half, look(half.normed_input, normed), lengths, look)
         return self.added(half, x, look(half.inner_input, inner))
 
     def normed(self, half: Sublayer, x: Array) -> Array:
         """[T, D], what the linears behind the norm of a sublayer read of the residual stream [T, D]."""
         return self.rms_norm(half.norm, x)
 
-    def inner(self, half: Attention | Mlp, normed: Array, lengths: Sequence[int] = ()) -> Array:
-        """[T, D] to what the last linear of a sublayer reads: [T, H * Dh], or [T, intermediate_size]."""
-        return self.mixed(half, normed, lengths) if isinstance(half, Attention) else self.mlp_hidden(half, normed)
+    def reads(self, half: Sublayer, given: LinearInput, x: Array) -> Array:
+        """What linears read, [T, width], of the residual stream [T, D], where no attention stands before them."""
+        normed = self.normed(half, x)
+        if isinstance(half, LatentAttention) and given in half.latent_inputs:
+            return (
+                self.kv_latent(half, normed)[0] if given.linears[0] == half.kv_b_proj else self.q_latent(half, normed)
+            )
+        if isinstance(half, Moe) and half.shared and given == half.shared.inner_input:
+            return self.mlp_hidden(half.shared, normed)
+        return normed
 
-    def added(self, half: Attention | Mlp, x: Array, inner: Array) -> Array:
+    def inner(
+        self, half: Attention | LatentAttention | Mlp, normed: Array, lengths: Sequence[int] = (), look: Look = _unseen
+    ) -> Array:
+        """[T, D] to what the last linear of a sublayer reads: [T, H * Dh], or [T, intermediate_size]."""
+        return self.mlp_hidden(half, normed) if isinstance(half, Mlp) else self.mixed(half, normed, lengths, look)
+
+    def added(self, half: Attention | LatentAttention | Mlp, x: Array, inner: Array) -> Array:
         """The residual stream [T, D] with a sublayer's output added."""
         return x + self.linear(half.last, inner)
 
-    def mixed(self, attention: Attention | LatentAttention, normed: Array, lengths: Sequence[int] = ()) -> Array:
+    def mixed(
+        self, attention: Attention | LatentAttention, normed: Array, lengths: Sequence[int] = (), look: Look = _unseen
+    ) -> Array:
         """[T, D] to [T, H * Dh], causal, each sequence from position 0."""
         each = [np.arange(length) for length in lengths or (normed.shape[0],)]
         ends = np.cumsum([positions.size for positions in each])
+        together = np.concatenate(each)
+        if isinstance(attention, LatentAttention):
+            parts = self._project_latent(attention, normed, together, look)
+        else:
+            parts = self.project(normed, together)
         pieces = (
-            [part[end - positions.size : end] for positions, end in zip(each, ends, strict=True)]
-            for part in self.project(normed, np.concatenate(each))
+            [part[end - positions.size : end] for positions, end in zip(each, ends, strict=True)] for part in parts
         )
         return self.on.concatenate(
             [
@@ -208,8 +224,9 @@ class Layer:
         else:
             weights = routed(moe.routing, logits)
         made = self.on.zeros(normed.shape)
-        if moe.shared:
-            made += self.linear(moe.shared.down_proj, self.mlp_hidden(moe.shared, normed))
+        if shared := moe.shared:
+            hidden = self.mlp_hidden(shared, look(shared.normed_input, normed))
+            made += self.linear(shared.down_proj, look(shared.inner_input, hidden))
         for k, expert in enumerate(moe.experts):
             (tokens,) = np.nonzero(weights[:, k])
             if not tokens.size:
@@ -261,30 +278,38 @@ class Layer:
         return _rotate(q, cos, sin), _rotate(k, cos, sin), v
 
     def _project_latent(
-        self, attention: LatentAttention, normed: Array, positions: NDArray[np.int64]
+        self, attention: LatentAttention, normed: Array, positions: NDArray[np.int64], look: Look = _unseen
     ) -> tuple[Array, Array, Array]:
         """q and k [T, H, qk_head_dim], v [T, H, v_head_dim], rotated channels last; pairs that turn are neighbours."""
         shape, T, H = attention.shape, normed.shape[0], self.config.num_attention_heads
         nope, rope = shape.qk_nope_head_dim, shape.qk_rope_head_dim
-        latent = normed
-        if attention.q_a_proj and attention.q_a_layernorm:
-            latent = self._latent_norm(attention.q_a_layernorm, self.linear(attention.q_a_proj, normed))
+        latent, (kv_latent, k_rope) = self.q_latent(attention, normed), self.kv_latent(attention, normed)
+        if attention.q_input:
+            latent = look(attention.q_input, latent)
         q = self.linear(attention.q_proj, latent).reshape(T, H, nope + rope)
-        both = self.linear(attention.kv_a_proj, normed)
-        made = self._latent_norm(attention.kv_a_layernorm, both[:, : shape.kv_lora_rank])
-        kv = self.linear(attention.kv_b_proj, made).reshape(T, H, nope + shape.v_head_dim)
+        kv = self.linear(attention.kv_b_proj, look(attention.kv_input, kv_latent)).reshape(
+            T, H, nope + shape.v_head_dim
+        )
         cos, sin = _rotation(self.config.rope, rope, positions)
-        turned = _rotate_neighbours(both[:, None, shape.kv_lora_rank :], cos, sin) + self.on.zeros((T, H, rope))
+        turned = _rotate_neighbours(k_rope[:, None], cos, sin) + self.on.zeros((T, H, rope))
         k = self.on.concatenate([kv[..., :nope], turned], axis=-1)
         q = self.on.concatenate([q[..., :nope], _rotate_neighbours(q[..., nope:], cos, sin)], axis=-1)
         return q, k, self.on.contiguous(kv[..., nope:])
 
-    def _latent_norm(self, norm: Norm, x: Array) -> Array:
-        return rms_norm(x, self.tensors[norm.weight], LATENT_EPS)
+    def q_latent(self, attention: LatentAttention, normed: Array) -> Array:
+        """What queries are made of: a latent [T, q_lora_rank] of the norm's output [T, D], or that itself."""
+        if not attention.q_a_proj or not attention.q_a_layernorm:
+            return normed
+        return self.rms_norm(attention.q_a_layernorm, self.linear(attention.q_a_proj, normed))
+
+    def kv_latent(self, attention: LatentAttention, normed: Array) -> tuple[Array, Array]:
+        """What keys and values are made of: the latent [T, kv_lora_rank], and the keys' channels that are rotated."""
+        both, rank = self.linear(attention.kv_a_proj, normed), attention.shape.kv_lora_rank
+        return self.rms_norm(attention.kv_a_layernorm, both[:, :rank]), both[:, rank:]
 
     def rms_norm(self, norm: Norm, x: Array) -> Array:
         """[..., width] to [..., width] with a norm's gains."""
-        return rms_norm(x, self.tensors[norm.weight], self.config.rms_norm_eps)
+        return rms_norm(x, self.tensors[norm.weight], norm.eps or self.config.rms_norm_eps)
 
     def linear(self, linear: Linear, x: Array) -> Array:
         """The linear's output [T, out_features] of its input [T, in_features]."""
