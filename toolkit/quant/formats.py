@@ -109,7 +109,7 @@ def _of_experts(moe: Moe, specs: Mapping[str, QuantSpec]) -> dict[str, QuantSpec
                 f"{first.module} in blocks of {spec.block_size}: experts {width} wide have whole blocks alone; give "
                 "*.experts.* a rule with a smaller block_size"
             )
-    return {linear.weight: spec for given in moe.inputs for linear in given.linears}
+    return {linear.weight: spec for given in moe.inputs if given.routed for linear in given.linears}
 
 
 def other_formats(spec: QuantSpec, columns: int, use: MatrixUse = MatrixUse.LINEAR) -> list[QuantSpec]:
