@@ -22,8 +22,8 @@ def rotate_neighbours(x: Array, cos: Array, sin: Array) -> Array:
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Array:
-    """Returns [T, H, Dh] with the pairs (i, i + Dh/2) rotated, as most families store them. Each half of a padded head ends
-    in channels without an angle, which stay."""
+    """Returns [T, H, Dh] with the pairs (i, i + Dh/2) rotated, as most families store them. Each half of a padded head
+    ends in channels without an angle, which stay."""
     on, half = device_of(x), x.shape[-1] // 2
     unturned = ((0, 0), (0, 0), (0, half - cos.shape[-1]))
     cos, sin = on.from_host(np.pad(cos, unturned, constant_values=1)), on.from_host(np.pad(sin, unturned))
@@ -32,8 +32,8 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
 
 
 def rotation(rope: RopeConfig, head_dim: int, positions: NDArray[np.int64]) -> tuple[Array, Array]:
-    """Returns cos and sin [T, 1, Dh/2] at `positions`; each pair's wavelength decides its scaling, and under LongRoPE the
-    length of the text that a position belongs to, which runs on while positions do."""
+    """Returns cos and sin [T, 1, Dh/2] at `positions`; each pair's wavelength decides its scaling, and under LongRoPE
+    the length of the text that a position belongs to, which runs on while positions do."""
     scale = 1.0
     frequencies = []
     for pair in range(head_dim // 2):
