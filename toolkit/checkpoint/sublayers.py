@@ -183,27 +183,27 @@ class LatentAttention:
 
     @property
     def normed_input(self) -> LinearInput:
-        """What `first` reads."""
+        """Returns the norm's output, which `first` reads."""
         return LinearInput(self.first, self.norm, self.norm.width)
 
     @property
     def q_input(self) -> LinearInput | None:
-        """The latent that queries are made of, None where they have none."""
+        """Returns the latent that queries are made of, None where they have none."""
         return LinearInput((self.q_proj,), self.q_a_layernorm, self.q_proj.in_features) if self.q_a_layernorm else None
 
     @property
     def kv_input(self) -> LinearInput:
-        """The latent that keys and values are made of."""
+        """Returns the latent that keys and values are made of."""
         return LinearInput((self.kv_b_proj,), self.kv_a_layernorm, self.kv_b_proj.in_features)
 
     @property
     def inner_input(self) -> LinearInput:
-        """What `last` reads. Rows of kv_b_proj that make its channels stand between others, so nothing is folded."""
+        """Returns what `last` reads. Rows of kv_b_proj that make it stand between others: nothing is folded into them."""
         return LinearInput((self.o_proj,), None, self.o_proj.in_features)
 
     @property
     def latent_inputs(self) -> tuple[LinearInput, ...]:
-        """The latents that heads are made of."""
+        """Returns the latents that heads are made of."""
         return (self.q_input, self.kv_input) if self.q_input else (self.kv_input,)
 
     @property

@@ -26,7 +26,7 @@ def attend(
     scale: float,
     sinks: Array | None = None,
 ) -> Array:
-    """Softmax attention [T, H * Dh] of queries at `positions` over keys at positions 0 … S-1.
+    """Returns softmax attention [T, H * Dh] of queries at `positions` over keys at positions 0 … S-1.
 
     A query sees keys up to its own position, of which the last `window` where the layer slides. `scale` multiplies
     scores. `sinks` [H] take part in each head's softmax as one more key, of a value that is zero.

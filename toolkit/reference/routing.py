@@ -11,8 +11,8 @@ Array = NDArray[np.float32]
 
 
 def routed(routing: Experts, logits: Array) -> Array:
-    """How much of each expert's output each token takes, [T, E], 0 for those that it does not go through: the softmax
-    of the router's logits [T, E] at the `per_token` highest, over all experts or over these alone."""
+    """Returns how much of each expert's output each token takes, [T, E], 0 for those that it does not go through: the
+    softmax of the router's logits [T, E] at the `per_token` highest, over all experts or over these alone."""
     order = np.argsort(-logits, axis=-1, kind="stable")[:, : routing.per_token]
     terms = np.exp(logits - logits.max(axis=-1, keepdims=True))
     chosen = np.zeros_like(terms)
@@ -22,7 +22,7 @@ def routed(routing: Experts, logits: Array) -> Array:
 
 
 def routed_by_groups(routing: Experts, logits: Array, bias: Array) -> Array:
-    """The same by sigmoids of the logits, of the groups that are open; `bias` [E] takes part in choosing alone."""
+    """Returns the same by sigmoids of the logits, of the groups that are open; `bias` [E] takes part in choosing alone."""
     assert routing.groups is not None
     (groups, opened), tokens = routing.groups, logits.shape[0]
     affinity = 1 / (1 + np.exp(-logits))
