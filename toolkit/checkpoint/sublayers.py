@@ -198,7 +198,7 @@ class LatentAttention:
 
     @property
     def inner_input(self) -> LinearInput:
-        """Returns what `last` reads. Rows of kv_b_proj that make it stand between others: nothing is folded into them."""
+        """Returns what `last` reads. Rows of kv_b_proj that make it stand between others, so none are folded."""
         return LinearInput((self.o_proj,), None, self.o_proj.in_features)
 
     @property

@@ -22,7 +22,7 @@ def routed(routing: Experts, logits: Array) -> Array:
 
 
 def routed_by_groups(routing: Experts, logits: Array, bias: Array) -> Array:
-    """Returns the same by sigmoids of the logits, of the groups that are open; `bias` [E] takes part in choosing alone."""
+    """Returns the same by sigmoids of the logits, of open groups alone; `bias` [E] takes part in choosing only."""
     assert routing.groups is not None
     (groups, opened), tokens = routing.groups, logits.shape[0]
     affinity = 1 / (1 + np.exp(-logits))
