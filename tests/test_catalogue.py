@@ -54,7 +54,8 @@ def test_the_prediction_is_bandwidth_over_the_matrices_in_the_graph(exports: Exp
 def test_a_plan_and_its_bundle_predict_the_same(exports: Exports, tmp_path: Path) -> None:
     bundle = exports.copy(tmp_path / "b", "cpu-split")
     (plan,) = toolkit.plan("tiny-r1-cpu-split", changes=EIGHT_BITS, out=tmp_path / "not-made")
-    planned, made = catalogue._planned_row("recipe", plan, None), bundle_row(bundle)
+    planned = catalogue._planned_row("recipe", plan.recipe, catalogue._weighed(plan), plan.disk_free_bytes, None)
+    made = bundle_row(bundle)
     assert made is not None and made.path == str(bundle)
     assert made.bits_per_weight == planned.bits_per_weight
     assert made.predicted_tokens_per_s == planned.predicted_tokens_per_s is not None

@@ -9,7 +9,7 @@ import shutil
 import struct
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -152,7 +152,7 @@ def _assert_same_bits(values: NDArray[np.float32], expected: NDArray[np.float32]
 
 
 def _reassemble(
-    source: WeightSource, shapes: dict[str, tuple[int, ...]], chunk_bytes: int
+    source: WeightSource, shapes: Mapping[str, tuple[int, ...]], chunk_bytes: int
 ) -> dict[str, NDArray[np.float32]]:
     """Every tensor from `scan` and `decode`, each chunk decoded in two parts; no row may come twice or never."""
     whole = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}

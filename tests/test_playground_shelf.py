@@ -23,8 +23,9 @@ from tests.exports import Exports
 from tests.loopback_hub import REPO, Hub, hub_environment, loopback_hub
 from tests.random_models import make_checkpoint
 from tests.served import Served, served
+from toolkit.serve.looker import Looker
 from toolkit.serve.shelf_process import shelf_events
-from toolkit.serve.wanted import Look, ShelfJob
+from toolkit.serve.wanted import Look, ShelfJob, Wanted
 
 QUESTION = "Add 4 and 5."
 # The model itself, and the bundles that the server of these tests has.
@@ -153,6 +154,32 @@ def test_a_bundle_that_lies_there_is_served_by_its_name_alone(idle: Served) -> N
     assert not re.search(r"/(work|tmp|home)/|path", answer.text)
 
 
+def test_who_looks_again_waits_for_no_plan(idle: Served) -> None:
+    with idle.client() as http:
+        first = http.get("/playground/catalogue").json()
+        (looks,) = [one for one in psutil.Process(idle.process.pid).children() if "look_child" in str(one.cmdline())]
+        before = sum(looks.cpu_times()[:2])
+        assert http.get("/playground/catalogue").json()["rows"][0]["name"] == first["rows"][0]["name"]
+        assert sum(looks.cpu_times()[:2]) - before < 1
+
+
+def test_a_process_that_looked_and_ended_is_started_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that answers once and ends, as one does that nobody asks for long."""
+    once = 'import sys; sys.stdin.readline(); print(\'{"kind": "rows", "text": "[]"}\', flush=True)'
+    monkeypatch.setattr("toolkit.serve.shelf_process.python_module", lambda _: [sys.executable, "-c", once])
+
+    async def looks() -> list[str]:
+        looker = Looker()
+        looker.look_early(Look())
+        found = [(await looker.look(Look())).kind for _ in range(3)]
+        monkeypatch.setattr("toolkit.serve.shelf_process.python_module", lambda _: [sys.executable, "-c", ""])
+        found += [(await looker.look(Look())).kind]
+        await looker.close()
+        return found
+
+    assert asyncio.run(looks()) == ["rows", "rows", "rows", "failed"]
+
+
 def test_what_is_not_there_is_one_line_without_a_place(fresh: Fresh) -> None:
     with fresh.server.client() as http:
         (fresh.hub.folder / "config.json").write_text('{"model_type": "unheard-of"}', encoding="utf-8")
@@ -206,10 +233,10 @@ def test_a_download_is_told_in_bytes_as_they_arrive(tmp_path: Path, tiny_r1: Pat
     assert (out / "some-model-cpu" / "manifest.json").is_file()
 
 
-def test_a_process_that_is_left_ends() -> None:
+def test_a_process_that_is_left_ends(tmp_path: Path) -> None:
     async def left() -> None:
         before = psutil.Process().children()
-        task = asyncio.create_task(anext(shelf_events(ShelfJob(look=Look()))))
+        task = asyncio.create_task(anext(shelf_events(ShelfJob(Wanted("tiny-r1"), str(tmp_path)))))
         while not (children := [child for child in psutil.Process().children() if child not in before]):
             await asyncio.sleep(0.01)
         task.cancel()

@@ -10,8 +10,9 @@ D hidden, H heads, K kv heads, Dh head_dim, V vocab.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Final
 
 from toolkit import names
@@ -81,13 +82,13 @@ class Decoder:
         """The final norm's output. A tied head's has no writer: the table's columns are the embedding's too."""
         return LinearInput((self.head,), None if self.head == self.embedding else self.norm, self.norm.width)
 
-    @property
+    @cached_property
     def inputs(self) -> tuple[LinearInput, ...]:
         """What linears read, in the order it is computed."""
         return (*(given for layer in self.layers for given in layer.inputs), self.head_input)
 
-    @property
-    def tensors(self) -> dict[str, tuple[int, ...]]:
+    @cached_property
+    def tensors(self) -> Mapping[str, tuple[int, ...]]:
         """Returns the shape of every tensor by its name."""
         found = self.embedding.tensors | self.norm.tensors | self.head.tensors
         for layer in self.layers:
@@ -101,7 +102,7 @@ class Decoder:
                 found[layer.attention.sinks] = (layer.attention.q_proj.out_features // self.head_dim,)
         return found
 
-    @property
+    @cached_property
     def exact_matrices(self) -> frozenset[str]:
         """The tensors of the linears that are never quantized."""
         return frozenset(linear.weight for layer in self.layers for linear in layer.linears if linear.exact)
@@ -120,7 +121,7 @@ class Decoder:
 def stored_tensors(decoder: Decoder) -> dict[str, tuple[int, ...]]:
     """Returns the shape of every tensor as the checkpoint has it, by name: those of a layer's experts may be one, and
     so may those of linears that read the same."""
-    found = decoder.tensors
+    found = dict(decoder.tensors)
     for module, linears in decoder.merged.items():
         found[names.weight(module)] = (sum(linear.out_features for linear in linears), linears[0].in_features)
         for linear in linears:

@@ -192,7 +192,7 @@ class FileWeights:
         return self._floats(ref, raw, start, stop)
 
 
-def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+def expected_tensors(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
     """Every tensor a checkpoint of this config must hold, with its shape."""
     return decoder_of(config).tensors
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from pathlib import Path
 from typing import Final
 
@@ -20,7 +21,7 @@ from toolkit.errors import BundleError, RecipeError
 from toolkit.evaluate.session import provider_is_here
 from toolkit.machine import free_memory_bytes
 from toolkit.pipeline.bandwidth import memory_bandwidth
-from toolkit.pipeline.plan import ExportPlan, plan_export, shorten_context
+from toolkit.pipeline.plan import ExportPlan, free_disk_bytes, plan_export, shorten_context
 from toolkit.recipe import Recipe, known_license, load_recipe, recipe_names
 from toolkit.report.sections import Quantization, Report
 from toolkit.report.summary import load_report
@@ -30,6 +31,8 @@ from toolkit.target import TARGETS, Target
 RECIPE: Final = "recipe"
 BUNDLE: Final = "bundle"
 HUB: Final = "hub"
+# Where an export goes that is told nothing else.
+_OUT: Final = Path("build")
 # A run holds the weights about once, packed anew for the kernels, and the whole KV cache.
 _HELD: Final = 1.2
 # Bundles lie in a folder of bundles: deeper there are other people's trees.
@@ -200,35 +203,62 @@ def _hub_targets(wanted: Search) -> list[str]:
     return [name for name in TARGETS if _matches(name, wanted.target)] if wanted.target else ["cpu"]
 
 
+@dataclass(frozen=True)
+class _Planned:
+    """What of a plan does not depend on what is free on this machine."""
+
+    target: Target
+    bundle_bytes: int
+    bits_per_weight: float
+    cache_bytes: int
+    read_bytes: int
+    disk_needed_bytes: int
+
+
+def _weighed(plan: ExportPlan) -> _Planned:
+    return _Planned(
+        plan.target,
+        sum(plan.files.values()),
+        plan.bits_per_weight,
+        plan.opened_cache_bytes,
+        weight_bytes_per_token(plan.layout),
+        plan.disk_needed_bytes,
+    )
+
+
+# Whoever looks again, as the playground does, waits for no plan.
+@lru_cache(maxsize=256)
+def _planned_recipe(recipe: Recipe, facts: Path) -> _Planned:
+    return _weighed(plan_export(recipe, synthetic_checkpoint(facts), _OUT / recipe.name, "int4"))
+
+
 def _recipe_row(recipe: Recipe, facts: Path) -> CatalogueRow:
-    plan = plan_export(recipe, synthetic_checkpoint(facts), Path("build") / recipe.name, "int4")
-    return _planned_row(RECIPE, plan, known_license(recipe.name, recipe.target))
+    license = known_license(recipe.name, recipe.target)
+    return _planned_row(RECIPE, recipe, _planned_recipe(recipe, facts), free_disk_bytes(_OUT), license)
 
 
 def _hub_row(hub_id: str, target: str) -> CatalogueRow:
     """What a bundle of a hub id would be, from its config and the headers of its weights."""
     opened = open_headers(hub_id)
     recipe = shorten_context(load_recipe(target, (), hub_id), opened.config)
-    plan = plan_export(recipe, opened, Path("build") / recipe.name, "int4")
-    return _planned_row(HUB, plan, hub_license(hub_id))
+    plan = plan_export(recipe, opened, _OUT / recipe.name, "int4")
+    return _planned_row(HUB, recipe, _weighed(plan), plan.disk_free_bytes, hub_license(hub_id))
 
 
-def _planned_row(kind: str, plan: ExportPlan, license: str | None) -> CatalogueRow:
-    recipe, size = plan.recipe, sum(plan.files.values())
-    words, runs = runs_on(plan.target, size, plan.opened_cache_bytes)
-    enough = plan.disk_free_bytes >= plan.disk_needed_bytes
-    read_bytes = weight_bytes_per_token(plan.layout)
+def _planned_row(kind: str, recipe: Recipe, planned: _Planned, free_disk: int, license: str | None) -> CatalogueRow:
+    words, runs = runs_on(planned.target, planned.bundle_bytes, planned.cache_bytes)
+    enough = free_disk >= planned.disk_needed_bytes
     return CatalogueRow(
         kind,
         recipe.name,
         recipe.model,
         recipe.target,
         recipe.context_length,
-        size,
-        plan.bits_per_weight,
+        planned.bundle_bytes,
+        planned.bits_per_weight,
         _here(words) if enough else "too little disk to export",
         runs and enough,
-        _predicted(plan.target, runs and enough, read_bytes),
+        _predicted(planned.target, runs and enough, planned.read_bytes),
         license,
     )
 

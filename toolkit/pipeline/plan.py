@@ -152,8 +152,13 @@ def plan_export(recipe: Recipe, checkpoint: Checkpoint, out: Path, precision: st
         + _DISK_MARGIN_BYTES
         + int(compiled * BINARY_SHARE * sum(layers))
         + (cost.disk_bytes if cost else 0),
-        disk_free_bytes=shutil.disk_usage(_existing(out)).free,
+        disk_free_bytes=free_disk_bytes(out),
     )
+
+
+def free_disk_bytes(place: Path) -> int:
+    """The bytes that are free on the disk where a place is or will be."""
+    return shutil.disk_usage(_existing(place)).free
 
 
 def _existing(place: Path) -> Path:

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Final
 
 from toolkit import names
@@ -87,6 +88,12 @@ def planned_specs(config: ModelConfig, recipe: Recipe | None, form: Form) -> dic
     """
     if recipe is None:
         return {}
+    # A plan asks five times, and its recipe learns of parts and thresholds in between.
+    return dict(_planned_specs(config, replace(recipe, parts=0, validate={}), form))
+
+
+@lru_cache(maxsize=4)
+def _planned_specs(config: ModelConfig, recipe: Recipe, form: Form) -> Mapping[str, QuantSpec]:
     specs = {name: _spec(name, shape, config, recipe, form) for name, shape in _matrices(config).items()}
     for moe in decoder_of(config).moes:
         specs |= _of_experts(moe, specs)
@@ -183,7 +190,8 @@ def idle_rules(config: ModelConfig, recipe: Recipe) -> list[str]:
     ]
 
 
-def _matrices(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+@lru_cache(maxsize=16)
+def _matrices(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
     exact = decoder_of(config).exact_matrices
     return {name: shape for name, shape in expected_tensors(config).items() if len(shape) == 2 and name not in exact}
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 from toolkit.algorithms import ALGORITHMS, AUTO, Algorithm
@@ -25,11 +26,16 @@ class QuantRule:
 
     def matches(self, module: str) -> bool:
         """Whether this rule decides `module`, such as `model.layers.0.mlp.down_proj`."""
-        return any(fnmatch.fnmatchcase(module, glob) for glob in self.globs())
+        return any(fnmatch.fnmatchcase(module, glob) for glob in _globs(self.match))
 
     def globs(self) -> list[str]:
         """The globs of `match`, one or several, as a list."""
-        return [glob.strip() for glob in self.match.split("|")]
+        return list(_globs(self.match))
+
+
+@lru_cache(maxsize=1024)
+def _globs(match: str) -> tuple[str, ...]:
+    return tuple(glob.strip() for glob in match.split("|"))
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,7 @@ class Recipe:
     target: str
     context_length: int
     quantize: tuple[QuantRule, ...]
-    validate: dict[str, float | str]
+    validate: dict[str, float | str] = field(hash=False)
     tasks: tuple[str, ...] = ()
     baseline: bool = False
     window: int = 0

@@ -48,12 +48,14 @@ class Server:
             Route("/v1/chat/completions", self._answering(asked_chat, ChatReply), methods=["POST"]),
             Route("/v1/completions", self._answering(asked_completion, CompletionReply), methods=["POST"]),
             Route("/v1/responses", self._answering(asked_response, ResponseReply), methods=["POST"]),
-            *page_routes(self._engine.bundles, self._shelf is not None, doors),
+            *page_routes(self._engine.bundles, doors, self._shelf.look_early if self._shelf else None),
             *(self._shelf.routes() if self._shelf else ()),
         ]
 
         @asynccontextmanager
         async def lifespan(_: Starlette) -> AsyncIterator[None]:
+            if self._shelf and not self._engine.bundles:
+                self._shelf.look_early()
             yield
             if self._shelf:
                 await self._shelf.close()

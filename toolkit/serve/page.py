@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -22,11 +22,15 @@ _REPORT_POLICY: Final = (
 )
 
 
-def page_routes(bundles: Mapping[str, Path], may_get: bool, doors: Doors) -> list[BaseRoute]:
-    """The routes of the playground over bundles by name; `may_get` is whether it offers more to get. Addresses of
-    reports are signed: a browser opens them without the key."""
+def page_routes(
+    bundles: Mapping[str, Path], doors: Doors, look_early: Callable[[], None] | None = None
+) -> list[BaseRoute]:
+    """The routes of the playground over bundles by name; `look_early`, where it offers more to get, is called as a
+    browser opens it. Addresses of reports are signed: a browser opens them without the key."""
 
     async def page(_: Request) -> Response:
+        if look_early:
+            look_early()
         return FileResponse(_STATIC / "index.html", headers={"Cache-Control": "no-cache"})
 
     async def listed(_: Request) -> Response:
@@ -34,7 +38,7 @@ def page_routes(bundles: Mapping[str, Path], may_get: bool, doors: Doors) -> lis
             {"name": name, "report": doors.signed(REPORTS + name) if (bundle / _REPORT).is_file() else None}
             for name, bundle in bundles.items()
         ]
-        return JSONResponse({"bundles": rows, "may_get": may_get})
+        return JSONResponse({"bundles": rows, "may_get": look_early is not None})
 
     async def report(request: Request) -> Response:
         bundle = bundles.get(request.path_params["name"])

@@ -18,6 +18,7 @@ from starlette.routing import BaseRoute, Route
 from toolkit import names
 from toolkit.serve.body import read_body
 from toolkit.serve.engine import Engine
+from toolkit.serve.looker import Looker
 from toolkit.serve.refusal import Refusal
 from toolkit.serve.shelf_event import FAILED, MADE, NOTE, STEP, ShelfEvent
 from toolkit.serve.shelf_process import shelf_events
@@ -55,7 +56,7 @@ class Shelf:
         self._getting: Getting | None = None
         self._task: asyncio.Task[None] | None = None
         self._phase_began = 0.0
-        self._looking = asyncio.Lock()
+        self._looker = Looker()
 
     def routes(self) -> list[BaseRoute]:
         """Returns the routes of the page's catalogue."""
@@ -67,8 +68,16 @@ class Shelf:
             Route("/playground/open", self._open, methods=["POST"]),
         ]
 
+    def look_early(self) -> None:
+        """Begins to look at the catalogue before the page asks for it."""
+        self._looker.look_early(Look(self._places()))
+
     async def close(self) -> None:
-        """Ends the process that gets a model, if there is one."""
+        """Ends the processes of the shelf."""
+        await self._stop_getting()
+        await self._looker.close()
+
+    async def _stop_getting(self) -> None:
         if self._task and not self._task.done():
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
@@ -77,8 +86,7 @@ class Shelf:
         """Every recipe and bundle, or with `?hub=owner/name` what that checkpoint would be."""
         hub_id = request.query_params.get("hub")
         look = Look(hub_id=check_on_hub(hub_id)) if hub_id else Look(self._places())
-        async with self._looking, aclosing(shelf_events(ShelfJob(look=look))) as events:
-            last = [event async for event in events][-1]
+        last = await self._looker.look(look)
         if last.kind == FAILED:
             raise Refusal(last.text)
         return Response(last.text, media_type="application/json")
@@ -99,7 +107,7 @@ class Shelf:
 
     async def _cancel(self, request: Request) -> Response:
         await read_body(request)
-        await self.close()
+        await self._stop_getting()
         return await self._state(request)
 
     async def _open(self, request: Request) -> Response:
@@ -121,7 +129,7 @@ class Shelf:
 
     async def _get(self, wanted: Wanted) -> None:
         try:
-            async with aclosing(shelf_events(ShelfJob(get=wanted, folder=str(self._folder)))) as events:
+            async with aclosing(shelf_events(ShelfJob(wanted, str(self._folder)))) as events:
                 async for event in events:
                     self._take(event)
         except asyncio.CancelledError:

@@ -1,5 +1,5 @@
-"""The process that looks at the catalogue, or downloads and converts one model: planning and packing would hold up the
-server's answers, and whoever cancels ends the process, from whose journal the next one goes on."""
+"""The process that downloads and converts one model: that would hold up the server's answers, and whoever cancels ends
+the process, from whose journal the next one goes on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final
 
@@ -19,15 +19,13 @@ from toolkit import library
 from toolkit.checkpoint.download import downloaded_bytes, hub_file, is_hub_id, resolve_checkpoint
 from toolkit.checkpoint.remote import open_headers
 from toolkit.errors import ToolkitError
-from toolkit.pipeline.catalogue import BUNDLE, HUB, RECIPE, CatalogueRow
 from toolkit.pipeline.get import choose_target
 from toolkit.progress import FinishedStep
 from toolkit.recipe import load_recipe
-from toolkit.report.readme import place_name
 from toolkit.serve.refusal import without_paths
-from toolkit.serve.shelf_event import DOWNLOAD, FAILED, MADE, NOTE, ROWS, STEP, ShelfEvent
-from toolkit.serve.wanted import Look, ShelfJob, Wanted
-from toolkit.typed_json import from_json, to_json
+from toolkit.serve.shelf_event import DOWNLOAD, FAILED, MADE, NOTE, STEP, ShelfEvent, event_line
+from toolkit.serve.wanted import ShelfJob, Wanted
+from toolkit.typed_json import from_json
 
 _OFTEN_S: Final = 0.1
 
@@ -42,7 +40,7 @@ class _Out:
 
     def say(self, event: ShelfEvent) -> None:
         """Writes an event out at once, a line of its own."""
-        self.stream.write(json.dumps(to_json(event)).encode("ascii") + b"\n")
+        self.stream.write(event_line(event))
         self.stream.flush()
 
     def note(self, text: str) -> None:
@@ -60,26 +58,6 @@ class _Out:
         if phase != self.phase or done == total or now - self.at > _OFTEN_S:
             self.phase, self.at = phase, now
             self.say(ShelfEvent(STEP, phase, done, total))
-
-
-@dataclass(frozen=True)
-class _Row:
-    """A row of the catalogue and the word it is asked for by: a model to get, or a bundle's folder."""
-
-    name: str
-    facts: CatalogueRow
-
-
-def _look(look: Look) -> ShelfEvent:
-    hub_ids = [look.hub_id] if look.hub_id else []
-    rows = library.recipes(model=look.hub_id, bundles=look.folders, hub_ids=hub_ids)
-    return ShelfEvent(ROWS, json.dumps({"rows": to_json([_shown(row) for row in rows])}))
-
-
-def _shown(row: CatalogueRow) -> _Row:
-    """A row without the places on this machine that it names."""
-    names = {BUNDLE: Path(row.path or "").name, RECIPE: row.recipe.removesuffix(f"-{row.target}"), HUB: row.model}
-    return _Row(names[row.kind], replace(row, path=None, model=place_name(row.model)))
 
 
 def _get(wanted: Wanted, folder: Path, out: _Out) -> ShelfEvent:
@@ -134,7 +112,7 @@ def main() -> None:
     threading.Thread(target=_end_with_the_server, daemon=True).start()
     job = from_json(ShelfJob, json.loads(sys.argv[1]), "the job")
     try:
-        last = _look(job.look) if job.look else _get(job.get or Wanted(""), Path(job.folder), out)
+        last = _get(job.get, Path(job.folder), out)
     except ToolkitError as problem:
         last = ShelfEvent(FAILED, without_paths(" ".join(str(problem).split())))
     except Exception as problem:

@@ -1,14 +1,18 @@
-"""What the process of the shelf tells the server, a JSON object a line."""
+"""What processes of the shelf tell the server, a JSON object a line."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Final
 
+from toolkit.typed_json import to_json
+
 STEP: Final = "step"
 NOTE: Final = "note"
-# The kinds that end a job.
+# The kinds that end a job or answer a look.
 ROWS, MADE, FAILED = "rows", "made", "failed"
+ENDS: Final = frozenset({ROWS, MADE, FAILED})
 # The phase whose steps are bytes.
 DOWNLOAD: Final = "download"
 
@@ -21,3 +25,8 @@ class ShelfEvent:
     text: str = ""
     done: int = 0
     total: int = 0
+
+
+def event_line(event: ShelfEvent) -> bytes:
+    """The line that carries an event, ASCII whatever it says."""
+    return json.dumps(to_json(event)).encode("ascii") + b"\n"

@@ -37,11 +37,10 @@ class Look:
 
 @dataclass(frozen=True)
 class ShelfJob:
-    """What the process of the shelf is started for, one of the two; a bundle is made in `folder`."""
+    """A model to get, and the folder in which its bundle is made."""
 
-    look: Look | None = None
-    get: Wanted | None = None
-    folder: str = ""
+    get: Wanted
+    folder: str
 
 
 def read_wanted(raw: Mapping[str, Json]) -> Wanted:
