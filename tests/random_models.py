@@ -118,6 +118,20 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "Phi3",
         {"hidden_size": 32, "partial_rotary_factor": 0.5, "sliding_window": 6, "pad_token_id": 0},
     ),
+    # Both kinds of layers, each with its RoPE; a scale of attention that is not the heads' own.
+    "gemma3": (
+        "Gemma3Text",
+        {
+            "head_dim": 32,
+            "num_hidden_layers": 3,
+            "sliding_window": 6,
+            "sliding_window_pattern": 2,
+            "query_pre_attn_scalar": 50,
+            "rope_theta": 10000.0,
+            "rope_local_base_freq": 100.0,
+            "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+        },
+    ),
     "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0], "pad_token_id": 0}),
     "smollm3-tied-of-four": ("SmolLM3", {"num_hidden_layers": 4, "rope_scaling": YARN, "pad_token_id": 0}),
     "smollm3-narrow-heads": (
@@ -156,7 +170,7 @@ def make_checkpoint(family: str, extra: dict[str, Any], folder: Path) -> PreTrai
             **extra,
         }
     )
-    model = getattr(transformers, f"{family}ForCausalLM")(config).float().eval()
+    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
     for name, parameter in model.named_parameters():
         if name.endswith(("bias", "sinks")) or "norm" in name:
             parameter.data.add_(torch.randn_like(parameter) * 0.3)

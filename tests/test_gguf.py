@@ -24,8 +24,16 @@ from toolkit.errors import CheckpointError, MachineError, UnsupportedError
 
 DATA = Path(__file__).parent / "data" / "gguf_blocks.npz"
 RARE = [kind.name for kind in TENSOR_TYPES.values() if kind.block > 1 and kind.name not in COMPILED_TYPES]
-# Windows, and which layers have no RoPE, are not in the files of these architectures; those with experts are not read.
-_NOT_IN_FILES = {"sliding_window", "no_rope_layers", "num_experts", "num_local_experts", "n_routed_experts"}
+# Windows, and which layers have no RoPE, are not in the files of these architectures; those with experts are not
+# read, nor phi3's.
+_NOT_IN_FILES = {
+    "sliding_window",
+    "no_rope_layers",
+    "num_experts",
+    "num_local_experts",
+    "n_routed_experts",
+    "partial_rotary_factor",
+}
 READ = {name: case for name, case in CASES.items() if not _NOT_IN_FILES & case[1].keys()}
 
 

@@ -390,7 +390,7 @@ def _solve_head(
     solver = _InputSolver(given, problem, on, pool)
 
     def arrived(kind: str) -> Iterator[Floats]:
-        return (rms_norm(x, norm, config.rms_norm_eps) for x, _ in streams[kind])
+        return (rms_norm(x, norm, config.stream_eps) for x, _ in streams[kind])
 
     solver.gather(zip(kept or arrived(_EXACT), arrived(_ROUNDED), strict=True), streams[_ROUNDED].tokens)
     for start in range(0, config.vocab_size, HEAD_ROWS):

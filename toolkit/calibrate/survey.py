@@ -193,7 +193,7 @@ class _Pass:
         with ExitStack() as files:
             keep = self._keeping(given, files)
             for x, _ in before.read_by(on, batched(self._lengths, tokens)):
-                statistics.add(keep(rms_norm(x, gain, config.rms_norm_eps)))
+                statistics.add(keep(rms_norm(x, gain, config.stream_eps)))
         rows = _spread_rows(source, names.weight(given.name), config.vocab_size)
         sample = statistics.sample(on)
         state.inputs[given.name] = self._facts(given, sample, {given.name: rows}, self._wish.head_rounding)
@@ -202,9 +202,7 @@ class _Pass:
             state.inputs[names.EMBED_TOKENS] = _embedding_facts(rows, self._wish.specs)
         if not self._wish.probes:
             return {}
-        ended = {
-            name: rms_norm(np.concatenate(probe), norm, config.rms_norm_eps) for name, probe in state.probes.items()
-        }
+        ended = {name: rms_norm(np.concatenate(probe), norm, config.stream_eps) for name, probe in state.probes.items()}
         exact = ended.pop("")
         others = {name: Diverging(hidden) for name, hidden in ended.items()}
         others[given.name] = self._rounded_head(given, ended.get(given.name, exact), state.inputs[given.name])

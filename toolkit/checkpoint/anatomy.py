@@ -52,7 +52,13 @@ class DecoderLayer:
     @property
     def norms(self) -> tuple[Norm, ...]:
         """Every norm, those over heads last."""
-        return (self.attention.norm, self.mlp.norm, *self.attention.head_norms)
+        return (self.attention.norm, self.mlp.norm, *self.output_norms, *self.attention.head_norms)
+
+    @property
+    def output_norms(self) -> tuple[Norm, ...]:
+        """The norms behind sublayers, none in most families."""
+        halves = [half for half in self.sublayers if not isinstance(half, Moe)]
+        return tuple(half.output_norm for half in halves if half.output_norm)
 
 
 @dataclass(frozen=True)
@@ -188,6 +194,7 @@ def _attention(config: ModelConfig, index: int, prefix: str) -> Attention:
         window=structure.sliding_windows[index] if structure.sliding_windows else None,
         rope=index not in structure.layers_without_rope,
         sinks=f"{prefix}self_attn.sinks" if structure.sinks else None,
+        output_norm=Norm(f"{prefix}post_attention_layernorm", D) if structure.output_norms else None,
     )
 
 
@@ -211,7 +218,8 @@ def _mlp(config: ModelConfig, prefix: str, of: str = "mlp", width: int = 0) -> M
     D, intermediate, has_bias = config.hidden_size, width or config.intermediate_size, config.structure.mlp_bias
     gate, up = (Linear(f"{prefix}{of}.{name}", D, intermediate, has_bias) for name in ("gate_proj", "up_proj"))
     down = Linear(f"{prefix}{of}.down_proj", intermediate, D, has_bias)
-    norm = Norm(f"{prefix}post_attention_layernorm", D)
+    framed = config.structure.output_norms
+    norm = Norm(f"{prefix}{'pre_feedforward_layernorm' if framed else 'post_attention_layernorm'}", D)
     return Mlp(
         norm,
         gate,
@@ -220,6 +228,8 @@ def _mlp(config: ModelConfig, prefix: str, of: str = "mlp", width: int = 0) -> M
         act_fn=f"{prefix}mlp.act_fn",
         normed_input=LinearInput((gate, up), norm, D),
         inner_input=LinearInput((down,), up, intermediate),
+        activation=config.structure.activation,
+        output_norm=Norm(f"{prefix}post_feedforward_layernorm", D) if framed else None,
     )
 
 

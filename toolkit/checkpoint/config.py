@@ -34,6 +34,15 @@ _NO_WRITERS: Final = (
     "ForProcessRewardModel",
     "ForMaskedLM",
 )
+# What a config.json with a decoder's config inside says for the decoder too.
+_OF_THE_WHOLE: Final = (
+    "architectures",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "quantization_config",
+    "tie_word_embeddings",
+)
 _MAX_CONFIG_BYTES: Final = 4 << 20
 
 
@@ -64,6 +73,16 @@ class ModelConfig:
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     pad_token_id: int | None
+
+    def rope_of(self, window: int | None) -> RopeConfig:
+        """Returns the RoPE of layers with this window: of those that slide another where the family has one."""
+        theta = self.structure.local_rope_theta
+        return self.rope if window is None or theta is None else RopeConfig(rope_theta=theta)
+
+    @property
+    def stream_eps(self) -> float:
+        """The epsilon of norms that read the residual stream, which is in units of `embedding_scale` (gains.py)."""
+        return self.rms_norm_eps / self.structure.embedding_scale**2
 
     @property
     def longest_context(self) -> int:
@@ -123,10 +142,10 @@ def parse_config(raw: Mapping[str, Any], path: Path) -> ModelConfig:
         raise UnsupportedError(
             f"{path}: model_type {raw.get('model_type')!r:.60} is not supported, expected one of {', '.join(FAMILIES)}"
         )
+    if family.text_config:
+        raw = _text_config(raw, family.text_config, path)
     read = Fields(raw, path, family.defaults)
     _check_kind(raw, path)
-    if raw.get("hidden_act") not in (None, "silu"):
-        raise UnsupportedError(f"{path}: hidden_act {raw['hidden_act']!r:.60} is not supported, expected 'silu'")
     quantization_of(raw, path)  # refuses what is not read
     heads = read.count("num_attention_heads")
     hidden = read.count("hidden_size")
@@ -139,7 +158,13 @@ def parse_config(raw: Mapping[str, Any], path: Path) -> ModelConfig:
     rotary_head_dim = rotary_head_dim_of(read, head_dim, family.partial_rotary)
     layers = read.count("num_hidden_layers", most=MOST_LAYERS)
     positions = read.count("max_position_embeddings", family.default_positions)
-    structure, rope = family.structure(read, layers), parse_rope(read, positions, rotary_head_dim)
+    structure = family.structure(read, layers)
+    if read.get(family.activation_key) not in (None, structure.activation):
+        raise UnsupportedError(
+            f"{path}: {family.activation_key} {read.get(family.activation_key)!r:.60} is not supported, expected "
+            f"{structure.activation!r}"
+        )
+    rope = parse_rope(read, positions, rotary_head_dim, "full_attention" if structure.local_rope_theta else "")
     if structure.latent:
         head_dim, rotary_head_dim, kv_heads = structure.latent.qk_head_dim, structure.latent.qk_rope_head_dim, heads
     return ModelConfig(
@@ -164,10 +189,19 @@ def parse_config(raw: Mapping[str, Any], path: Path) -> ModelConfig:
     )
 
 
+def _text_config(raw: Mapping[str, Any], key: str, path: Path) -> dict[str, Any]:
+    """The decoder's config of a model of several kinds of input, with what stands beside it for the whole."""
+    inner = raw.get(key)
+    if not isinstance(inner, dict):
+        raise CheckpointError(f"{path}: {key} is {inner!r:.60}, expected an object")
+    beside = {name: value for name, value in raw.items() if name in _OF_THE_WHOLE}
+    return beside | {name: value for name, value in inner.items() if value is not None}
+
+
 def _attention_scale(structure: Structure, rope: RopeConfig, head_dim: int) -> float:
     """What products of queries and keys are multiplied by. Under latent attention YaRN sharpens them here, by the
     square of its `mscale_all_dim`'s magnitude."""
     magnitude = 1.0
     if structure.latent and rope.rope_type == "yarn" and rope.mscale_all_dim and rope.factor > 1:
         magnitude = 0.1 * rope.mscale_all_dim * math.log(rope.factor) + 1.0
-    return float(head_dim**-0.5 * magnitude**2)
+    return float((structure.query_pre_attn_scalar or head_dim) ** -0.5 * magnitude**2)

@@ -13,6 +13,9 @@ from toolkit.checkpoint.fields import Fields
 
 # What config.json calls the layers of attention over all of the text, and over a window of it.
 LAYER_KINDS: Final = ("full_attention", "sliding_attention")
+# What gate goes through before it is multiplied with up, by config.json's names.
+SILU: Final = "silu"
+GELU_TANH: Final = "gelu_pytorch_tanh"
 # onnxruntime-genai's type for a decoder that it has no name of its own for.
 DECODER: Final = "decoder"
 
@@ -80,6 +83,11 @@ class Structure:
     text, and is empty where no layer slides. `layers_without_rope` are indices. `experts` is None where every MLP is
     one. `sinks` are logits, one a head, that take part in the softmax over keys and stand for no token. `merged` says
     that a checkpoint has q, k and v of a layer in one tensor, and gate and up in another.
+
+    `activation` is what gate goes through, by its name in config.json. `output_norms` says that a norm stands behind
+    each sublayer too, `gains_from_one` that a norm's gains are 1 and the weight of a checkpoint together. The embedding
+    is multiplied by `embedding_scale`. `query_pre_attn_scalar` stands for head_dim in attention's scale, None where
+    they are the same. `local_rope_theta` is RoPE's base in layers that slide, None where it is the others'.
     """
 
     qkv_bias: bool = False
@@ -92,6 +100,12 @@ class Structure:
     sinks: bool = False
     latent: Latent | None = None
     merged: bool = False
+    activation: str = SILU
+    output_norms: bool = False
+    gains_from_one: bool = False
+    embedding_scale: float = 1.0
+    query_pre_attn_scalar: float | None = None
+    local_rope_theta: float | None = None
 
 
 @dataclass(frozen=True)
@@ -111,7 +125,9 @@ class Family:
     contradict each other. `genai_type` is `model.type` of genai_config.json. `defaults` are keys a config.json may
     leave out, with the value that transformers' configuration class then takes, `default_positions` that of
     max_position_embeddings. `gguf` is None where no GGUF file is
-    read as this family. `partial_rotary` is whether RoPE may turn a part of each head alone.
+    read as this family. `partial_rotary` is whether RoPE may turn a part of each head alone. `activation_key` says
+    where config.json names what gate goes through. A model of several kinds of input has its decoder's config under
+    `text_config`, and the decoder's tensors under `text_model`.
     """
 
     model_type: str
@@ -121,6 +137,9 @@ class Family:
     gguf: Gguf | None = None
     default_positions: int = 32768
     partial_rotary: bool = False
+    activation_key: str = "hidden_act"
+    text_config: str = ""
+    text_model: tuple[str, ...] = ()
 
 
 def sliding_windows(

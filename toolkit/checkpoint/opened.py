@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from toolkit.checkpoint.config import ModelConfig, read_config
+from toolkit.checkpoint.gains import with_gains
 from toolkit.checkpoint.gguf import GgufModel, is_gguf, open_gguf
 from toolkit.checkpoint.merged_rows import unmerged
 from toolkit.checkpoint.partial_rotary import in_halves
@@ -70,6 +71,7 @@ def found_checkpoint(
     side = read_side_files(folder, config.vocab_size)
     notes = (*found.notes, *_dequantized(found.stored_as), *side_notes(side, config.vocab_size))
     weights = in_halves(unmerged(unstacked(source, config), config, source.by_columns), config)
+    weights = with_gains(weights, config)
     return Checkpoint(folder, config, weights, False, side, notes, download_bytes, found.stored_as)
 
 

@@ -48,7 +48,7 @@ class RopeConfig:
 
 def rotary_head_dim_of(read: Fields, head_dim: int, partial: bool) -> int:
     """How many channels of a head RoPE turns: all of them, or, in families where that may be, the first part."""
-    share = _rope_parameters(read).get("partial_rotary_factor", read.get("partial_rotary_factor"))
+    share = _rope_parameters(read, "full_attention").get("partial_rotary_factor", read.get("partial_rotary_factor"))
     if share in (None, 1, 1.0):
         return head_dim
     if not partial:
@@ -62,10 +62,11 @@ def rotary_head_dim_of(read: Fields, head_dim: int, partial: bool) -> int:
     return turned
 
 
-def parse_rope(read: Fields, positions: int, rotary_head_dim: int) -> RopeConfig:
-    """RoPE from `rope_parameters` (transformers 5) or `rope_theta` + `rope_scaling` (transformers 4)."""
+def parse_rope(read: Fields, positions: int, rotary_head_dim: int, kind: str = "") -> RopeConfig:
+    """RoPE from `rope_parameters` (transformers 5) or `rope_theta` + `rope_scaling` (transformers 4), of layers of a
+    kind where a family's kinds may differ."""
     path = read.path
-    scaling = _rope_parameters(read)
+    scaling = _rope_parameters(read, kind)
     rope_type = _rope_type(scaling, path)
 
     def number(key: str, default: float | None = None) -> float:
@@ -134,14 +135,17 @@ def _first_of(values: Mapping[str, Any], *keys: str) -> Any:
     return next((values[key] for key in keys if values.get(key) is not None), None)
 
 
-def _rope_parameters(read: Fields) -> dict[str, Any]:
-    """The one set of RoPE's parameters; those that transformers 5 writes for each kind of layer must be alike."""
+def _rope_parameters(read: Fields, kind: str) -> dict[str, Any]:
+    """RoPE's parameters; those that transformers 5 writes for each kind of layer must be alike unless one is asked
+    for."""
     given = read.get("rope_parameters") or read.get("rope_scaling") or {}
     if not isinstance(given, dict):
         raise CheckpointError(f"{read.path}: rope parameters are {given!r:.60}, expected an object")
     by_kind = [given[kind] for kind in LAYER_KINDS if kind in given]
     if not by_kind:
         return given
+    if kind and isinstance(given.get(kind), dict):
+        return dict(given[kind])
     if not all(isinstance(one, dict) and one == by_kind[0] for one in by_kind):
         raise UnsupportedError(f"{read.path}: RoPE differs between kinds of layers, which is not supported")
     return dict(by_kind[0])

@@ -44,7 +44,7 @@ def salient_inputs(checkpoint: Checkpoint) -> list[str]:
 def can_rotate(config: ModelConfig) -> bool:
     """Whether `rotate` takes a checkpoint of this config."""
     widths = [config.hidden_size, *([] if config.structure.latent else [config.head_dim])]
-    return not config.tie_word_embeddings and all(map(is_known, widths))
+    return not config.tie_word_embeddings and not config.structure.output_norms and all(map(is_known, widths))
 
 
 def rotate(checkpoint: Checkpoint, seed: int = 0) -> Checkpoint:
@@ -52,6 +52,11 @@ def rotate(checkpoint: Checkpoint, seed: int = 0) -> Checkpoint:
     if checkpoint.config.tie_word_embeddings:
         raise UnsupportedError(
             "a tied embedding cannot be rotated: the final norm's gains stand on one side of it only; set rotate=false"
+        )
+    if checkpoint.config.structure.output_norms:
+        raise UnsupportedError(
+            f"{checkpoint.config.model_type} has norms behind its sublayers, whose gains no rotation goes through: "
+            "set rotate=false"
         )
     source = RotatedTensors(checkpoint.source, checkpoint.config, seed)
     return replace(checkpoint, source=source)

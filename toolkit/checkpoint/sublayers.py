@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from toolkit import names
-from toolkit.checkpoint.family import Experts, Latent
+from toolkit.checkpoint.family import SILU, Experts, Latent
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,8 @@ class Attention:
 
     `window` is how many tokens a query sees, itself included, None for all; `rope` is whether queries and keys are
     rotated by their position. `qkv_proj` is the module that q, k and v become where a graph stacks their rows. `sinks`
-    is the tensor of a logit for each head that stands for no token, None in most families.
+    is the tensor of a logit for each head that stands for no token, None in most families. `output_norm` goes over what
+    is added to the residual stream, in families that have one.
     """
 
     norm: Norm
@@ -113,6 +114,7 @@ class Attention:
     window: int | None
     rope: bool
     sinks: str | None = None
+    output_norm: Norm | None = None
 
     @property
     def qkv(self) -> tuple[Linear, Linear, Linear]:
@@ -170,6 +172,7 @@ class LatentAttention:
     shape: Latent
     window: int | None = None
     sinks: str | None = None
+    output_norm: Norm | None = None
 
     @property
     def first(self) -> tuple[Linear, ...]:
@@ -229,7 +232,8 @@ class LatentAttention:
 
 @dataclass(frozen=True)
 class Mlp:
-    """The second sublayer: down_proj(silu(gate_proj(x)) * up_proj(x)); `act_fn` is the name of silu's output."""
+    """The second sublayer: down_proj(activation(gate_proj(x)) * up_proj(x)); `act_fn` is the name of the activation's
+    output. `output_norm` goes over what is added to the residual stream, in families that have one."""
 
     norm: Norm
     gate_proj: Linear
@@ -238,6 +242,8 @@ class Mlp:
     act_fn: str
     normed_input: LinearInput
     inner_input: LinearInput
+    activation: str = SILU
+    output_norm: Norm | None = None
 
     @property
     def linears(self) -> tuple[Linear, Linear, Linear]:

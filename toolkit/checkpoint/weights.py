@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from toolkit import names
 from toolkit.checkpoint.anatomy import decoder_of, stored_tensors
 from toolkit.checkpoint.config import ModelConfig
+from toolkit.checkpoint.families import FAMILIES
 from toolkit.checkpoint.other_formats import refuse_integers, refuse_quantized
 from toolkit.checkpoint.quantized import Dequantizer
 from toolkit.checkpoint.quantized_config import read_quantization
@@ -28,7 +29,7 @@ from toolkit.checkpoint.quantized_tensors import CODES, coded_tensors, stored_as
 from toolkit.checkpoint.safetensors import ITEM_BYTES, TensorRef, read_header
 from toolkit.checkpoint.scan import ReadBytes, Rows, read_exactly, scan_file, whole_tensors
 from toolkit.checkpoint.stored_as import StoredAs
-from toolkit.checkpoint.which_tensors import ChosenFiles, choose_files, module_tensors
+from toolkit.checkpoint.which_tensors import ChosenFiles, choose_files, module_tensors, of_the_decoder
 from toolkit.checkpoint.widen import check_finite
 from toolkit.errors import CheckpointError
 from toolkit.files import file_sha256
@@ -245,7 +246,7 @@ def find_tensors(folder: Path, config: ModelConfig, read: Callable[[Path], dict[
     by = read_quantization(folder)
     chosen = choose_files(folder)
     stored, placed = _all_tensors(chosen, read)
-    found, renamed = module_tensors(stored, folder)
+    found, renamed = module_tensors(of_the_decoder(stored, FAMILIES[config.model_type].text_model), folder)
     found, coded = coded_tensors(found, by, stored_tensors(decoder_of(config)))
     meant = {name: ref for name, ref in found.items() if name.startswith(_DECODERS) and not _beyond(name, config)}
     refuse_quantized(meant, folder)

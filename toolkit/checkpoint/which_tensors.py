@@ -8,7 +8,7 @@ said, or refused with what to do.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Final
@@ -135,6 +135,18 @@ def without_wrappers(name: str) -> tuple[str, list[str]]:
             name = name.replace(f".{wrapper}", ".")
             removed.append(wrapper)
     return name, removed
+
+
+def of_the_decoder(stored: Mapping[str, TensorRef], prefixes: Sequence[str]) -> dict[str, TensorRef]:
+    """The tensors, those of a decoder inside a model of several kinds of input, under one of the `prefixes` there, by a
+    decoder's own names."""
+    found = {}
+    for name, ref in stored.items():
+        prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), "")
+        bare = f"model.{name.removeprefix(prefix)}" if prefix else name
+        bare = bare.removeprefix("language_model.") if prefixes else bare
+        found[bare] = replace(ref, name=bare)
+    return found
 
 
 def _unwrapped(refs: Mapping[str, TensorRef], folder: Path) -> tuple[dict[str, TensorRef], list[str]]:

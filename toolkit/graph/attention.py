@@ -5,7 +5,7 @@ B batch, S query length, C cache length, H heads, K kv heads, G = H / K, Dh head
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -41,7 +41,7 @@ class Geometry:
     """What plain operators need of the positions, for all layers alike.
 
     `cos` and `sin` [S, Dh/2] of the queries, `is_new` [1, 1, C, 1] marks the cache rows they fill and `source` [C] says
-    from which query; `query` [G * S, 1] is each query's position.
+    from which query; `query` [G * S, 1] is each query's position. `at` [S] are the queries' positions too.
     """
 
     cos: ir.Value
@@ -50,6 +50,7 @@ class Geometry:
     source: ir.Value
     query: ir.Value
     rows: ir.Value
+    at: ir.Value
 
 
 def check_attention(form: Form, config: ModelConfig, context_length: int) -> None:
@@ -151,7 +152,16 @@ def geometry(
     (source,) = build.op(f"{path}/Min", [bounded, build.constant(f"{path}/top", np.array([queries - 1], np.int64))])
     grouped = np.tile(np.arange(queries, dtype=np.int64), groups)[:, None]
     (query,) = build.op(f"{path}/Add.query", [build.constant(f"{path}/grouped", grouped), start])
-    return Geometry(cos, sin, is_new, source, query, rows)
+    return Geometry(cos, sin, is_new, source, query, rows, at)
+
+
+def turned_by(build: GraphBuilder, where: Geometry, rotary: list[ir.Value], path: str) -> Geometry:
+    """The same positions with other tables of cos and sin; `path` is of the nodes that look them up."""
+    cos, sin = (
+        build.op(f"{path}/Gather.{name}", [table, where.at])[0]
+        for name, table in zip(("cos", "sin"), rotary, strict=True)
+    )
+    return replace(where, cos=cos, sin=sin)
 
 
 def plain_attention(

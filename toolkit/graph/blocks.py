@@ -5,6 +5,7 @@ B batch, S query length, D hidden, H heads, K kv heads, Dh head_dim, V vocab.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -14,7 +15,9 @@ import onnx_ir as ir
 from toolkit import names
 from toolkit.checkpoint.anatomy import DecoderLayer, decoder_of
 from toolkit.checkpoint.config import ModelConfig
-from toolkit.checkpoint.sublayers import Attention, LatentAttention, Linear, Mlp, Moe, Norm
+from toolkit.checkpoint.family import GELU_TANH, SILU
+from toolkit.checkpoint.rope_config import RopeConfig
+from toolkit.checkpoint.sublayers import Attention, LatentAttention, Linear, Mlp, Moe, Norm, Sublayer
 from toolkit.errors import UnsupportedError
 from toolkit.graph.attention import (
     Geometry,
@@ -24,6 +27,7 @@ from toolkit.graph.attention import (
     geometry,
     group_query_attention,
     plain_attention,
+    turned_by,
 )
 from toolkit.graph.builder import MS, GraphBuilder, declare, value
 from toolkit.graph.latent import latent_attention
@@ -45,6 +49,14 @@ class CacheShape:
     layers: range | None = None
 
 
+@dataclass(frozen=True)
+class Rotation:
+    """Tables of cos and sin, and the positions as plain operators want them, where attention is written in these."""
+
+    tables: list[ir.Value]
+    where: Geometry | None
+
+
 def embedding(build: GraphBuilder, ids: ir.Value) -> ir.Value:
     """[B, S] ids to [B, S, D]. The CPU looks float32 rows up; another dtype is a cast of them."""
     unit = build.layout.units[names.weight(names.EMBED_TOKENS)]
@@ -64,10 +76,11 @@ def embedding(build: GraphBuilder, ids: ir.Value) -> ir.Value:
 
 def check_layers(form: Form, config: ModelConfig, context_length: int) -> None:
     """Raises UnsupportedError for a head_dim that ORT's GroupQueryAttention refuses, for a sliding window shorter than
-    the context where the target's attention knows none, and for biases in an MLP of uint16."""
+    the context where the target's attention knows none, and for biases or GELU in an MLP of uint16."""
     check_attention(form, config, context_length)
-    if form.qdq and config.structure.mlp_bias:
-        raise UnsupportedError(f"{config.model_type} with mlp_bias has no form in uint16: set profile=float16")
+    if form.qdq and (config.structure.mlp_bias or config.structure.activation != SILU):
+        what = "mlp_bias" if config.structure.mlp_bias else config.structure.activation
+        raise UnsupportedError(f"{config.model_type} with {what} has no form in uint16: set profile=float16")
 
 
 def layers(
@@ -86,42 +99,69 @@ def layers(
     check_layers(build.form, config, context_length)
     decoder = decoder_of(config)
     stack = decoder.layers if cache.layers is None else decoder.layers[cache.layers.start : cache.layers.stop]
-    dtype = np.float16 if build.dtype == ir.DataType.FLOAT16 else np.float32
-    rotary = [
-        build.constant(f"/model/rotary/{name}_cache", table.astype(dtype))
-        for name, table in zip(("cos", "sin"), rotary_caches(config, context_length), strict=True)
-    ]
-    if (switch := config.rope.switch(context_length)) is not None:
-        rotary = chosen_rotary(build, rotary, switch, lengths)
-    where = None
-    if build.form.plain_attention:
-        shape = embedded.shape
-        assert shape is not None and isinstance(shape[1], int) and isinstance(cache.past, int)
-        where = geometry(build, config, lengths, rotary, shape[1], cache.past)
+    turned = _rotations(build, config, context_length, embedded, lengths, cache)
     past: list[ir.Value] = []
     present: list[ir.Value] = []
     residual, first = embedded, stack[0]
-    hidden = _rms_norm(build, _path(first.attention.norm.module), residual, first.attention.norm, config.rms_norm_eps)
+    hidden = _rms_norm(build, _path(first.attention.norm.module), residual, first.attention.norm, config.stream_eps)
     for layer in stack:
         i, attention = layer.index, layer.attention
         hidden = build.rounded(f"/model/layers.{i}/attn/input", hidden, names.input_of(attention.first[0].module))
         kept = (cache.batch, config.num_key_value_heads, cache.past, config.head_dim)
         grown = (cache.batch, config.num_key_value_heads, cache.total, config.head_dim)
         pair = [value(name(i), build.dtype, kept) for name in (names.past_key, names.past_value)]
-        mixed, made = _attend(build, config, layer, hidden, pair, where, lengths, rotary)
+        mixed, made = _attend(build, config, layer, hidden, pair, turned[config.rope_of(attention.window)], lengths)
         for output, name in zip(made, (names.present_key(i), names.present_value(i)), strict=True):
             present.append(declare(output, name, build.dtype, grown))
         past += pair
         mixed = build.rounded(f"/model/layers.{i}/attn/mixed", mixed, names.input_of(attention.o_proj.module))
-        attended = _linear(build, mixed, attention.o_proj)
+        attended = _output_norm(build, config, attention, _linear(build, mixed, attention.o_proj))
         hidden, residual = _skip_norm(build, attended, residual, layer.mlp.norm, config)
-        product = _mlp_of(build, layer, hidden)
+        product = _output_norm(build, config, layer.mlp, _mlp_of(build, layer, hidden))
         if layer is stack[-1] and layer is not decoder.layers[-1]:
             (hidden,) = build.op(f"/model/layers.{i}/Add", [product, residual])
             break
         after = decoder.norm if layer is decoder.layers[-1] else decoder.layers[i + 1].attention.norm
         hidden, residual = _skip_norm(build, product, residual, after, config)
     return hidden, past, present
+
+
+def _rotations(
+    build: GraphBuilder,
+    config: ModelConfig,
+    context_length: int,
+    embedded: ir.Value,
+    lengths: Lengths,
+    cache: CacheShape,
+) -> dict[RopeConfig, Rotation]:
+    """How the cache's layers are turned, by their RoPE."""
+    layers = decoder_of(config).layers
+    stack = layers if cache.layers is None else layers[cache.layers.start : cache.layers.stop]
+    dtype = np.float16 if build.dtype == ir.DataType.FLOAT16 else np.float32
+    found: dict[RopeConfig, Rotation] = {}
+    where = None
+    for rope in dict.fromkeys(config.rope_of(layer.attention.window) for layer in stack):
+        path = "/model/rotary" if rope == config.rope else "/model/local_rotary"
+        tables = [
+            build.constant(f"{path}/{name}_cache", table.astype(dtype))
+            for name, table in zip(("cos", "sin"), rotary_caches(config, rope, context_length), strict=True)
+        ]
+        if (switch := rope.switch(context_length)) is not None:
+            tables = chosen_rotary(build, tables, switch, lengths)
+        if where:
+            where = turned_by(build, where, tables, path)
+        elif build.form.plain_attention:
+            shape = embedded.shape
+            assert shape is not None and isinstance(shape[1], int) and isinstance(cache.past, int)
+            where = geometry(build, config, lengths, tables, shape[1], cache.past)
+        found[rope] = Rotation(tables, where)
+    return found
+
+
+def _output_norm(build: GraphBuilder, config: ModelConfig, half: Sublayer, x: ir.Value) -> ir.Value:
+    """[B, S, D] to [B, S, D]: what a sublayer gives, through the norm behind it where there is one."""
+    norm = None if isinstance(half, Moe) else half.output_norm
+    return _rms_norm(build, _path(norm.module), x, norm, config.rms_norm_eps) if norm else x
 
 
 def lm_head(build: GraphBuilder, config: ModelConfig, hidden: ir.Value, index: ir.Value) -> ir.Value:
@@ -158,11 +198,11 @@ def _skip_norm(
     path = f"/{norm.module.replace('.', '/', 1)}"
     if not build.form.fused:
         (total,) = build.op(f"{path}/Add", [x, skip])
-        return _rms_norm(build, path, total, norm, config.rms_norm_eps), total
+        return _rms_norm(build, path, total, norm, config.stream_eps), total
     y = build.op(
         f"{path}/SkipSimplifiedLayerNormalization",
         [x, skip, build.vector(norm.weight)],
-        {"epsilon": config.rms_norm_eps},
+        {"epsilon": config.stream_eps},
         MS,
         outputs=4,
     )
@@ -176,9 +216,8 @@ def _attend(
     layer: DecoderLayer,
     x: ir.Value,
     pair: list[ir.Value],
-    where: Geometry | None,
+    turned: Rotation,
     lengths: Lengths,
-    rotary: list[ir.Value],
 ) -> tuple[ir.Value, list[ir.Value]]:
     """[B, S, D] to (what o_proj reads, present key and value)."""
     if isinstance(layer.attention, LatentAttention):
@@ -190,11 +229,11 @@ def _attend(
         def norm(x: ir.Value, of: Norm) -> ir.Value:
             return _rms_norm(build, _path(of.module), x, of, config.rms_norm_eps)
 
-        return latent_attention(build, config, path, layer.attention, x, pair, lengths, rotary, linear, norm)
+        return latent_attention(build, config, path, layer.attention, x, pair, lengths, turned.tables, linear, norm)
     query = _query_key_value(build, config, layer.attention, x)
-    if where:
-        return plain_attention(build, config, layer, query, pair, where)
-    return group_query_attention(build, config, layer, query, pair, lengths, rotary)
+    if turned.where:
+        return plain_attention(build, config, layer, query, pair, turned.where)
+    return group_query_attention(build, config, layer, query, pair, lengths, turned.tables)
 
 
 def _query_key_value(
@@ -236,7 +275,7 @@ def _mlp(build: GraphBuilder, path: str, mlp: Mlp, x: ir.Value) -> ir.Value:
     x = build.rounded(f"{path}/input", x, names.input_of(mlp.normed_input.name))
     gate = _linear(build, x, mlp.gate_proj)
     up = _linear(build, x, mlp.up_proj)
-    (sigmoid,) = build.op(f"{path}/Sigmoid", [gate])
+    (sigmoid,) = build.op(f"{path}/Sigmoid", [_gelu_inside(build, path, gate) if mlp.activation == GELU_TANH else gate])
     if build.form.qdq:
         sigmoid = build.between(f"{path}/sigmoid", sigmoid, _SIGMOID)
     (silu,) = build.op(f"{path}/Mul.silu", [gate, sigmoid])
@@ -244,6 +283,16 @@ def _mlp(build: GraphBuilder, path: str, mlp: Mlp, x: ir.Value) -> ir.Value:
     (product,) = build.op(f"{path}/Mul", [silu, up])
     product = build.rounded(f"{path}/product", product, names.input_of(mlp.inner_input.name))
     return _linear(build, product, mlp.down_proj)
+
+
+def _gelu_inside(build: GraphBuilder, path: str, gate: ir.Value) -> ir.Value:
+    """What GELU's tanh form takes the sigmoid of: sqrt(8 / pi) (x + 0.044715 x^3)."""
+    a = build.scalar("/model/constants/gelu_linear", math.sqrt(8 / math.pi))
+    b = build.scalar("/model/constants/gelu_cubic", math.sqrt(8 / math.pi) * 0.044715)
+    (square,) = build.op(f"{path}/Mul.square", [gate, gate])
+    (scaled,) = build.op(f"{path}/Mul.scaled", [square, b])
+    (factor,) = build.op(f"{path}/Add.factor", [scaled, a])
+    return build.op(f"{path}/Mul.inside", [gate, factor])[0]
 
 
 def _moe(build: GraphBuilder, path: str, moe: Moe, x: ir.Value) -> ir.Value:

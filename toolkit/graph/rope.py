@@ -11,24 +11,28 @@ from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.rope_config import RopeConfig
 
 
-def rotary_caches(config: ModelConfig, context_length: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def rotary_caches(
+    config: ModelConfig, rope: RopeConfig, context_length: int
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """cos and sin of position x frequency, computed in float64; the attention factor of YaRN and LongRoPE multiplies
     both. [context_length, head_dim / 2] each; behind the short texts' [switch, head_dim / 2] where LongRoPE has two.
 
     Pairs that padding added, or that RoPE leaves as they are, stand still.
     """
-    switch = config.rope.switch(context_length)
-    tables = [_caches(config, context_length, is_long=switch is not None)]
+    switch = rope.switch(context_length)
+    tables = [_caches(config, rope, context_length, is_long=switch is not None)]
     if switch is not None:
-        tables.insert(0, _caches(config, switch, is_long=False))
+        tables.insert(0, _caches(config, rope, switch, is_long=False))
     cos, sin = (np.concatenate(parts).astype(np.float32) for parts in zip(*tables, strict=True))
     return cos, sin
 
 
-def _caches(config: ModelConfig, rows: int, is_long: bool) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _caches(
+    config: ModelConfig, rope: RopeConfig, rows: int, is_long: bool
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """cos and sin [rows, head_dim / 2] of the positions from 0 on."""
-    frequencies = inverse_frequencies(config.rope, config.rotary_head_dim, is_long)
-    factors = np.full(frequencies.shape, attention_factor(config.rope))
+    frequencies = inverse_frequencies(rope, config.rotary_head_dim, is_long)
+    factors = np.full(frequencies.shape, attention_factor(rope))
     still = (0, (config.head_dim - config.rotary_head_dim) // 2)
     if config.structure.latent is None:
         frequencies, factors = np.pad(frequencies, still), np.pad(factors, still, constant_values=1)

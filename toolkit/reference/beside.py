@@ -60,7 +60,7 @@ def hidden_beside(
         progress(f"layer {layer_index}")
     norm = decoder_of(config).norm.weight
     return [
-        [rms_norm(x, tensors.read(norm), config.rms_norm_eps) for x in states]
+        [rms_norm(x, tensors.read(norm), config.stream_eps) for x in states]
         for tensors, states in zip(variants, hidden, strict=True)
     ]
 

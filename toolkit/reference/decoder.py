@@ -8,6 +8,7 @@ B is 1 throughout; T tokens, D hidden, H heads, K kv heads, G = H/K, Dh head_dim
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final
 
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from toolkit import names
 from toolkit.checkpoint.anatomy import DecoderLayer, decoder_of
 from toolkit.checkpoint.config import ModelConfig
-from toolkit.checkpoint.family import Experts
+from toolkit.checkpoint.family import GELU_TANH, Experts
 from toolkit.checkpoint.sublayers import (
     Attention,
     Expert,
@@ -40,6 +41,8 @@ Array = NDArray[np.float32]
 # Of a head at once; who remembers rows has them if it asks for as many.
 HEAD_ROWS: Final = 16384
 _COLUMNS: Final = 1024
+# 0.5 (1 + tanh(a)) is the sigmoid of 2 a, and GELU's tanh form has sqrt(2 / pi) in a.
+_GELU: Final = 2 * math.sqrt(2 / math.pi)
 # Sees what a linear's input is, and gives it back.
 Look = Callable[[LinearInput, Array], Array]
 
@@ -71,7 +74,7 @@ def reference_hidden(
         hidden = through_layer(read_layer(config, source, layer_index, on), hidden)
         progress(f"layer {layer_index}")
     norm = source.read(decoder_of(config).norm.weight)
-    return [rms_norm(x, norm, config.rms_norm_eps) for x in hidden]
+    return [rms_norm(x, norm, config.stream_eps) for x in hidden]
 
 
 def through_layer(layer: Layer, pieces: Sequence[Array], tokens: int = TOGETHER) -> list[Array]:
@@ -157,8 +160,7 @@ class Layer:
 
     def finish(self, x: Array, mixed: Array) -> Array:
         """[T, D] to [T, D] from where attention gave `mixed` [T, H * Dh]."""
-        attention, mlp = self.anatomy.sublayers
-        return self.through(mlp, x + self.linear(attention.o_proj, mixed))
+        return self.through(self.anatomy.mlp, self.added(self.anatomy.attention, x, mixed))
 
     def through(self, half: Sublayer, x: Array, lengths: Sequence[int] = (), look: Look = _unseen) -> Array:
         """The residual stream [T, D] with a sublayer's output added; `look` sees what each of its linears reads."""
@@ -170,7 +172,7 @@ class Layer:
 
     def normed(self, half: Sublayer, x: Array) -> Array:
         """[T, D], what the linears behind the norm of a sublayer read of the residual stream [T, D]."""
-        return self.rms_norm(half.norm, x)
+        return rms_norm(x, self.tensors[half.norm.weight], self.config.stream_eps)
 
     def reads(self, half: Sublayer, given: LinearInput, x: Array) -> Array:
         """What linears read, [T, width], of the residual stream [T, D], where no attention stands before them."""
@@ -191,7 +193,8 @@ class Layer:
 
     def added(self, half: Attention | LatentAttention | Mlp, x: Array, inner: Array) -> Array:
         """The residual stream [T, D] with a sublayer's output added."""
-        return x + self.linear(half.last, inner)
+        output, norm = self.linear(half.last, inner), half.output_norm
+        return x + (self.rms_norm(norm, output) if norm else output)
 
     def mixed(
         self, attention: Attention | LatentAttention, normed: Array, lengths: Sequence[int] = (), look: Look = _unseen
@@ -257,7 +260,12 @@ class Layer:
         return self.on.by_rows(lambda some, others: self.activated(mlp, some) * others, gate, up)
 
     def activated(self, mlp: Mlp | Expert, gate: Array) -> Array:
-        """The gate through SiLU, each element for itself."""
+        """The gate through SiLU, or GELU by its tanh, each element for itself."""
+        if isinstance(mlp, Mlp) and mlp.activation == GELU_TANH:
+            cube: Array = gate * gate * gate
+            inside: Array = _GELU * gate + 0.044715 * _GELU * cube
+            gelu: Array = gate / (1 + self.on.exp(-inside))
+            return gelu
         silu: Array = gate / (1 + self.on.exp(-gate))
         return silu
 
@@ -273,7 +281,7 @@ class Layer:
             k = self.rms_norm(attention.k_norm, k)
         if not attention.rope:
             return q, k, v
-        cos, sin = rotation(c.rope, c.rotary_head_dim, positions)
+        cos, sin = rotation(c.rope_of(attention.window), c.rotary_head_dim, positions)
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
     def _project_latent(

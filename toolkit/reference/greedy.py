@@ -109,6 +109,6 @@ class _Decoder:
         return self._next(x)
 
     def _next(self, x: Array) -> NDArray[np.int64]:
-        x = rms_norm(x, self.norm, self.config.rms_norm_eps)
+        x = rms_norm(x, self.norm, self.config.stream_eps)
         logits = [self.on.to_host(x @ rows.T) for rows in self.head]
         return np.asarray(np.concatenate(logits, axis=1).argmax(axis=-1))
