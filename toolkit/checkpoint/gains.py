@@ -26,7 +26,7 @@ def with_gains(source: WeightSource, config: ModelConfig) -> WeightSource:
 
 
 class Gains:
-    """A `WeightSource` over another."""
+    """A `WeightSource` over another, whose norms have the gains that are multiplied."""
 
     def __init__(self, source: WeightSource, config: ModelConfig) -> None:
         self._source, decoder = source, decoder_of(config)
