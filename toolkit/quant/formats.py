@@ -94,19 +94,22 @@ def planned_specs(config: ModelConfig, recipe: Recipe | None, form: Form) -> dic
 
 @lru_cache(maxsize=4)
 def _planned_specs(config: ModelConfig, recipe: Recipe, form: Form) -> Mapping[str, QuantSpec]:
-    specs = {name: _spec(name, shape, config, recipe, form) for name, shape in _matrices(config).items()}
+    of_experts: dict[str, QuantSpec] = {}
     for moe in decoder_of(config).moes:
-        specs |= _of_experts(moe, specs)
-    return specs
+        first = moe.experts[0].gate_proj
+        of_experts |= _of_experts(moe, _spec(first.weight, first.tensors[first.weight], config, recipe, form))
+    return {
+        name: of_experts[name] if name in of_experts else _spec(name, shape, config, recipe, form)
+        for name, shape in _matrices(config).items()
+    }
 
 
-def _of_experts(moe: Moe, specs: Mapping[str, QuantSpec]) -> dict[str, QuantSpec]:
+def _of_experts(moe: Moe, spec: QuantSpec) -> dict[str, QuantSpec]:
     """The one format of a layer's experts, since one operator computes them; its blocks are whole.
 
     Raises RecipeError for other bits than 4, and for a block that divides no expert's width.
     """
     first = moe.experts[0].gate_proj
-    spec = specs[first.weight]
     if spec.bits != 4:
         # ONNX Runtime 1.32 computes experts of 8 bits with an error of a hundredth, whatever their input.
         raise RecipeError(f"{first.module} in {spec.bits} bits: experts have 4, give *.experts.* a rule of its own")
