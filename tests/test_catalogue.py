@@ -18,10 +18,11 @@ from tests.graphs import EIGHT_BITS
 from toolkit.bundle.manifest import read_manifest, save_manifest
 from toolkit.errors import BundleError, MachineError, RecipeError
 from toolkit.files import write_json
-from toolkit.pipeline import bandwidth, catalogue, doctor, get
+from toolkit.pipeline import bandwidth, catalogue, doctor, get, planned_recipe
 from toolkit.pipeline.bandwidth import MemoryBandwidth, memory_bandwidth
 from toolkit.pipeline.catalogue import bundle_row
-from toolkit.recipe import data_folder, known_license, load_recipe, recipe_names
+from toolkit.pipeline.plan import ExportPlan
+from toolkit.recipe import Recipe, data_folder, known_license, load_recipe, recipe_names
 from toolkit.report.summary import load_report
 from toolkit.target import TARGETS
 
@@ -54,7 +55,7 @@ def test_the_prediction_is_bandwidth_over_the_matrices_in_the_graph(exports: Exp
 def test_a_plan_and_its_bundle_predict_the_same(exports: Exports, tmp_path: Path) -> None:
     bundle = exports.copy(tmp_path / "b", "cpu-split")
     (plan,) = toolkit.plan("tiny-r1-cpu-split", changes=EIGHT_BITS, out=tmp_path / "not-made")
-    planned = catalogue._planned_row("recipe", plan.recipe, catalogue._weighed(plan), plan.disk_free_bytes, None)
+    planned = catalogue._planned_row("recipe", plan.recipe, catalogue.planned(plan), None)
     made = bundle_row(bundle)
     assert made is not None and made.path == str(bundle)
     assert made.bits_per_weight == planned.bits_per_weight
@@ -103,6 +104,32 @@ def test_a_search_narrows(exports: Exports, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(catalogue, "free_memory_bytes", lambda: GIB)
     with pytest.raises(RecipeError):
         found(runs_here=True)
+
+
+def test_plans_are_kept_until_what_they_are_made_of_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOOLKIT_CACHE", str(tmp_path))
+    made = list[str]()
+    plan_export = planned_recipe.plan_export
+
+    def counted(recipe: Recipe, *others: Any) -> ExportPlan:
+        made.append(recipe.name)
+        return plan_export(recipe, *others)
+
+    def found(model: str) -> list[float]:
+        planned_recipe._planned.cache_clear()
+        made.clear()
+        return [row.bits_per_weight for row in toolkit.recipes(model=model, target="cpu*")]
+
+    monkeypatch.setattr(planned_recipe, "plan_export", counted)
+    first = found("tiny-r1")
+    assert made == ["tiny-r1-cpu", "tiny-r1-cpu-split"]
+    assert found("tiny-r1") == first and made == []
+    assert len(found("1.5b")) == 2 and made == ["1.5b-cpu", "1.5b-cpu-split"]
+    assert found("tiny-r1") == first and made == []
+    monkeypatch.setattr(planned_recipe, "_made_of", lambda: "another toolkit")
+    assert found("tiny-r1") == first and len(made) == 2
+    (tmp_path / "planned_recipes.json").write_text("{", encoding="utf-8")
+    assert found("tiny-r1") == first and len(made) == 2
 
 
 def test_the_command_prints_what_the_library_finds(exports: Exports, tmp_path: Path) -> None:

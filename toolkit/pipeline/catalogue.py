@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from functools import lru_cache
 from pathlib import Path
 from typing import Final
 
@@ -15,24 +14,21 @@ from toolkit.bundle.cache import cache_bytes
 from toolkit.bundle.manifest import read_manifest
 from toolkit.bundle.settings import read_settings
 from toolkit.checkpoint.download import hub_license
-from toolkit.checkpoint.opened import synthetic_checkpoint
 from toolkit.checkpoint.remote import open_headers
 from toolkit.errors import BundleError, RecipeError
 from toolkit.evaluate.session import provider_is_here
 from toolkit.machine import free_memory_bytes
 from toolkit.pipeline.bandwidth import memory_bandwidth
-from toolkit.pipeline.plan import ExportPlan, free_disk_bytes, plan_export, shorten_context
+from toolkit.pipeline.plan import free_disk_bytes, plan_export, shorten_context
+from toolkit.pipeline.planned_recipe import OUT, Planned, planned, planned_recipes
 from toolkit.recipe import Recipe, known_license, load_recipe, recipe_names
 from toolkit.report.sections import Quantization, Report
 from toolkit.report.summary import load_report
-from toolkit.report.weights import weight_bytes_per_token
 from toolkit.target import TARGETS, Target
 
 RECIPE: Final = "recipe"
 BUNDLE: Final = "bundle"
 HUB: Final = "hub"
-# Where an export goes that is told nothing else.
-_OUT: Final = Path("build")
 # A run holds the weights about once, packed anew for the kernels, and the whole KV cache.
 _HELD: Final = 1.2
 # Bundles lie in a folder of bundles: deeper there are other people's trees.
@@ -89,7 +85,10 @@ def search_catalogue(wanted: Search) -> list[CatalogueRow]:
     Raises RecipeError if there is none, CheckpointError for a hub id that cannot be looked at.
     """
     loaded = [load_recipe(name) for name in recipe_names()]
-    rows = [_recipe_row(recipe, facts) for recipe in loaded if _may_be(wanted, recipe) and (facts := recipe.facts())]
+    rows = [
+        _planned_row(RECIPE, recipe, plan, known_license(recipe.name, recipe.target))
+        for recipe, plan in planned_recipes(recipe for recipe in loaded if _may_be(wanted, recipe))
+    ]
     rows += [row for folder in bundle_folders(wanted.folders) if (row := bundle_row(folder))]
     rows += [_hub_row(hub_id, target) for hub_id in wanted.hub_ids for target in _hub_targets(wanted)]
     found = [row for row in rows if _fits(wanted, row)]
@@ -203,62 +202,29 @@ def _hub_targets(wanted: Search) -> list[str]:
     return [name for name in TARGETS if _matches(name, wanted.target)] if wanted.target else ["cpu"]
 
 
-@dataclass(frozen=True)
-class _Planned:
-    """What of a plan does not depend on what is free on this machine."""
-
-    target: Target
-    bundle_bytes: int
-    bits_per_weight: float
-    cache_bytes: int
-    read_bytes: int
-    disk_needed_bytes: int
-
-
-def _weighed(plan: ExportPlan) -> _Planned:
-    return _Planned(
-        plan.target,
-        sum(plan.files.values()),
-        plan.bits_per_weight,
-        plan.opened_cache_bytes,
-        weight_bytes_per_token(plan.layout),
-        plan.disk_needed_bytes,
-    )
-
-
-# Whoever looks again, as the playground does, waits for no plan.
-@lru_cache(maxsize=256)
-def _planned_recipe(recipe: Recipe, facts: Path) -> _Planned:
-    return _weighed(plan_export(recipe, synthetic_checkpoint(facts), _OUT / recipe.name, "int4"))
-
-
-def _recipe_row(recipe: Recipe, facts: Path) -> CatalogueRow:
-    license = known_license(recipe.name, recipe.target)
-    return _planned_row(RECIPE, recipe, _planned_recipe(recipe, facts), free_disk_bytes(_OUT), license)
-
-
 def _hub_row(hub_id: str, target: str) -> CatalogueRow:
     """What a bundle of a hub id would be, from its config and the headers of its weights."""
     opened = open_headers(hub_id)
     recipe = shorten_context(load_recipe(target, (), hub_id), opened.config)
-    plan = plan_export(recipe, opened, _OUT / recipe.name, "int4")
-    return _planned_row(HUB, recipe, _weighed(plan), plan.disk_free_bytes, hub_license(hub_id))
+    plan = plan_export(recipe, opened, OUT / recipe.name, "int4")
+    return _planned_row(HUB, recipe, planned(plan), hub_license(hub_id))
 
 
-def _planned_row(kind: str, recipe: Recipe, planned: _Planned, free_disk: int, license: str | None) -> CatalogueRow:
-    words, runs = runs_on(planned.target, planned.bundle_bytes, planned.cache_bytes)
-    enough = free_disk >= planned.disk_needed_bytes
+def _planned_row(kind: str, recipe: Recipe, plan: Planned, license: str | None) -> CatalogueRow:
+    target = TARGETS[recipe.target]
+    words, runs = runs_on(target, plan.bundle_bytes, plan.cache_bytes)
+    enough = free_disk_bytes(OUT / recipe.name) >= plan.disk_needed_bytes
     return CatalogueRow(
         kind,
         recipe.name,
         recipe.model,
         recipe.target,
         recipe.context_length,
-        planned.bundle_bytes,
-        planned.bits_per_weight,
+        plan.bundle_bytes,
+        plan.bits_per_weight,
         _here(words) if enough else "too little disk to export",
         runs and enough,
-        _predicted(planned.target, runs and enough, planned.read_bytes),
+        _predicted(target, runs and enough, plan.read_bytes),
         license,
     )
 

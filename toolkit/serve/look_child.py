@@ -14,9 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from toolkit import library
 from toolkit.errors import ToolkitError
-from toolkit.pipeline.catalogue import BUNDLE, HUB, RECIPE, CatalogueRow
+from toolkit.pipeline.catalogue import BUNDLE, HUB, RECIPE, CatalogueRow, Search, search_catalogue
 from toolkit.report.readme import place_name
 from toolkit.serve.refusal import without_paths
 from toolkit.serve.shelf_event import FAILED, ROWS, ShelfEvent, event_line
@@ -37,9 +36,9 @@ class _Row:
 
 
 def _answered(look: Look) -> ShelfEvent:
-    hub_ids = [look.hub_id] if look.hub_id else []
+    hub_ids = (look.hub_id,) if look.hub_id else ()
     try:
-        rows = library.recipes(model=look.hub_id, bundles=look.folders, hub_ids=hub_ids)
+        rows = search_catalogue(Search(model=look.hub_id, folders=tuple(map(Path, look.folders)), hub_ids=hub_ids))
     except ToolkitError as problem:
         return ShelfEvent(FAILED, without_paths(" ".join(str(problem).split())))
     except Exception as problem:
