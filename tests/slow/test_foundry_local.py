@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,11 @@ import pytest
 
 import toolkit
 from tests.graphs import export_bundle
+from tests.own_python import python_with
 from toolkit.checkpoint.opened import open_checkpoint
 from toolkit.evaluate.conversation import Conversation
 from toolkit.recipe import load_recipe
 
-ROOT = Path(__file__).parent.parent.parent
 VERSION = "2.2.1"
 QUESTIONS = ("Add 4 and 5.", "Add 7 and 8.")
 # Reads {home, folder, questions} as JSON; the last line of its output has, a turn, the parts of the answer by kind.
@@ -51,15 +50,7 @@ print(json.dumps({"id": model.id, "turns": turns}))
 @pytest.fixture(scope="session")
 def python() -> Path:
     """The Python that has the SDK; made once and kept."""
-    folder = ROOT / "build" / f"foundry-local-{VERSION}"
-    python = folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
-    whole = folder / "installed"
-    if not whole.is_file():
-        subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
-        package = f"foundry-local-sdk=={VERSION}"
-        subprocess.run([python, "-m", "pip", "install", "-q", "--disable-pip-version-check", package], check=True)
-        whole.touch()
-    return python
+    return python_with(f"foundry-local-{VERSION}", f"foundry-local-sdk=={VERSION}")
 
 
 @pytest.mark.parametrize(("target", "precision"), [("cpu", "int4"), ("cpu", "fp32"), ("cpu-split", "int4")])

@@ -5,19 +5,18 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.graphs import export_bundle
+from tests.own_python import python_with
 from tests.prompts import NEW_TOKENS, prompt_lengths, prompt_of, reference_tokens
 from toolkit.bundle.settings import read_settings
 from toolkit.checkpoint.opened import open_checkpoint
 from toolkit.evaluate.session import continuations
 from toolkit.recipe import load_recipe
 
-ROOT = Path(__file__).parent.parent.parent
 # The floor, the last before the pipeline's cache was rewritten, and the one that sizes it too small.
 VERSIONS = ("0.12.2", "0.15.2", "0.16.0")
 ONNXRUNTIME = "1.32.0"
@@ -46,15 +45,8 @@ print(json.dumps({"version": og.__version__, "made": made}))
 def genai(request: pytest.FixtureRequest) -> tuple[str, Path]:
     """A release and the Python that has it; made once and kept."""
     version = str(request.param)
-    folder = ROOT / "build" / f"genai-{version}"
-    python = folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
-    whole = folder / "installed"
-    if not whole.is_file():
-        subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
-        packages = [f"onnxruntime=={ONNXRUNTIME}", f"onnxruntime-genai=={version}", "numpy"]
-        subprocess.run([python, "-m", "pip", "install", "-q", "--disable-pip-version-check", *packages], check=True)
-        whole.touch()
-    return version, python
+    packages = (f"onnxruntime=={ONNXRUNTIME}", f"onnxruntime-genai=={version}", "numpy")
+    return version, python_with(f"genai-{version}", *packages)
 
 
 @pytest.fixture(scope="session")

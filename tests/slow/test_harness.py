@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from tests.graphs import export_bundle
+from tests.own_python import python_with
 from toolkit.checkpoint.opened import open_checkpoint
 from toolkit.recipe import load_recipe
 from toolkit.reference.decoder import reference_logits
@@ -95,15 +95,7 @@ print(simple_evaluate(BundleLM(bundle), tasks=["asked"], apply_chat_template=Tru
 @pytest.fixture(scope="session")
 def python() -> Path:
     """A Python that has the extra `harness`; made once and kept."""
-    folder = ROOT / "build" / "harness"
-    found = folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
-    whole = folder / "installed"
-    if not whole.is_file():
-        subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
-        words = ["install", "-q", "--disable-pip-version-check", "-c", "constraints.txt", "-e", ".[harness]"]
-        subprocess.run([found, "-m", "pip", *words], check=True, cwd=ROOT)
-        whole.touch()
-    return found
+    return python_with("harness", "-c", "constraints.txt", "-e", ".[harness]")
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import pytest
 
 import toolkit
 from tests.graphs import export_bundle
+from tests.own_python import python_with
 from tests.served import Served, served
 from toolkit.checkpoint.opened import open_checkpoint
 from toolkit.recipe import load_recipe
@@ -80,14 +80,7 @@ def server(bundle: Path) -> Iterator[Served]:
 @pytest.fixture(scope="module")
 def harness() -> Path:
     """A Python that has the harness with what its clients of APIs need; made once and kept."""
-    folder = ROOT / "build" / "harness-api"
-    found = folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
-    if not (folder / "installed").is_file():
-        subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
-        words = ["install", "-q", "--disable-pip-version-check", "-c", "constraints.txt", "lm_eval[api]>=0.4"]
-        subprocess.run([found, "-m", "pip", *words], check=True, cwd=ROOT)
-        (folder / "installed").touch()
-    return found
+    return python_with("harness-api", "-c", "constraints.txt", "lm_eval[api]>=0.4")
 
 
 def test_the_harness_asks_as_the_library_does(
