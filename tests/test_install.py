@@ -160,32 +160,36 @@ def test_ai_toolkit_has_four_layers(exports: Exports, tmp_path: Path) -> None:
 
 
 def test_lemonade_gets_an_entry_and_takes_what_it_runs(exports: Exports, tmp_path: Path) -> None:
-    (made,) = toolkit.install(exports("cpu"), to="lemonade", root=tmp_path)
+    (made,) = toolkit.install(exports("vitisai"), to="lemonade", root=tmp_path)
     (entry,) = _json(Path(made.folder) / "user_models.entry.json").values()
-    assert entry == {"checkpoint": made.folder, "recipe": "oga-cpu", "labels": ["custom", "reasoning"]}
-    (other,) = toolkit.install(exports("vitisai"), to="lemonade", root=tmp_path)
-    assert '"ryzenai-llm"' in (Path(other.folder) / "user_models.entry.json").read_text(encoding="utf-8")
-    with pytest.raises(UnsupportedError, match="this one is for QNNExecutionProvider"):
-        toolkit.install(exports("qnn"), to="lemonade", root=tmp_path)
+    # Without the source Lemonade looks for a repository of that name.
+    place = {"checkpoint": made.folder, "source": "local_path"}
+    assert entry == {**place, "recipe": "ryzenai-llm", "labels": ["custom", "reasoning"]}
+    for target, provider in (("cpu", "CPU"), ("qnn", "QNN")):
+        with pytest.raises(UnsupportedError, match=f"VitisAI.*, and this one is for {provider}ExecutionProvider"):
+            toolkit.install(exports(target), to="lemonade", root=tmp_path)
     assert not (tmp_path / "user_models.json").exists()
 
 
 def test_the_catalogue_names_files_that_are_there(exports: Exports, tmp_path: Path) -> None:
-    (made,) = toolkit.install(exports("cpu"), to="windows-ml-catalog", root=tmp_path, license="MIT")
+    (made,) = toolkit.install(exports("cpu"), to="windows-ml-catalog", root=tmp_path)
     catalog = _json(Path(made.folder) / "catalog.json")
     jsonschema.validate(catalog, CATALOG_SCHEMA)
     (model,) = catalog["models"]
-    assert model["license"] == "MIT" and model["executionProviders"] == [{"name": "CPUExecutionProvider"}]
+    # tiny-r1's, which the toolkit knows.
+    assert model["license"] == "mit" and not any("--license" in note for note in made.notes)
+    assert model["executionProviders"] == [{"name": "CPUExecutionProvider"}]
     sizes = 0
     for file in model["files"]:
         path = Path(exports("cpu")) / file["name"]
         assert path.as_uri() == file["uri"] and hashlib.sha256(path.read_bytes()).hexdigest() == file["sha256"]
         sizes += path.stat().st_size
     assert model["modelSizeBytes"] == sizes
-    options = ["--base-url", "https://example.org/r1/", "--root", str(tmp_path)]
+    options = ["--base-url", "https://example.org/r1/", "--root", str(tmp_path), "--license", "other-than-that"]
     done = called("install", str(exports("cpu")), "--to", "windows-ml-catalog", *options)
-    assert done.returncode == 0 and "name the model's with --license" in done.stderr
-    hosted = _json(Path(made.folder) / "catalog.json")["models"][0]["files"]
+    (hosted_model,) = _json(Path(made.folder) / "catalog.json")["models"]
+    hosted = hosted_model["files"]
+    assert done.returncode == 0 and hosted_model["license"] == "other-than-that"
     assert hosted[0]["uri"] == f"https://example.org/r1/{hosted[0]['name']}"
 
 
@@ -227,6 +231,9 @@ def test_a_package_has_a_variant_a_provider_and_one_tokenizer(exports: Exports, 
 def test_what_cannot_be_installed_is_one_line(exports: Exports, tiny_r1: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="two bundles are for CPUExecutionProvider"):
         toolkit.install(exports("cpu"), exports("cpu-split"), to="package", root=tmp_path)
+    with pytest.raises(RecipeError, match=r"two bundles would be .*: install them one by one"):
+        toolkit.install(exports("cpu"), exports("cpu"), to="ai-toolkit", root=tmp_path)
+    assert not (tmp_path / "toolkit").exists()
     with pytest.raises(RecipeError, match="no host is called 'ollama'"):
         toolkit.install(exports("cpu"), to="ollama")
     plans = toolkit.plan("cpu", checkpoint=tiny_r1, synthetic=True, out=tmp_path / "b", changes=["context_length=64"])

@@ -11,14 +11,15 @@ from toolkit.hosts.inference_model import INFERENCE_MODEL_FILE, budget_notes, in
 from toolkit.hosts.installable import PROVIDER_NAMES, Installable
 from toolkit.hosts.installation import Installation
 from toolkit.hosts.words import AI_TOOLKIT, LEMONADE, WINDOWS_ML_CATALOG
+from toolkit.recipe import known_license
 from toolkit.report.readme import model_name
-from toolkit.target import CPU_EP
 
 CATALOG_FILE: Final = "catalog.json"
 LEMONADE_ENTRY_FILE: Final = "user_models.entry.json"
 _PUBLISHER: Final = "toolkit"
-# Lemonade's recipes of onnxruntime-genai by execution provider.
-_LEMONADE_RECIPES: Final = {CPU_EP: "oga-cpu", "VitisAIExecutionProvider": "ryzenai-llm"}
+# Lemonade's recipes of onnxruntime-genai by execution provider. The CPU's, oga-cpu, ended with 9.3 and had genai 0.9.2,
+# which reads no bundle of ours.
+_LEMONADE_RECIPES: Final = {"VitisAIExecutionProvider": "ryzenai-llm"}
 # What Hugging Face calls a licence that it has no word for.
 _OTHER_LICENSE: Final = "other"
 
@@ -51,7 +52,8 @@ def plan_lemonade(bundle: Installable, name: str | None, root: Path | None) -> I
     cache = root or Path.home() / ".cache" / "lemonade"
     folder = cache / _PUBLISHER / named
     labels = ["custom", *(["reasoning"] if bundle.thinks else [])]
-    entry = {named: {"checkpoint": str(folder.absolute()), "recipe": recipe, "labels": labels}}
+    place = {"checkpoint": str(folder.absolute()), "source": "local_path"}
+    entry = {named: {**place, "recipe": recipe, "labels": labels}}
     return Installation(
         LEMONADE,
         folder,
@@ -68,6 +70,7 @@ def plan_windows_ml_catalog(
     """Decides a catalogue of one model, whose files are the bundle's own, or those at a URL where they are hosted."""
     named = f"{name or bundle.model}-{PROVIDER_NAMES[bundle.provider]}"
     folder = (root or Path("build") / WINDOWS_ML_CATALOG) / named
+    known = license or known_license(bundle.manifest.recipe.name, bundle.manifest.recipe.target)
     digests = {entry.name: entry.sha256 for entry in bundle.manifest.files}
     files = [{"name": file, "uri": _uri(bundle, file, base_url), "sha256": digests[file]} for file in bundle.files]
     model = {
@@ -77,7 +80,7 @@ def plan_windows_ml_catalog(
         "publisher": model_name(bundle.manifest).partition("/")[0],
         "executionProviders": [{"name": bundle.provider}],
         "modelSizeBytes": bundle.bytes(),
-        "license": license or _OTHER_LICENSE,
+        "license": known or _OTHER_LICENSE,
         "files": files,
     }
     there = "" if base_url else "; its files are the bundle's, which has to stay where it is"
@@ -87,7 +90,7 @@ def plan_windows_ml_catalog(
         {},
         {CATALOG_FILE: json_text({"models": [model]})},
         (f"ModelCatalogSource.CreateFromUriAsync opens {folder / CATALOG_FILE}{there}",),
-        () if license else (f"the licence is said to be {_OTHER_LICENSE!r}: name the model's with --license",),
+        () if known else (f"the licence is said to be {_OTHER_LICENSE!r}: name the model's with --license",),
     )
 
 

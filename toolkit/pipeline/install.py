@@ -47,8 +47,16 @@ def install_bundles(
         planned = [other_hosts.plan_lemonade(bundle, named, root) for bundle in read]
     else:
         planned = [other_hosts.plan_windows_ml_catalog(bundle, named, root, base_url, license) for bundle in read]
+    _check_apart(planned)
     for installation in planned:
         check_installable(installation)
-        if not dry_run:
-            install_planned(installation)
+    for installation in [] if dry_run else planned:
+        install_planned(installation)
     return planned
+
+
+def _check_apart(planned: Sequence[Installation]) -> None:
+    """Raises RecipeError for bundles that would go into one folder, of which the last would be left."""
+    places = [installation.folder for installation in planned]
+    if twice := next((place for place in places if places.count(place) > 1), None):
+        raise RecipeError(f"two bundles would be {twice}: install them one by one, with another --name")
