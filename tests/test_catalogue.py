@@ -78,12 +78,14 @@ def test_a_validated_bundle_brings_what_was_measured(validated_bundle: Path) -> 
 def test_every_model_of_the_recipes_has_a_licence() -> None:
     loaded = [load_recipe(name) for name in recipe_names()]
     licenses = {recipe.model: known_license(recipe.name, recipe.target) for recipe in loaded if recipe.facts()}
-    assert set(licenses.values()) == {"mit", "apache-2.0", "deepseek"}
+    assert set(licenses.values()) == {"mit", "apache-2.0", "deepseek", "gemma"}
     assert {word for model, word in licenses.items() if model.startswith("Qwen/Qwen3")} == {"apache-2.0"}
+    assert {model.split("/")[0] for model, word in licenses.items() if word == "gemma"} == {"google"}
     rows = json.loads((data_folder("models") / "licenses.json").read_text(encoding="utf-8"))
     assert all("License" in row["source"] or "LICENSE" in row["source"] for row in rows.values())
     distilled = {name: row.get("base") for name, row in rows.items() if row["license"] == "mit"}
-    assert distilled.pop("tiny-r1") is distilled.pop("deepseek-r1") is None
+    own = [distilled.pop(name) for name in ("tiny-r1", "deepseek-r1", "phi-4-mini-reasoning")]
+    assert own == [None, None, None]
     assert distilled.pop("8b") == "llama3.1" and distilled.pop("70b") == "llama3.3"
     assert set(distilled.values()) == {"apache-2.0"}
 

@@ -53,6 +53,9 @@ PARAMETERS = {
     "deepseek-v2-lite": 15.7e9,
     "deepseek-v3": 671e9,
     "deepseek-r1": 671e9,
+    "phi-4-mini-reasoning": 3.84e9,
+    "gemma-3-1b": 1.00e9,
+    "gemma-3-4b": 3.88e9,  # without what sees
     "tiny-r1": 3.67e6,
 }
 
@@ -123,7 +126,8 @@ def test_every_node_of_a_recipes_graphs_is_legal_for_its_provider(name: str, tmp
     loaded = load_recipe(name)
     facts = loaded.facts()
     assert facts is not None
-    shape = json.loads((facts / "config.json").read_text(encoding="utf-8")) | {"num_hidden_layers": 2}
+    shape = json.loads((facts / "config.json").read_text(encoding="utf-8"))
+    shape.get("text_config", shape)["num_hidden_layers"] = 2
     _write(tmp_path / "config.json", json.dumps(shape))
     recipe = replace(loaded, name=f"two-layers-of-{name}")
     plan = plan_export(recipe, synthetic_checkpoint(tmp_path), tmp_path / name, "int4")

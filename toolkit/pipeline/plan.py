@@ -13,6 +13,7 @@ from toolkit import names
 from toolkit.bundle.genai_config import check_switch, genai_type, unasked_length
 from toolkit.bundle.operators import check_experts
 from toolkit.bundle.stop_tokens import StopToken, stop_tokens
+from toolkit.checkpoint.anatomy import decoder_of
 from toolkit.checkpoint.config import ModelConfig, read_config
 from toolkit.checkpoint.opened import Checkpoint
 from toolkit.checkpoint.padded_heads import pad_heads
@@ -193,7 +194,9 @@ def _layout(config: ModelConfig, target: Target, recipe: Recipe | None) -> Layou
 def _graph_files(recipe: Recipe, target: Target, config: ModelConfig, item_bytes: int) -> dict[str, int]:
     """About how large each graph file will be: tables of RoPE, and a few kilobytes of nodes a layer."""
     stages = target.stages(recipe.window, recipe.parts)
-    rotary_bytes = item_bytes * recipe.context_length * config.head_dim
+    length = recipe.context_length
+    ropes = {config.rope_of(layer.attention.window) for layer in decoder_of(config).layers}
+    rotary_bytes = item_bytes * config.head_dim * sum(length + (rope.switch(length) or 0) for rope in ropes)
     layers = rotary_bytes + 6_000 * -(-config.num_hidden_layers // recipe.parts)
     return {stage.file: 4_000 if stage.name in (names.EMBEDDINGS, names.HEAD) else layers for stage in stages}
 
