@@ -40,6 +40,9 @@ class Form:
 
     `short_scales` stores scales of blocks as bfloat16 behind a Cast to float32, which ONNX Runtime takes away when it
     opens a graph for the CPU: kernels get float32 as ever, the file is half a bit a weight smaller in blocks of 32.
+
+    `latent_cache` keeps the latents of latent attention in place of every head's keys and values: a cache many times
+    smaller, which grows at every token.
     """
 
     activations: str = "float32"
@@ -58,6 +61,7 @@ class Form:
     qdq: bool = False
     row_scales: bool = False
     short_scales: bool = True
+    latent_cache: bool = False
 
 
 @dataclass(frozen=True)
@@ -261,6 +265,9 @@ _WEBGPU_PROFILES: Final = (
     Profile("cpu-head", replace(_WEBGPU_FORM, annotated=(names.LENGTHS_PATH, *names.OUTSIDE_PATHS))),
 )
 # Read by ONNX Runtime from 1.25 on; `=` makes it the whole annotation, not a prefix.
+# A cache of heads is allocated whole and written in place, one of latents is a tenth or less of it and copied at every
+# token; texts of ten thousands of tokens want the second.
+_CPU_PROFILES: Final = (Profile("", CPU_FORM), Profile("latent-cache", replace(CPU_FORM, latent_cache=True)))
 _KEPT_ON_CPU: Final = {"session.layer_assignment_settings": f"{CPU_EP}(={names.OUTSIDE_ANNOTATION})"}
 
 TARGETS: Final[dict[str, Target]] = {
@@ -273,6 +280,7 @@ TARGETS: Final[dict[str, Target]] = {
         quantize=_CPU_RULES,
         best=_BEST_CPU_RULES,
         measured_kld=_KLD_OF_32,
+        profiles=_CPU_PROFILES,
     ),
     "cpu-split": Target(
         name="cpu-split",

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 _PAD_TOKENS: Final = ("<|fim_pad|>", "<|finetune_right_pad_id|>")
 _MAX_TOKENIZER_BYTES: Final = 256 << 20
 _UNASKED_LENGTH: Final = 4096
+# A gigabyte of float32: of as many tokens of a prompt at once as make so many with all before them.
+_MOST_SCORES: Final = 1 << 28
 PIPELINE_TYPE: Final = "decoder-pipeline"
 # Types of a text decoder that onnxruntime-genai 0.12.2 and 0.18.0 both load, each tried; they compute the same.
 GENAI_TYPES: Final = (
@@ -59,7 +61,7 @@ def genai_config(
     config: ModelConfig, side: SideFiles, stop_ids: Sequence[int], context_length: int, graphs: Sequence[StageGraph]
 ) -> Mapping[str, object]:
     """Composes the whole file as an object; `stop_ids` end an answer, `side` has how text is to be sampled."""
-    bos = side.generation.bos_token_id
+    bos, cache = side.generation.bos_token_id, _Cache(config, graphs)
     model = {
         "type": genai_type(config) if len(graphs) == 1 else PIPELINE_TYPE,
         "vocab_size": config.vocab_size,
@@ -69,22 +71,35 @@ def genai_config(
         "bos_token_id": config.bos_token_id if bos is None else bos,
         "decoder": {
             "hidden_size": config.hidden_size,
-            "head_size": config.head_dim,
+            "head_size": cache.width,
             "num_attention_heads": config.num_attention_heads,
-            "num_key_value_heads": config.num_key_value_heads,
-            "num_hidden_layers": config.num_hidden_layers,
+            "num_key_value_heads": cache.heads,
+            "num_hidden_layers": cache.layers,
             **(_one_graph(graphs[0]) if len(graphs) == 1 else _pipeline(graphs)),
         },
     }
     search = {
         "max_length": unasked_length(context_length, len(graphs) > 1),
         **({"chunk_size": chunk} if (chunk := _chunk_size(config, context_length, graphs)) else {}),
-        "past_present_share_buffer": True,
+        "past_present_share_buffer": not cache.grows,
         **_sampling(side.generation.sampling, config.vocab_size),
     }
     if model["bos_token_id"] is None:
         del model["bos_token_id"]
     return {"model": model, "search": search}
+
+
+class _Cache:
+    """What the graphs' cache is made of: how many pairs of key and value, the heads of each and how wide they are.
+    Latents have no operator that writes into the cache it is given, so that one of them `grows`."""
+
+    def __init__(self, config: ModelConfig, graphs: Sequence[StageGraph]) -> None:
+        past = [value for graph in graphs for value in graph.model.graph.inputs if names.is_past(str(value.name))]
+        shapes = {tuple(value.shape)[1::2] for value in past if value.shape is not None}
+        ((self.heads, self.width),) = shapes or {(config.num_key_value_heads, config.head_dim)}
+        operators = {node.op_type for graph in graphs for node in graph.model.graph}
+        self.grows = config.structure.latent is not None and "GroupQueryAttention" not in operators
+        self.layers = len(past) // 2 if self.grows else config.num_hidden_layers
 
 
 def unasked_length(context_length: int, is_pipeline: bool) -> int:
@@ -116,7 +131,13 @@ def _chunk_size(config: ModelConfig, context_length: int, graphs: Sequence[Stage
     if len(graphs) == 1 and config.rope.switch(context_length) is not None:
         return 0
     # 0.16.0 sizes the cache of a pipeline at window + 16 unless a chunk is the whole context.
-    return context_length if len(graphs) > 1 else graphs[0].stage.chunk_size
+    if len(graphs) > 1:
+        return context_length
+    chunk = graphs[0].stage.chunk_size
+    if not _Cache(config, graphs).grows:
+        return chunk
+    # Scores of all heads stand in memory at once.
+    return max(min(chunk, _MOST_SCORES // (config.num_attention_heads * context_length)), 1)
 
 
 def _sampling(given: Sampling, vocab_size: int) -> dict[str, bool | int | float]:

@@ -6,6 +6,7 @@ onnxruntime-genai refuses an unknown key, and takes in silence a pad id that occ
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
@@ -157,7 +158,7 @@ def lint_bundle(bundle: Path) -> list[str]:
     problems += _named(decoder, list(graphs.values()))
     for graph in graphs.values():
         problems += _shapes(model, graph)
-    return [*problems, *_lengths(config), *_stops(model), *_pad(model, bundle)]
+    return [*problems, *_lengths(config), *_shared(config, graphs.values()), *_stops(model), *_pad(model, bundle)]
 
 
 def _patterns(decoder: DecoderSettings) -> list[str]:
@@ -246,9 +247,15 @@ def _lengths(config: GenaiConfig) -> list[str]:
         problems.append(f"model.context_length is {context!r}, expected a token count")
     elif longest > context:
         problems.append(f"search.max_length {longest} is more than model.context_length {context}")
-    if not config.search.past_present_share_buffer:
-        problems.append("search.past_present_share_buffer is not true: the cache would be copied at every token")
     return problems
+
+
+def _shared(config: GenaiConfig, graphs: Iterable[GraphInterface]) -> list[str]:
+    """An operator that writes into the cache it is given must get one; a cache of latents grows by Concat."""
+    grows = not any(node.operator.endswith("GroupQueryAttention") for graph in graphs for node in graph.nodes)
+    if config.search.past_present_share_buffer or (grows and not config.model.decoder.pipeline):
+        return []
+    return ["search.past_present_share_buffer is not true: the cache would be copied at every token"]
 
 
 def _stops(model: ModelSettings) -> list[str]:

@@ -220,6 +220,8 @@ def _recipe(raw: object, where: str) -> Recipe:
             f"{where}: made for target {raw['target']!r}, which this toolkit does not know: known are "
             f"{', '.join(TARGETS)}"
         )
-    before = {"parts": 1, "quality": "fast", "profile": "float16" if target.profiles else ""}
+    has_own = not all(profile.name for profile in target.profiles)
+    profile = "float16" if target.profiles and not has_own else ""
+    before = {"parts": 1, "quality": "fast", "profile": profile}
     given = {key: value for key, value in raw.items() if value is not None}
     return parse_recipe({**before, **given}, f"{where}.recipe")

@@ -27,13 +27,15 @@ _HEAD_SINK: Final = 11
 @dataclass(frozen=True)
 class Lengths:
     """Where the queries stand: GroupQueryAttention's seqlens_k and total_sequence_length, int32, and position_ids
-    int64 [B, S] where RoPE is a node of its own. `tokens`, int64 [1], is how many tokens there are so far, where a
-    graph is told."""
+    int64 [B, S] where RoPE is a node of its own. `tokens` and `queries`, int64 [1], are how many tokens there are so
+    far and how many of them are new, and `mask` [B, T] which are text, where a graph is told."""
 
     seqlens_k: ir.Value
     total: ir.Value
     position_ids: ir.Value | None = None
     tokens: ir.Value | None = None
+    queries: ir.Value | None = None
+    mask: ir.Value | None = None
 
 
 @dataclass(frozen=True)

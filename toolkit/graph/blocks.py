@@ -31,6 +31,7 @@ from toolkit.graph.attention import (
 )
 from toolkit.graph.builder import MS, GraphBuilder, declare, value
 from toolkit.graph.latent import latent_attention
+from toolkit.graph.latent_cache import Seen, cache_row, latent_cache_attention, seen_tokens, spare_value
 from toolkit.graph.rope import rotary_caches
 from toolkit.quant.ranges import HEADROOM, ActivationRange
 from toolkit.target import CPU_FORM, Form
@@ -51,10 +52,12 @@ class CacheShape:
 
 @dataclass(frozen=True)
 class Rotation:
-    """Tables of cos and sin, and the positions as plain operators want them, where attention is written in these."""
+    """Tables of cos and sin; the positions as plain operators want them, where attention is written in these, and what
+    is seen where a cache of latents has no operator of its own."""
 
     tables: list[ir.Value]
     where: Geometry | None
+    seen: Seen | None = None
 
 
 def embedding(build: GraphBuilder, ids: ir.Value) -> ir.Value:
@@ -78,6 +81,10 @@ def check_layers(form: Form, config: ModelConfig, context_length: int) -> None:
     """Raises UnsupportedError for a head_dim that ORT's GroupQueryAttention refuses, for a sliding window shorter than
     the context where the target's attention knows none, and for biases or GELU in an MLP of uint16."""
     check_attention(form, config, context_length)
+    if form.latent_cache and config.structure.latent is None:
+        raise UnsupportedError(
+            f"{config.model_type} makes no latents that a cache could keep: leave out profile=latent-cache"
+        )
     if form.qdq and (config.structure.mlp_bias or config.structure.activation != SILU):
         what = "mlp_bias" if config.structure.mlp_bias else config.structure.activation
         raise UnsupportedError(f"{config.model_type} with {what} has no form in uint16: set profile=float16")
@@ -107,13 +114,12 @@ def layers(
     for layer in stack:
         i, attention = layer.index, layer.attention
         hidden = build.rounded(f"/model/layers.{i}/attn/input", hidden, names.input_of(attention.first[0].module))
-        kept = (cache.batch, config.num_key_value_heads, cache.past, config.head_dim)
-        grown = (cache.batch, config.num_key_value_heads, cache.total, config.head_dim)
-        pair = [value(name(i), build.dtype, kept) for name in (names.past_key, names.past_value)]
-        mixed, made = _attend(build, config, layer, hidden, pair, turned[config.rope_of(attention.window)], lengths)
-        for output, name in zip(made, (names.present_key(i), names.present_value(i)), strict=True):
-            present.append(declare(output, name, build.dtype, grown))
-        past += pair
+        given = _cache_inputs(build, config, cache, i)
+        mixed, made = _attend(build, config, layer, hidden, given, turned[config.rope_of(attention.window)], lengths)
+        present += [
+            _cache_output(build, config, cache, output, taken) for output, taken in zip(made, given, strict=True)
+        ]
+        past += given
         mixed = build.rounded(f"/model/layers.{i}/attn/mixed", mixed, names.input_of(attention.o_proj.module))
         attended = _output_norm(build, config, attention, _linear(build, mixed, attention.o_proj))
         hidden, residual = _skip_norm(build, attended, residual, layer.mlp.norm, config)
@@ -123,7 +129,32 @@ def layers(
             break
         after = decoder.norm if layer is decoder.layers[-1] else decoder.layers[i + 1].attention.norm
         hidden, residual = _skip_norm(build, product, residual, after, config)
+    if build.form.latent_cache and len(stack) % 2:
+        (spare,) = _cache_inputs(build, config, cache, len(stack))
+        present.append(_cache_output(build, config, cache, spare_value(build, present[-1]), spare))
+        past.append(spare)
     return hidden, past, present
+
+
+def _cache_inputs(build: GraphBuilder, config: ModelConfig, cache: CacheShape, index: int) -> list[ir.Value]:
+    """What a layer has of the cache: key and value, or one of another two where latents are kept."""
+    if not build.form.latent_cache:
+        return [_cache_input(build, config, cache, name(index)) for name in (names.past_key, names.past_value)]
+    name = (names.past_key, names.past_value)[index % 2]
+    return [_cache_input(build, config, cache, name(index // 2))]
+
+
+def _cache_input(build: GraphBuilder, config: ModelConfig, cache: CacheShape, name: str) -> ir.Value:
+    heads, width = cache_row(build.form, config)
+    return value(name, build.dtype, (cache.batch, heads, cache.past, width))
+
+
+def _cache_output(
+    build: GraphBuilder, config: ModelConfig, cache: CacheShape, made: ir.Value, taken: ir.Value
+) -> ir.Value:
+    """What a run gives back for what it took."""
+    heads, width = cache_row(build.form, config)
+    return declare(made, names.present_of(str(taken.name)), build.dtype, (cache.batch, heads, cache.total, width))
 
 
 def _rotations(
@@ -139,7 +170,7 @@ def _rotations(
     stack = layers if cache.layers is None else layers[cache.layers.start : cache.layers.stop]
     dtype = np.float16 if build.dtype == ir.DataType.FLOAT16 else np.float32
     found: dict[RopeConfig, Rotation] = {}
-    where = None
+    where, seen = None, seen_tokens(build, config, lengths) if build.form.latent_cache else None
     for rope in dict.fromkeys(config.rope_of(layer.attention.window) for layer in stack):
         path = "/model/rotary" if rope == config.rope else "/model/local_rotary"
         tables = [
@@ -154,7 +185,7 @@ def _rotations(
             shape = embedded.shape
             assert shape is not None and isinstance(shape[1], int) and isinstance(cache.past, int)
             where = geometry(build, config, lengths, tables, shape[1], cache.past)
-        found[rope] = Rotation(tables, where)
+        found[rope] = Rotation(tables, where, seen)
     return found
 
 
@@ -229,7 +260,14 @@ def _attend(
         def norm(x: ir.Value, of: Norm) -> ir.Value:
             return _rms_norm(build, _path(of.module), x, of, config.rms_norm_eps)
 
-        return latent_attention(build, config, path, layer.attention, x, pair, lengths, turned.tables, linear, norm)
+        rotary = turned.tables
+        if turned.seen:
+            (latents,), seen = pair, turned.seen
+            mixed, made = latent_cache_attention(
+                build, config, path, layer.attention, x, latents, seen, rotary, linear, norm
+            )
+            return mixed, [made]
+        return latent_attention(build, config, path, layer.attention, x, pair, lengths, rotary, linear, norm)
     query = _query_key_value(build, config, layer.attention, x)
     if turned.where:
         return plain_attention(build, config, layer, query, pair, turned.where)

@@ -28,6 +28,7 @@ _DTYPES: Final = {
     "uint8": ir.DataType.UINT8,
     "int8": ir.DataType.INT8,
     "int4": ir.DataType.INT4,
+    "uint4": ir.DataType.UINT4,
 }
 # For a graph that is looked at before any text has been read.
 _UNSEEN: Final = ActivationRange(-1.0, 1.0)

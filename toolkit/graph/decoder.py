@@ -23,11 +23,12 @@ def build_decoder(config: ModelConfig, layout: Layout, form: Form, context_lengt
     build = GraphBuilder(layout, form)
     ids = value(names.INPUT_IDS, ir.DataType.INT64, ("batch", "sequence"))
     mask = value(names.ATTENTION_MASK, ir.DataType.INT64, ("batch", "total_sequence"))
-    seqlens, total, index, tokens = _lengths(build, ids, mask)
+    seqlens, total, index, tokens, queries = _lengths(build, ids, mask)
     positions = None
     if not form.rotary_in_attention:
         positions = value(names.POSITION_IDS, ir.DataType.INT64, ("batch", "sequence"))
-    lengths, cache = Lengths(seqlens, total, positions, tokens), CacheShape("batch", "past_sequence", "total_sequence")
+    lengths = Lengths(seqlens, total, positions, tokens, queries, mask)
+    cache = CacheShape("batch", "past_sequence", "total_sequence")
     hidden, past, present = layers(build, config, context_length, embedding(build, ids), lengths, cache)
     logits = lm_head(build, config, hidden, index)
     declare(logits, names.LOGITS, ir.DataType.FLOAT, ("batch", 1, config.vocab_size))
@@ -35,9 +36,9 @@ def build_decoder(config: ModelConfig, layout: Layout, form: Form, context_lengt
     return build.model("decoder", [*given, *past], [logits, *present])
 
 
-def _lengths(build: GraphBuilder, ids: ir.Value, mask: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value, ir.Value]:
-    """(seqlens_k int32 [B], total_sequence_length int32 scalar, index of each row's last query int64 [B, 1], and the
-    total int64 [1]).
+def _lengths(build: GraphBuilder, ids: ir.Value, mask: ir.Value) -> tuple[ir.Value, ...]:
+    """(seqlens_k int32 [B], total_sequence_length int32 scalar, index of each row's last query int64 [B, 1], the total
+    int64 [1], and the number of queries int64 [1]).
 
     The last query is the last unpadded one, so right-padded batches are right too.
     """
@@ -54,4 +55,4 @@ def _lengths(build: GraphBuilder, ids: ir.Value, mask: ir.Value) -> tuple[ir.Val
     (past,) = build.op(f"{path}/Sub.past", [total, queries])
     (index,) = build.op(f"{path}/Sub.index", [last, past])
     (bounded,) = build.op(f"{path}/Max", [index, build.constant(f"{path}/zero", np.array([0], np.int64))])
-    return seqlens, total32, bounded, total
+    return seqlens, total32, bounded, total, queries

@@ -22,6 +22,7 @@ from toolkit.checkpoint.weights import parameter_count
 from toolkit.errors import MachineError, RecipeError
 from toolkit.graph.attention import HEAD_DIM_MULTIPLE
 from toolkit.graph.blocks import check_layers
+from toolkit.graph.latent_cache import cached_numbers, check_latent_cache
 from toolkit.graph.layout import Layout, plan_layout
 from toolkit.machine import free_memory_bytes, ram_bytes
 from toolkit.partition.pack import CHUNK_BYTES
@@ -114,6 +115,7 @@ def plan_export(recipe: Recipe, checkpoint: Checkpoint, out: Path, precision: st
     config = checkpoint.config
     _check_target(target, config, recipe.context_length)
     layout = _layout(config, target, recipe if precision == "int4" else None)
+    check_latent_cache(target.form, config, layout)
     layers = layer_bytes(layout, config.num_hidden_layers)
     recipe = _with_thresholds(_with_parts(recipe, target, layers), target, config)
     compiled = bool(target.soc) and precision == "int4"
@@ -142,7 +144,7 @@ def plan_export(recipe: Recipe, checkpoint: Checkpoint, out: Path, precision: st
         bits_per_weight=layout.bits_per_weight(),
         peak_memory_bytes=_BASE_BYTES + max(packing, cost.memory_bytes if cost else 0),
         compile_memory_bytes=compile_memory_bytes(largest_part(layers, recipe.parts)) if compiled else 0,
-        kv_cache_bytes=2 * item_bytes * recipe.context_length * config.num_hidden_layers * config.kv_size,
+        kv_cache_bytes=item_bytes * recipe.context_length * cached_numbers(target.form, config),
         calibration_cost=cost,
         salient_inputs=salient,
         tokenizer=tokenizer,

@@ -152,6 +152,7 @@ def _check_parts(recipe: Recipe, where: str) -> None:
 def _check_profile(recipe: Recipe, where: str) -> None:
     known = [profile.name for profile in TARGETS[recipe.target].profiles]
     if recipe.profile not in (known or [""]):
-        have = f"has {' or '.join(known)}" if known else "has one form alone: leave profile out"
+        named = " or ".join(name or "none" for name in known)
+        have = f"has {named}" if known else "has one form alone: leave profile out"
         hint = nearest(str(recipe.profile), known)
         raise RecipeError(f"{where}: profile is {recipe.profile!r}{hint}, and target {recipe.target} {have}")
