@@ -59,8 +59,8 @@ def check_latent_cache(form: Form, config: ModelConfig, layout: Layout) -> None:
         spec = layout.units[module.weight].spec
         if spec and (spec.bits not in (4, 8) or latent.kv_lora_rank % (spec.block_size * 8 // spec.bits)):
             raise UnsupportedError(
-                f"{module.module} in {spec.bits} bits and blocks of {spec.block_size}: a cache of latents wants 8 bits in "
-                f"blocks that divide {latent.kv_lora_rank}, or 4 in an even number of blocks"
+                f"{module.module} in {spec.bits} bits and blocks of {spec.block_size}: a cache of latents wants 8 bits "
+                f"in blocks that divide {latent.kv_lora_rank}, or 4 in an even number of blocks"
             )
 
 
