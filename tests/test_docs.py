@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 from tests.exports import Exports
+from toolkit.checkpoint.families import FAMILIES
 from toolkit.cli.commands import commands
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -141,3 +142,13 @@ def test_links_between_files_lead_somewhere(page: Path) -> None:
 
 def test_readme_is_about_a_hundred_lines() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
+
+
+def test_every_family_has_a_row_that_names_its_proof() -> None:
+    text = (ROOT / "docs" / "how-to" / "family.md").read_text(encoding="utf-8").split("## Families and their proofs")[1]
+    rows = [line.split("|") for line in text.splitlines() if line.startswith("| `") and "model_type" not in line]
+    assert sorted(name for row in rows for name in re.findall(r"`(\w+)`", row[1])) == sorted(FAMILIES)
+    for row in rows:
+        proofs = re.findall(r"\]\(\.\./\.\./(tests/[^)]+)\)", row[4])
+        source = "".join((ROOT / proof).read_text(encoding="utf-8") for proof in proofs)
+        assert proofs and "CASES" in source, row[1]
