@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -78,71 +77,72 @@ def graph_answers(folder: Path, asked: Asked) -> list[list[int]]:
     """What a folder's model.onnx on the CPU makes of each prompt, greedily, ended by (and including) a stop id or by
     the room there is; `_SEQUENCES` of them side by side, which onnxruntime-genai does not do for prompts of many
     lengths."""
-    sequences = _SideBySide(ort.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"]))
+    session = ort.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+    rooms = [len(ids) + room for ids, room in zip(asked.ids, asked.rooms, strict=True)]
+    slots = _Slots(session, min(_SEQUENCES, len(rooms)), max(rooms, default=0))
     made: list[list[int]] = [[] for _ in asked.ids]
-    waiting, live = list(range(len(asked.ids)))[::-1], list[int]()
+    waiting, live = list(range(len(asked.ids)))[::-1], dict[int, int]()
     while waiting or live:
-        while waiting and len(live) < _SEQUENCES:
-            live.append(waiting.pop())
-            made[live[-1]].append(sequences.begin(asked.ids[live[-1]]))
-        going = [len(made[k]) < asked.rooms[k] and made[k][-1] not in asked.stop_ids for k in live]
-        live = [k for k, goes in zip(live, going, strict=True) if goes]
-        sequences.keep(going)
+        for slot in (slot for slot in range(slots.count) if waiting and slot not in live):
+            live[slot] = waiting.pop()
+            made[live[slot]].append(slots.begin(slot, asked.ids[live[slot]]))
+        live = {
+            slot: k for slot, k in live.items() if len(made[k]) < asked.rooms[k] and made[k][-1] not in asked.stop_ids
+        }
         if live:
-            for k, token in zip(live, sequences.step([made[k][-1] for k in live]), strict=True):
-                made[k].append(token)
+            for slot, token in slots.step({slot: made[k][-1] for slot, k in live.items()}).items():
+                made[live[slot]].append(token)
     return made
 
 
-class _SideBySide:
-    """Sequences of different lengths in one cache, each from its front: GroupQueryAttention takes as much of a row as
-    its mask says (`seqlens_k` of the operator)."""
+class _Slots:
+    """Sequences of different lengths in one cache of `longest` tokens, each from the front of its slot:
+    GroupQueryAttention takes as much of a row as its mask says (`seqlens_k` of the operator), and writes keys and
+    values in place where past and present are the same memory."""
 
-    def __init__(self, session: ort.InferenceSession) -> None:
-        self._session, self._lengths = session, list[int]()
-        self._past = {value.name: value for value in session.get_inputs() if names.is_past(value.name)}
+    def __init__(self, session: ort.InferenceSession, count: int, longest: int) -> None:
+        self.count, self._session, self._lengths = count, session, [0] * count
+        past = {value.name: value for value in session.get_inputs() if names.is_past(value.name)}
         self._has_positions = any(value.name == names.POSITION_IDS for value in session.get_inputs())
-        self._cache: dict[str, NDArray[np.float32]] = {}
-        for name, value in self._past.items():
-            self._cache[name] = np.zeros((0, int(value.shape[1]), 0, int(value.shape[3])), np.float32)
+        shapes = {name: (int(value.shape[1]), int(value.shape[3])) for name, value in past.items()}
+        self._cache = {
+            name: np.zeros((count, heads, longest, width), np.float32) for name, (heads, width) in shapes.items()
+        }
 
-    def begin(self, prompt: list[int]) -> int:
-        """Adds a sequence; returns the token after its prompt."""
+    def begin(self, slot: int, prompt: list[int]) -> int:
+        """Puts a sequence into a slot; returns the token after its prompt."""
         empty = {name: np.zeros((1, held.shape[1], 0, held.shape[3]), np.float32) for name, held in self._cache.items()}
-        tokens, made = self._run(np.array([prompt], np.int64), np.array([len(prompt)]), empty)
-        longest = max([len(prompt), *self._lengths])
+        fed = {**self._fed(np.array([prompt], np.int64), np.array([len(prompt)])), **empty}
+        wanted = [names.LOGITS, *(names.present_of(name) for name in self._cache)]
+        logits, *made = self._session.run(wanted, fed)
+        for held, present in zip(self._cache.values(), made, strict=True):
+            held[slot, :, : len(prompt)] = present[0]
+        self._lengths[slot] = len(prompt)
+        return int(logits[0, -1].argmax())
+
+    def step(self, tokens: dict[int, int]) -> dict[int, int]:
+        """The token after each of `tokens`, by its slot. A slot without one is computed with the others, and what that
+        writes is written over by the next prompt."""
+        ids = np.array([[tokens.get(slot, 0)] for slot in range(self.count)], np.int64)
+        self._lengths = [length + 1 if slot in tokens else 1 for slot, length in enumerate(self._lengths)]
+        bound = self._session.io_binding()
+        bound.bind_output(names.LOGITS, "cpu")
+        fed = self._fed(ids, np.array(self._lengths))
+        for name, values in fed.items():
+            bound.bind_cpu_input(name, values)
         for name, held in self._cache.items():
-            self._cache[name] = np.concatenate([_padded(held, longest), _padded(made[name], longest)])
-        self._lengths.append(len(prompt))
-        return tokens[0]
+            place = ("cpu", 0, np.float32, held.shape, held.ctypes.data)
+            bound.bind_input(name, *place)
+            bound.bind_output(names.present_of(name), *place)
+        self._session.run_with_iobinding(bound)
+        best = bound.get_outputs()[0].numpy()[:, -1].argmax(axis=-1)
+        return {slot: int(best[slot]) for slot in tokens}
 
-    def keep(self, going: Sequence[bool]) -> None:
-        """Ends the sequences that do not go on."""
-        self._lengths = [length for length, goes in zip(self._lengths, going, strict=True) if goes]
-        longest = max(self._lengths, default=0)
-        if not all(going):
-            self._cache = {name: held[np.array(going)][:, :, :longest] for name, held in self._cache.items()}
-
-    def step(self, tokens: list[int]) -> list[int]:
-        """The token after each of `tokens`, one a sequence."""
-        self._lengths = [length + 1 for length in self._lengths]
-        following, self._cache = self._run(np.array(tokens, np.int64)[:, None], np.array(self._lengths), self._cache)
-        return following
-
-    def _run(
-        self, ids: NDArray[np.int64], lengths: NDArray[np.int64], cache: dict[str, NDArray[np.float32]]
-    ) -> tuple[list[int], dict[str, NDArray[np.float32]]]:
-        positions = lengths[:, None] - ids.shape[1] + np.arange(ids.shape[1])
-        mask = (np.arange(lengths.max()) < lengths[:, None]).astype(np.int64)
-        feeds: dict[str, Any] = {names.INPUT_IDS: ids, names.ATTENTION_MASK: mask, **cache}
+    def _fed(self, ids: NDArray[np.int64], lengths: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+        fed: dict[str, NDArray[Any]] = {
+            names.INPUT_IDS: ids,
+            names.ATTENTION_MASK: (np.arange(lengths.max()) < lengths[:, None]).astype(np.int64),
+        }
         if self._has_positions:
-            feeds[names.POSITION_IDS] = positions
-        outputs = [value.name for value in self._session.get_outputs()]
-        made = dict(zip(outputs, self._session.run(None, feeds), strict=True))
-        following = made[names.LOGITS][:, -1].argmax(axis=-1)
-        return following.tolist(), {name: made[names.present_of(name)] for name in self._past}
-
-
-def _padded(held: NDArray[np.float32], length: int) -> NDArray[np.float32]:
-    """[B, K, length, Dh] with zeros behind what is held."""
-    return np.pad(held[:, :, :length], ((0, 0), (0, 0), (0, max(0, length - held.shape[2])), (0, 0)))
+            fed[names.POSITION_IDS] = lengths[:, None] - ids.shape[1] + np.arange(ids.shape[1])
+        return fed
