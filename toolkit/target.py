@@ -211,7 +211,8 @@ class Target:
 _WIDE_KEYS: Final = {"match": "*.k_proj|*.v_proj|*.kv_a_proj_with_mqa|*.kv_b_proj", "bits": 8, "block_size": 32}
 # Also what WebGPU's kernels are made for; k and v of other bits than q would not be packed with it.
 _BLOCKS_OF_32: Final = ({"match": "*", "bits": 4, "block_size": 32},)
-_CPU_RULES: Final = (_WIDE_KEYS, *_BLOCKS_OF_32)
+# For a CPU, and for DirectML, whose kernel takes any block.
+_NARROW_RULES: Final = (_WIDE_KEYS, *_BLOCKS_OF_32)
 # Blocks of 16 where they are worth most: not in the embedding, nor in gate and up, which are more than half of a layer.
 _BEST_CPU_RULES: Final = (
     _WIDE_KEYS,
@@ -220,7 +221,7 @@ _BEST_CPU_RULES: Final = (
 )
 # Embeddings and LM head in 4-bit blocks, whoever runs the rest.
 _OUTSIDE_RULE: Final = {"match": "lm_head|model.embed_tokens", "bits": 4, "block_size": 32}
-# What accelerators' own kernels and compilers are made for.
+# What the compilers of Intel's and AMD's NPUs are made for.
 _WIDE_RULES: Final = (_OUTSIDE_RULE, {"match": "*", "bits": 4, "block_size": 128})
 
 # A block's scale is a byte in the compiled binary, so that blocks of 16 weigh 4.5 bits there where those of 64 weigh
@@ -277,7 +278,7 @@ TARGETS: Final[dict[str, Target]] = {
         form=CPU_FORM,
         window=0,
         context_length=LONG_CONTEXT,
-        quantize=_CPU_RULES,
+        quantize=_NARROW_RULES,
         best=_BEST_CPU_RULES,
         measured_kld=_KLD_OF_32,
         profiles=_CPU_PROFILES,
@@ -288,7 +289,7 @@ TARGETS: Final[dict[str, Target]] = {
         form=CPU_FORM,
         window=64,
         context_length=4096,
-        quantize=_CPU_RULES,
+        quantize=_NARROW_RULES,
         best=_BEST_CPU_RULES,
         measured_kld=_KLD_OF_32,
     ),
@@ -307,8 +308,8 @@ TARGETS: Final[dict[str, Target]] = {
         form=_DML_FORM,
         window=0,
         context_length=LONG_CONTEXT,
-        quantize=_WIDE_RULES,
-        measured_kld=_KLD_OF_128,
+        quantize=_NARROW_RULES,
+        measured_kld=_KLD_OF_32,
     ),
     "openvino": Target(
         name="openvino",
