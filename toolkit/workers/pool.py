@@ -7,14 +7,17 @@ bits would be others.
 from __future__ import annotations
 
 import logging
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from toolkit.device.fitting import Pool
 from toolkit.errors import MachineError
 from toolkit.machine import package_versions
+from toolkit.workers.parcels import get, put
 
 Shared = TypeVar("Shared")
 Piece = TypeVar("Piece")
@@ -24,6 +27,8 @@ _LOOK_S: Final = 2.0
 _PATIENCE_S: Final = 30.0
 # How often tasks are given out again whose worker, or what it held, was lost.
 _GIVEN_OUT: Final = 5
+# On a worker: the content of the file that its latest tasks shared.
+_SHARED: Final[dict[str, Any]] = {}
 # Versions that decide last bits.
 _DECIDING: Final = ("toolkit", "numpy")
 _AGAIN: Final = "finished layers are kept, the same command goes on"
@@ -63,8 +68,9 @@ def open_pool(word: str | None, patience_s: float = _PATIENCE_S) -> Iterator[Poo
                 silence_logs=logging.CRITICAL,
             ) as cluster,
             distributed.Client(cluster) as client,
+            tempfile.TemporaryDirectory(prefix="toolkit-workers-", ignore_cleanup_errors=True) as folder,
         ):
-            yield DaskPool(client, f"{word} processes here", patience_s)
+            yield DaskPool(client, f"{word} processes here", patience_s, Path(folder))
         return
     try:
         client = distributed.Client(word, timeout=min(patience_s, 10.0))
@@ -77,10 +83,11 @@ def open_pool(word: str | None, patience_s: float = _PATIENCE_S) -> Iterator[Poo
 
 
 class DaskPool:
-    """The workers of one Dask scheduler, all of which compute with this process' versions."""
+    """The workers of one Dask scheduler, all of which compute with this process' versions. Those of this machine read
+    and write their arrays in files of `folder`; others are sent them."""
 
-    def __init__(self, client: Any, name: str, patience_s: float = _PATIENCE_S) -> None:
-        self._client, self._name, self._patience = client, name, patience_s
+    def __init__(self, client: Any, name: str, patience_s: float = _PATIENCE_S, folder: Path | None = None) -> None:
+        self._client, self._name, self._patience, self._folder = client, name, patience_s, folder
         self._alone_since: float | None = None
         self._check_versions()
 
@@ -89,6 +96,24 @@ class DaskPool:
 
         Raises MachineError if the scheduler goes, or every worker.
         """
+        if self._folder:
+            return self._map_files(self._folder, work, shared, pieces)
+        return self._map(work, shared, pieces)
+
+    def _map_files(
+        self, folder: Path, work: Callable[[Shared, Piece], Made], shared: Shared, pieces: Sequence[Piece]
+    ) -> list[Made]:
+        """The same through files: tasks and what they give back are paths."""
+        given = [put(folder, content) for content in (shared, *pieces)]
+        made = self._map(_in_files, (work, given[0]), given[1:])
+        results = [get(path) for path in made]
+        for path in (*given, *made):
+            # Windows keeps a file that is mapped until the folder goes.
+            with suppress(PermissionError):
+                Path(path).unlink()
+        return results
+
+    def _map(self, work: Callable[[Shared, Piece], Made], shared: Shared, pieces: Sequence[Piece]) -> list[Made]:
         made: dict[int, Made] = {}
         for _ in range(_GIVEN_OUT):
             missing = [k for k in range(len(pieces)) if k not in made]
@@ -162,6 +187,16 @@ class DaskPool:
                         f"the worker {address} has {package} {theirs.get(package)}, this process {ours.get(package)}: "
                         "install the same version there"
                     )
+
+
+def _in_files(task: tuple[Callable[[Any, Any], Any], str], piece: str) -> str:
+    """On the worker: what a function makes of a piece's file and of the file that all pieces share, as a file beside
+    them."""
+    work, shared = task
+    if shared not in _SHARED:
+        _SHARED.clear()
+        _SHARED[shared] = get(shared)
+    return put(Path(piece).parent, work(_SHARED[shared], get(piece)))
 
 
 def worker_versions() -> dict[str, str]:
