@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from toolkit.quant.blockwise import QuantSpec
 from toolkit.workers.parcels import get, put
@@ -12,7 +14,11 @@ from toolkit.workers.parcels import get, put
 
 def test_a_parcel_has_what_was_put(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
-    arrays = [generator.standard_normal((3, 7)).astype(np.float32), np.zeros((0, 4), np.uint8), np.arange(5)]
+    arrays: list[NDArray[Any]] = [
+        generator.standard_normal((3, 7)).astype(np.float32),
+        np.zeros((0, 4), np.uint8),
+        np.arange(5),
+    ]
     arrays.append(np.asfortranarray(generator.standard_normal((4, 6))))
     arrays.append(arrays[0][:, ::2])
     spec = QuantSpec(bits=4, block_size=32, symmetric=True, algorithm="rtn")

@@ -6,6 +6,7 @@ bits would be others.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import tempfile
 import time
@@ -29,6 +30,10 @@ _PATIENCE_S: Final = 30.0
 _GIVEN_OUT: Final = 5
 # On a worker: the content of the file that its latest tasks shared.
 _SHARED: Final[dict[str, Any]] = {}
+# glibc's <malloc.h>; the bytes are the largest that it takes for a mapping of its own (DEFAULT_MMAP_THRESHOLD_MAX).
+_M_TRIM_THRESHOLD: Final = -1
+_M_MMAP_THRESHOLD: Final = -3
+_KEPT_BYTES: Final = 32 << 20
 # Versions that decide last bits.
 _DECIDING: Final = ("toolkit", "numpy")
 _AGAIN: Final = "finished layers are kept, the same command goes on"
@@ -90,6 +95,7 @@ class DaskPool:
         self._client, self._name, self._patience, self._folder = client, name, patience_s, folder
         self._alone_since: float | None = None
         self._check_versions()
+        self._client.register_worker_callbacks(keep_memory)
 
     def map(self, work: Callable[[Shared, Piece], Made], shared: Shared, pieces: Sequence[Piece]) -> list[Made]:
         """What `work` makes of each piece, in order, wherever it is made. `work` is a function of a module.
@@ -103,10 +109,13 @@ class DaskPool:
     def _map_files(
         self, folder: Path, work: Callable[[Shared, Piece], Made], shared: Shared, pieces: Sequence[Piece]
     ) -> list[Made]:
-        """The same through files: tasks and what they give back are paths."""
-        given = [put(folder, content) for content in (shared, *pieces)]
+        """The same through files: tasks and what they give back are paths. A task costs Dask's loops milliseconds,
+        however little it has to do: each worker has two at most."""
+        count = min(len(pieces), 2 * len(self._client.nthreads()))
+        groups = [pieces[k * len(pieces) // count : (k + 1) * len(pieces) // count] for k in range(count)]
+        given = [put(folder, content) for content in (shared, *groups)]
         made = self._map(_in_files, (work, given[0]), given[1:])
-        results = [get(path) for path in made]
+        results = [result for path in made for result in get(path)]
         for path in (*given, *made):
             # Windows keeps a file that is mapped until the folder goes.
             with suppress(PermissionError):
@@ -132,9 +141,12 @@ class DaskPool:
         from distributed.comm.core import CommClosedError
 
         try:
-            # A copy on each worker: a piece is small beside it, and a lost worker takes nothing with it.
-            (held,) = self._client.scatter([shared], broadcast=True, hash=False)
-            waiting = {self._client.submit(work, held, piece, pure=False): k for k, piece in pieces.items()}
+            held: Any = shared
+            if not self._folder:
+                # A copy on each worker: a piece is small beside it, and a lost worker takes nothing with it.
+                (held,) = self._client.scatter([shared], broadcast=True, hash=False)
+            futures = self._client.map(work, [held] * len(pieces), list(pieces.values()), pure=False)
+            waiting = dict(zip(futures, pieces, strict=True))
             while waiting:
                 try:
                     done = wait(list(waiting), timeout=_LOOK_S, return_when="FIRST_COMPLETED").done
@@ -189,14 +201,28 @@ class DaskPool:
                     )
 
 
-def _in_files(task: tuple[Callable[[Any, Any], Any], str], piece: str) -> str:
-    """On the worker: what a function makes of a piece's file and of the file that all pieces share, as a file beside
-    them."""
+def _in_files(task: tuple[Callable[[Any, Any], Any], str], pieces: str) -> str:
+    """On the worker: what a function makes of each piece in a file and of the file that all pieces share, as a file
+    beside them."""
     work, shared = task
     if shared not in _SHARED:
         _SHARED.clear()
         _SHARED[shared] = get(shared)
-    return put(Path(piece).parent, work(_SHARED[shared], get(piece)))
+    return put(Path(pieces).parent, [work(_SHARED[shared], piece) for piece in get(pieces)])
+
+
+def keep_memory() -> None:
+    """On a worker: lets the C library keep freed memory as it does elsewhere.
+
+    Dask tells glibc's malloc to give back whatever is free beyond 64 KB (MALLOC_TRIM_THRESHOLD_), which also makes it
+    map, and the system clear, each array anew (mallopt(3)).
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+    mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)
 
 
 def worker_versions() -> dict[str, str]:
