@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from tests.command_line import called
 from tests.exports import Exports
 from toolkit.errors import BundleError, RecipeError, UnsupportedError
 from toolkit.evaluate.conversation import Conversation
+from toolkit.files import write_json
 from toolkit.hosts.installable import PROVIDER_NAMES, plain_name
+from toolkit.hosts.words import HOSTS
 from toolkit.report.intact import verify_bundle
 from toolkit.target import TARGETS
 
@@ -226,6 +229,65 @@ def test_a_package_has_a_variant_a_provider_and_one_tokenizer(exports: Exports, 
         assert og.Model(og.Config.from_package_ep(str(folder), "cpu"))
     except RuntimeError as problem:  # the wheels of 0.18.0 are built without the reader
         assert "requires building onnxruntime-genai against ONNX Runtime" in str(problem)
+
+
+def _named(name: str) -> Callable[[Path], object]:
+    return lambda folder: write_json(folder / "inference_model.json", {"Name": name, "PromptTemplate": None})
+
+
+def _another_tokenizer(package: Path) -> None:
+    next(package.glob("shared_assets/*/tokenizer.json")).write_text("{}", encoding="utf-8")
+
+
+FAULTS: dict[str, list[tuple[Callable[[Path], object], str]]] = {
+    "foundry-local": [
+        (_named("tiny-r1-generic-cpu"), "expected a version behind a colon"),
+        (_named("tiny-r1-qnn-npu:1"), "the settings are for generic-cpu"),
+        (lambda folder: (folder / "download.tmp").touch(), "a download that has not ended"),
+        (lambda folder: (folder.parent / "genai_config.json").touch(), "is a model itself"),
+        (lambda folder: (folder / "model.onnx").unlink(), "model.onnx is missing: install the bundle again"),
+    ],
+    "ai-toolkit": [
+        (_named("another"), "the folder is called 'tiny-r1-generic-cpu'"),
+        (
+            lambda folder: (folder / "inference_model.json").write_text("[", encoding="utf-8"),
+            "install the bundle again",
+        ),
+    ],
+    "lemonade": [
+        (
+            lambda folder: write_json(folder / "user_models.entry.json", {"a": {"checkpoint": "/b"}}),
+            "is elsewhere by now",
+        )
+    ],
+    "windows-ml-catalog": [
+        (lambda folder: _moved(folder / "catalog.json"), "model.onnx is no longer at file:///nowhere/model.onnx")
+    ],
+    "package": [
+        (_another_tokenizer, "is not what lies in shared_assets"),
+        (lambda folder: (folder / "genai_config.json").touch(), "takes it for a plain model"),
+    ],
+}
+
+
+def _moved(catalog: Path) -> None:
+    file = {"name": "model.onnx", "uri": "file:///nowhere/model.onnx"}
+    write_json(catalog, {"models": [{"files": [file]}]})
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_check_knows_what_an_installed_folder_needs(host: str, exports: Exports, tmp_path: Path) -> None:
+    bundle = exports("vitisai" if host == "lemonade" else "cpu")
+    (made,) = toolkit.install(bundle, to=host, root=tmp_path / "root")
+    assert toolkit.check(made.folder).problems == ()
+    for k, (harm, words) in enumerate(FAULTS[host]):
+        root = Path(shutil.copytree(tmp_path / "root", tmp_path / f"root-{k}"))
+        folder = root / Path(made.folder).relative_to(tmp_path / "root")
+        if host == "lemonade" and k == 0:
+            assert "is elsewhere by now" in toolkit.check(folder).problems[0]
+        harm(folder)
+        found = toolkit.check(folder)
+        assert not found.passed and any(words in line for line in found.problems), found.problems
 
 
 def test_what_cannot_be_installed_is_one_line(exports: Exports, tiny_r1: Path, tmp_path: Path) -> None:

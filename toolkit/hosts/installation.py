@@ -72,7 +72,7 @@ def check_installable(planned: Installation) -> None:
     folder = planned.folder
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise RecipeError(f"{folder} is no folder of its own: name another with --name")
-    if folder.exists() and any(folder.iterdir()) and _mark(folder) is None:
+    if folder.exists() and any(folder.iterdir()) and read_mark(folder) is None:
         raise RecipeError(f"{folder} exists and `toolkit install` did not make it: name another with --name")
     for above in folder.parents:
         if (above / names.GENAI_CONFIG_FILE).is_file():
@@ -85,7 +85,7 @@ def install_planned(planned: Installation) -> None:
     check_installable(planned)
     folder = planned.folder
     with disk_errors(folder):
-        if folder.exists() and _mark(folder):
+        if folder.exists() and read_mark(folder):
             remove_installed(folder)
         folder.mkdir(parents=True, exist_ok=True)
         paths = sorted({*planned.links, *planned.texts}, key=lambda path: path.endswith(names.GENAI_CONFIG_FILE))
@@ -109,7 +109,7 @@ def install_planned(planned: Installation) -> None:
 def remove_installed(folder: Path) -> list[str]:
     """Removes what `install` put into a folder, and the folder if nothing else is in it; returns the names of what was
     left, files of others among them. Raises BundleError for a folder that `install` did not make."""
-    installed = _mark(folder)
+    installed = read_mark(folder)
     if installed is None:
         raise BundleError(f"{folder} was not made by `toolkit install`: expected a folder with its {MARK_FILE}")
     with disk_errors(folder):
@@ -125,7 +125,8 @@ def remove_installed(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*")) if folder.exists() else []
 
 
-def _mark(folder: Path) -> Installed | None:
+def read_mark(folder: Path) -> Installed | None:
+    """What the mark in a folder says; None where `install` made none there."""
     return read_state(Installed, folder / MARK_FILE)
 
 

@@ -37,9 +37,9 @@ def plan_package(bundles: Sequence[Installable], name: str | None, root: Path | 
         raise RecipeError(f"two bundles are for {twice[0]}: a package has one for each execution provider")
     shared = _tokenizer(bundles[0])
     for bundle in bundles[1:]:
-        if _digest(_tokenizer(bundle)) != _digest(shared):
+        if tokenizer_digest(_tokenizer(bundle)) != tokenizer_digest(shared):
             raise RecipeError(f"{bundle.folder} and {bundles[0].folder} have other tokenizers: expected one model")
-    digest = _digest(shared)
+    digest = tokenizer_digest(shared)
     links = {f"shared_assets/sha256-{digest}/{file}": path for file, path in shared.items()}
     texts = {names.MANIFEST_FILE: json_text(_manifest(bundles, name or bundles[0].model))}
     for bundle in bundles:
@@ -89,7 +89,7 @@ def _tokenizer(bundle: Installable) -> Mapping[str, Path]:
     return {file: bundle.folder / file for file in _TOKENIZER_FILES if file in bundle.files}
 
 
-def _digest(files: Mapping[str, Path]) -> str:
+def tokenizer_digest(files: Mapping[str, Path]) -> str:
     """The hash that names a folder: of a line a file, its SHA-256, two spaces and its path, sorted."""
     lines = sorted(f"{file_sha256(path)}  {file}\n" for file, path in files.items())
     return hashlib.sha256("".join(lines).encode("utf-8")).hexdigest()

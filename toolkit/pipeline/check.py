@@ -13,6 +13,8 @@ from toolkit.epcontext.htp import PROVIDER
 from toolkit.errors import MachineError
 from toolkit.evaluate.vendors import MAX_ERROR, VendorRun, run_vendor_apart
 from toolkit.graph.htp_faults import htp_faults
+from toolkit.hosts.installation import read_mark
+from toolkit.hosts.lint_installed import lint_installed
 from toolkit.target import CPU_EP, TARGETS
 
 
@@ -30,8 +32,12 @@ class CheckResult:
 def check_bundle(bundle: Path, run: bool) -> CheckResult:
     """Holds a bundle's settings against its graphs and its nodes against the tables; `run` also runs its stages.
 
-    Raises BundleError for a folder that is no bundle, MachineError if the vendor's software is asked for and missing.
+    Of a folder that `install` made it is what its host asks for, and its settings against its graphs. Raises
+    BundleError for a folder that is no bundle, MachineError if the vendor's software is asked for and missing.
     """
+    if read_mark(bundle):
+        found = lint_installed(bundle)
+        return CheckResult(not found, tuple(found), (), ())
     recipe = read_manifest(bundle).recipe
     placements = bundle_placements(bundle, recipe.target, recipe.window, recipe.parts)
     problems = lint_bundle(bundle)

@@ -26,12 +26,12 @@ from toolkit.serve.refusal import without_paths
 from toolkit.serve.trimmed import Trimmed
 from toolkit.typed_json import from_json
 
-# 25 lines a second read as fluently as more would. Each takes the server about a millisecond of a core that the model
+# 16 lines a second read as fluently as more would. Each takes the server about a millisecond of a core that the model
 # could have.
-_TOGETHER_S: Final = 0.04
+_TOGETHER_S: Final = 0.06
 # The runtime's threads hold every core and go on with the next token at once, so that the server and then its client
 # would each wait for the end of a turn, some milliseconds: a text's first line leaves them a core.
-_FIRST_REST_S: Final = 0.001
+_FIRST_REST_S: Final = 0.002
 TOOL_CALL: Final = "<tool_call>"
 
 
