@@ -351,7 +351,8 @@ def test_the_30b_plans_as_its_config_says(tmp_path: Path) -> None:
     )
     # 4 bits, a scale of 16 bits and a zero point of 4 for each block of 32.
     assert of_experts == experts * (4 + 20 / 32) / 8
-    assert plan.peak_memory_bytes < 1.5e9
+    # One layer of it took 1,289 MB at `balanced`, most of it in its head (LOG.md).
+    assert 1.289e9 < plan.peak_memory_bytes < 1.5e9
     assert plan.disk_needed_bytes > plan.layout.nbytes > 17e9
 
 
