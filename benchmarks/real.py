@@ -137,7 +137,7 @@ class Table:
                 try:
                     if name in own:
                         self._add(own_row(own[name], asking, calibration_text, self.folder))
-                        if self._lacking(bench.asking(True, True), name) is None:
+                        if self._is_whole(name):
                             shutil.rmtree(bundle_of(own[name], self.folder))
                     else:
                         peers, work = ROOT / "build" / "peers", self.folder / "peers"
@@ -164,6 +164,11 @@ class Table:
         answers = bool(asked and (row is None or row.answered is None))
         speeds = self._speeds and (row is None or row.decode_tokens_per_s is None)
         return bench.asking(answers, speeds) if row is None or answers or speeds else None
+
+    def _is_whole(self, name: str) -> bool:
+        """Whether nothing is left to measure of a row, so that its bundle can go."""
+        row, asked = self.rows[name], bool(self.judged.questions and name in _ASKED)
+        return row.decode_tokens_per_s is not None and (row.answered is not None or not asked)
 
     def _add(self, row: Row) -> None:
         """Keeps a row with what was measured of it before and is not in it."""
