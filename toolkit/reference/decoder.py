@@ -263,7 +263,8 @@ class Layer:
         """The gate through SiLU, or GELU by its tanh, each element for itself."""
         if isinstance(mlp, Mlp) and mlp.activation == GELU_TANH:
             cube: Array = gate * gate * gate
-            inside: Array = _GELU * gate + 0.044715 * _GELU * cube
+            # Beyond 80 a sigmoid is 0 or 1 in float32, and its exponential would be infinite.
+            inside: Array = self.on.clip(_GELU * gate + 0.044715 * _GELU * cube, -80, 80)
             gelu: Array = gate / (1 + self.on.exp(-inside))
             return gelu
         silu: Array = gate / (1 + self.on.exp(-gate))
