@@ -39,7 +39,7 @@ from toolkit.files import replacing
 from toolkit.pipeline.text import LONGEST, find_text, token_sequences
 from toolkit.progress import progress_line
 from toolkit.report.sections import Answered
-from toolkit.typed_json import from_json, to_json
+from toolkit.typed_json import Json, from_json, to_json
 
 QUESTIONS: Final = Path(__file__).parent / "data" / "gsm8k.jsonl"
 FOLDER: Final = ROOT / "build" / "bench-real"
@@ -64,6 +64,7 @@ MODELS: Final = {
 }
 _LLAMA_TYPES: Final = ("q4_0", "iq4_xs+imatrix", "q4_k_m", "q4_k_m+imatrix", "q5_k_m")
 PEERS: Final = (*(f"llama.cpp {kind}" for kind in _LLAMA_TYPES), "genai default", "genai k_quant_mixed")
+_WIDE_KEYS: Final[Json] = {"match": "*.k_proj|*.v_proj", "bits": 8, "block_size": 32}
 # Rows that answer questions.
 _ASKED: Final = frozenset(
     ["fast", "balanced", "best", "llama.cpp q4_0", "llama.cpp iq4_xs+imatrix", "llama.cpp q4_k_m+imatrix"]
@@ -93,6 +94,7 @@ def candidates(hidden_size: int, other_text: Path) -> Iterator[Candidate]:
     yield Candidate("balanced, budget 4.9", {"quality": "balanced", "bits_per_weight": 4.9})
     yield Candidate("best, budget 4.9", {"quality": "best", "bits_per_weight": 4.9})
     yield Candidate("best, budget 5.3", {"quality": "best", "bits_per_weight": 5.3})
+    yield Candidate("best, blocks of 16", {"quality": "best", "quantize": [_WIDE_KEYS, rule(16)]})
     yield Candidate("rtn 32 symmetric", {"quantize": [rule(32, "rtn", symmetric=True)], "rotate": False})
     for block_size in (size for size in (64, 128) if hidden_size % size == 0):
         yield Candidate(f"balanced, blocks of {block_size}", {"quantize": [rule(block_size)], "quality": "balanced"})
