@@ -236,7 +236,8 @@ def test_an_export_stopped_while_ranges_are_taken_resumes_to_the_same_bytes(
     ("recipe", "change", "words"),
     [
         ("tiny-r1-qnn", "profile=lpqb", r"profile is 'lpqb' \(did you mean 'lpbq'\?\), and target qnn has"),
-        ("tiny-r1-cpu", "profile=lpbq", "target cpu has one form alone: leave profile out"),
+        ("tiny-r1-cpu-split", "profile=lpbq", "target cpu-split has one form alone: leave profile out"),
+        ("tiny-r1-cpu", "profile=lpbq", "profile is 'lpbq', and target cpu has none or latent-cache"),
         ("tiny-r1-qnn", "activation_percentile=50", "activation_percentile is 50, expected 90 to 100"),
         ("tiny-r1-qnn", "activation_percentile=true", "activation_percentile is True, expected 90 to 100"),
     ],

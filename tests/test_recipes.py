@@ -60,12 +60,15 @@ PARAMETERS = {
 }
 
 
-# Experts have an operator on the CPU alone; stages are for what might fit a machine that has an NPU.
+# Experts have an operator on the CPU alone, and stages are for what might fit a machine that has an NPU.
 TARGETS_OF = {
     "qwen3-30b-a3b": ("cpu", "cpu-split"),
     "deepseek-v2-lite": ("cpu", "cpu-split"),
     "deepseek-v3": ("cpu",),
     "deepseek-r1": ("cpu",),
+    # The other targets have no operator for its window where the context is longer.
+    "gemma-3-1b": ("cpu", "cpu-split", "openvino", "webgpu"),
+    "gemma-3-4b": ("cpu", "cpu-split", "openvino", "webgpu"),
 }
 
 

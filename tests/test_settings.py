@@ -13,9 +13,9 @@ import pytest
 
 from tests.graphs import recipe_for, write_graphs
 from tests.pipeline_config import copy_without_weights
-from toolkit.bundle.compiled import compiled_settings, compiled_stages, uncompiled_settings
 from toolkit.bundle.lint import lint_bundle
 from toolkit.bundle.settings import Settings, read_settings
+from toolkit.bundle.stage_files import compiled_settings, compiled_stages, uncompiled_settings
 from toolkit.errors import BundleError
 from toolkit.graph.interface import read_interface
 

@@ -6,33 +6,18 @@ what another SoC or a newer compiler would be given. A device needs neither.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
 from toolkit import names
 from toolkit.bundle.settings import Settings, read_settings
+from toolkit.bundle.stage_files import compiled_stages
 from toolkit.graph.interface import GraphInterface, ValueType, read_interface
 from toolkit.soc import SOCS, Soc
 
 _COMPATIBILITY: Final = "ep_compatibility_info.QNNExecutionProvider"
 # Where a SoC stands in it: version, …, HTP arch, SoC model, …
 _ARCH_FIELD, _SOC_FIELD = 4, 5
-
-
-def compiled_settings(settings: Settings, stages: Sequence[str]) -> Settings:
-    """Returns a bundle's settings with these stages run from their EPContext files."""
-    return settings.with_files({stage: names.compiled_file(stage) for stage in stages})
-
-
-def uncompiled_settings(settings: Settings) -> Settings:
-    """Returns the same with every stage run from its graph: what a machine without the device can run."""
-    return settings.with_files({stage: names.stage_file(stage) for stage in compiled_stages(settings)})
-
-
-def compiled_stages(settings: Settings) -> list[str]:
-    """Returns the stages that run from EPContext files."""
-    return [stage.name for stage in settings.stages if stage.filename == names.compiled_file(stage.name)]
 
 
 def compatibility_of(bundle: Path, settings: Settings) -> str:

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from toolkit.apart import ChildFailed, answer, run_apart
-from toolkit.bundle.compiled import uncompiled_settings
 from toolkit.bundle.settings import Settings, read_settings
+from toolkit.bundle.stage_files import uncompiled_settings
 from toolkit.errors import BundleError, MachineError
 from toolkit.evaluate.encodes import encoded_otherwise
 from toolkit.evaluate.linked import linked_copy

@@ -19,8 +19,8 @@ import onnxruntime as ort
 
 from toolkit import names
 from toolkit.bundle.cache import cache_bytes
-from toolkit.bundle.compiled import uncompiled_settings
 from toolkit.bundle.settings import Settings, read_settings
+from toolkit.bundle.stage_files import uncompiled_settings
 from toolkit.errors import BundleError, MachineError, UnsupportedError
 from toolkit.evaluate.linked import linked_copy
 from toolkit.machine import free_memory_bytes

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from toolkit import names
 from toolkit.apart import ChildFailed, answer, run_apart
-from toolkit.bundle.compiled import uncompiled_settings
 from toolkit.bundle.settings import read_settings
+from toolkit.bundle.stage_files import uncompiled_settings
 from toolkit.epcontext.htp import PACKAGE, PROVIDER, plugin_library, simulator_options
 from toolkit.errors import BundleError
 from toolkit.evaluate.linked import linked_copy

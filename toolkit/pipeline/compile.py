@@ -9,9 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from toolkit import names
-from toolkit.bundle.compiled import compiled_settings
 from toolkit.bundle.manifest import Manifest, check_unedited, read_manifest, save_manifest
 from toolkit.bundle.settings import Settings, read_settings
+from toolkit.bundle.stage_files import compiled_settings
 from toolkit.epcontext.htp import PACKAGE, htp_version
 from toolkit.epcontext.parts import CompiledPart, Part, compile_parts, part_key
 from toolkit.errors import BundleError, MachineError, UnsupportedError

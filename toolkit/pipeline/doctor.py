@@ -11,10 +11,11 @@ from typing import Final
 
 from toolkit import names
 from toolkit.bundle.cache import cache_bytes
-from toolkit.bundle.compiled import compiled_stages, lint_compiled
+from toolkit.bundle.compiled import lint_compiled
 from toolkit.bundle.lint import lint_bundle
 from toolkit.bundle.manifest import Manifest, read_manifest
 from toolkit.bundle.settings import read_settings
+from toolkit.bundle.stage_files import compiled_stages
 from toolkit.errors import BundleError, ToolkitError
 from toolkit.evaluate.opens import open_apart
 from toolkit.evaluate.session import provider_is_here, providers
