@@ -22,7 +22,7 @@ from toolkit.target import CPU_EP, TARGETS, Stage
 
 FAMILIES = ("qwen2", "llama", "qwen3")
 TYPES = {"float32": "FLOAT", "float64": "DOUBLE"}
-DTYPES = {"float32", "float16", "bfloat16", "int32", "int64", "bool"}
+DTYPES = {"float32", "float16", "bfloat16", "int32", "int64", "bool", "uint8"}
 KEYS = {field.name for field in fields(operators.OperatorSupport)}
 
 
