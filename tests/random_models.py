@@ -152,6 +152,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+def greedy_by_transformers(model: PreTrainedModel, prompt: list[int], count: int) -> list[int]:
+    """The `count` tokens that transformers' model makes after a prompt, each the best of its logits."""
+    ids = list(prompt)
+    for _ in range(count):
+        with torch.no_grad():
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
 def make_checkpoint(family: str, extra: dict[str, Any], folder: Path) -> PreTrainedModel:
     """Two layers with seeded weights, written to the folder; returns transformers' model of them."""
     torch.manual_seed(0)

@@ -10,7 +10,7 @@ from toolkit.device.arrays import NUMPY, Device
 
 # Tokens of short sequences that go through a layer together, and that a pool works on side by side. Matrix products
 # want many rows; but the arrays of more are beyond what the C library keeps for the next ones (32 MiB), so that the
-# system clears memory anew for each, which took a fifth of a pass.
+# system clears memory anew for each, a sixth of a pass on one thread (LOG.md).
 TOGETHER: Final = 512
 # Fewer at a time save nothing beside a layer's weights.
 _FEWEST: Final = 128
