@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +20,12 @@ from tests.graphs import EIGHT_BITS
 from toolkit.bundle.manifest import read_manifest, save_manifest
 from toolkit.errors import BundleError, MachineError, RecipeError
 from toolkit.files import write_json
-from toolkit.pipeline import bandwidth, catalogue, doctor, get, planned_recipe
+from toolkit.pipeline import bandwidth, catalogue_row, doctor, get, planned_recipe
 from toolkit.pipeline.bandwidth import MemoryBandwidth, memory_bandwidth
-from toolkit.pipeline.catalogue import bundle_row
-from toolkit.pipeline.plan import ExportPlan
-from toolkit.recipe import Recipe, data_folder, known_license, load_recipe, recipe_names
+from toolkit.pipeline.catalogue_bundles import bundle_folders, bundle_row
+from toolkit.pipeline.catalogue_row import CatalogueRow, planned_row
+from toolkit.pipeline.planned_recipe import PLANNED_FILE, Planned, plan_recipe
+from toolkit.recipe import data_folder, known_license, load_recipe, recipe_names
 from toolkit.report.summary import load_report
 from toolkit.target import TARGETS
 
@@ -33,7 +36,7 @@ GIB = 1 << 30
 def _known_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten gigabytes a second, whatever this machine does."""
     known = MemoryBandwidth("a processor", 2, 1e10)
-    for module in (catalogue, doctor):
+    for module in (catalogue_row, doctor):
         monkeypatch.setattr(module, "memory_bandwidth", lambda anew=False: known)
 
 
@@ -55,7 +58,7 @@ def test_the_prediction_is_bandwidth_over_the_matrices_in_the_graph(exports: Exp
 def test_a_plan_and_its_bundle_predict_the_same(exports: Exports, tmp_path: Path) -> None:
     bundle = exports.copy(tmp_path / "b", "cpu-split")
     (plan,) = toolkit.plan("tiny-r1-cpu-split", changes=EIGHT_BITS, out=tmp_path / "not-made")
-    planned = catalogue._planned_row("recipe", plan.recipe, catalogue.planned(plan), None)
+    planned = planned_row("recipe", plan.recipe, planned_recipe.planned(plan), None)
     made = bundle_row(bundle)
     assert made is not None and made.path == str(bundle)
     assert made.bits_per_weight == planned.bits_per_weight
@@ -101,37 +104,58 @@ def test_a_search_narrows(exports: Exports, monkeypatch: pytest.MonkeyPatch) -> 
         found(license="apache*")
     with pytest.raises(RecipeError, match="no recipe is of that"):
         found(max_bytes=1 << 20)
-    monkeypatch.setattr(catalogue, "free_memory_bytes", lambda: 64 * GIB)
+    monkeypatch.setattr(catalogue_row, "free_memory_bytes", lambda: 64 * GIB)
     assert found(runs_here=True) == {"1.5b-cpu", "1.5b-cpu-split"}
-    monkeypatch.setattr(catalogue, "free_memory_bytes", lambda: GIB)
+    monkeypatch.setattr(catalogue_row, "free_memory_bytes", lambda: GIB)
     with pytest.raises(RecipeError):
         found(runs_here=True)
 
 
-def test_plans_are_kept_until_what_they_are_made_of_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TOOLKIT_CACHE", str(tmp_path))
+def test_what_is_written_down_is_what_plans_say() -> None:
+    """Whoever changes recipes, configs or formats runs `python docs/planned_recipes.py`. Every third recipe is planned
+    here, which is all targets and nearly all models."""
+    written = planned_recipe._written_down()
+    known = {name: facts for name in recipe_names() if (facts := load_recipe(name).facts())}
+    assert {name: row.made_of for name, row in written.items()} == {
+        name: planned_recipe._made_of(name, facts) for name, facts in known.items()
+    }
+    some = sorted(known)[::3]
+    assert {name.rpartition("-")[2] for name in some} == {name.rpartition("-")[2] for name in known}
+    assert {name: written[name].planned for name in some} == {name: plan_recipe(name) for name in some}
+
+
+def test_a_look_plans_what_is_not_written_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = list[str]()
-    plan_export = planned_recipe.plan_export
 
-    def counted(recipe: Recipe, *others: Any) -> ExportPlan:
-        made.append(recipe.name)
-        return plan_export(recipe, *others)
+    def counted(name: str) -> Planned:
+        made.append(name)
+        return plan_recipe(name)
 
-    def found(model: str) -> list[float]:
-        planned_recipe._planned.cache_clear()
+    def found() -> list[CatalogueRow]:
         made.clear()
-        return [row.bits_per_weight for row in toolkit.recipes(model=model, target="cpu*")]
+        return toolkit.recipes(model="tiny-r1", target="cpu*")
 
-    monkeypatch.setattr(planned_recipe, "plan_export", counted)
-    first = found("tiny-r1")
-    assert made == ["tiny-r1-cpu", "tiny-r1-cpu-split"]
-    assert found("tiny-r1") == first and made == []
-    assert len(found("1.5b")) == 2 and made == ["1.5b-cpu", "1.5b-cpu-split"]
-    assert found("tiny-r1") == first and made == []
-    monkeypatch.setattr(planned_recipe, "_made_of", lambda: "another toolkit")
-    assert found("tiny-r1") == first and len(made) == 2
-    (tmp_path / "planned_recipes.json").write_text("{", encoding="utf-8")
-    assert found("tiny-r1") == first and len(made) == 2
+    monkeypatch.setattr(planned_recipe, "plan_recipe", counted)
+    first = found()
+    assert made == [] and len(first) == 2
+    with monkeypatch.context() as edited:
+        edited.setattr(planned_recipe, "_made_of", lambda name, facts: "another recipe")
+        assert found() == first and made == ["tiny-r1-cpu", "tiny-r1-cpu-split"]
+    (tmp_path / PLANNED_FILE).write_text('{"recipes": {"tiny-r1-cpu": 1}}', encoding="utf-8")
+    monkeypatch.setattr(planned_recipe, "data_folder", lambda name: tmp_path)
+    planned_recipe._written_down.cache_clear()
+    assert found() == first and len(made) == 2
+    planned_recipe._written_down.cache_clear()
+
+
+def test_a_look_at_recipes_imports_nothing_that_exports() -> None:
+    """Who looks waits for what is imported: numba and onnx_ir took longer than all else together."""
+    code = (
+        "import sys; from toolkit.pipeline.catalogue import Search, search_catalogue; search_catalogue(Search());"
+        "print(sorted({'numba', 'onnx_ir', 'huggingface_hub', 'jinja2', 'tokenizers'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_the_command_prints_what_the_library_finds(exports: Exports, tmp_path: Path) -> None:
@@ -170,9 +194,9 @@ def test_bandwidth_is_that_of_memory() -> None:
 
 
 def test_get_takes_the_best_that_is_here_and_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(catalogue, "free_memory_bytes", lambda: 64 * GIB)
+    monkeypatch.setattr(catalogue_row, "free_memory_bytes", lambda: 64 * GIB)
     monkeypatch.setattr(get, "provider_is_here", lambda name: name in ("qnn", "dml"))
-    monkeypatch.setattr(catalogue, "provider_is_here", lambda name: name in ("qnn", "dml"))
+    monkeypatch.setattr(catalogue_row, "provider_is_here", lambda name: name in ("qnn", "dml"))
     assert get.choose_target("1.5b").recipe == "1.5b-qnn"
     monkeypatch.setattr(get, "provider_is_here", lambda name: name == "dml")
     assert get.choose_target("1.5b").recipe == "1.5b-dml"
@@ -181,7 +205,7 @@ def test_get_takes_the_best_that_is_here_and_fits(monkeypatch: pytest.MonkeyPatc
     assert (chosen.recipe, chosen.checkpoint) == ("1.5b-cpu", None)
     assert get.choose_target("1.5b").recipe == "1.5b-cpu"
     assert get.choose_target("someone/else", "qnn") == get.ChosenTarget("qnn", "qnn", "someone/else", "asked for")
-    monkeypatch.setattr(catalogue, "free_memory_bytes", lambda: GIB)
+    monkeypatch.setattr(catalogue_row, "free_memory_bytes", lambda: GIB)
     with pytest.raises(MachineError, match=r"1.5b does not fit the .* GiB of free memory: cpu takes 1\.0 GiB"):
         get.choose_target("1.5b")
 
@@ -279,4 +303,4 @@ def test_a_folder_of_bundles_is_not_searched_for_ever(exports: Exports, tmp_path
     deep.parent.mkdir(parents=True)
     shutil.copytree(tmp_path / "a" / "b", deep)
     shutil.copytree(tmp_path / "a" / "b", tmp_path / "x.partial")
-    assert list(catalogue.bundle_folders([tmp_path, tmp_path / "none"])) == [tmp_path / "a" / "b"]
+    assert list(bundle_folders([tmp_path, tmp_path / "none"])) == [tmp_path / "a" / "b"]

@@ -19,7 +19,7 @@ from tests.prompts import NEW_TOKENS, prompt_lengths, prompt_of, reference_token
 from toolkit.bundle.settings import read_genai_config, read_settings
 from toolkit.checkpoint.opened import open_checkpoint
 from toolkit.errors import MachineError
-from toolkit.evaluate import session
+from toolkit.evaluate import providers, session
 from toolkit.evaluate.conversation import Conversation
 from toolkit.evaluate.positions import open_positions
 from toolkit.evaluate.session import OpenModel, continuations, open_model
@@ -284,7 +284,7 @@ def test_a_bundle_without_its_provider_says_what_to_do(
 def test_directml_is_where_genai_was_built_with_it(built_with_dml: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its packages carry an ONNX Runtime of their own, so the installed `onnxruntime` says nothing of it."""
     monkeypatch.setattr("onnxruntime_genai.is_dml_available", lambda: built_with_dml)
-    assert session.provider_is_here("dml") == built_with_dml
+    assert providers.provider_is_here("dml") == built_with_dml
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="where QnnHtp.dll may be found")

@@ -17,7 +17,7 @@ from tests.prompts import prompt_of, reference_tokens
 from toolkit import names
 from toolkit.bundle.settings import read_genai_config
 from toolkit.errors import MachineError
-from toolkit.evaluate import session
+from toolkit.evaluate import providers, session
 from toolkit.evaluate.positions import open_positions
 from toolkit.graph.interface import read_interface
 from toolkit.target import Target
@@ -61,7 +61,7 @@ def _plugin(monkeypatch: pytest.MonkeyPatch, kinds: list[OrtHardwareDeviceType],
     module.__spec__ = ModuleSpec(name, None)
     monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(ort, "register_execution_provider_library", lambda name, path: None)
-    monkeypatch.setattr(session, "_devices", lambda execution_provider: set(kinds))
+    monkeypatch.setattr(providers, "_devices", lambda execution_provider: set(kinds))
 
 
 CPU, GPU = OrtHardwareDeviceType.CPU, OrtHardwareDeviceType.GPU
@@ -75,9 +75,9 @@ def test_a_plugin_is_here_with_its_device(
     provider: str, kinds: list[OrtHardwareDeviceType], here: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """WebGPU's names the CPU only where its user has asked for a GPU in software; QNN's always does."""
-    row = next(row for row in session.providers() if row.provider == provider)
+    row = next(row for row in providers.providers() if row.provider == provider)
     _plugin(monkeypatch, kinds, row.plugin)
-    assert session.provider_is_here(provider) is here
+    assert providers.provider_is_here(provider) is here
 
 
 def test_a_plugin_without_a_device_is_one_line(exports: Exports, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,11 +92,11 @@ def test_a_plugin_without_a_device_is_one_line(exports: Exports, monkeypatch: py
 
 def test_a_plugin_is_registered_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """ONNX Runtime refuses a library under a name it has, also where it found no device."""
-    row = next(row for row in session.providers() if row.provider == "WebGPU")
+    row = next(row for row in providers.providers() if row.provider == "WebGPU")
     _plugin(monkeypatch, [], row.plugin)
     registered: list[str] = []
     monkeypatch.setattr(ort, "register_execution_provider_library", lambda name, path: registered.append(name))
-    session._make_known.cache_clear()
-    assert [session.provider_is_here("WebGPU") for _ in range(3)] == [False] * 3
+    providers._make_known.cache_clear()
+    assert [providers.provider_is_here("WebGPU") for _ in range(3)] == [False] * 3
     assert registered == [row.execution_provider]
-    session._make_known.cache_clear()
+    providers._make_known.cache_clear()

@@ -20,7 +20,8 @@ from toolkit.evaluate.conversation import Answer, Conversation
 from toolkit.evaluate.speed import measure_speed
 from toolkit.files import check_writable, disk_errors
 from toolkit.hosts.installation import DescribedInstallation, remove_installed
-from toolkit.pipeline.catalogue import CatalogueRow, Search, search_catalogue
+from toolkit.pipeline.catalogue import Search, search_catalogue
+from toolkit.pipeline.catalogue_row import CatalogueRow
 from toolkit.pipeline.check import CheckResult, check_bundle
 from toolkit.pipeline.compile import compile_bundle, compile_exported
 from toolkit.pipeline.doctor import Diagnosis, diagnose
@@ -297,9 +298,8 @@ def recipes(
     `bundles` are looked for at and below folders, `hub_ids` from the headers of their weights, for `target` or the CPU.
     Raises RecipeError if no row is left.
     """
-    folders = tuple(Path(folder) for folder in bundles)
-    search = Search(words, model, target, license, max_bytes, min_context, runs_here, folders, tuple(hub_ids))
-    return search_catalogue(search)
+    places = tuple(map(Path, bundles)), tuple(hub_ids)
+    return search_catalogue(Search(words, model, target, license, max_bytes, min_context, runs_here, *places))
 
 
 def get(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -119,3 +120,15 @@ def _cpu_name() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def free_disk_bytes(place: Path) -> int:
+    """The bytes that are free on the disk where a place is or will be."""
+    return shutil.disk_usage(_existing(place)).free
+
+
+def _existing(place: Path) -> Path:
+    """The nearest folder above a place that is there; the root itself, which has none above it."""
+    # Unlike `resolve`, of a loop of links too.
+    whole = Path(os.path.realpath(place))
+    return next((above for above in whole.parents if above.is_dir()), whole)

@@ -15,7 +15,7 @@ from toolkit.target import TARGETS
 from toolkit.typed_json import to_json
 
 if TYPE_CHECKING:
-    from toolkit.pipeline.catalogue import CatalogueRow
+    from toolkit.pipeline.catalogue_row import CatalogueRow
     from toolkit.pipeline.doctor import BundleState, Diagnosis
 
 
@@ -47,19 +47,12 @@ def recipes(
 
     Tokens a second are at most what the memory of this machine allows, measured once, or what a bundle's report has.
     """
-    from toolkit import library
+    # Not `library.recipes`, the same call: the library imports all that exports, longer than a look takes.
+    from toolkit.pipeline.catalogue import Search, search_catalogue
 
-    rows = library.recipes(
-        *words,
-        model=model,
-        target=target,
-        license=license,
-        max_bytes=None if max_gib is None else int(max_gib * 2**30),
-        min_context=min_context,
-        runs_here=runs_here,
-        bundles=bundles,
-        hub_ids=hub_ids,
-    )
+    max_bytes = None if max_gib is None else int(max_gib * 2**30)
+    wanted = Search(words, model, target, license, max_bytes, min_context, runs_here, bundles, hub_ids)
+    rows = search_catalogue(wanted)
     if as_json:
         click.echo(json.dumps(to_json(rows), indent=2, ensure_ascii=False))
         return

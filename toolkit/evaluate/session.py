@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
-import importlib.util
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime as ort
 
 from toolkit import names
 from toolkit.bundle.cache import cache_bytes
@@ -23,19 +19,8 @@ from toolkit.bundle.settings import Settings, read_settings
 from toolkit.bundle.stage_files import uncompiled_settings
 from toolkit.errors import BundleError, MachineError, UnsupportedError
 from toolkit.evaluate.linked import linked_copy
+from toolkit.evaluate.providers import make_known_to_genai, missing_provider, provider_is_here
 from toolkit.machine import free_memory_bytes
-from toolkit.target import TARGETS, Stage
-
-# The execution provider behind genai's name for it, and the package that carries it as a plugin.
-_PROVIDERS: Final = {
-    str(target.accelerator.provider).lower(): target.accelerator
-    for target in TARGETS.values()
-    if target.accelerator.provider
-}
-
-
-# Asked before any plugin is registered: onnxruntime then lists that as available too, device or not.
-_BUILT_IN: Final = frozenset(ort.get_available_providers())
 
 
 @dataclass(frozen=True)
@@ -148,7 +133,7 @@ def open_model(bundle: Path, on_cpu: bool = False) -> OpenModel:
     folder = None
     if on_cpu and settings.providers():
         folder = linked_copy(bundle, uncompiled_settings(settings).on_cpu())
-    elif missing := [name for name in settings.providers() if not _register(og, name)]:
+    elif missing := [name for name in settings.providers() if not make_known_to_genai(og, name)]:
         raise MachineError(missing_provider(missing[0]))
     start = time.perf_counter()
     try:
@@ -167,83 +152,6 @@ def continuations(bundle: Path, prompts: list[list[int]], new_tokens: int, on_cp
 def is_here(settings: Settings) -> bool:
     """Returns whether this machine has every execution provider a bundle asks for."""
     return all(provider_is_here(name) for name in settings.providers())
-
-
-def provider_is_here(name: str) -> bool:
-    """Returns whether onnxruntime has a provider of genai's `name` built in, or as a plugin that finds its device.
-
-    Without the device a plugin is a compiler or a simulator, and would leave the nodes to the CPU without a word. A
-    GPU's names the CPU as its device only where its user has asked for a GPU in software.
-    """
-    execution_provider, row = _execution_provider(name), _PROVIDERS.get(name.lower())
-    if execution_provider in _BUILT_IN:
-        return True
-    if name.lower() == "dml" and _genai_has_dml():
-        return True
-    if row is None or not row.plugin:
-        return False
-    try:
-        if not _devices(execution_provider):
-            _make_known(row.plugin, execution_provider)
-    except Exception:  # a package that is not here or broken, or whatever the runtime throws
-        return False
-    found = _devices(execution_provider)
-    return bool(found if row.device == "gpu" else found - {ort.OrtHardwareDeviceType.CPU})
-
-
-@functools.cache
-def _make_known(plugin: str, execution_provider: str) -> None:
-    """Registers a plugin once: it stays registered where it finds no device, and ONNX Runtime takes it no second
-    time."""
-    library = importlib.import_module(plugin).get_library_path()
-    ort.register_execution_provider_library(execution_provider, str(library))
-
-
-def _genai_has_dml() -> bool:
-    """Builds of onnxruntime-genai with DirectML bring an ONNX Runtime of their own, which `onnxruntime` is not."""
-    try:
-        import onnxruntime_genai as og
-    except ImportError:
-        return False
-    return bool(og.is_dml_available())
-
-
-def providers() -> tuple[Stage, ...]:
-    """Returns every execution provider that a target is for besides the CPU's, as its target's row has it."""
-    return tuple(_PROVIDERS.values())
-
-
-def missing_provider(name: str) -> str:
-    """Returns what to say of an execution provider this machine lacks."""
-    row = _PROVIDERS.get(name.lower())
-    what = f"this machine has no {_execution_provider(name)} with its device, which the bundle is made for"
-    on_cpu = "run every stage on the CPU with --on-cpu"
-    if row is None or not row.package:
-        return f"{what}: {on_cpu}"
-    if row.plugin and importlib.util.find_spec(row.plugin):
-        return f"{what}: {row.package} is installed and finds none, see to its driver, or {on_cpu}"
-    return f"{what}: install {row.package}, or {on_cpu}"
-
-
-def _execution_provider(name: str) -> str:
-    row = _PROVIDERS.get(name.lower())
-    return row.execution_provider if row else f"{name}ExecutionProvider"
-
-
-def _register(og: Any, name: str) -> bool:
-    """Whether a provider is here; a plugin is made known to onnxruntime-genai."""
-    if not provider_is_here(name):
-        return False
-    row = _PROVIDERS.get(name.lower())
-    if row and row.plugin and row.execution_provider not in _BUILT_IN:
-        library = importlib.import_module(row.plugin).get_library_path()
-        og.register_execution_provider_library(row.execution_provider, str(library))
-    return True
-
-
-def _devices(execution_provider: str) -> set[Any]:
-    """The kinds of device a registered plugin has found."""
-    return {found.device.type for found in ort.get_ep_devices() if found.ep_name == execution_provider}
 
 
 def _check_cache(length: int, needed: int) -> None:

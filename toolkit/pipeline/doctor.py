@@ -18,11 +18,12 @@ from toolkit.bundle.settings import read_settings
 from toolkit.bundle.stage_files import compiled_stages
 from toolkit.errors import BundleError, ToolkitError
 from toolkit.evaluate.opens import open_apart
-from toolkit.evaluate.session import provider_is_here, providers
+from toolkit.evaluate.providers import provider_is_here, providers
 from toolkit.files import disk_errors
 from toolkit.machine import Machine, free_memory_bytes, this_machine
 from toolkit.pipeline.bandwidth import memory_bandwidth
-from toolkit.pipeline.catalogue import bundle_folders, runs_on
+from toolkit.pipeline.catalogue_bundles import bundle_folders
+from toolkit.pipeline.catalogue_row import runs_on
 from toolkit.pipeline.compile import compile_bundle, is_current
 from toolkit.pipeline.place import followed, held
 from toolkit.report.intact import report_problems

@@ -11,10 +11,10 @@ from toolkit.checkpoint.gguf import is_gguf
 from toolkit.checkpoint.opened import Checkpoint, synthetic_checkpoint
 from toolkit.checkpoint.remote import open_headers
 from toolkit.errors import MachineError, RecipeError
-from toolkit.evaluate.session import provider_is_here
+from toolkit.evaluate.providers import provider_is_here
 from toolkit.machine import free_memory_bytes
 from toolkit.names import CONFIG_FILE
-from toolkit.pipeline.catalogue import runs_on
+from toolkit.pipeline.catalogue_row import runs_on
 from toolkit.pipeline.plan import plan_export, shorten_context
 from toolkit.recipe import load_recipe, meant_recipe, model_names, nearest, recipe_names
 from toolkit.target import TARGETS, Target

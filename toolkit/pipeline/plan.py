@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +23,7 @@ from toolkit.graph.attention import HEAD_DIM_MULTIPLE
 from toolkit.graph.blocks import check_layers
 from toolkit.graph.latent_cache import cached_numbers, check_latent_cache
 from toolkit.graph.layout import Layout, plan_layout
-from toolkit.machine import free_memory_bytes, ram_bytes
+from toolkit.machine import free_disk_bytes, free_memory_bytes, ram_bytes
 from toolkit.partition.pack import CHUNK_BYTES
 from toolkit.partition.parts import (
     BINARY_SHARE,
@@ -157,18 +156,6 @@ def plan_export(recipe: Recipe, checkpoint: Checkpoint, out: Path, precision: st
         + (cost.disk_bytes if cost else 0),
         disk_free_bytes=free_disk_bytes(out),
     )
-
-
-def free_disk_bytes(place: Path) -> int:
-    """The bytes that are free on the disk where a place is or will be."""
-    return shutil.disk_usage(_existing(place)).free
-
-
-def _existing(place: Path) -> Path:
-    """The nearest folder above a place that is there; the root itself, which has none above it."""
-    # Unlike `resolve`, of a loop of links too.
-    whole = Path(os.path.realpath(place))
-    return next((above for above in whole.parents if above.is_dir()), whole)
 
 
 def _tokenizer(checkpoint: Checkpoint) -> TokenizerFiles | None:

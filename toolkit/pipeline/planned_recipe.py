@@ -1,26 +1,31 @@
-"""What the bundles of recipes weigh, planned once and kept: planning all takes seconds."""
+"""What the bundles of the toolkit's own recipes weigh, written down beside them: planning all takes seconds, and who
+looks at the catalogue waits for a line."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from toolkit.checkpoint.opened import synthetic_checkpoint
-from toolkit.files import read_state, write_state
-from toolkit.machine import cache_folder
-from toolkit.pipeline.plan import ExportPlan, plan_export
-from toolkit.recipe import Recipe, data_folder
-from toolkit.report.weights import weight_bytes_per_token
+from toolkit.errors import RecipeError
+from toolkit.files import read_json, write_text
+from toolkit.names import CONFIG_FILE
+from toolkit.recipe import Recipe, data_folder, load_recipe, recipe_names
+from toolkit.recipe.tree import find_recipe
+from toolkit.typed_json import from_json, to_json
+
+if TYPE_CHECKING:
+    from toolkit.pipeline.plan import ExportPlan
 
 # Where an export goes that is told nothing else.
 OUT: Final = Path("build")
-_FILE: Final = "planned_recipes.json"
-_PACKAGE: Final = Path(__file__).resolve().parent.parent
+PLANNED_FILE: Final = "planned.json"
+_MAX_BYTES: Final = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -36,15 +41,24 @@ class Planned:
 
 
 @dataclass(frozen=True)
-class _Kept:
-    """Plans by recipe, and the hash of what they were made of."""
+class _Row:
+    """A recipe's plan, and the hash of the recipe's and the config's text that it was made of."""
 
     made_of: str
-    planned: dict[str, Planned]
+    planned: Planned
+
+
+@dataclass(frozen=True)
+class _WrittenDown:
+    """Rows by recipe."""
+
+    recipes: dict[str, _Row]
 
 
 def planned(plan: ExportPlan) -> Planned:
     """What a plan says on any machine."""
+    from toolkit.report.weights import weight_bytes_per_token
+
     return Planned(
         sum(plan.files.values()),
         plan.bits_per_weight,
@@ -56,31 +70,52 @@ def planned(plan: ExportPlan) -> Planned:
 
 def planned_recipes(recipes: Iterable[Recipe]) -> list[tuple[Recipe, Planned]]:
     """Each of the toolkit's own recipes that has its model's facts here, with its plan, which is made where none is
-    kept in the cache folder by this very code, recipe and config."""
-    path, made_of = cache_folder() / _FILE, _made_of()
-    kept = read_state(_Kept, path)
-    known = kept.planned if kept and kept.made_of == made_of else {}
-    found = [
-        (recipe, known.get(recipe.name) or _planned(recipe, facts)) for recipe in recipes if (facts := recipe.facts())
-    ]
-    if any(recipe.name not in known for recipe, _ in found):
-        with suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_state(path, _Kept(made_of, known | {recipe.name: row for recipe, row in found}))
+    written down of this very recipe and config."""
+    written = _written_down()
+    found = []
+    for recipe in recipes:
+        if facts := recipe.facts():
+            row = written.get(recipe.name)
+            is_current = row is not None and row.made_of == _made_of(recipe.name, facts)
+            found.append((recipe, row.planned if row and is_current else plan_recipe(recipe.name)))
     return found
 
 
-# For who looks again where no cache folder can be written.
-@lru_cache(maxsize=256)
-def _planned(recipe: Recipe, facts: Path) -> Planned:
-    return planned(plan_export(recipe, synthetic_checkpoint(facts), OUT / recipe.name, "int4"))
+@cache
+def plan_recipe(name: str) -> Planned:
+    """Plans one of the toolkit's own recipes."""
+    # What plans imports what reads, quantizes and writes: longer than the whole look takes without.
+    from toolkit.checkpoint.opened import synthetic_checkpoint
+    from toolkit.pipeline.plan import plan_export
+
+    recipe = load_recipe(name)
+    facts = recipe.facts()
+    if facts is None:
+        raise RecipeError(f"recipe {name} has no config under models/")
+    return planned(plan_export(recipe, synthetic_checkpoint(facts), OUT / name, "int4"))
+
+
+def write_down() -> None:
+    """Plans every recipe and writes the file anew, a line a recipe: `python docs/planned_recipes.py`."""
+    lines = []
+    for name in recipe_names():
+        if facts := load_recipe(name).facts():
+            row = json.dumps(to_json(_Row(_made_of(name, facts), plan_recipe(name))))
+            lines.append(f"    {json.dumps(name)}: {row}")
+    write_text(data_folder("recipes") / PLANNED_FILE, '{\n  "recipes": {\n' + ",\n".join(lines) + "\n  }\n}\n")
 
 
 @cache
-def _made_of() -> str:
-    """The hash of the toolkit's code, its recipes, and the configs of their models."""
-    files = [*_PACKAGE.rglob("*.py"), *data_folder("recipes").glob("*.yaml"), *data_folder("models").glob("*/*.json")]
-    digest = hashlib.sha256()
-    for path in sorted(files):
-        digest.update(f"{path.name} ".encode() + hashlib.sha256(path.read_bytes()).digest())
-    return digest.hexdigest()
+def _written_down() -> dict[str, _Row]:
+    """The rows of the file; none where it is not here or not as it was written, and all is planned."""
+    with suppress(RecipeError, ValueError):
+        path = data_folder("recipes") / PLANNED_FILE
+        raw = read_json(path, _MAX_BYTES, RecipeError, "its recipes are planned anew")
+        return from_json(_WrittenDown, raw, str(path)).recipes
+    return {}
+
+
+def _made_of(name: str, facts: Path) -> str:
+    """A hash of a recipe's text and its model's config, whatever ends their lines."""
+    texts = (path.read_text(encoding="utf-8") for path in (find_recipe(name), facts / CONFIG_FILE))
+    return hashlib.sha256("".join(texts).encode()).hexdigest()[:16]

@@ -1,5 +1,5 @@
-"""The process that looks at the catalogue, and is kept for the next look: what it imports and plans before its first
-takes seconds of CPU."""
+"""The process that looks at the catalogue, and is kept for the next look: what it imports before its first takes half a
+second of CPU."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Final
 
 from toolkit.errors import ToolkitError
-from toolkit.pipeline.catalogue import BUNDLE, HUB, RECIPE, CatalogueRow, Search, search_catalogue
+from toolkit.pipeline.catalogue import Search, search_catalogue
+from toolkit.pipeline.catalogue_row import BUNDLE, HUB, RECIPE, CatalogueRow
 from toolkit.report.readme import place_name
 from toolkit.serve.refusal import without_paths
 from toolkit.serve.shelf_event import FAILED, ROWS, ShelfEvent, event_line

@@ -13,7 +13,7 @@ from toolkit.typed_json import to_json
 
 
 class Looker:
-    """Looks at the catalogue; the first look takes seconds, in which its process imports and plans."""
+    """Looks at the catalogue; before the first look its process starts and imports."""
 
     def __init__(self) -> None:
         self._process: asyncio.subprocess.Process | None = None
