@@ -27,7 +27,7 @@ def measure_speed(bundle: Path, prompt_tokens: int, new_tokens: int, repeat: int
     """
     opened = open_model(bundle, on_cpu)
     _check_room(opened.settings, prompt_tokens, new_tokens, repeat)
-    _run(opened, prompt_tokens, new_tokens, min(new_tokens, _WARM_UP_TOKENS))
+    run_once(opened, _prompt(opened, prompt_tokens), new_tokens, min(new_tokens, _WARM_UP_TOKENS))
     return _speed(opened, prompt_tokens, new_tokens, repeat)
 
 
@@ -42,7 +42,8 @@ def _check_room(settings: Settings, prompt_tokens: int, new_tokens: int, repeat:
 
 def _speed(opened: OpenModel, prompt_tokens: int, new_tokens: int, repeat: int) -> Speed:
     """The medians over `repeat` runs of a model that has run before."""
-    runs = [_run(opened, prompt_tokens, new_tokens, new_tokens) for _ in range(repeat)]
+    prompt = _prompt(opened, prompt_tokens)
+    runs = [run_once(opened, prompt, new_tokens, new_tokens) for _ in range(repeat)]
     return Speed(
         runtime="onnxruntime-genai",
         threads=_threads(opened.settings),
@@ -56,16 +57,22 @@ def _speed(opened: OpenModel, prompt_tokens: int, new_tokens: int, repeat: int) 
     )
 
 
-def _run(opened: OpenModel, prompt_tokens: int, new_tokens: int, count: int) -> SpeedRun:
-    """Times a prompt and the first `count` of the new tokens that there is room for."""
-    og, settings = opened.og, opened.settings
-    length = settings.length_for(prompt_tokens, new_tokens)
-    prompt = [i % min(settings.vocab_size, 256) for i in range(prompt_tokens)]
+def _prompt(opened: OpenModel, prompt_tokens: int) -> list[int]:
+    """A prompt of so many tokens that every vocabulary has."""
+    return [i % min(opened.settings.vocab_size, 256) for i in range(prompt_tokens)]
+
+
+def run_once(opened: OpenModel, prompt: Sequence[int], new_tokens: int, count: int) -> SpeedRun:
+    """Times a prompt and the first `count` of the new tokens that there is room for. The first token is waited for
+    from before its generator is made, which allocates the cache."""
+    og = opened.og
+    length = opened.settings.length_for(len(prompt), new_tokens)
     with running():
+        start = time.perf_counter()
         params = og.GeneratorParams(opened.model)
         params.set_search_options(do_sample=False, min_length=length, max_length=length)
         generator = og.Generator(opened.model, params)
-        start = time.perf_counter()
+        made = time.perf_counter()
         generator.append_tokens(prompt)
         prefilled = time.perf_counter()
         generator.generate_next_token()
@@ -73,7 +80,7 @@ def _run(opened: OpenModel, prompt_tokens: int, new_tokens: int, count: int) -> 
         for _ in range(count - 1):
             generator.generate_next_token()
     decode_s = time.perf_counter() - first
-    return SpeedRun(first - start, prompt_tokens / (prefilled - start), (count - 1) / decode_s)
+    return SpeedRun(first - start, len(prompt) / (prefilled - made), (count - 1) / decode_s)
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,9 @@ from toolkit.serve.refusal import without_paths
 from toolkit.serve.trimmed import Trimmed
 from toolkit.typed_json import from_json
 
-# 16 lines a second read as fluently as more would. Each takes the server about a millisecond of a core that the model
-# could have.
-_TOGETHER_S: Final = 0.06
+# Ten lines a second read as fluently as more would: a model that writes faster writes faster than anybody reads. Each
+# takes the server and its client about a millisecond of a core that the model could have.
+_TOGETHER_S: Final = 0.1
 # The runtime's threads hold every core and go on with the next token at once, so that the server and then its client
 # would each wait for the end of a turn, some milliseconds: a text's first line leaves them a core.
 _FIRST_REST_S: Final = 0.002
@@ -36,7 +36,7 @@ TOOL_CALL: Final = "<tool_call>"
 
 
 @dataclass(frozen=True)
-class _Out:
+class Out:
     """Where events go: the stdout this process began with."""
 
     stream: BinaryIO
@@ -51,7 +51,7 @@ class _Together:
     """Text on its way out: what comes soon after the last line waits for the next token, so that a fast model does not
     spend its time on lines, nor the server and the client theirs on reading them."""
 
-    def __init__(self, out: _Out) -> None:
+    def __init__(self, out: Out) -> None:
         self._out, self._said_at, self._is_first = out, 0.0, True
         self._kind, self._texts, self._tokens = "", list[str](), list[ScoredToken]()
 
@@ -76,7 +76,7 @@ class _Together:
             self._said_at = time.monotonic()
 
 
-class _Orders:
+class Orders:
     """Jobs from stdin, read by a thread so that a job can be stopped while it runs."""
 
     def __init__(self, stream: BinaryIO) -> None:
@@ -104,7 +104,7 @@ class _Orders:
         os._exit(0)
 
 
-def serve_bundle(bundle: Path, on_cpu: bool, orders: _Orders, out: _Out) -> None:
+def serve_bundle(bundle: Path, on_cpu: bool, orders: Orders, out: Out) -> None:
     """Opens a bundle and writes text after text until the server goes."""
     try:
         model = TextModel(bundle, on_cpu)
@@ -115,7 +115,7 @@ def serve_bundle(bundle: Path, on_cpu: bool, orders: _Orders, out: _Out) -> None
     while True:
         job = orders.next()
         try:
-            out.say(_done(model, job, orders, out))
+            out.say(write_text(model, job, orders, out))
         except ToolkitError as problem:
             out.say(Event(REFUSED, without_paths(str(problem))))
         except Exception as problem:
@@ -123,7 +123,7 @@ def serve_bundle(bundle: Path, on_cpu: bool, orders: _Orders, out: _Out) -> None
             out.say(Event(FAILED, type(problem).__name__))
 
 
-def _done(model: TextModel, job: Job, orders: _Orders, out: _Out) -> Event:
+def write_text(model: TextModel, job: Job, orders: Orders, out: Out) -> Event:
     """Writes one text, its pieces said as they come, and returns the event that ends it."""
     prompt = job.prompt if job.prompt is not None else _prompt(model, job)
     if prompt is None:
@@ -156,9 +156,9 @@ def main() -> None:
     """In the child: whatever native code prints goes to stderr, and stdout carries events alone."""
     # An interrupt in the terminal is the server's to heed.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    out = _Out(os.fdopen(os.dup(1), "wb"))
+    out = Out(os.fdopen(os.dup(1), "wb"))
     os.dup2(2, 1)
-    serve_bundle(Path(sys.argv[1]), "--on-cpu" in sys.argv[2:], _Orders(sys.stdin.buffer), out)
+    serve_bundle(Path(sys.argv[1]), "--on-cpu" in sys.argv[2:], Orders(sys.stdin.buffer), out)
     sys.stderr.flush()
     os._exit(0)
 

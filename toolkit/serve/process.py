@@ -18,6 +18,8 @@ from toolkit.typed_json import from_json
 # A line holds the text of the tokens of a moment, with their alternatives.
 _LONGEST_LINE: Final = 8 << 20
 _TO_END_S: Final = 5.0
+# The module that a bundle's process runs.
+CHILD: Final = "toolkit.serve.child"
 
 
 class BundleProcess:
@@ -36,7 +38,7 @@ class BundleProcess:
         pipe = asyncio.subprocess.PIPE
         opened = cls(
             await asyncio.create_subprocess_exec(
-                *python_module("toolkit.serve.child"), *words, stdin=pipe, stdout=pipe, limit=_LONGEST_LINE
+                *python_module(CHILD), *words, stdin=pipe, stdout=pipe, limit=_LONGEST_LINE
             )
         )
         try:
