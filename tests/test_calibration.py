@@ -37,7 +37,7 @@ from toolkit.quant.blockwise import QuantizedBlocks, QuantSpec, dequantize_block
 from toolkit.quant.gptq import corrected_target, factorize
 from toolkit.quant.ranges import ActivationRange
 from toolkit.recipe import Recipe, load_recipe
-from toolkit.reference.decoder import embed, read_layer, reference_logits
+from toolkit.reference.decoder import embed, read_layer, reference_hidden, reference_logits
 from toolkit.target import TARGETS
 
 Floats = NDArray[np.float32]
@@ -283,6 +283,33 @@ def test_the_head_is_solved_in_slices_as_in_one(tmp_path: Path, monkeypatch: pyt
     assert sorted(sliced) == [0, 40, 80]
     packed = np.concatenate([sliced[start].packed for start in sorted(sliced)])
     assert (packed == kept.blocks["lm_head.weight"].packed).mean() > 0.99
+
+
+def test_a_tied_embedding_is_solved_as_the_head_that_it_is(tmp_path: Path) -> None:
+    """Layers read it searched without text; what arrives at their end it serves better than if errors were weighed."""
+    checkpoint, sequences = _checkpoint("qwen2-tied", tmp_path)
+    config, source, table = checkpoint.config, checkpoint.source, "model.embed_tokens.weight"
+    spec, sequences = QuantSpec(4, BLOCK, algorithm="gptq"), sequences * 3
+    problem = replace(_problem(checkpoint, Rounding.NONE), specs=_specs(checkpoint, "gptq"))
+    kept = _Kept()
+    assert solve(config, source, sequences, problem, kept, tmp_path / "work") == []
+
+    changes = {t: dequantize_blocks(b, spec, source.read(t).shape[1]) for t, b in kept.blocks.items()}
+    weights = source.read(table)
+    looked_up = dequantize_blocks(quantize_blocks(weights, spec), spec, config.hidden_size)
+    streams = (Changed(source, changes | {table: looked_up}), source)
+    arriving, exact = (np.concatenate(reference_hidden(config, tensors, sequences)) for tensors in streams)
+    searched = quantize_blocks(weights, replace(spec, algorithm="imatrix"), np.square(arriving).mean(axis=0))
+
+    logits = exact @ weights.T
+    best, *_ = np.linalg.lstsq(arriving, logits, rcond=None)
+    floor = np.square(arriving @ best - logits).sum()
+
+    def lost(rows: Floats) -> float:
+        return float(np.square(arriving @ rows.T - logits).sum() - floor)
+
+    assert lost(changes[table]) < 0.9 * lost(dequantize_blocks(searched, spec, config.hidden_size))
+    assert np.square(changes[table] - weights).sum() < 0.02 * np.square(weights).sum()
 
 
 def test_few_tokens_and_their_products_come_to_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

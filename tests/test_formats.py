@@ -36,7 +36,8 @@ def _recipe(*rules: QuantRule, quality: str = "fast") -> Recipe:
 SUITED: Final = (
     ("gptq", 4, MatrixUse.LINEAR, "gptq"),
     ("gptq", 8, MatrixUse.LINEAR, "imatrix"),
-    ("gptq", 4, MatrixUse.TIED_EMBEDDING, "imatrix"),
+    ("gptq", 4, MatrixUse.TIED_EMBEDDING, "gptq"),
+    ("gptq", 8, MatrixUse.TIED_EMBEDDING, "imatrix"),
     ("gptq", 4, MatrixUse.EMBEDDING, "kquant"),
     ("gptq", 8, MatrixUse.EMBEDDING, "kquant"),
     ("imatrix", 8, MatrixUse.LINEAR, "imatrix"),
@@ -75,12 +76,12 @@ def test_each_line_of_fallbacks_ends_without_text(name: str) -> None:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_best_solves_linears_of_four_bits_alone(tied: bool) -> None:
+def test_best_solves_four_bits_that_are_multiplied(tied: bool) -> None:
     rules = (QuantRule("*.down_proj", bits=8), QuantRule("*", block_size=32))
     specs = planned_specs(_config(tied), _recipe(*rules, quality="best"), CPU_FORM)
     assert specs["model.layers.0.mlp.down_proj.weight"].algorithm == "imatrix"
     assert specs["model.layers.0.mlp.up_proj.weight"].algorithm == "gptq"
-    assert specs["model.embed_tokens.weight"].algorithm == ("imatrix" if tied else "kquant")
+    assert specs["model.embed_tokens.weight"].algorithm == ("gptq" if tied else "kquant")
     assert ("lm_head.weight" in specs) is not tied
 
 

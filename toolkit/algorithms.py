@@ -62,14 +62,15 @@ _ROWS: Final = (
     # The same search, errors weighed by the text.
     Algorithm("imatrix", scales="searched_scales", reads_text=True, used=_READS_INPUT, otherwise="kquant"),
     # 8 bits leave GPTQ nothing to do, rows of an embedding are looked up, not multiplied one after the other, and an
-    # expert sees too few tokens for it.
+    # expert sees too few tokens for it. A tied embedding is solved as the head that it is: what that costs the rows
+    # looked up is a hundredth of what it saves (LOG.md).
     Algorithm(
         "gptq",
         scales="searched_scales",
         reads_text=True,
         solves=True,
         bits=(4,),
-        used=(MatrixUse.LINEAR,),
+        used=(MatrixUse.LINEAR, MatrixUse.TIED_EMBEDDING),
         otherwise="imatrix",
     ),
 )

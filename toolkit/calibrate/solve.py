@@ -203,6 +203,7 @@ def solve(
 
 
 def _rounded_embedding(source: Tensors, problem: Problem) -> Callable[[list[int]], Floats]:
+    """What looks up rows as they are stored; of a table that is solved last, as the head, about so."""
     name = names.weight(names.EMBED_TOKENS)
     spec = problem.specs[name]
 

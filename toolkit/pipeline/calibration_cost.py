@@ -57,9 +57,11 @@ def remembers(recipe: Recipe, config: ModelConfig, form: Form) -> bool:
 
 def solves_in_step(recipe: Recipe, config: ModelConfig, form: Form) -> bool:
     """Whether each layer is solved as soon as it is surveyed: what is solved stands beforehand then, without a budget,
-    and so does the embedding, which every layer behind it reads, if it is rounded by what arrives at the head."""
+    and so does the embedding, which every layer behind it reads, unless it is searched by what arrives at the head. One
+    that is solved last, as the head, is searched without text for the layers (`calibrate/solve.py`)."""
     specs, tensor = planned_specs(config, recipe, form), decoder_of(config).embedding.weight
-    waits = config.tie_word_embeddings and specs[tensor].rounded_by.reads_text
+    rounded_by = specs[tensor].rounded_by
+    waits = config.tie_word_embeddings and rounded_by.reads_text and not rounded_by.solves
     return bool(_solved(recipe, config, form)) and not recipe.bits_per_weight and not waits
 
 
