@@ -18,7 +18,19 @@ ROOT = Path(__file__).resolve().parent.parent
 # a folder of the package; rooms on one floor do not import each other. To add a room, name it on a line (or on a new
 # line between two) above everything it imports.
 FLOORS: Final = (
-    ("algorithms", "errors", "figures", "machine", "names", "progress", "quality", "soc", "thresholds", "typed_json"),
+    (
+        "algorithms",
+        "errors",
+        "figures",
+        "machine",
+        "names",
+        "progress",
+        "quality",
+        "soc",
+        "speculation",
+        "thresholds",
+        "typed_json",
+    ),
     ("device", "files", "jit"),
     ("apart", "workers"),
     ("target",),

@@ -7,10 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from toolkit.bundle.manifest import read_manifest
-from toolkit.checkpoint.adapter import merge_adapter
-from toolkit.checkpoint.download import hub_file, is_hub_id, resolve_checkpoint
-from toolkit.checkpoint.opened import Checkpoint, synthetic_checkpoint
-from toolkit.checkpoint.opened import open_checkpoint as open_folder
+from toolkit.checkpoint.download import hub_file, is_hub_id
+from toolkit.checkpoint.opened import Checkpoint
 from toolkit.checkpoint.remote import open_headers
 from toolkit.device.chosen import chosen_device
 from toolkit.device.fitting import Fitting
@@ -25,11 +23,13 @@ from toolkit.pipeline.catalogue_row import CatalogueRow
 from toolkit.pipeline.check import CheckResult, check_bundle
 from toolkit.pipeline.compile import compile_bundle, compile_exported
 from toolkit.pipeline.doctor import Diagnosis, diagnose
+from toolkit.pipeline.draft import attach_drafts, plan_draft
 from toolkit.pipeline.export import Order, export_planned, plan_exports
 from toolkit.pipeline.get import choose_target
 from toolkit.pipeline.inspect import BundleFacts, CheckpointFacts, inspect_checkpoint, inspect_path
 from toolkit.pipeline.install import install_bundles
 from toolkit.pipeline.judge import Effort, judge_bundle
+from toolkit.pipeline.opening import open_for_recipe, open_place, open_place_or_shapes
 from toolkit.pipeline.place import followed, held
 from toolkit.pipeline.plan import ExportPlan, shorten_context
 from toolkit.recipe import Recipe, load_recipe, meant_recipe
@@ -37,6 +37,7 @@ from toolkit.report.compare import ComparedReports, compare_reports
 from toolkit.report.intact import verify_bundle
 from toolkit.report.sections import PartitionRow, Report, Speed
 from toolkit.report.summary import load_report_at
+from toolkit.speculation import DRAFT
 from toolkit.target import TARGETS
 from toolkit.workers.pool import open_pool
 
@@ -62,12 +63,7 @@ def open_checkpoint(
     enough for a plan, and reading one is an error. `adapter` is the folder of a LoRA adapter to merge into the weights.
     Raises CheckpointError for what is incomplete, damaged or no checkpoint.
     """
-    if headers_alone and not synthetic:
-        opened = open_headers(str(place), revision)
-    else:
-        folder = resolve_checkpoint(str(place), revision, weights=not synthetic)
-        opened = synthetic_checkpoint(folder) if synthetic else open_folder(folder)
-    return merge_adapter(opened, Path(adapter)) if adapter else opened
+    return open_place(str(place), synthetic, headers_alone, revision, adapter)
 
 
 def plan(
@@ -82,6 +78,7 @@ def plan(
     shapes_alone: bool = False,
     revision: str | None = None,
     adapter: str | Path | None = None,
+    draft: str | Path | None = None,
     note: Progress = _silent,
 ) -> list[ExportPlan]:
     """Decides everything about exports of one checkpoint and writes nothing: a plan for each recipe, in order.
@@ -93,8 +90,9 @@ def plan(
     random weights in for the checkpoint's, which get the quality `fast` unless another is named: they have no salient
     channels. With `shapes_alone` no weights are downloaded: the shapes are the model's published ones, or those in the
     headers of `checkpoint`, and the plan is not one to export. `revision` is a branch, tag or commit of a hub id.
-    `adapter` is the folder of a LoRA adapter to merge into the checkpoint. `note` is told, a line each, which recipe a
-    hub id means and what there is to know of the checkpoint's files.
+    `adapter` is the folder of a LoRA adapter to merge into the checkpoint, `draft` a smaller model that guesses its
+    tokens ahead, named as a checkpoint is. `note` is told, a line each, which recipe a hub id means and what there is
+    to know of the checkpoint's files.
 
     Raises RecipeError or CheckpointError for what does not exist or does not belong together, UnsupportedError for what
     the target cannot do.
@@ -102,6 +100,8 @@ def plan(
     asked = {
         "quality": quality or ("fast" if synthetic else None),
         "calibration": str(Path(calibration).resolve()) if calibration else None,
+        "speculation": DRAFT if draft else None,
+        "draft": None if draft is None else str(draft),
     }
     changes = [*changes, *(f"{key}={json.dumps(value)}" for key, value in asked.items() if value)]
     place = None if checkpoint is None else str(checkpoint)
@@ -110,11 +110,7 @@ def plan(
             note(f"{place if name in TARGETS else name} has a recipe of its own: {meant}")
     loaded = [load_recipe(name, changes, place) for name in names]
     _check_one_checkpoint(loaded, place)
-    model, facts = loaded[0].model, loaded[0].facts()
-    # Published shapes serve where no numbers are needed, unless the model itself is on this machine.
-    if facts is None or revision or Path(model).exists() or not (synthetic or shapes_alone):
-        place = place or model
-    opened = _opened(place, facts, synthetic, shapes_alone, revision, adapter)
+    opened = open_for_recipe(loaded[0], place, synthetic, shapes_alone, revision, adapter)
     for line in opened.notes:
         note(line)
     if not any(change.startswith("context_length=") for change in changes):
@@ -124,7 +120,10 @@ def plan(
         ]
     where = None if out is None else Path(out)
     orders = [Order(recipe, _place(where, recipe.name, len(loaded))) for recipe in loaded]
-    return plan_exports(orders, opened, precision)
+    return [
+        plan_draft(each, lambda recipe: open_for_recipe(recipe, None, synthetic, shapes_alone))
+        for each in plan_exports(orders, opened, precision)
+    ]
 
 
 def export(
@@ -152,7 +151,12 @@ def export(
     if isinstance(plans, str):
         plans = plan(plans)
     with open_pool(workers) as pool:
-        bundles = export_planned(plans, progress, force, note, Fitting(chosen_device(device), note, pool))
+        fitting = Fitting(chosen_device(device), note, pool)
+        for draft in (each.draft for each in plans):
+            if draft:
+                export_planned([draft], progress, force, note, fitting)
+        bundles = export_planned(plans, progress, force, note, fitting)
+    attach_drafts(plans, bundles)
     for bundle in bundles:
         with disk_errors(bundle), held([bundle]):
             said = compile_exported(bundle, compile, progress)
@@ -358,7 +362,7 @@ def made_from(
     named = recipe.model if Path(recipe.model).exists() or not synthetic else None
     if place:
         named = str(place)
-    return _opened(named, recipe.facts(), synthetic, False, revision, adapter)
+    return open_place_or_shapes(named, recipe.facts(), synthetic, False, revision, adapter)
 
 
 def _check_one_checkpoint(recipes: Sequence[Recipe], place: str | None) -> None:
@@ -371,26 +375,6 @@ def _check_one_checkpoint(recipes: Sequence[Recipe], place: str | None) -> None:
     named = [recipe.name for recipe in recipes]
     if len(set(named)) < len(named):
         raise RecipeError(f"a recipe is named twice: {', '.join(named)}")
-
-
-def _opened(
-    place: str | None,
-    facts: Path | None,
-    synthetic: bool,
-    headers_alone: bool,
-    revision: str | None,
-    adapter: str | Path | None,
-) -> Checkpoint:
-    """The checkpoint at `place`, or else random weights of the shapes of the model's facts."""
-    if adapter and synthetic:
-        raise RecipeError("--adapter is merged into a checkpoint's weights, and --synthetic has none: leave one out")
-    if place:
-        return open_checkpoint(
-            place, revision=revision, synthetic=synthetic, headers_alone=headers_alone, adapter=adapter
-        )
-    if facts is None:
-        raise RecipeError("--synthetic needs the shapes: name a folder with a config.json with --checkpoint")
-    return synthetic_checkpoint(facts)
 
 
 def _place(out: Path | None, name: str, count: int) -> Path:

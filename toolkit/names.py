@@ -24,6 +24,9 @@ LENGTHS_PATH: Final = "/model/lengths"
 LAST_POSITION_PATH: Final = "/model/last_position"
 LAST_POSITION_GATHER: Final = f"{LAST_POSITION_PATH}/GatherND"
 LAST_POSITION_UNSQUEEZE: Final = f"{LAST_POSITION_PATH}/Unsqueeze"
+# Where it is computed of which positions beside the last one a graph gives logits, and how many before it.
+LAST_ROWS_PATH: Final = f"{LENGTHS_PATH}/last_rows"
+LAST_ROWS_BEFORE: Final = f"{LAST_ROWS_PATH}/before"
 
 # Stages, and the graph file of each. Context and iterator share the transformer's data file.
 MODEL: Final = "model"
@@ -62,6 +65,8 @@ TOTAL_SEQ_LEN: Final = "total_seq_len"
 # Before a layer's index: its cache on the way into a graph and out of it.
 _PAST: Final = "past_key_values."
 _PRESENT: Final = "present."
+# Before the name of a draft's file.
+_DRAFT: Final = "draft."
 
 
 def stage_file(stage: str) -> str:
@@ -77,6 +82,16 @@ def compiled_file(stage: str) -> str:
 def is_compilers(file: str) -> bool:
     """Whether a bundle's file is a compiler's, made ahead of time from the graphs beside it."""
     return file.endswith((compiled_file(""), ".bin"))
+
+
+def draft_file(name: str) -> str:
+    """Returns the name that a file of a draft's bundle has in the bundle of the model that checks its guesses."""
+    return f"{_DRAFT}{name}"
+
+
+def is_draft(name: str) -> bool:
+    """Whether a bundle's file is of the smaller model that guesses for it."""
+    return name.startswith(_DRAFT)
 
 
 def part_stage(stage: str, part: int, parts: int) -> str:

@@ -122,6 +122,7 @@ class Target:
     that a recipe chooses from where there are several, its default first; `form` is what needs no text. `quantize` and
     `context_length` are what a recipe has that does not say them, and `best` the rules instead at that quality, where
     they differ. `measured_kld` is what `quantize` cost Qwen2.5-Coder-0.5B-Instruct, which thresholds follow from.
+    `speculates` is whether several guessed tokens can be read at once behind those that the cache has.
     """
 
     name: str
@@ -134,6 +135,7 @@ class Target:
     soc: str = ""
     profiles: tuple[Profile, ...] = ()
     best: tuple[dict[str, Any], ...] = ()
+    speculates: bool = False
 
     def defaults(self, quality: object = None) -> dict[str, Any]:
         """What a recipe for this target has at a quality for each key that it does not say; a fresh object each
@@ -282,6 +284,7 @@ TARGETS: Final[dict[str, Target]] = {
         best=_BEST_CPU_RULES,
         measured_kld=_KLD_OF_32,
         profiles=_CPU_PROFILES,
+        speculates=True,
     ),
     "cpu-split": Target(
         name="cpu-split",

@@ -19,16 +19,15 @@ def cache_bytes(bundle: Path, settings: Settings, length: int) -> int:
 
     Raises BundleError for a cache of a dtype that onnxruntime-genai does not have.
     """
-    for stage in settings.stages:
-        path = bundle / stage.filename
-        if not path.is_file():
-            continue
-        inputs = read_interface(path).inputs
-        cache = [value for name, value in inputs.items() if names.is_past(name)]
-        if odd := {value.dtype for value in cache} - _ITEM_BYTES.keys():
-            raise BundleError(f"{path} has a KV cache of {min(odd)}, expected one of {', '.join(_ITEM_BYTES)}")
-        if cache:
-            shapes = [[length if isinstance(d, str) and k == 2 else d for k, d in enumerate(v.shape)] for v in cache]
-            sizes = [math.prod(d for d in shape if isinstance(d, int)) for shape in shapes]
-            return sum(size * _ITEM_BYTES[value.dtype] for size, value in zip(sizes, cache, strict=True))
-    return 0
+    paths = [bundle / stage.filename for stage in settings.stages]
+    return next((nbytes for path in paths if path.is_file() and (nbytes := graph_cache_bytes(path, length))), 0)
+
+
+def graph_cache_bytes(path: Path, length: int) -> int:
+    """Returns the same of one graph."""
+    cache = [value for name, value in read_interface(path).inputs.items() if names.is_past(name)]
+    if odd := {value.dtype for value in cache} - _ITEM_BYTES.keys():
+        raise BundleError(f"{path} has a KV cache of {min(odd)}, expected one of {', '.join(_ITEM_BYTES)}")
+    shapes = [[length if isinstance(d, str) and k == 2 else d for k, d in enumerate(v.shape)] for v in cache]
+    sizes = [math.prod(d for d in shape if isinstance(d, int)) for shape in shapes]
+    return sum(size * _ITEM_BYTES[value.dtype] for size, value in zip(sizes, cache, strict=True))

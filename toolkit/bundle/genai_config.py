@@ -10,6 +10,7 @@ from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.families import FAMILIES
 from toolkit.checkpoint.side_files import Sampling, SideFiles
 from toolkit.errors import UnsupportedError
+from toolkit.speculation import CHUNK_SIZE
 from toolkit.target import CPU_EP, Stage, Target
 
 if TYPE_CHECKING:
@@ -133,11 +134,17 @@ def _chunk_size(config: ModelConfig, context_length: int, graphs: Sequence[Stage
     # 0.16.0 sizes the cache of a pipeline at window + 16 unless a chunk is the whole context.
     if len(graphs) > 1:
         return context_length
-    chunk = graphs[0].stage.chunk_size
+    chunk = CHUNK_SIZE if _has_logits_of_all(graphs[0]) else graphs[0].stage.chunk_size
     if not _Cache(config, graphs).grows:
         return chunk
     # Scores of all heads stand in memory at once.
     return max(min(chunk, _MOST_SCORES // (config.num_attention_heads * context_length)), 1)
+
+
+def _has_logits_of_all(graph: StageGraph) -> bool:
+    """Whether a graph's logits have a row for every position, and onnxruntime-genai a buffer for as many."""
+    logits = next(value for value in graph.model.graph.outputs if value.name == names.LOGITS)
+    return logits.shape is not None and logits.shape[1] != 1
 
 
 def _sampling(given: Sampling, vocab_size: int) -> dict[str, bool | int | float]:

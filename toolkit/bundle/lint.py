@@ -14,6 +14,7 @@ from toolkit import names
 from toolkit.bundle.genai_config import GENAI_TYPES
 from toolkit.bundle.lint_pipeline import lint_pipeline
 from toolkit.bundle.settings import DecoderSettings, GenaiConfig, ModelSettings, config_of, read_genai_config
+from toolkit.bundle.speculative import lint_speculation
 from toolkit.checkpoint.side_files import TEMPLATE_FILE, TOKENIZER_CONFIG_FILE
 from toolkit.errors import BundleError
 from toolkit.files import read_text
@@ -155,6 +156,7 @@ def lint_bundle(bundle: Path) -> list[str]:
         if model.type not in GENAI_TYPES:
             problems.append(f"model.type is {model.type!r}, expected one of {', '.join(GENAI_TYPES)}")
         problems += _unnamed(decoder, graphs[names.MODEL])
+        problems += lint_speculation(bundle, graphs[names.MODEL])
     problems += _named(decoder, list(graphs.values()))
     for graph in graphs.values():
         problems += _shapes(model, graph)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 @click.option("--precision", type=click.Choice(["int4", "fp32"]), default="int4", help="fp32 keeps every weight.")
 @click.option("--quality", type=click.Choice(["fast", "balanced", "best"]), help="What to do for the weights [recipe].")
 @click.option("--calibration", type=click.Path(path_type=Path), help="Text to calibrate on [the recipe's].")
+@click.option("--draft", metavar="PLACE", help="A smaller model that guesses tokens ahead; made beside the bundle.")
 @click.option("--dry-run", is_flag=True, help="Print the plan; write nothing, download no weights.")
 @click.option("--synthetic", is_flag=True, help="Random weights of the recipe's true shapes; nothing is downloaded.")
 @click.option("--no-validate", is_flag=True, help="Skip the comparison with the checkpoint.")
@@ -49,6 +50,7 @@ def export(
     precision: str,
     quality: str | None,
     calibration: Path | None,
+    draft: str | None,
     dry_run: bool,
     synthetic: bool,
     no_validate: bool,
@@ -67,6 +69,7 @@ def export(
     from toolkit import library
     from toolkit.device.chosen import chosen_device
     from toolkit.pipeline.described import described_with_costs
+    from toolkit.pipeline.draft import with_drafts
     from toolkit.progress import progress_line
 
     plans = library.plan(
@@ -81,12 +84,14 @@ def export(
         shapes_alone=dry_run,
         revision=revision,
         adapter=adapter,
+        draft=draft,
         note=print_note,
     )
     compiles, wanted = not no_compile, None if no_validate or synthetic else effort_of(effort)
-    described = described_with_costs(plans, wanted, compiles, chosen_device(device))
+    made = with_drafts(plans)
+    described = described_with_costs(made, wanted, compiles, chosen_device(device))
     if dry_run:
-        _print_dry_run(plans, described, as_json)
+        _print_dry_run(made, described, as_json)
         return
     print_costs(described)
     with progress_line() as progress:

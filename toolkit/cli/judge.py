@@ -10,7 +10,7 @@ import click
 
 from toolkit.cli.effort import effort_of, effort_options
 from toolkit.cli.options import ADAPTER, AS_JSON, BUNDLE, DEVICE, ON_CPU, REVISION
-from toolkit.cli.printing import one_document, print_note, print_problems, print_verdict
+from toolkit.cli.printing import one_document, print_note, print_problems, print_verdict, said_of_guesses
 
 if TYPE_CHECKING:
     from toolkit.checkpoint.opened import Checkpoint
@@ -133,6 +133,8 @@ def bench(bundle: Path, prompt_tokens: int, new_tokens: int, repeat: int, on_cpu
         f"first token {speed.ttft_s:.3f} s, load {speed.load_s:.2f} s, "
         f"peak RSS {speed.peak_rss_bytes / 2**20:.0f} MiB, {repeat} runs"
     )
+    if speed.speculation:
+        click.echo(said_of_guesses(speed.speculation))
 
 
 @click.command(context_settings={"ignore_unknown_options": True, "help_option_names": ["--help"]})

@@ -16,7 +16,7 @@ from toolkit.typed_json import to_json
 if TYPE_CHECKING:
     from toolkit.pipeline.described import DescribedPlan, PlannedCalibration
     from toolkit.pipeline.forecast import Phase
-    from toolkit.report.sections import BaselineTaskRow, Check, Report, TaskRow
+    from toolkit.report.sections import BaselineTaskRow, Check, Report, Speculated, TaskRow
 
 
 def print_problems(problems: list[str], all_well: str, as_json: bool) -> None:
@@ -149,6 +149,8 @@ def print_verdict(bundle: Path, report: Report) -> None:
     if speed := report.speed:
         prefill, decode = speed.prefill_tokens_per_s, speed.decode_tokens_per_s
         click.echo(f"speed: {prefill:.0f} prefill, {decode:.1f} decode tokens/s, {speed.threads} threads")
+        if speed.speculation:
+            click.echo(said_of_guesses(speed.speculation))
     _print_notes(report)
     for check in report.verdict.checks if report.verdict else ():
         _print_check(check)
@@ -178,6 +180,14 @@ def _print_task(task: TaskRow, name: str, plain: BaselineTaskRow | None) -> None
         share = f", checkpoint {theirs.truncated:.1%}" if theirs else ""
         limit = f"at {task.max_new_tokens} tokens (--max-new-tokens) or the context's end"
         click.echo(f"{name}, cut {limit}: {task.truncated:.1%}{share}")
+
+
+def said_of_guesses(guessed: Speculated) -> str:
+    """One line: what guessed, how much of it was right, and what that gave."""
+    return (
+        f"{guessed.method} speculation: {guessed.acceptance_rate:.0%} of guesses right, "
+        f"{guessed.tokens_per_run:.2f} tokens a run"
+    )
 
 
 def print_note(line: str) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from toolkit.cli.options import AS_JSON, BUNDLE, ON_CPU
+from toolkit.cli.printing import said_of_guesses
 
 if TYPE_CHECKING:
     from toolkit.evaluate.conversation import Answer, Conversation
@@ -33,8 +34,7 @@ def generate(bundle: Path, prompt: str, max_new_tokens: int, on_cpu: bool, as_js
     answer = conversation.answer
     figures = {key: value for key, value in asdict(answer).items() if key not in ("thought", "text")}
     document = {"prompt": prompt, "text": text, "thinking": answer.thought, "answer": answer.text, **figures}
-    if answer.decode_tokens_per_s is None:
-        del document["decode_tokens_per_s"]
+    document = {key: value for key, value in document.items() if value is not None}
     click.echo(json.dumps(document, indent=2, ensure_ascii=False))
 
 
@@ -68,4 +68,6 @@ def _say(conversation: Conversation, question: str) -> Answer:
         full = answer.new_tokens < conversation.max_new_tokens
         by = f"the end of the bundle's context of {conversation.context_length} tokens" if full else "--max-new-tokens"
         click.echo(f"note: cut after {answer.new_tokens} tokens, by {by}", err=True)
+    if answer.speculation:
+        click.echo(f"note: {said_of_guesses(answer.speculation)}", err=True)
     return answer

@@ -9,6 +9,7 @@ from typing import cast
 
 from toolkit.evaluate.text_model import TextModel, TextOptions, Written
 from toolkit.evaluate.thought import Piece
+from toolkit.report.sections import Speculated
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,8 @@ class Answer:
 
     `finish_reason` is `stop` where the model ended it, `length` where `max_new_tokens` or the context did. `new_tokens`
     counts thought, markers and the stop token. `ttft_s` is the time to the first token, `decode_tokens_per_s` the speed
-    of those after it, None where there is no second.
+    of those after it, None where there is no second. `speculation` is what came of guessing tokens ahead, None where
+    nothing guesses.
     """
 
     thought: str
@@ -27,6 +29,7 @@ class Answer:
     new_tokens: int
     ttft_s: float
     decode_tokens_per_s: float | None
+    speculation: Speculated | None = None
 
 
 class Conversation:
@@ -78,6 +81,7 @@ class Conversation:
             new_tokens=written.new_tokens,
             ttft_s=written.ttft_s,
             decode_tokens_per_s=(written.new_tokens - 1) / written.decode_s if written.decode_s > 0 else None,
+            speculation=written.speculation,
         )
         if written.ended_itself:
             self._messages = [*messages, {"role": "assistant", "content": self._answer.text}]

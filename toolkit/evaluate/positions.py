@@ -22,6 +22,8 @@ from toolkit.errors import BundleError
 
 _NUMPY: Final[dict[str, type[np.floating[Any]]]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 _KINDS: Final = (names.CONTEXT, names.ITERATOR)
+# As many positions before the last as no text has.
+_ALL_BEFORE: Final = np.array([1 << 31], np.int64)
 _Values = dict[str, NDArray[Any]]
 
 
@@ -222,6 +224,9 @@ def _graph(bundle: Path, stage: str, exact: bool) -> onnx.ModelProto:
     nodes = {node.name: node for node in model.graph.node}
     if names.LAST_POSITION_GATHER in nodes:
         _bypass_gather(model, nodes)
+    for initializer in model.graph.initializer:
+        if initializer.name == names.LAST_ROWS_BEFORE:
+            initializer.CopyFrom(onnx.numpy_helper.from_array(_ALL_BEFORE, initializer.name))
     for node in model.graph.node:
         for attribute in node.attribute:
             if exact and attribute.name == "accuracy_level":

@@ -14,10 +14,12 @@ import numpy as np
 import numpy.typing as npt
 
 from toolkit import names
-from toolkit.bundle.cache import cache_bytes
+from toolkit.bundle.cache import cache_bytes, graph_cache_bytes
 from toolkit.bundle.settings import Settings, read_settings
+from toolkit.bundle.speculative import draft_graph, read_speculation, speculation_of
 from toolkit.bundle.stage_files import uncompiled_settings
 from toolkit.errors import BundleError, MachineError, UnsupportedError
+from toolkit.evaluate.guesses import can_speculate, speculating_config
 from toolkit.evaluate.linked import linked_copy
 from toolkit.evaluate.providers import make_known_to_genai, missing_provider, provider_is_here
 from toolkit.machine import free_memory_bytes
@@ -28,7 +30,7 @@ class OpenModel:
     """The onnxruntime_genai module, the bundle's Model, its settings, and the seconds it took to load.
 
     `token_bytes` is what a token takes of the cache. `folder` holds the files of a model opened on the CPU for as long
-    as it is used.
+    as it is used. `speculation` is what guesses tokens ahead, None where nothing does.
     """
 
     og: Any
@@ -37,6 +39,7 @@ class OpenModel:
     load_s: float
     token_bytes: int
     folder: tempfile.TemporaryDirectory[str] | None
+    speculation: str | None = None
 
     def longest(self) -> int:
         """Returns how many tokens a request may have that sets no limit: the context, or what half of the free memory
@@ -128,7 +131,10 @@ def open_model(bundle: Path, on_cpu: bool = False) -> OpenModel:
     except ImportError:
         raise MachineError("onnxruntime-genai is not installed: pip install onnxruntime-genai") from None
     settings = read_settings(bundle)
+    guessing = read_speculation(bundle, on_cpu) if can_speculate(og) else None
     cache = cache_bytes(bundle, settings, settings.max_length)
+    if draft := draft_graph(guessing):
+        cache += graph_cache_bytes(bundle / draft, settings.max_length)
     _check_cache(settings.max_length, cache)
     folder = None
     if on_cpu and settings.providers():
@@ -137,10 +143,12 @@ def open_model(bundle: Path, on_cpu: bool = False) -> OpenModel:
         raise MachineError(missing_provider(missing[0]))
     start = time.perf_counter()
     try:
-        model = og.Model(folder.name if folder else str(bundle))
+        place = folder.name if folder else str(bundle)
+        model = og.Model(place if guessing is None else speculating_config(og, place, guessing))
     except Exception as problem:  # whatever the runtime throws
         raise BundleError(f"onnxruntime-genai cannot open {bundle}: {_first_line(problem)}") from None
-    return OpenModel(og, model, settings, time.perf_counter() - start, cache // settings.max_length, folder)
+    load_s, token_bytes = time.perf_counter() - start, cache // settings.max_length
+    return OpenModel(og, model, settings, load_s, token_bytes, folder, speculation_of(guessing))
 
 
 def continuations(bundle: Path, prompts: list[list[int]], new_tokens: int, on_cpu: bool = False) -> list[list[int]]:

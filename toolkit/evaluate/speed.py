@@ -12,6 +12,7 @@ from typing import Final
 from toolkit.apart import ChildFailed, answer, run_apart
 from toolkit.bundle.settings import Settings
 from toolkit.errors import BundleError
+from toolkit.evaluate.guesses import Guesses, guesses_of
 from toolkit.evaluate.session import OpenModel, open_model, running
 from toolkit.machine import peak_rss_bytes, physical_cores
 from toolkit.report.sections import Speed, SpeedRun
@@ -43,7 +44,8 @@ def _check_room(settings: Settings, prompt_tokens: int, new_tokens: int, repeat:
 def _speed(opened: OpenModel, prompt_tokens: int, new_tokens: int, repeat: int) -> Speed:
     """The medians over `repeat` runs of a model that has run before."""
     prompt = _prompt(opened, prompt_tokens)
-    runs = [run_once(opened, prompt, new_tokens, new_tokens) for _ in range(repeat)]
+    timed = [_timed(opened, prompt, new_tokens, new_tokens) for _ in range(repeat)]
+    runs, guessed = [run for run, _ in timed], [guesses for _, guesses in timed if guesses]
     return Speed(
         runtime="onnxruntime-genai",
         threads=_threads(opened.settings),
@@ -54,6 +56,7 @@ def _speed(opened: OpenModel, prompt_tokens: int, new_tokens: int, repeat: int) 
         decode_tokens_per_s=statistics.median(run.decode_tokens_per_s for run in runs),
         peak_rss_bytes=peak_rss_bytes(),
         runs=tuple(runs),
+        speculation=sum(guessed, Guesses()).described(opened.speculation) if opened.speculation else None,
     )
 
 
@@ -65,6 +68,13 @@ def _prompt(opened: OpenModel, prompt_tokens: int) -> list[int]:
 def run_once(opened: OpenModel, prompt: Sequence[int], new_tokens: int, count: int) -> SpeedRun:
     """Times a prompt and the first `count` of the new tokens that there is room for. The first token is waited for
     from before its generator is made, which allocates the cache."""
+    return _timed(opened, prompt, new_tokens, count)[0]
+
+
+def _timed(
+    opened: OpenModel, prompt: Sequence[int], new_tokens: int, count: int
+) -> tuple[SpeedRun, Guesses | None]:
+    """The same with what came of the guesses, where something guesses."""
     og = opened.og
     length = opened.settings.length_for(len(prompt), new_tokens)
     with running():
@@ -80,7 +90,8 @@ def run_once(opened: OpenModel, prompt: Sequence[int], new_tokens: int, count: i
         for _ in range(count - 1):
             generator.generate_next_token()
     decode_s = time.perf_counter() - first
-    return SpeedRun(first - start, len(prompt) / (prefilled - made), (count - 1) / decode_s)
+    run = SpeedRun(first - start, len(prompt) / (prefilled - made), (count - 1) / decode_s)
+    return run, guesses_of(generator, count) if opened.speculation else None
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,11 @@ from toolkit import names
 from toolkit.errors import BundleError
 from toolkit.evaluate.chat_prompt import ChatTemplate
 from toolkit.evaluate.grammar import whole_grammar
+from toolkit.evaluate.guesses import guesses_of
 from toolkit.evaluate.session import open_model
 from toolkit.evaluate.stop_strings import StopStrings
 from toolkit.evaluate.thought import Piece, ScoredToken, ThoughtSplitter
+from toolkit.report.sections import Speculated
 from toolkit.typed_json import field_kinds
 
 
@@ -63,6 +65,7 @@ class Written:
 
     `ended_itself` is whether the model's own stop token did. `new_tokens` counts thought, markers and the stop token,
     `thought_tokens` those of the thought alone. `ttft_s` is the time to the first token, `decode_s` the time after it.
+    `speculation` is what came of guessing tokens ahead, None where nothing guesses.
     """
 
     finish_reason: str
@@ -72,6 +75,7 @@ class Written:
     thought_tokens: int
     ttft_s: float
     decode_s: float
+    speculation: Speculated | None = None
 
 
 class TextModel:
@@ -104,7 +108,8 @@ class TextModel:
         pieces = _Pieces(prompt, options)
         new_tokens = options.max_new_tokens or max(1, self._opened.longest() - len(ids))
         times, last = [begun], -1
-        for last, scored in self._tokens(ids, prompt, new_tokens, options):
+        generator = self._begun(ids, prompt, new_tokens, options)
+        for last, scored in self._tokens(generator, new_tokens, options):
             times = [*times[:2], time.perf_counter()]
             yield from pieces.add("" if last in self._stop_ids else self._stream.decode(last), scored)
             if pieces.is_stopped:
@@ -119,21 +124,30 @@ class TextModel:
             thought_tokens=pieces.thought_tokens,
             ttft_s=first - begun,
             decode_s=times[-1] - first,
+            speculation=self._guessed(generator, pieces.tokens),
         )
+
+    def _guessed(self, generator: Any, tokens: int) -> Speculated | None:
+        """What came of the guesses of a text that is written."""
+        method = self._opened.speculation
+        return guesses_of(generator, tokens).described(method) if method else None
 
     @property
     def _stop_ids(self) -> tuple[int, ...]:
         return self.settings.eos_token_ids
 
-    def _tokens(
-        self, ids: Any, prompt: str, new_tokens: int, options: TextOptions
-    ) -> Iterator[tuple[int, ScoredToken | None]]:
-        """Each token as it is chosen, with its log-probability where that is asked for."""
-        self._stream = self._tokenizer.create_stream()
+    def _begun(self, ids: Any, prompt: str, new_tokens: int, options: TextOptions) -> Any:
+        """A generator that has read the prompt, held to the grammar that is asked for."""
         grammar = None
         if options.grammar is not None:
             grammar = whole_grammar(prompt, options.grammar) if options.splits_thought else f"start: {options.grammar}"
-        generator = self._opened.generator(ids, new_tokens, grammar=grammar, **options.search.given())
+        return self._opened.generator(ids, new_tokens, grammar=grammar, **options.search.given())
+
+    def _tokens(
+        self, generator: Any, new_tokens: int, options: TextOptions
+    ) -> Iterator[tuple[int, ScoredToken | None]]:
+        """Each token as it is chosen, with its log-probability where that is asked for."""
+        self._stream = self._tokenizer.create_stream()
         for token, logits in self._opened.steps(generator, new_tokens, options.alternatives is not None):
             yield token, None if logits is None else self._scored(token, logits, options.alternatives or 0)
 

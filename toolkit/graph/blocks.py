@@ -37,6 +37,8 @@ from toolkit.quant.ranges import HEADROOM, ActivationRange
 from toolkit.target import CPU_FORM, Form
 
 _SIGMOID: Final = ActivationRange(0.0, 1.0 / HEADROOM)
+# Beyond any position, as Slice wants it.
+_END: Final = (1 << 63) - 1
 
 
 @dataclass(frozen=True)
@@ -196,13 +198,35 @@ def _output_norm(build: GraphBuilder, config: ModelConfig, half: Sublayer, x: ir
 
 
 def lm_head(build: GraphBuilder, config: ModelConfig, hidden: ir.Value, index: ir.Value) -> ir.Value:
-    """[B, S, D] to logits [B, 1, V] at each row's position `index` int64 [B, 1]; float32, as the CPU is fastest."""
+    """[B, S, D] to logits [B, 1, V] at each row's position `index` int64 [B, 1]."""
     (row,) = build.op(names.LAST_POSITION_GATHER, [hidden, index], {"batch_dims": 1})
     axis = build.constant(f"{names.LAST_POSITION_PATH}/axis", np.array([1], np.int64))
     (last,) = build.op(names.LAST_POSITION_UNSQUEEZE, [row, axis])
+    return _logits(build, config, last)
+
+
+def last_rows(build: GraphBuilder, config: ModelConfig, hidden: ir.Value, index: ir.Value, rows: int) -> ir.Value:
+    """[B, S, D] to logits [B, S, V] as float32, which are zeros but for the last `rows` positions up to `index`.
+
+    onnxruntime-genai checks guesses in a buffer of every position's logits; of a batch of unequal lengths there are as
+    many more rows as reach every row's last position.
+    """
+    zero, one, end = (build.constant(f"{names.LAST_ROWS_PATH}/{k}", np.array([k], np.int64)) for k in (0, 1, _END))
+    (first,) = build.op(f"{names.LAST_ROWS_PATH}/ReduceMin", [index, zero], {"keepdims": 0})
+    before = build.constant(names.LAST_ROWS_BEFORE, np.array([rows - 1], np.int64))
+    (begin,) = build.op(f"{names.LAST_ROWS_PATH}/Sub", [first, before])
+    (start,) = build.op(f"{names.LAST_ROWS_PATH}/Max", [begin, zero])
+    others = build.constant(f"{names.LAST_ROWS_PATH}/others", np.zeros(4, np.int64))
+    (pads,) = build.op(f"{names.LAST_ROWS_PATH}/Concat", [zero, start, others], {"axis": 0})
+    (kept,) = build.op("/model/last_rows/Slice", [hidden, start, end, one])
+    return build.op("/lm_head/Pad", [_logits(build, config, kept), pads])[0]
+
+
+def _logits(build: GraphBuilder, config: ModelConfig, hidden: ir.Value) -> ir.Value:
+    """The LM head over hidden states; float32, as the CPU is fastest."""
     if build.dtype != ir.DataType.FLOAT:
-        last = build.cast("/lm_head/Cast", last, ir.DataType.FLOAT)
-    return build.linear("/lm_head", last, decoder_of(config).head.module, form=CPU_FORM)
+        hidden = build.cast("/lm_head/Cast", hidden, ir.DataType.FLOAT)
+    return build.linear("/lm_head", hidden, decoder_of(config).head.module, form=CPU_FORM)
 
 
 def _path(module: str) -> str:

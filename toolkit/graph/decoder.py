@@ -8,15 +8,15 @@ import onnx_ir as ir
 from toolkit import names
 from toolkit.checkpoint.config import ModelConfig
 from toolkit.graph.attention import Lengths
-from toolkit.graph.blocks import CacheShape, embedding, layers, lm_head
+from toolkit.graph.blocks import CacheShape, embedding, last_rows, layers, lm_head
 from toolkit.graph.builder import GraphBuilder, declare, value
 from toolkit.graph.layout import Layout
 from toolkit.target import Form
 
 
-def build_decoder(config: ModelConfig, layout: Layout, form: Form, context_length: int) -> ir.Model:
+def build_decoder(config: ModelConfig, layout: Layout, form: Form, context_length: int, rows: int = 1) -> ir.Model:
     """input_ids, attention_mask, position_ids where RoPE needs them, and the KV cache in; logits of each
-    row's last position [B, 1, V] and the cache out.
+    row's last position [B, 1, V] and the cache out. More `rows` are logits of as many last positions, in [B, S, V].
 
     Raises UnsupportedError for what GroupQueryAttention cannot do.
     """
@@ -30,8 +30,9 @@ def build_decoder(config: ModelConfig, layout: Layout, form: Form, context_lengt
     lengths = Lengths(seqlens, total, positions, tokens, queries, mask)
     cache = CacheShape("batch", "past_sequence", "total_sequence")
     hidden, past, present = layers(build, config, context_length, embedding(build, ids), lengths, cache)
-    logits = lm_head(build, config, hidden, index)
-    declare(logits, names.LOGITS, ir.DataType.FLOAT, ("batch", 1, config.vocab_size))
+    logits = lm_head(build, config, hidden, index) if rows == 1 else last_rows(build, config, hidden, index, rows)
+    width = config.vocab_size
+    declare(logits, names.LOGITS, ir.DataType.FLOAT, ("batch", 1 if rows == 1 else "sequence", width))
     given = [ids, mask] if positions is None else [ids, mask, positions]
     return build.model("decoder", [*given, *past], [logits, *present])
 

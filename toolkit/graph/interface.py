@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -104,6 +105,23 @@ def constant_values(tensor: ir.TensorProtocol, folder: Path) -> NDArray[Any]:
         levels = np.stack([content & 15, content >> 4], axis=-1).reshape(-1)[: tensor.size]
         return np.asarray((levels ^ np.uint8(8)).view(np.int8) - np.int8(8)).reshape(tensor.shape.numpy())
     return content.view(tensor.dtype.numpy()).reshape(tensor.shape.numpy())
+
+
+def save_with_data_at(graph: Path, place: Path, renamed: Callable[[str], str]) -> None:
+    """Writes a graph to `place`, where the data files it was made beside have other names. Raises BundleError if the
+    file is not an ONNX graph."""
+    model = load_graph(graph)
+    for value in model.graph.initializers.values():
+        if isinstance(tensor := value.const_value, ir.ExternalTensor):
+            value.const_value = ir.ExternalTensor(
+                renamed(str(tensor.location)),
+                tensor.offset,
+                tensor.length,
+                tensor.dtype,
+                shape=tensor.shape,
+                name=str(value.name),
+            )
+    ir.save(model, place)
 
 
 def load_graph(path: Path) -> ir.Model:

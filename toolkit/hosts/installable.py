@@ -13,6 +13,7 @@ from toolkit.bundle.lint import lint_bundle
 from toolkit.bundle.manifest import Manifest, read_manifest
 from toolkit.bundle.reasoning import Reasoning, read_reasoning
 from toolkit.bundle.settings import Settings, read_settings
+from toolkit.bundle.speculative import SPECULATION_FILE
 from toolkit.bundle.template_jinja import compile_template, render
 from toolkit.errors import BundleError, CheckpointError
 from toolkit.target import CPU_EP, TARGETS, Target
@@ -29,7 +30,13 @@ PROVIDER_NAMES: Final = {
     "WebGpuExecutionProvider": "webgpu-gpu",
 }
 # A folder with a manifest.json was a model package to some builds of onnxruntime-genai, and reports are the maker's.
-_OURS: Final = (names.MANIFEST_FILE, names.REPORT_FILE, names.REPORT_PAGE_FILE, names.COMPILE_LOG_FILE)
+_OURS: Final = (
+    names.MANIFEST_FILE,
+    names.REPORT_FILE,
+    names.REPORT_PAGE_FILE,
+    names.COMPILE_LOG_FILE,
+    SPECULATION_FILE,
+)
 
 
 @dataclass(frozen=True)
@@ -107,7 +114,8 @@ def _needed(manifest: Manifest, settings: Settings) -> tuple[str, ...]:
     """The files that a device needs: of a compiled bundle not the graphs that were compiled, nor their weights."""
     run = {stage.filename for stage in settings.stages}
     spare = {names.TRANSFORMER_DATA_FILE} if manifest.compiled else set()
-    listed = [Path(entry.name).name for entry in manifest.files]
+    # Hosts read genai_config.json alone: what guesses for the model would lie there idle.
+    listed = [name for entry in manifest.files if not names.is_draft(name := Path(entry.name).name)]
     return tuple(
         name for name in listed if name not in (*_OURS, *spare) and (not name.endswith(".onnx") or name in run)
     )

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from toolkit import names
 from toolkit.bundle.genai_config import genai_config, pad_token_id
 from toolkit.bundle.manifest import CalibratedOn, Manifest, begin_manifest, write_manifest
+from toolkit.bundle.speculative import SPECULATION_FILE, speculation_settings
 from toolkit.checkpoint.opened import Checkpoint
 from toolkit.device.fitting import ON_NUMPY, Fitting
 from toolkit.evaluate.opens import open_apart
@@ -44,6 +45,7 @@ from toolkit.report.sections import CalibrationOutcome, Conversion, KvCache, Not
 from toolkit.report.summary import begin_report, write_report
 from toolkit.report.weights import ceiling_section, partition_section, quantization_section
 from toolkit.soc import SOCS
+from toolkit.speculation import NGRAM
 from toolkit.typed_json import to_json
 
 
@@ -261,9 +263,12 @@ def _finish(
         config, length = plan.checkpoint.config, plan.recipe.context_length
         settings = genai_config(config, plan.checkpoint.side, stop_ids, length, graphs)
         write_json(partial / names.GENAI_CONFIG_FILE, settings)
+        guessing = [SPECULATION_FILE] if plan.recipe.speculation == NGRAM else []
+        for name in guessing:
+            write_json(partial / name, speculation_settings(NGRAM))
     with clock.step("hash", steps):
         graph_files = [graph.stage.file for graph in graphs]
-        made = [*graph_files, *packed.sha256, names.GENAI_CONFIG_FILE, *tokenizer_files]
+        made = [*graph_files, *packed.sha256, names.GENAI_CONFIG_FILE, *guessing, *tokenizer_files]
         described = replace(begun.manifest, changed=tokenizer.changed)
         manifest = write_manifest(partial, described, plan.checkpoint, made, packed.sha256)
     with clock.step("open", steps):

@@ -18,7 +18,7 @@ from toolkit.checkpoint.opened import Checkpoint
 from toolkit.checkpoint.padded_heads import pad_heads
 from toolkit.checkpoint.rotated import can_rotate, rotate, salient_inputs
 from toolkit.checkpoint.weights import parameter_count
-from toolkit.errors import MachineError, RecipeError
+from toolkit.errors import MachineError, RecipeError, UnsupportedError
 from toolkit.graph.attention import HEAD_DIM_MULTIPLE
 from toolkit.graph.blocks import check_layers
 from toolkit.graph.latent_cache import cached_numbers, check_latent_cache
@@ -39,6 +39,7 @@ from toolkit.pipeline.tokenizer import TokenizerFiles, plan_tokenizer
 from toolkit.quant.formats import check_rules
 from toolkit.recipe import Recipe
 from toolkit.soc import SOCS
+from toolkit.speculation import NONE
 from toolkit.target import TARGETS, Target
 from toolkit.thresholds import resolved
 
@@ -67,7 +68,8 @@ class ExportPlan:
     and `salient_inputs` has what rounding without data spoils in it. `peak_memory_bytes` is a forecast, of which
     the report has the measured figure, and `compile_memory_bytes` one of compiling a part, 0 where that is no step.
     `kv_cache_bytes` is a cache of the whole context, `opened_cache_bytes` that of a request which does not say how
-    long it will be. `tokenizer` is None where the checkpoint has none, which an export refuses.
+    long it will be. `tokenizer` is None where the checkpoint has none, which an export refuses. `draft` is the plan of
+    the smaller model that guesses for this one, where one does.
     """
 
     recipe: Recipe
@@ -88,6 +90,7 @@ class ExportPlan:
     stop_tokens: tuple[StopToken, ...]
     disk_needed_bytes: int
     disk_free_bytes: int
+    draft: ExportPlan | None = None
 
     @property
     def opened_cache_bytes(self) -> int:
@@ -113,6 +116,7 @@ def plan_export(recipe: Recipe, checkpoint: Checkpoint, out: Path, precision: st
     opened, checkpoint = checkpoint, pad_heads(rotate(checkpoint) if recipe.rotate else checkpoint, HEAD_DIM_MULTIPLE)
     config = checkpoint.config
     _check_target(target, config, recipe.context_length)
+    _check_speculation(recipe, opened)
     layout = _layout(config, target, recipe if precision == "int4" else None)
     check_latent_cache(target.form, config, layout)
     layers = layer_bytes(layout, config.num_hidden_layers)
@@ -201,6 +205,23 @@ def _check_target(target: Target, config: ModelConfig, context_length: int) -> N
     check_experts(target, config)
     check_switch(target, config, context_length)
     check_layers(target.form, config, context_length)
+
+
+def _check_speculation(recipe: Recipe, checkpoint: Checkpoint) -> None:
+    """Raises UnsupportedError for a model whose text cannot be taken back, as wrong guesses are, or is sampled in a way
+    that is not checked several tokens at once."""
+    if recipe.speculation == NONE:
+        return
+    leave = "leave speculation out"
+    if (switch := checkpoint.config.rope.switch(recipe.context_length)) is not None:
+        raise UnsupportedError(
+            f"{checkpoint.config.model_type} reads a text anew at {switch} tokens (LongRoPE), and guesses cannot be "
+            f"taken back across that: {leave}, or set context_length={switch}"
+        )
+    if checkpoint.side.generation.sampling.no_repeat_ngram_size:
+        raise UnsupportedError(
+            f"generation_config.json sets no_repeat_ngram_size, with which onnxruntime-genai guesses nothing: {leave}"
+        )
 
 
 def _with_parts(recipe: Recipe, target: Target, layers: list[int]) -> Recipe:

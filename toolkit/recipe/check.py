@@ -12,6 +12,7 @@ from toolkit.quality import QUALITIES
 from toolkit.recipe.recipe import QuantRule, Recipe
 from toolkit.recipe.words import nearest
 from toolkit.soc import SOCS
+from toolkit.speculation import DRAFT, NONE, SPECULATIONS
 from toolkit.target import TARGETS
 
 RULE_ALGORITHMS: Final = (AUTO, *ALGORITHMS)
@@ -78,6 +79,7 @@ def check_recipe(recipe: Recipe, where: str) -> None:
     _check_calibration(recipe, where)
     _check_parts(recipe, where)
     _check_profile(recipe, where)
+    _check_speculation(recipe, where)
     if not isinstance(recipe.baseline, bool):
         raise RecipeError(f"{where}: baseline is {recipe.baseline!r}, expected true or false")
     _check_thresholds(recipe.validate, where)
@@ -156,3 +158,28 @@ def _check_profile(recipe: Recipe, where: str) -> None:
         have = f"has {named}" if known else "has one form alone: leave profile out"
         hint = nearest(str(recipe.profile), known)
         raise RecipeError(f"{where}: profile is {recipe.profile!r}{hint}, and target {recipe.target} {have}")
+
+
+def _check_speculation(recipe: Recipe, where: str) -> None:
+    """Guesses are checked in one graph with a cache of heads, and a draft is named where one guesses."""
+    word, draft, target = recipe.speculation, recipe.draft, TARGETS[recipe.target]
+    if not isinstance(word, str) or word not in SPECULATIONS:
+        hint, known = nearest(str(word), list(SPECULATIONS)), " or ".join(SPECULATIONS)
+        raise RecipeError(f"{where}: speculation {word!r:.60} is unknown{hint}, expected {known}")
+    if not isinstance(draft, str) or bool(draft) != (word == DRAFT):
+        have = "needs a smaller model of the same tokenizer" if word == DRAFT else f"has no use for one: {DRAFT} has"
+        raise RecipeError(f"{where}: draft is {draft!r:.60}, and speculation {word} {have}")
+    if word == NONE:
+        return
+    if not target.speculates:
+        able = " or ".join(name for name, other in TARGETS.items() if other.speculates)
+        why = "is a pipeline" if target.partitioned else "reads several tokens as a prompt of their own"
+        raise RecipeError(
+            f"{where}: speculation is {word}, and target {target.name} {why}, where guesses cannot be checked: leave "
+            f"speculation out, or take {able}"
+        )
+    if target.in_profile(recipe.profile).form.latent_cache:
+        raise RecipeError(
+            f"{where}: speculation is {word}, and a cache of latents is copied at every token, guessed ones too: leave "
+            f"speculation or profile {recipe.profile} out"
+        )

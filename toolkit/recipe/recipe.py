@@ -11,6 +11,7 @@ from toolkit.algorithms import ALGORITHMS, AUTO, Algorithm
 from toolkit.errors import RecipeError
 from toolkit.quality import QUALITIES
 from toolkit.recipe.tree import model_facts
+from toolkit.speculation import NONE
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Recipe:
     where the profile asks for it, or salient channels meet rounding without data.
     `activation_percentile` is how many of the text's tokens, in percent, the ranges of uint16 activations hold whole.
     `bits_per_weight` is a budget that is spent where it helps most, 0 to keep every rule's bits.
+    `speculation` is a row of SPECULATIONS, and `draft` the smaller model that guesses, named as a checkpoint is.
     """
 
     name: str
@@ -80,6 +82,8 @@ class Recipe:
     rotate: bool | None = None
     activation_percentile: float = 100
     bits_per_weight: float = 0
+    speculation: str = NONE
+    draft: str = ""
 
     @property
     def calibrated(self) -> bool:

@@ -302,8 +302,17 @@ class SpeedRun:
 
 
 @dataclass(frozen=True)
+class Speculated:
+    """What guessing ahead came to: `ngram` or `draft`, the share of guesses that were right, and tokens written a run."""
+
+    method: str
+    acceptance_rate: float
+    tokens_per_run: float
+
+
+@dataclass(frozen=True)
 class Speed:
-    """Medians over a few runs through onnxruntime-genai, after one that is not counted."""
+    """Medians over a few runs through onnxruntime-genai, after one that is not counted; the guesses are of them all."""
 
     runtime: str
     threads: int
@@ -314,6 +323,7 @@ class Speed:
     decode_tokens_per_s: float
     peak_rss_bytes: int
     runs: tuple[SpeedRun, ...]
+    speculation: Speculated | None = None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,59 @@
+"""Which checkpoint an export reads: the one that is named, the recipe's own, or random weights of a model's shapes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from toolkit.checkpoint.adapter import merge_adapter
+from toolkit.checkpoint.download import resolve_checkpoint
+from toolkit.checkpoint.opened import Checkpoint, open_checkpoint, synthetic_checkpoint
+from toolkit.checkpoint.remote import open_headers
+from toolkit.errors import RecipeError
+from toolkit.recipe import Recipe
+
+
+def open_place(
+    place: str, synthetic: bool, headers_alone: bool, revision: str | None, adapter: str | Path | None
+) -> Checkpoint:
+    """The checkpoint in a folder, of an embedded model, or of a hub id, whose weights stay there if its headers alone
+    are wanted."""
+    if headers_alone and not synthetic:
+        opened = open_headers(place, revision)
+    else:
+        folder = resolve_checkpoint(place, revision, weights=not synthetic)
+        opened = synthetic_checkpoint(folder) if synthetic else open_checkpoint(folder)
+    return merge_adapter(opened, Path(adapter)) if adapter else opened
+
+
+def open_for_recipe(
+    recipe: Recipe,
+    place: str | None,
+    synthetic: bool,
+    shapes_alone: bool,
+    revision: str | None = None,
+    adapter: str | Path | None = None,
+) -> Checkpoint:
+    """The checkpoint at `place`, or else the recipe's own: its published shapes where no numbers are needed, unless the
+    model itself is on this machine."""
+    facts, model = recipe.facts(), recipe.model
+    if facts is None or revision or Path(model).exists() or not (synthetic or shapes_alone):
+        place = place or model
+    return open_place_or_shapes(place, facts, synthetic, shapes_alone, revision, adapter)
+
+
+def open_place_or_shapes(
+    place: str | None,
+    facts: Path | None,
+    synthetic: bool,
+    headers_alone: bool,
+    revision: str | None,
+    adapter: str | Path | None,
+) -> Checkpoint:
+    """The checkpoint at `place`, or else random weights of the shapes of the model's facts."""
+    if adapter and synthetic:
+        raise RecipeError("--adapter is merged into a checkpoint's weights, and --synthetic has none: leave one out")
+    if place:
+        return open_place(place, synthetic, headers_alone, revision, adapter)
+    if facts is None:
+        raise RecipeError("--synthetic needs the shapes: name a folder with a config.json with --checkpoint")
+    return synthetic_checkpoint(facts)
