@@ -16,7 +16,9 @@ from toolkit.soc import SOCS
 from toolkit.typed_json import to_json
 
 if TYPE_CHECKING:
+    from toolkit.checkpoint.opened import Checkpoint
     from toolkit.pipeline.described import DescribedPlan
+    from toolkit.pipeline.judge import Effort
     from toolkit.pipeline.plan import ExportPlan
 
 
@@ -98,12 +100,17 @@ def export(
         bundles = library.export(
             plans, compile=compiles, force=force, device=device, workers=workers, progress=progress, note=print_note
         )
+    _print_made(bundles, plans[0].opened, wanted, as_json, device)
+
+
+def _print_made(bundles: list[Path], checkpoint: Checkpoint, wanted: Effort | None, as_json: bool, device: str) -> None:
+    """Bundles that were made, each beside its checkpoint where that is wanted."""
     if wanted is None:
         print_exported(bundles, as_json)
         return
     for bundle in bundles:
         click.echo(f"bundle: {bundle}", err=as_json)
-    validate_bundles(bundles, plans[0].opened, wanted, as_json, device, anew=False)
+    validate_bundles(bundles, checkpoint, wanted, as_json, device, anew=False)
 
 
 def _print_dry_run(plans: list[ExportPlan], described: list[DescribedPlan], as_json: bool) -> None:

@@ -105,7 +105,7 @@ def plan_export(recipe: Recipe, checkpoint: Checkpoint, out: Path, precision: st
     Raises RecipeError if recipe and checkpoint do not belong together, UnsupportedError for parts that cannot be.
     """
     out = followed(out)
-    check_match(recipe, checkpoint.config)
+    _check_recipe(recipe, checkpoint)
     target = _target(recipe, precision)
     blind = precision == "int4" and not recipe.calibrated
     # Gains that are not here cannot be looked at; the export will.
@@ -116,7 +116,6 @@ def plan_export(recipe: Recipe, checkpoint: Checkpoint, out: Path, precision: st
     opened, checkpoint = checkpoint, pad_heads(rotate(checkpoint) if recipe.rotate else checkpoint, HEAD_DIM_MULTIPLE)
     config = checkpoint.config
     _check_target(target, config, recipe.context_length)
-    _check_speculation(recipe, opened)
     layout = _layout(config, target, recipe if precision == "int4" else None)
     check_latent_cache(target.form, config, layout)
     layers = layer_bytes(layout, config.num_hidden_layers)
@@ -207,9 +206,10 @@ def _check_target(target: Target, config: ModelConfig, context_length: int) -> N
     check_layers(target.form, config, context_length)
 
 
-def _check_speculation(recipe: Recipe, checkpoint: Checkpoint) -> None:
-    """Raises UnsupportedError for a model whose text cannot be taken back, as wrong guesses are, or is sampled in a way
-    that is not checked several tokens at once."""
+def _check_recipe(recipe: Recipe, checkpoint: Checkpoint) -> None:
+    """Raises what `check_match` raises, and UnsupportedError where guesses are asked for of a model whose text cannot
+    be taken back, as wrong guesses are, or is sampled in a way that is not checked several tokens at once."""
+    check_match(recipe, checkpoint.config)
     if recipe.speculation == NONE:
         return
     leave = "leave speculation out"

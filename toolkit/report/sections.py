@@ -303,7 +303,7 @@ class SpeedRun:
 
 @dataclass(frozen=True)
 class Speculated:
-    """What guessing ahead came to: `ngram` or `draft`, the share of guesses that were right, and tokens written a run."""
+    """What guessing ahead came to: `ngram` or `draft`, the share of guesses that were right, tokens for each run."""
 
     method: str
     acceptance_rate: float
