@@ -71,9 +71,7 @@ def run_once(opened: OpenModel, prompt: Sequence[int], new_tokens: int, count: i
     return _timed(opened, prompt, new_tokens, count)[0]
 
 
-def _timed(
-    opened: OpenModel, prompt: Sequence[int], new_tokens: int, count: int
-) -> tuple[SpeedRun, Guesses | None]:
+def _timed(opened: OpenModel, prompt: Sequence[int], new_tokens: int, count: int) -> tuple[SpeedRun, Guesses | None]:
     """The same with what came of the guesses, where something guesses."""
     og = opened.og
     length = opened.settings.length_for(len(prompt), new_tokens)
