@@ -52,6 +52,7 @@ def test_a_question_is_answered_with_the_thought_folded(page: Page) -> None:
 def test_retry_and_edit_begin_at_their_turn(page: Page) -> None:
     for question in ("Add 4 and 5.", "Add 1 and 1."):
         _ask(page, question)
+        expect(page.get_by_role("button", name=f"Edit: {question}")).to_be_visible()
     expect(page.locator("li")).to_have_count(4)
     page.get_by_role("button", name="Retry").first.click()
     expect(page.locator("li")).to_have_count(2)
@@ -68,6 +69,11 @@ def test_two_bundles_answer_one_question_side_by_side(page: Page) -> None:
     expect(page.locator(".answer")).to_have_text(["9", "9"])
     expect(page.get_by_role("link", name="Report").first).to_have_attribute("href", "/reports/first")
     expect(page.locator(".report").last).to_be_hidden()
+    page.set_viewport_size({"width": 360, "height": 720})
+    below = page.locator("#ask").bounding_box()
+    for column in page.locator(".column").all():
+        box = column.bounding_box()
+        assert box and below and box["height"] > 100 and box["y"] + box["height"] <= below["y"]
 
 
 def test_nothing_of_a_model_becomes_a_page(page: Page) -> None:

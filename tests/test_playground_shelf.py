@@ -83,7 +83,7 @@ def _find(page: Page) -> None:
     page.get_by_label("Search").fill(REPO)
     page.get_by_label("Quality").select_option("fast")
     page.get_by_label("Search").press("Enter")
-    # Behind the look that began as the page was opened, which plans every recipe where none is kept.
+    # Behind the look that began as the page was opened.
     expect(page.get_by_role("heading", name=REPO)).to_be_visible(timeout=90_000)
     facts = re.compile("MiB.*bits a weight.*tokens of context.*licence mit")
     expect(page.locator("#cards > li").first).to_contain_text(facts)

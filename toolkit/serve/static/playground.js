@@ -37,6 +37,8 @@ class Column {
 
   showReport() {
     const bundle = bundles.find((one) => one.name === this.select.value);
+    this.turns.setAttribute("aria-label", `Conversation with ${this.select.value}`);
+    this.report.setAttribute("aria-label", `Report of ${this.select.value}`);
     this.report.hidden = !bundle || !bundle.report;
     if (bundle && bundle.report) this.report.href = bundle.report;
   }
@@ -46,8 +48,8 @@ class Column {
     this.messages.push({ role: "user", content: question });
     const mine = this.turns.appendChild(make("li", "user", question));
     const below = mine.appendChild(make("div", "below"));
-    this.button(below, "Edit", () => { $("question").value = question; this.cut(turn); $("question").focus(); });
-    this.button(below, "Retry", () => retry(this, turn, question));
+    this.button(below, "Edit", question, () => { $("question").value = question; this.cut(turn); $("question").focus(); });
+    this.button(below, "Retry", question, () => retry(this, turn, question));
     const answer = this.turns.appendChild(make("li", "assistant"));
     const thought = answer.appendChild(make("details", "thought"));
     const title = thought.appendChild(make("summary", "", "Thinking…"));
@@ -87,8 +89,10 @@ class Column {
     return `${timings.predicted_n} tokens${speed ? `, ${speed.toFixed(1)} tokens/s` : ""}, first after ${Math.round(timings.prompt_ms)} ms`;
   }
 
-  button(place, name, act) {
+  // A screen reader is told which question a button is for.
+  button(place, name, question, act) {
     const button = place.appendChild(make("button", "", name));
+    button.setAttribute("aria-label", `${name}: ${question.slice(0, 80)}`);
     button.type = "button";
     button.onclick = act;
   }

@@ -84,7 +84,7 @@ function showCards() {
   });
   $("cards").replaceChildren(...shown.map(card));
   const unknown = $("hub").hidden ? "Another model of the hub is found by owner/name." : "Look on the hub for it.";
-  $("found").textContent = shown.length ? `${shown.length} of ${groups.length}` : `Nothing here is called so. ${unknown}`;
+  $("found").textContent = shown.length ? `${shown.length} of ${groups.length} models and bundles` : `Nothing here is called so. ${unknown}`;
   $("found").className = "";
 }
 
@@ -103,6 +103,7 @@ async function look(hubId) {
 
 function showModels(shown) {
   $("models").hidden = !shown;
+  if (shown) $("status").textContent = "";
   $("models-open").textContent = shown ? "Back to talking" : "Models";
   $("models-open").setAttribute("aria-expanded", String(shown));
   for (const id of ["columns", "ask", "settings", "beside", "anew"]) $(id).hidden = shown;
