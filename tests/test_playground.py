@@ -76,6 +76,36 @@ def test_two_bundles_answer_one_question_side_by_side(page: Page) -> None:
         assert box and below and box["height"] > 100 and box["y"] + box["height"] <= below["y"]
 
 
+def test_what_is_set_is_asked_for_and_counts(page: Page) -> None:
+    page.get_by_text("Sampling").click()
+    page.get_by_label("Most tokens").fill("5")
+    page.get_by_label("Temperature").fill("0.5")
+    page.get_by_label("Seed").fill("7")
+    page.get_by_label("System prompt").fill("Be brief.")
+    with page.expect_request("**/v1/chat/completions") as sent:
+        _ask(page, "Add 4 and 5.")
+    asked = sent.value.post_data_json
+    assert {name: asked[name] for name in ("max_tokens", "temperature", "seed")} == {
+        "max_tokens": 5,
+        "temperature": 0.5,
+        "seed": 7,
+    }
+    assert asked["messages"][0] == {"role": "system", "content": "Be brief."} and "top_p" not in asked
+    expect(page.locator("li.assistant")).to_contain_text("5 tokens,")
+
+
+def test_an_answer_is_stopped_and_the_next_is_written(page: Page) -> None:
+    page.route("**/v1/chat/completions", lambda route: None)  # an answer that does not come
+    page.get_by_label("Your message").fill("Add 4 and 5.")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("button", name="Send")).to_be_hidden()
+    page.get_by_role("button", name="Stop").click()
+    expect(page.locator("li.assistant")).to_contain_text("stopped")
+    page.unroute("**/v1/chat/completions")
+    _ask(page, "Add 1 and 1.")
+    expect(page.locator(".answer").last).to_have_text("2")
+
+
 def test_nothing_of_a_model_becomes_a_page(page: Page) -> None:
     hostile = (
         "<img src=/v1/models onerror=alert(1)><script>document.title='taken'</script><form action=/x><input></form>"

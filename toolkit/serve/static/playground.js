@@ -105,8 +105,10 @@ class Column {
 
   async stream(signal, take) {
     const system = $("system").value;
+    // A question that was stopped, or cut before its answer, leaves no trace in later prompts.
+    const answered = this.messages.filter((message, k, all) => message.content !== "" && all[k + 1]?.content !== "");
     const body = { model: this.select.value, stream: true,
-      messages: [...(system ? [{ role: "system", content: system }] : []), ...this.messages] };
+      messages: [...(system ? [{ role: "system", content: system }] : []), ...answered] };
     for (const name of NUMBERS) if ($(name).value !== "") body[name] = Number($(name).value);
     const reply = await fetch("/v1/chat/completions", { method: "POST", headers: headers(), body: JSON.stringify(body), signal });
     if (!reply.ok) throw new Error((await reply.json()).error.message);
