@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -84,7 +85,7 @@ def test_what_is_set_is_asked_for_and_counts(page: Page) -> None:
     page.get_by_label("System prompt").fill("Be brief.")
     with page.expect_request("**/v1/chat/completions") as sent:
         _ask(page, "Add 4 and 5.")
-    asked = sent.value.post_data_json
+    asked: dict[str, Any] = sent.value.post_data_json or {}
     assert {name: asked[name] for name in ("max_tokens", "temperature", "seed")} == {
         "max_tokens": 5,
         "temperature": 0.5,
