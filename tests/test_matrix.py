@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -21,9 +22,10 @@ from toolkit.matrix import story
 from toolkit.matrix.cells import Ended, run_cell
 from toolkit.matrix.planned import export_words, plan_cells
 from toolkit.pipeline.place import held
-from toolkit.recipe import Matrix, read_matrix
+from toolkit.recipe import read_matrix
 from toolkit.target import TARGETS
 
+EXAMPLES = ROOT / "docs" / "examples"
 QUICK: dict[str, Any] = {"set": ["bits_per_weight=0"], "qualities": ["fast"], "validate": False}
 
 
@@ -187,14 +189,23 @@ def test_a_stop_leaves_finished_cells_and_the_next_run_goes_on(tmp_path: Path) -
     assert again.passed and [cell.kept for cell in again.cells] == [True, False, False]
 
 
-def test_the_example_of_the_docs_is_every_target_of_tiny_r1(tmp_path: Path) -> None:
-    page = (ROOT / "docs" / "how-to" / "matrix.md").read_text(encoding="utf-8")
-    (block,) = [text for text in page.split("```yaml\n")[1:] if text.startswith("name: nightly")]
-    path = tmp_path / "nightly.yaml"
-    path.write_text(block.split("```")[0], encoding="utf-8")
-    found = read_matrix(path)
-    tiny = [cell for cell in found.cells if cell.name.startswith("tiny-r1-")]
-    assert {cell.recipe for cell in tiny} == {f"tiny-r1-{target}" for target in TARGETS}
-    only = Matrix(found.name, tuple(tiny), found.validate, found.retries, found.timeout_s, found.device)
-    assert [entry.refusal for entry in plan_cells(only, tmp_path, exact=True)] == [None] * len(tiny)
-    assert "--force" not in export_words(only, plan_cells(only, tmp_path, exact=False)[0], False)
+def test_the_nightly_example_is_every_target_of_both_models(tmp_path: Path) -> None:
+    """Those of the model that is here are planned in full; its workflow's commands are ones that there are."""
+    found = read_matrix(EXAMPLES / "nightly.yaml")
+    assert [cell.name for cell in found.cells] == [f"{m}-{t}" for m in ("tiny-r1", "smollm2") for t in TARGETS]
+    tiny = [cell for cell in found.cells if cell.recipe == cell.name]
+    assert len(tiny) == len(TARGETS)
+    only = replace(found, cells=tuple(tiny), workers="2")
+    planned = plan_cells(only, tmp_path, exact=True)
+    assert [entry.refusal for entry in planned] == [None] * len(tiny)
+    words = export_words(only, planned[0], False)
+    assert "--force" not in words and words[words.index("--workers") + 1] == "2"
+    steps = yaml.safe_load((EXAMPLES / "nightly-workflow.yml").read_text(encoding="utf-8"))["jobs"]["bundles"]["steps"]
+    asked = [line.split() for step in steps for line in step.get("run", "").splitlines() if " toolkit " in f" {line}"]
+    options = {word for words in asked for word in words if word.startswith("--")}
+    assert [words[:2] for words in asked] == [["toolkit", "matrix"]] * 2 + [["toolkit", "compare"]]
+    assert options == {"--out", "--dry-run"}
+    # What the cache keeps and the artifact takes is where the bundles go.
+    kept = [line for step in steps for line in str(step.get("with", {}).get("path", "")).split()]
+    assert {"build/nightly", "build/nightly/index.html", "build/nightly/junit.xml"} <= set(kept)
+    assert all(words[words.index("--out") + 1] == "build/nightly" for words in asked if "--out" in words)

@@ -4,26 +4,38 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
+import shutil
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 import toolkit
 from tests.command_line import called
 from toolkit.calibrate import pieces, side_by_side
-from toolkit.calibrate.side_by_side import InputFactor, solve_side_by_side
+from toolkit.calibrate.side_by_side import InputFactor, Matrix, solve_side_by_side
+from toolkit.checkpoint.opened import open_checkpoint
+from toolkit.checkpoint.remembered import RememberedWeights
+from toolkit.device.arrays import NUMPY
+from toolkit.device.fitting import Fitting
 from toolkit.errors import MachineError
-from toolkit.quant.blockwise import QuantSpec
+from toolkit.pipeline.export import export_planned
+from toolkit.pipeline.judge import Effort, judge_bundle
+from toolkit.quant.blockwise import QuantSpec, dequantize_blocks
 from toolkit.quant.gptq import factorize
 from toolkit.quant.gptq_tokens import factorize_tokens
+from toolkit.reference.shared import share_layer
 from toolkit.workers import pool as pools
 from toolkit.workers.pool import DaskPool, Here, open_pool
 
 distributed = pytest.importorskip("distributed")
 SPEC = QuantSpec(4, 32, algorithm="gptq")
+EFFORT = Effort(tokens=700, examples=9, max_new_tokens=4, speed=False, baseline=True)
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +43,16 @@ def two() -> Iterator[DaskPool]:
     with open_pool("2") as pool:
         assert isinstance(pool, DaskPool)
         yield pool
+
+
+class Rows:
+    """Matrices in memory, as a checkpoint gives rows of them."""
+
+    def __init__(self, matrices: dict[str, NDArray[np.float32]]) -> None:
+        self._matrices = matrices
+
+    def read_rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
+        return self._matrices[name][start:stop]
 
 
 def marked(shared: str, piece: int) -> int:
@@ -59,24 +81,23 @@ def test_the_same_bytes_on_any_number_of_workers(two: DaskPool, kind: str, monke
     x = generator.standard_normal((200, 64)).astype(np.float32)
     arriving = x + 0.1 * generator.standard_normal(x.shape).astype(np.float32)
     weights = {name: generator.standard_normal((n, 64)).astype(np.float32) for name, n in (("gate", 96), ("up", 70))}
-    products = {}
+    rows, products = Rows(weights), {}
     if kind == "tokens":
-        shared = InputFactor(factorize_tokens(x, arriving, SPEC), None)
+        shared = InputFactor(factorize_tokens(x, arriving, SPEC), None, 0, rows)
     else:
         cross = np.asarray(x.T @ arriving / 200, np.float32)
         factor = factorize(np.asarray(arriving.T @ arriving / 200, np.float32), 32, 200)
         if kind == "moment":
-            shared = InputFactor(factor, cross)
+            shared = InputFactor(factor, cross, 0, rows)
         else:
-            shared, products = InputFactor(factor, None), {name: w @ cross for name, w in weights.items()}
-    specs = dict.fromkeys(weights, SPEC)
-    here, there = (solve_side_by_side(pool, shared, weights, specs, products) for pool in (Here(), two))
-    for name, weight in weights.items():
-        assert here[name].restored.shape == weight.shape
+            shared, products = InputFactor(factor, None, 0, rows), {name: w @ cross for name, w in weights.items()}
+    matrices = [Matrix(name, 0, len(weight), SPEC, products.get(name)) for name, weight in weights.items()]
+    here, there = (solve_side_by_side(pool, shared, matrices) for pool in (Here(), two))
+    for ours, theirs, weight in zip(here, there, weights.values(), strict=True):
+        assert dequantize_blocks(ours, SPEC, 64).shape == weight.shape
         for found in ("packed", "scales", "zero_points"):
-            np.testing.assert_array_equal(getattr(there[name].blocks, found), getattr(here[name].blocks, found))
-        np.testing.assert_array_equal(there[name].restored, here[name].restored)
-        assert there[name].blocks.noise == here[name].blocks.noise
+            np.testing.assert_array_equal(getattr(theirs, found), getattr(ours, found))
+        assert theirs.noise == ours.noise
     # And each row is the one that the matrix as a whole has: rows do not depend on each other.
     product = products.get("gate", None if shared.cross is None else weights["gate"] @ shared.cross)
     whole = (
@@ -84,27 +105,65 @@ def test_the_same_bytes_on_any_number_of_workers(two: DaskPool, kind: str, monke
         if kind == "tokens"
         else shared.factor.solved(weights["gate"], SPEC, product)  # type: ignore[call-arg]
     )
-    assert np.mean(whole.blocks.packed != here["gate"].blocks.packed) < 0.01
+    assert np.mean(whole.blocks.packed != here[0].packed) < 0.01
+    # What the other processes make of blocks is what the solver made, to the bit.
+    np.testing.assert_array_equal(dequantize_blocks(whole.blocks, SPEC, 64), whole.restored)
 
 
-def test_an_export_has_the_same_bytes_on_any_number_of_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_export_has_the_same_bytes_and_figures_on_any_number_of_workers(
+    two: DaskPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And as good a rounding as without any, whose products are of other sizes, so that ties fall elsewhere."""
     monkeypatch.setattr(pieces, "_ROWS", 48)
-    made, errors = [], []
-    for workers in ("1", "2", None):
+    made, errors, figures = [], [], []
+    for name, pool in (("none", None), ("here", Here()), ("two", two)):
         plans = toolkit.plan(
             "tiny-r1-cpu",
             quality="balanced",
-            out=tmp_path / f"of-{workers}",
-            changes=["bits_per_weight=0", "calibration_tokens=700"],
+            out=tmp_path / name,
+            changes=["bits_per_weight=0", "calibration_tokens=400"],
         )
-        (bundle,) = toolkit.export(plans, workers=workers)
+        fitting = Fitting(NUMPY, pool=pool)
+        (bundle,) = export_planned(plans, lambda _: None, fitting=fitting)
         (path,) = bundle.glob("*.data")
         made.append(np.fromfile(path, np.uint8))
         tensors = json.loads((bundle / "report.json").read_text(encoding="utf-8"))["quantization"]["tensors"]
         errors.append([tensor["sqnr_db"] for tensor in tensors])
-    assert made[0].size and np.array_equal(made[1], made[0])
-    np.testing.assert_allclose(errors[2], errors[0], atol=0.2)
+        # The first bundle each time: what differs is who judges it.
+        report = judge_bundle(tmp_path / "none", plans[0].opened, EFFORT, lambda _: None, fitting)
+        assert report.parity and report.baseline and report.tasks and report.parity.weights_alone
+        figures.append([replace(report.parity, bytes_read=None), report.baseline, report.tasks])
+    assert made[1].size and np.array_equal(made[2], made[1])
+    np.testing.assert_allclose(errors[1], errors[0], atol=0.2)
+    assert figures[2] == figures[1]
+    alone, there = (row[0] for row in figures[:2])
+    assert there.mean_kld == pytest.approx(alone.mean_kld, rel=1e-3)
+    assert there.weights_alone.mean_kld == pytest.approx(alone.weights_alone.mean_kld, rel=1e-3)
+    assert (there.tokens, there.greedy_match_tokens) == (alone.tokens, alone.greedy_match_tokens)
+    assert figures[1][1].mean_kld == pytest.approx(figures[0][1].mean_kld, rel=1e-3)
+    assert figures[1][2] == figures[0][2]
+
+
+def test_a_checkpoint_travels_as_its_place(tiny_r1: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tiny_r1.parent)
+    opened = open_checkpoint(Path(tiny_r1.name))
+    remembered = RememberedWeights(opened.source)
+    tensor = opened.source.names()[0]
+    expected = remembered.read(tensor)
+    sent = pickle.dumps(share_layer(opened.config, remembered, 0))
+    assert len(sent) < expected.nbytes / 4
+    monkeypatch.chdir(tiny_r1.parent.parent)
+    np.testing.assert_array_equal(pickle.loads(sent).read(tensor), expected)
+
+
+def test_a_path_that_a_worker_cannot_read_is_one_line(two: DaskPool, tiny_r1: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_r1, tmp_path / "gone"))
+    opened = open_checkpoint(folder)
+    shutil.rmtree(folder)
+    said = r"the worker tcp://\S+ cannot read \S+gone\S+: No such file or directory: .*finished layers are kept"
+    x = np.zeros((4, opened.config.hidden_size), np.float32)
+    with pytest.raises(MachineError, match=said):
+        two.map(pieces.through, share_layer(opened.config, opened.source, 0), [(x, (4,))])
 
 
 def test_a_lost_worker_costs_its_tasks(two: DaskPool, tmp_path: Path) -> None:

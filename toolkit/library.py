@@ -142,12 +142,11 @@ def export(
     of others is not replaced, unless `force` is true. A transformer that has an ahead-of-time compiler is compiled
     unless `compile` is false. `device` is what calibration computes on: `cpu` (numpy), `torch` (torch on the CPU),
     `cuda`, `mps`, `xpu`, or `auto` for the best there is. `workers` is the address of a Dask scheduler whose workers
-    solve matrices side by side, or a number of processes here. `note` is told in one line what was left out and why;
+    take pieces of each layer, or a number of processes here. `note` is told in one line what was left out and why;
     `progress` is called with the name of each finished step. Raises ToolkitError before anything is written if
     checkpoint or machine will not do.
     """
-    if workers is not None and chosen_device(device).name != CPU:
-        raise UnsupportedError("--workers compute on numpy: leave --device out, or --workers")
+    _check_workers(workers, device)
     if isinstance(plans, str):
         plans = plan(plans)
     with open_pool(workers) as pool:
@@ -171,20 +170,24 @@ def validate(
     effort: Effort | None = None,
     *,
     device: str = "cpu",
+    workers: str | None = None,
     progress: Progress = _silent,
     note: Progress = _silent,
 ) -> Report:
     """Compares a bundle with the checkpoint it was made from, rewrites its report and returns it; `verdict` is in it.
 
     The checkpoint is the one the manifest names unless another place of the same files is given; `effort` says how much
-    is measured. The checkpoint runs on `device`, as in `export`; `note` is told in a line where its memory is full.
+    is measured. The checkpoint runs on `device`, or its sequences and questions side by side on `workers`, as in
+    `export`; `note` is told in a line where its memory is full.
     Raises BundleError or CheckpointError if either cannot be read or they do not belong together.
     """
-    fitting, bundle = Fitting(chosen_device(device), note), Path(bundle)
+    bundle = Path(bundle)
+    _check_workers(workers, device)
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = made_from(bundle, checkpoint)
     check_writable(bundle)
-    with disk_errors(bundle), held([bundle]):
+    with disk_errors(bundle), held([bundle]), open_pool(workers) as pool:
+        fitting = Fitting(chosen_device(device), note, pool)
         return judge_bundle(bundle, checkpoint, effort or Effort(), progress, fitting)
 
 
@@ -363,6 +366,12 @@ def made_from(
     if place:
         named = str(place)
     return open_place_or_shapes(named, recipe.facts(), synthetic, False, revision, adapter)
+
+
+def _check_workers(workers: str | None, device: str) -> None:
+    """Raises UnsupportedError for workers that are asked to compute on another device than they do."""
+    if workers is not None and chosen_device(device).name != CPU:
+        raise UnsupportedError("--workers compute on numpy: leave --device out, or --workers")
 
 
 def _check_one_checkpoint(recipes: Sequence[Recipe], place: str | None) -> None:

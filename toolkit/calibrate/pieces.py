@@ -1,15 +1,16 @@
 """What a pool of workers is given beside rows of matrices: sequences through part of a layer, rows of a second moment.
 
-Pieces are of one size whatever the number of workers, so that the same products are computed. A worker is sent the
-weights that its part of a layer takes, and no checkpoint.
+Pieces are of one size whatever the number of workers, so that the same products are computed. A worker is sent where
+the checkpoint's tensors lie and reads those that its part of a layer takes; of matrices that are solved it is sent
+their blocks.
 T tokens, D hidden, K input features, N output features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, TypeVar
 
 import numpy as np
@@ -17,7 +18,9 @@ from numpy.typing import NDArray
 
 from toolkit.checkpoint.sublayers import Attention, LatentAttention, LinearInput, Mlp
 from toolkit.device.fitting import Pool
+from toolkit.quant.blockwise import QuantizedBlocks, QuantSpec, dequantize_blocks
 from toolkit.reference.decoder import Layer
+from toolkit.reference.shared import SharedLayer
 
 Floats = NDArray[np.float32]
 Sequences = tuple[Floats, tuple[int, ...]]
@@ -29,11 +32,37 @@ _Made = TypeVar("_Made")
 
 
 @dataclass(frozen=True)
+class Packed:
+    """A matrix that is solved, an eighth of what its floats take."""
+
+    blocks: QuantizedBlocks
+    spec: QuantSpec
+    width: int
+
+    def restored(self) -> Floats:
+        """Returns the float32 [N, K] that the blocks stand for."""
+        return dequantize_blocks(self.blocks, self.spec, self.width)
+
+
+@dataclass(frozen=True)
 class Half:
-    """A sublayer, and the layer with the weights that are needed of it."""
+    """A sublayer of a layer that has its tensors, or of one whose tensors are `shared`: then whoever computes with it
+    reads them, without those that are left out, and with those that are solved as these are."""
 
     layer: Layer
     sublayer: Attention | LatentAttention | Mlp
+    shared: SharedLayer | None = None
+    left_out: frozenset[str] = frozenset()
+    solved: Mapping[str, Packed] = field(default_factory=dict)
+
+    def opened(self) -> Layer:
+        """Returns the layer with the tensors that the sublayer takes."""
+        if self.shared is None:
+            return self.layer
+        opened, shared = copy(self.layer), self.shared
+        restored = {name: shared.kept(f"{name} solved", packed.restored) for name, packed in self.solved.items()}
+        opened.tensors = shared.opened(self.left_out | restored.keys()).tensors | restored
+        return opened
 
 
 def each(
@@ -43,30 +72,39 @@ def each(
     return (work(shared, piece) for piece in pieces) if pool is None else iter(pool.map(work, shared, list(pieces)))
 
 
-def reading(layer: Layer, half: Attention | LatentAttention | Mlp, inputs: Sequence[LinearInput]) -> Half:
-    """Returns a sublayer with the weights alone that read these of its inputs."""
+def reading(
+    layer: Layer,
+    half: Attention | LatentAttention | Mlp,
+    inputs: Sequence[LinearInput],
+    shared: SharedLayer | None,
+    solved: Mapping[str, Packed],
+) -> Half:
+    """Returns a sublayer with the weights alone that read these of its inputs, where others are sent it."""
+    if shared is None:
+        return Half(layer, half)
     kept = {linear.weight for given in inputs for linear in given.linears}
     left_out = {linear.weight for other in layer.anatomy.inputs for linear in other.linears} - kept
-    some = copy(layer)
-    some.tensors = {name: tensor for name, tensor in layer.tensors.items() if name not in left_out}
-    return Half(some, half)
+    bare = copy(layer)
+    bare.tensors = {}
+    packed = {name: matrix for name, matrix in solved.items() if name in kept}
+    return Half(bare, half, shared, frozenset(left_out), packed)
 
 
 def inner(half: Half, piece: Sequences) -> Floats:
     """Returns what the last linear of a sublayer reads, [T, K], for the residual stream [T, D] of some sequences."""
-    x, lengths = piece
-    return half.layer.inner(half.sublayer, half.layer.normed(half.sublayer, x), lengths)
+    (x, lengths), layer = piece, half.opened()
+    return layer.inner(half.sublayer, layer.normed(half.sublayer, x), lengths)
 
 
 def added(half: Half, piece: tuple[Floats, Floats]) -> Floats:
     """Returns the residual stream [T, D] with a sublayer's output added: a piece is what it was, and what the last
     linear reads."""
-    return half.layer.added(half.sublayer, *piece)
+    return half.opened().added(half.sublayer, *piece)
 
 
-def through(layer: Layer, piece: Sequences) -> tuple[Floats, dict[str, Floats]]:
+def through(shared: SharedLayer, piece: Sequences) -> tuple[Floats, dict[str, Floats]]:
     """Returns some sequences [T, D] behind a layer, and what its linears read, by the name of the input."""
-    (x, lengths), found = piece, dict[str, Floats]()
+    (x, lengths), found, layer = piece, dict[str, Floats](), shared.opened()
 
     def look(given: LinearInput, values: Floats) -> Floats:
         found[given.name] = values
@@ -77,11 +115,19 @@ def through(layer: Layer, piece: Sequences) -> tuple[Floats, dict[str, Floats]]:
     return x, found
 
 
+@dataclass(frozen=True)
+class SharedRows:
+    """Matrices of a shared layer, one below the other."""
+
+    shared: SharedLayer
+    tensors: tuple[str, ...]
+
+
 def means_of_products(
-    pool: Pool, exact: Sequence[Floats], arriving: Sequence[Floats], rows: Floats | None
+    pool: Pool, exact: Sequence[Floats], arriving: Sequence[Floats], rows: SharedRows | None
 ) -> tuple[Floats, Floats]:
     """Returns X~'X~ / T [K, K] of what arrives, X~, and with X, the exact input, X'X~ / T [K, K], or W X'X~ / T [N, K]
-    where `rows` has W [N, K]."""
+    where `rows` are W [N, K]."""
     left = list(exact) if rows is None else pool.map(_times_rows, rows, exact)
     both = np.concatenate(arriving), np.concatenate(left)
     slices = [
@@ -95,9 +141,8 @@ def means_of_products(
     return moment, cross
 
 
-def _times_rows(rows: Floats, x: Floats) -> Floats:
-    product: Floats = x @ rows.T
-    return product
+def _times_rows(rows: SharedRows, x: Floats) -> Floats:
+    return np.concatenate([x @ rows.shared.read(tensor).T for tensor in rows.tensors], axis=1)
 
 
 def _product_rows(both: tuple[Floats, Floats], piece: tuple[int, slice]) -> Floats:

@@ -1,13 +1,14 @@
 """Matrices that read one input, solved side by side: rows are independent once the input's factor is known.
 
-Rows go out in blocks of one size whatever the number of workers, so that the same products are computed.
+Rows go out in blocks of one size whatever the number of workers, so that the same products are computed; whoever solves
+some reads them for itself, and gives back their blocks alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Final
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,60 +24,72 @@ Floats = NDArray[np.float32]
 ROWS: Final = 1024
 
 
+class Rows(Protocol):
+    """What rows of matrices are read from."""
+
+    def read_rows(self, name: str, start: int, stop: int) -> Floats:
+        """Returns rows [start, stop) of a matrix."""
+        ...
+
+
 @dataclass(frozen=True)
 class InputFactor:
-    """What all rows share: the factor of their input, X'X~ / T where their products with it are yet to be made, and how
-    often solved columns are visited again."""
+    """What all rows share: the factor of their input, X'X~ / T where their products with it are yet to be made, how
+    often solved columns are visited again, and what rows are read from where others solve them."""
 
     factor: Factor | TokenFactor
     cross: Floats | None
     revisits: int = 0
+    rows: Rows | None = None
 
 
 @dataclass(frozen=True)
-class RowBlock:
-    """Some rows of a matrix, how they are stored, and their W X'X~ / T where that is known."""
+class Matrix:
+    """Rows [start, stop) of a tensor, how they are stored, and their W X'X~ / T where that is known."""
 
-    weight: Floats
+    tensor: str
+    start: int
+    stop: int
     spec: QuantSpec
     product: Floats | None
 
+    def part(self, start: int, stop: int) -> Matrix:
+        """Returns some of these rows, counted from the first of them."""
+        product = None if self.product is None else self.product[start:stop]
+        return replace(self, start=self.start + start, stop=self.start + stop, product=product)
 
-def solve_rows(shared: InputFactor, rows: RowBlock) -> Solved:
-    """Rows [n, K] solved against their input."""
+
+def solve_rows(shared: InputFactor, weight: Floats, spec: QuantSpec, product: Floats | None) -> Solved:
+    """Rows [n, K] solved against their input, with their W X'X~ / T where that is known."""
     if isinstance(shared.factor, TokenFactor):
-        return shared.factor.solved(rows.weight, rows.spec)
-    product = rows.product if shared.cross is None else rows.weight @ shared.cross
-    return shared.factor.solved(rows.weight, rows.spec, product, shared.revisits)
+        return shared.factor.solved(weight, spec)
+    product = product if shared.cross is None else weight @ shared.cross
+    return shared.factor.solved(weight, spec, product, shared.revisits)
 
 
-def solve_side_by_side(
-    pool: Pool,
-    shared: InputFactor,
-    weights: Mapping[str, Floats],
-    specs: Mapping[str, QuantSpec],
-    products: Mapping[str, Floats],
-) -> dict[str, Solved]:
-    """Every matrix [N, K] solved, in blocks of rows that a pool works on; `products` has W X'X~ / T by tensor where
-    `shared` has no X'X~ / T."""
-    pieces, starts = list[RowBlock](), dict[str, tuple[int, int]]()
-    for tensor, weight in weights.items():
-        begin, product = len(pieces), products.get(tensor)
-        for start in range(0, weight.shape[0], ROWS):
-            some = slice(start, start + ROWS)
-            pieces.append(RowBlock(weight[some], specs[tensor], None if product is None else product[some]))
-        starts[tensor] = (begin, len(pieces))
-    made = pool.map(solve_rows, shared, pieces)
-    return {tensor: _joined(made[begin:end]) for tensor, (begin, end) in starts.items()}
+def solve_side_by_side(pool: Pool, shared: InputFactor, matrices: Sequence[Matrix]) -> list[QuantizedBlocks]:
+    """Every matrix [N, K] solved, in blocks of rows that a pool works on."""
+    pieces, ends = list[Matrix](), list[tuple[int, int]]()
+    for matrix in matrices:
+        begin, count = len(pieces), matrix.stop - matrix.start
+        pieces += [matrix.part(start, min(start + ROWS, count)) for start in range(0, count, ROWS)]
+        ends.append((begin, len(pieces)))
+    made = pool.map(_solve_piece, shared, pieces)
+    return [_joined(made[begin:end]) for begin, end in ends]
 
 
-def _joined(parts: list[Solved]) -> Solved:
-    blocks = [part.blocks for part in parts]
-    points = [block.zero_points for block in blocks if block.zero_points is not None]
-    joined = QuantizedBlocks(
-        np.concatenate([block.packed for block in blocks]),
-        np.concatenate([block.scales for block in blocks]),
+def _solve_piece(shared: InputFactor, piece: Matrix) -> QuantizedBlocks:
+    if shared.rows is None:
+        raise ValueError("the factor names nothing to read rows from")
+    weight = shared.rows.read_rows(piece.tensor, piece.start, piece.stop)
+    return solve_rows(shared, weight, piece.spec, piece.product).blocks
+
+
+def _joined(parts: list[QuantizedBlocks]) -> QuantizedBlocks:
+    points = [block.zero_points for block in parts if block.zero_points is not None]
+    return QuantizedBlocks(
+        np.concatenate([block.packed for block in parts]),
+        np.concatenate([block.scales for block in parts]),
         np.concatenate(points) if points else None,
-        sum(block.noise for block in blocks),
+        sum(block.noise for block in parts),
     )
-    return Solved(joined, np.concatenate([part.restored for part in parts]))

@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 
 from toolkit.calibrate.activations import ActivationFile
 from toolkit.calibrate.exact import ExactInputs
-from toolkit.calibrate.pieces import added, each, inner, reading
+from toolkit.calibrate.pieces import Half, Packed, added, each, inner, reading
 from toolkit.checkpoint.sublayers import Attention, LatentAttention, LinearInput, Mlp, Moe, Sublayer
 from toolkit.device.arrays import Device
 from toolkit.device.fitting import Pool
 from toolkit.reference.decoder import Layer
+from toolkit.reference.shared import SharedLayer
 
 Floats = NDArray[np.float32]
 
@@ -61,7 +62,7 @@ class KeptSide:
 
 class ComputedSide:
     """A stream through a layer; `spill` gives it files for what stands in between, a pool works on sequences side by
-    side."""
+    side. Its processes read what is `shared`, and are sent those of `solved` as they are."""
 
     def __init__(
         self,
@@ -70,8 +71,11 @@ class ComputedSide:
         after: ActivationFile,
         spill: Callable[[str, int], ActivationFile],
         pool: Pool | None,
+        shared: SharedLayer | None,
+        solved: Mapping[str, Packed],
     ) -> None:
         self._layer, self._spill, self._stream, self._after, self._pool = layer, spill, before, after, pool
+        self._shared, self._solved = shared, solved
         self._inner: ActivationFile | None = None
 
     def reads(self, half: Sublayer, given: LinearInput) -> Iterator[Floats]:
@@ -92,10 +96,13 @@ class ComputedSide:
         if isinstance(half, Moe):
             return (self._layer.through(half, x, lengths) for x, lengths in self._stream)
         pairs = ((x, y) for (x, _), (y, _) in zip(self._stream, self._inner_file(half), strict=True))
-        return each(self._pool, added, reading(self._layer, half, [half.inner_input]), pairs)
+        return each(self._pool, added, self._reading(half, [half.inner_input]), pairs)
 
     def _inner_file(self, half: Attention | LatentAttention | Mlp) -> ActivationFile:
         if self._inner is None:
-            read = each(self._pool, inner, reading(self._layer, half, half.inputs[:-1]), self._stream)
+            read = each(self._pool, inner, self._reading(half, half.inputs[:-1]), self._stream)
             self._inner = self._spill(half.inner_input.name, half.inner_input.width).write(read)
         return self._inner
+
+    def _reading(self, half: Attention | LatentAttention | Mlp, inputs: Sequence[LinearInput]) -> Half:
+        return reading(self._layer, half, inputs, self._shared, self._solved)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -19,8 +20,8 @@ from toolkit import names
 from toolkit.calibrate.activations import ActivationFile
 from toolkit.calibrate.exact import ExactInputs
 from toolkit.calibrate.experts import with_rounded_experts
-from toolkit.calibrate.pieces import means_of_products
-from toolkit.calibrate.side_by_side import InputFactor, RowBlock, solve_rows, solve_side_by_side
+from toolkit.calibrate.pieces import Packed, SharedRows, means_of_products
+from toolkit.calibrate.side_by_side import InputFactor, Matrix, Rows, solve_rows, solve_side_by_side
 from toolkit.calibrate.sides import ComputedSide, KeptSide, Side
 from toolkit.calibrate.statistics import Products
 from toolkit.checkpoint.anatomy import decoder_of
@@ -37,6 +38,7 @@ from toolkit.quant.gptq_tokens import TokenFactor, factorize_tokens, pays
 from toolkit.quant.ranges import ActivationRange
 from toolkit.quant.visits import Solved
 from toolkit.reference.decoder import HEAD_ROWS, Layer, batched, embed, read_layer, rms_norm
+from toolkit.reference.shared import SharedLayer, share_layer
 
 Floats = NDArray[np.float32]
 _PROGRESS_FILE: Final = "progress.json"
@@ -234,6 +236,8 @@ class _LayerPass:
         self._rounded = _ArrivingLayer(self._exact, source, problem)
         self.fallbacks: list[Fallback] = []
         self._pool = pool
+        self._shared = share_layer(config, source, k) if pool else None
+        self._packed: dict[str, Packed] = {}
         self._spills: list[ActivationFile] = []
 
     def side(self, kind: str, before: ActivationFile, after: ActivationFile) -> Side:
@@ -245,7 +249,8 @@ class _LayerPass:
             )
             return self._spills[-1]
 
-        return ComputedSide(self._exact if kind == _EXACT else self._rounded, before, after, spill, self._pool)
+        layer, solved = (self._exact, {}) if kind == _EXACT else (self._rounded, self._packed)
+        return ComputedSide(layer, before, after, spill, self._pool, self._shared, solved)
 
     def run(self, exact: Side, rounded: Side) -> None:
         """Solves the layer's matrices in the order they are used, and takes both streams through it."""
@@ -264,7 +269,7 @@ class _LayerPass:
             spill.remove()
 
     def _solve(self, given: LinearInput, exact: Iterator[Floats], rounded: Iterator[Floats]) -> None:
-        solver = _InputSolver(given, self._problem, self._exact.on, self._pool)
+        solver = _InputSolver(given, self._problem, self._exact.on, self._pool, self._shared)
         if solver.wanted:
             rows = {tensor: self._exact.tensors[tensor] for tensor in solver.wanted}
             solver.gather(zip(exact, rounded, strict=True), sum(map(sum, self._lengths)), rows)
@@ -277,6 +282,8 @@ class _LayerPass:
             if tensor in solver.wanted:
                 self._writer.write(tensor, 0, self._exact.on.to_host(weight), solved.blocks)
             self._rounded.tensors[tensor] = solved.restored
+            if self._pool:
+                self._packed[tensor] = Packed(solved.blocks, self._problem.specs[tensor], given.width)
             self._rounded.solved[linear.module] = given
 
 
@@ -299,13 +306,16 @@ class _ArrivingLayer(Layer):
 
 
 class _InputSolver:
-    """The matrices that read one input, once that is gathered; `wanted` are those to be solved."""
+    """The matrices that read one input, once that is gathered; `wanted` are those to be solved. A pool reads their rows
+    from what is `shared`, or from what `solved` is given."""
 
-    def __init__(self, given: LinearInput, problem: Problem, on: Device, pool: Pool | None) -> None:
+    def __init__(
+        self, given: LinearInput, problem: Problem, on: Device, pool: Pool | None, shared: SharedLayer | None
+    ) -> None:
         tensors = [names.weight(reader) for reader in given.readers]
         self.wanted = [tensor for tensor in tensors if problem.specs[tensor].rounded_by.solves]
         self._given, self._problem, self._spec, self._on = given, problem, problem.specs[tensors[0]], on
-        self._pool = pool
+        self._pool, self._layer = pool, shared
         self._factor: Factor | TokenFactor | None = None
         self._cross: Floats | None = None
         self._products: dict[str, Floats] = {}
@@ -329,35 +339,48 @@ class _InputSolver:
             self.fallbacks += [Fallback(tensor, str(failed)) for tensor in self.wanted]
 
     def solved(self, weights: Mapping[str, Floats]) -> dict[str, Solved]:
-        """Rows of matrices, solved where that was asked for and possible, else rounded."""
-        made = self._solved_by_workers(self._pool, weights) if self._pool else {}
-        return made | {tensor: self._solved(tensor, weight) for tensor, weight in weights.items() if tensor not in made}
+        """Whole matrices, solved where that was asked for and possible, else rounded."""
+        wanted = [tensor for tensor in weights if tensor in self.wanted]
+        found = self.side_by_side(self._layer, {tensor: [weights[tensor].shape[0]] for tensor in wanted})
+        specs, width = self._problem.specs, self._given.width
+        made = {
+            tensor: Solved(blocks, dequantize_blocks(blocks, specs[tensor], width))
+            for tensor, blocks in zip(wanted, found, strict=False)
+        }
+        return made | {tensor: self.rows(tensor, weight) for tensor, weight in weights.items() if tensor not in made}
 
-    def _solved(self, tensor: str, weight: Floats) -> Solved:
+    def rows(self, tensor: str, weight: Floats) -> Solved:
+        """Rows [n, K] of a matrix, solved here where that was asked for and possible, else rounded."""
         spec, factor = self._problem.specs[tensor], self._factor
         if tensor not in self.wanted or factor is None:
             blocks = quantize_blocks(self._on.to_host(weight), spec, self._problem.importance.get(tensor))
             return Solved(blocks, self._on.from_host(dequantize_blocks(blocks, spec, weight.shape[1])))
-        return solve_rows(self._shared(factor), RowBlock(weight, spec, self._products.get(tensor)))
+        shared = InputFactor(factor, self._cross, self._problem.revisits)
+        return solve_rows(shared, weight, spec, self._products.get(tensor))
 
-    def _solved_by_workers(self, pool: Pool, weights: Mapping[str, Floats]) -> dict[str, Solved]:
-        """Those of the matrices that are to be solved and can be."""
-        wanted = {tensor: weight for tensor, weight in weights.items() if tensor in self.wanted}
-        if self._factor is None or not wanted:
-            return {}
-        return solve_side_by_side(pool, self._shared(self._factor), wanted, self._problem.specs, self._products)
-
-    def _shared(self, factor: Factor | TokenFactor) -> InputFactor:
-        return InputFactor(factor, self._cross, self._problem.revisits)
+    def side_by_side(self, source: Rows | None, ends: Mapping[str, Sequence[int]]) -> list[QuantizedBlocks]:
+        """Rows up to each of these ends of each matrix, solved by the pool, whose processes read them from a source;
+        none where there is no pool, or nothing to solve by."""
+        if not (self._pool and self._factor and source and ends):
+            return []
+        shared = InputFactor(self._factor, self._cross, self._problem.revisits, source)
+        specs, products = self._problem.specs, self._products
+        wanted = [
+            Matrix(tensor, start, stop, specs[tensor], products.get(tensor))
+            for tensor, stops in ends.items()
+            for start, stop in pairwise([0, *stops])
+        ]
+        return solve_side_by_side(self._pool, shared, wanted)
 
     def _of_products(self, arrived: Iterator[tuple[Floats, Floats]], rows: Mapping[str, Floats] | None) -> Factor:
         few = rows is not None and sum(weight.shape[0] for weight in rows.values()) < self._given.width
-        together = self._on.concatenate(list(rows.values())) if rows and few else None
         if self._pool:
             both = tuple(zip(*arrived, strict=True))
             tokens = sum(x.shape[0] for x in both[0])
-            moment, cross = means_of_products(self._pool, both[0], both[1], together)
+            named = SharedRows(self._layer, tuple(rows)) if self._layer and rows and few else None
+            moment, cross = means_of_products(self._pool, both[0], both[1], named)
         else:
+            together = self._on.concatenate(list(rows.values())) if rows and few else None
             gathered = Products(self._given.width, together, self._on)
             for exact, arriving in arrived:
                 gathered.add(exact, arriving)
@@ -388,13 +411,15 @@ def _solve_head(
     decoder = decoder_of(config)
     given, tensor = decoder.head_input, decoder.head.weight
     norm = on.from_host(source.read(decoder.norm.weight))
-    solver = _InputSolver(given, problem, on, pool)
+    solver = _InputSolver(given, problem, on, pool, None)
 
     def arrived(kind: str) -> Iterator[Floats]:
         return (rms_norm(x, norm, config.stream_eps) for x, _ in streams[kind])
 
     solver.gather(zip(kept or arrived(_EXACT), arrived(_ROUNDED), strict=True), streams[_ROUNDED].tokens)
-    for start in range(0, config.vocab_size, HEAD_ROWS):
+    starts = range(0, config.vocab_size, HEAD_ROWS)
+    made = solver.side_by_side(source, {tensor: [*starts[1:], config.vocab_size]})
+    for k, start in enumerate(starts):
         weight = source.read_rows(tensor, start, min(config.vocab_size, start + HEAD_ROWS))
-        writer.write(tensor, start, weight, solver.solved({tensor: on.from_host(weight)})[tensor].blocks)
+        writer.write(tensor, start, weight, made[k] if made else solver.rows(tensor, on.from_host(weight)).blocks)
     return solver.fallbacks

@@ -27,6 +27,7 @@ from toolkit.calibrate.experts import FEWEST_ROUTED
 from toolkit.calibrate.facts import InputFacts, State, Survey, load_state, save_state, state_file
 from toolkit.calibrate.ladder import SharedFormat
 from toolkit.calibrate.pieces import each, through
+from toolkit.calibrate.search import Searched, input_facts
 from toolkit.calibrate.statistics import InputStatistics
 from toolkit.checkpoint.anatomy import decoder_of
 from toolkit.checkpoint.config import ModelConfig
@@ -35,12 +36,13 @@ from toolkit.checkpoint.weights import Tensors
 from toolkit.device.arrays import Device
 from toolkit.device.fitting import ON_NUMPY, Fitting, Pool
 from toolkit.quant.activations import InputSample, Rounding, rounded_input
-from toolkit.quant.awq import FoldChoice, Reader, choose_scales, output_loss, thinned_rows
+from toolkit.quant.awq import FoldChoice, Reader, thinned_rows
 from toolkit.quant.blockwise import QuantSpec, dequantize_blocks, quantize_blocks
 from toolkit.quant.formats import other_formats, use_of
 from toolkit.quant.ranges import ActivationRange
 from toolkit.reference.decoder import Layer, batched, embed, read_layer, rms_norm, through_layer
 from toolkit.reference.divergence import Diverging, mean_divergences
+from toolkit.reference.shared import share_layer
 
 Floats = NDArray[np.float32]
 _PROBE_TOKENS: Final = (128, 2048)
@@ -162,17 +164,18 @@ class _Pass:
             keep = {given.name: self._keeping(given, files) for given in inputs if not given.routed}
             # Experts are read one at a time, here.
             if self._pool and not isinstance(layer.anatomy.mlp, Moe):
-                found = each(self._pool, through, layer, batches)
+                found = self._pool.map(through, share_layer(self._config, self._source, k), list(batches))
                 after.write(_counted(x, values, seen, keep) for x, values in found)
             else:
                 after.write(_through(layer, x, lengths, seen, keep) for x, lengths in batches)
-        for given in inputs:
-            if given.routed:
-                state.inputs[given.name] = _routed_facts(seen[given.name])
-                continue
+        searched = dict[str, Searched]()
+        for given in (given for given in inputs if not given.routed):
             read = {linear.module: on.to_host(thinned_rows(layer.tensors[linear.weight])) for linear in given.linears}
             sample = seen[given.name].sample(on)
-            state.inputs[given.name] = self._facts(given, sample, read, self._wish.rounding)
+            searched[given.name] = self._searched(given, sample, read, self._wish.rounding)
+        facts = dict(zip(searched, each(self._pool, input_facts, None, searched.values()), strict=True))
+        for given in inputs:
+            state.inputs[given.name] = facts.get(given.name) or _routed_facts(seen[given.name])
         if not self._wish.probes:
             return
         exact = state.probes[""]
@@ -196,7 +199,8 @@ class _Pass:
                 statistics.add(keep(rms_norm(x, gain, config.stream_eps)))
         rows = _spread_rows(source, names.weight(given.name), config.vocab_size)
         sample = statistics.sample(on)
-        state.inputs[given.name] = self._facts(given, sample, {given.name: rows}, self._wish.head_rounding)
+        searched = self._searched(given, sample, {given.name: rows}, self._wish.head_rounding)
+        state.inputs[given.name] = input_facts(None, searched)
         if not config.tie_word_embeddings:
             rows = _spread_rows(source, names.weight(names.EMBED_TOKENS), config.vocab_size)
             state.inputs[names.EMBED_TOKENS] = _embedding_facts(rows, self._wish.specs)
@@ -222,26 +226,18 @@ class _Pass:
 
         return Diverging(rounded_input(arriving / scales, rounding, spec.block_size, facts.values), rounded)
 
-    def _facts(
+    def _searched(
         self, given: LinearInput, sample: InputSample, read: Mapping[str, Floats], rounding: Rounding
-    ) -> InputFacts:
+    ) -> Searched:
         wish = self._wish
         specs = {reader: wish.specs[names.weight(reader)] for reader in given.readers}
-        readers = {reader: thinned_rows(read[reader]) for reader in given.readers}
-        fold = FoldChoice()
-        if wish.folds and given.writers:
-            asked = [Reader(readers[r], specs[r]) for r in given.readers]
-            # What uint16 does to an input is nothing that solving could make up for.
-            solved = rounding is not Rounding.UINT16 and any(spec.rounded_by.solves for spec in specs.values())
-            fold = choose_scales(asked, sample, _shared(given), rounding, solved)
-        scales = fold.scales if fold.scales is not None else np.ones(given.width, np.float32)
-        sample = sample.divided(scales)
-        losses: dict[QuantSpec, float] = {}
+        readers = tuple(Reader(thinned_rows(read[reader]), specs[reader]) for reader in given.readers)
+        # What uint16 does to an input is nothing that solving could make up for.
+        solved = rounding is not Rounding.UINT16 and any(spec.rounded_by.solves for spec in specs.values())
+        shared = _shared(given) if wish.folds and given.writers else None
         use = use_of(names.weight(given.name), self._config)
-        for spec in other_formats(specs[given.name], given.width, use) if wish.probes else []:
-            asked = [Reader(readers[r] * scales, spec) for r in given.readers]
-            losses[spec] = sum(output_loss(reader, sample, rounding) for reader in asked) / len(asked)
-        return InputFacts(sample.moments, sample.values(), fold, losses)
+        formats = other_formats(specs[given.name], given.width, use) if wish.probes else []
+        return Searched(readers, sample, rounding, shared, solved, tuple(formats))
 
 
 def _through(

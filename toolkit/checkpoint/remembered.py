@@ -23,6 +23,10 @@ class Remembered:
         self._whole: dict[str, Floats] = {}
         self._rows: dict[tuple[str, int, int], Floats] = {}
 
+    def __reduce__(self) -> tuple[type[Remembered], tuple[Tensors]]:
+        """What another process is sent: the source, nothing of what is remembered here."""
+        return type(self), (self._source,)
+
     def names(self) -> list[str]:
         """Lists every tensor, in the order of the source."""
         return self._source.names()

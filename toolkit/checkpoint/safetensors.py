@@ -49,6 +49,10 @@ class TensorRef:
     offset: int
     nbytes: int
 
+    def __reduce__(self) -> tuple[type[TensorRef], tuple[object, ...]]:
+        """What another process is sent: it may stand in another folder."""
+        return TensorRef, (self.name, self.dtype, self.shape, self.path.absolute(), self.offset, self.nbytes)
+
 
 def read_header(path: Path) -> dict[str, TensorRef]:
     """Every tensor of one file, by name. Raises CheckpointError if the file is not whole and well-formed."""

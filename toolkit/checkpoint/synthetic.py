@@ -33,6 +33,10 @@ class SyntheticWeights:
         self._gains = {norm.weight for norm in decoder.norms}
         self._seed = seed
 
+    def __getstate__(self) -> dict[str, object]:
+        """What another process is sent: it makes the table anew."""
+        return {name: value for name, value in vars(self).items() if name != "_table"}
+
     def names(self) -> list[str]:
         """Lists every tensor's name, the embedding first."""
         return list(self._shapes)

@@ -110,7 +110,13 @@ class FileWeights:
         self._refs, self._files, self.notes = refs, sorted(files), notes
         self._digests: dict[str, str] = {}
         self._read = ReadBytes()
-        self._dequantizer = Dequantizer(coded or {}, self._read)
+        self._coded = coded or {}
+        self._dequantizer = Dequantizer(self._coded, self._read)
+
+    def __reduce__(self) -> tuple[Callable[..., FileWeights], tuple[object, ...]]:
+        """What another process is sent: where the tensors lie, none of their bytes."""
+        files = [path.absolute() for path in self._files]
+        return FileWeights, (self._refs, files, self.notes, self._coded)
 
     def names(self) -> list[str]:
         """Lists every tensor's name, in file order."""

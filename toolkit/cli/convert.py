@@ -10,7 +10,7 @@ import click
 
 from toolkit.cli.effort import effort_of, effort_options
 from toolkit.cli.judge import validate_bundles
-from toolkit.cli.options import ADAPTER, AS_JSON, BUNDLE, CHECKPOINT_HELP, DEVICE, REVISION
+from toolkit.cli.options import ADAPTER, AS_JSON, BUNDLE, CHECKPOINT_HELP, DEVICE, REVISION, WORKERS
 from toolkit.cli.printing import print_costs, print_exported, print_note, print_plans
 from toolkit.soc import SOCS
 from toolkit.typed_json import to_json
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 @click.option("--no-compile", is_flag=True, help="Leave qnn's compiling out; `toolkit compile` does it.")
 @click.option("--force", is_flag=True, help="Make it anew though it is there, validated or not.")
 @DEVICE
-@click.option("--workers", metavar="ADDRESS|N", help="Calibrate on a Dask scheduler's workers, or N processes here.")
+@WORKERS
 @AS_JSON
 @effort_options
 def export(
@@ -100,17 +100,24 @@ def export(
         bundles = library.export(
             plans, compile=compiles, force=force, device=device, workers=workers, progress=progress, note=print_note
         )
-    _print_made(bundles, plans[0].opened, wanted, as_json, device)
+    _print_made(bundles, plans[0].opened, wanted, as_json, device, workers)
 
 
-def _print_made(bundles: list[Path], checkpoint: Checkpoint, wanted: Effort | None, as_json: bool, device: str) -> None:
+def _print_made(
+    bundles: list[Path],
+    checkpoint: Checkpoint,
+    wanted: Effort | None,
+    as_json: bool,
+    device: str,
+    workers: str | None,
+) -> None:
     """Bundles that were made, each beside its checkpoint where that is wanted."""
     if wanted is None:
         print_exported(bundles, as_json)
         return
     for bundle in bundles:
         click.echo(f"bundle: {bundle}", err=as_json)
-    validate_bundles(bundles, checkpoint, wanted, as_json, device, anew=False)
+    validate_bundles(bundles, checkpoint, wanted, as_json, device, workers, anew=False)
 
 
 def _print_dry_run(plans: list[ExportPlan], described: list[DescribedPlan], as_json: bool) -> None:

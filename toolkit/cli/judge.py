@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from toolkit.cli.effort import effort_of, effort_options
-from toolkit.cli.options import ADAPTER, AS_JSON, BUNDLE, DEVICE, ON_CPU, REVISION
+from toolkit.cli.options import ADAPTER, AS_JSON, BUNDLE, DEVICE, ON_CPU, REVISION, WORKERS
 from toolkit.cli.printing import one_document, print_note, print_problems, print_verdict, said_of_guesses
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 @REVISION
 @ADAPTER
 @DEVICE
+@WORKERS
 @AS_JSON
 @effort_options
 def validate(
@@ -31,6 +32,7 @@ def validate(
     revision: str | None,
     adapter: Path | None,
     device: str,
+    workers: str | None,
     as_json: bool,
     **effort: Any,
 ) -> None:
@@ -39,11 +41,17 @@ def validate(
 
     wanted = effort_of(effort)
     made_from = library.made_from(bundle, checkpoint, revision, adapter)
-    validate_bundles([bundle], made_from, wanted, as_json, device)
+    validate_bundles([bundle], made_from, wanted, as_json, device, workers)
 
 
 def validate_bundles(
-    bundles: list[Path], checkpoint: Checkpoint, wanted: Effort, as_json: bool, device: str, anew: bool = True
+    bundles: list[Path],
+    checkpoint: Checkpoint,
+    wanted: Effort,
+    as_json: bool,
+    device: str,
+    workers: str | None = None,
+    anew: bool = True,
 ) -> None:
     """Judges each bundle beside its checkpoint and prints the verdicts; leaves with 1 unless all of them pass.
 
@@ -61,7 +69,9 @@ def validate_bundles(
             reports.append(standing)
         else:
             with progress_line() as progress:
-                made = library.validate(bundle, checkpoint, wanted, device=device, progress=progress, note=print_note)
+                made = library.validate(
+                    bundle, checkpoint, wanted, device=device, workers=workers, progress=progress, note=print_note
+                )
                 reports.append(made)
         if not as_json:
             print_verdict(bundle, reports[-1])

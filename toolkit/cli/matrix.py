@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from toolkit.cli.options import AS_JSON
+from toolkit.cli.options import AS_JSON, WORKERS
 from toolkit.cli.printing import print_note, rough_time
 from toolkit.typed_json import to_json
 
@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 @click.option("--out", type=click.Path(path_type=Path), help="Where the bundles go [build/NAME].")
 @click.option("--dry-run", is_flag=True, help="Print each cell's cost and command; write nothing.")
 @click.option("--force", is_flag=True, help="Make every cell anew though it is there.")
+@WORKERS
 @AS_JSON
-def matrix(file: Path, out: Path | None, dry_run: bool, force: bool, as_json: bool) -> None:
+def matrix(file: Path, out: Path | None, dry_run: bool, force: bool, workers: str | None, as_json: bool) -> None:
     """Make the bundle of each cell of MATRIX.yaml, models x targets x qualities, in a process of its own.
 
     What stands there of equal inputs is kept. index.html and junit.xml in the folder sum up all reports; exit code 1
@@ -38,6 +39,7 @@ def matrix(file: Path, out: Path | None, dry_run: bool, force: bool, as_json: bo
     from toolkit.recipe import read_matrix
 
     found = read_matrix(file)
+    found = replace(found, workers=workers or found.workers)
     folder = out or Path("build") / found.name
     if dry_run:
         _print_plans(found, plan_cells(found, folder, exact=False), as_json)

@@ -37,4 +37,7 @@ DEVICE: Final = click.option(
     callback=_found_device,
     help="What the checkpoint's own arithmetic runs on; `torch` is torch on the CPU, `auto` a GPU if torch has one.",
 )
+WORKERS: Final = click.option(
+    "--workers", metavar="ADDRESS|N", help="Pieces go to a Dask scheduler's workers, or to N processes here."
+)
 CHECKPOINT_HELP: Final = "A folder in Hugging Face layout, a GGUF file, or either on the hub [the recipe's model]."

@@ -20,7 +20,13 @@ _Piece = TypeVar("_Piece")
 
 
 class Pool(Protocol):
-    """What works on independent pieces side by side, in other processes or on other machines."""
+    """What works on independent pieces side by side, in other processes or on other machines; so many `here` share
+    this machine's memory."""
+
+    @property
+    def here(self) -> int:
+        """How many processes of this machine work on the pieces."""
+        ...
 
     def map(self, work: Callable[[_Shared, _Piece], _Made], shared: _Shared, pieces: Sequence[_Piece]) -> list[_Made]:
         """What a module's function makes of each piece and of what all pieces share, in the order of the pieces."""

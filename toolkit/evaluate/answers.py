@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,7 +20,7 @@ from toolkit.bundle.settings import read_settings
 from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.weights import Tensors
 from toolkit.device.arrays import Device
-from toolkit.device.fitting import ON_NUMPY, Fitting
+from toolkit.device.fitting import ON_NUMPY, Fitting, Pool
 from toolkit.errors import BundleError, RecipeError
 from toolkit.evaluate.chat_prompt import ChatTemplate
 from toolkit.evaluate.session import continuations, open_model
@@ -30,6 +32,8 @@ from toolkit.report.sections import Answered
 
 # What the reference may take for the cache of the questions it answers side by side.
 _CACHE_BYTES: Final = 4 << 30
+# What a pool's process is given at once: it opens the bundle for them.
+_ASKED_TOGETHER: Final = 8
 
 
 @dataclass(frozen=True)
@@ -92,9 +96,29 @@ def ask(bundle: Path, task: Task, new_tokens: int, on_cpu: bool = False) -> Aske
     return Asked(task, texts, ids, rooms, new_tokens, frozenset(settings.eos_token_ids), tokenizer)
 
 
-def bundle_answers(bundle: Path, asked: Asked, on_cpu: bool = False) -> Answers:
-    """Returns what a bundle answers through onnxruntime-genai."""
-    return judged(asked, continuations(bundle, list(asked.ids), asked.new_tokens, on_cpu))
+def bundle_answers(bundle: Path, asked: Asked, on_cpu: bool = False, pool: Pool | None = None) -> Answers:
+    """Returns what a bundle answers through onnxruntime-genai, here or where a pool's processes run it."""
+    if pool is None:
+        return judged(asked, continuations(bundle, list(asked.ids), asked.new_tokens, on_cpu))
+    prompts, asking = list(asked.ids), Asking(bundle.absolute(), asked.new_tokens, on_cpu)
+    groups = [prompts[start : start + _ASKED_TOGETHER] for start in range(0, len(prompts), _ASKED_TOGETHER)]
+    return judged(asked, [ids for made in pool.map(_asked, asking, groups) for ids in made])
+
+
+@dataclass(frozen=True)
+class Asking:
+    """What a process needs to ask a bundle some questions."""
+
+    bundle: Path
+    new_tokens: int
+    on_cpu: bool
+
+
+def _asked(asking: Asking, prompts: list[list[int]]) -> list[list[int]]:
+    """What a bundle makes of some prompts. Raises FileNotFoundError where it does not lie."""
+    if not asking.bundle.is_dir():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(asking.bundle))
+    return continuations(asking.bundle, prompts, asking.new_tokens, asking.on_cpu)
 
 
 def simulated_answers(bundle: Path, asked: Asked) -> Answers:
@@ -119,18 +143,37 @@ def reference_answers(config: ModelConfig, source: Tensors, asked: Asked, fittin
     room = max(asked.rooms)
     token_bytes = 8 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     group = max(1, _CACHE_BYTES // (token_bytes * (max(map(len, asked.ids)) + room)))
-    made: list[list[int]] = []
-    for start in range(0, len(asked.ids), group):
-        prompts = list(asked.ids[start : start + group])
-        continued = partial(_continued, config, source, prompts, room, set(asked.stop_ids))
-        made += fitting.run("answers of the checkpoint", continued)
+    if fitting.pool:
+        # So many whatever the number of processes: the last bits of a product depend on how many go together.
+        group = min(group, _ASKED_TOGETHER)
+    groups = [list(asked.ids[start : start + group]) for start in range(0, len(asked.ids), group)]
+    continuing = Continuing(config, source, room, frozenset(asked.stop_ids))
+    if fitting.pool:
+        found = fitting.pool.map(_continued, continuing, groups)
+    else:
+        found = [
+            fitting.run("answers of the checkpoint", partial(_continued_on, continuing, prompts)) for prompts in groups
+        ]
+    made = [ids for some in found for ids in some]
     return judged(asked, [ids[:room] for ids, room in zip(made, asked.rooms, strict=True)])
 
 
-def _continued(
-    config: ModelConfig, source: Tensors, prompts: list[list[int]], room: int, stop_ids: set[int], on: Device, _: int
-) -> list[list[int]]:
-    return greedy_continuations(config, source, prompts, room, stop_ids, on)
+@dataclass(frozen=True)
+class Continuing:
+    """What a process needs to continue prompts as the checkpoint does: `room` tokens at most, ended by a stop id."""
+
+    config: ModelConfig
+    source: Tensors
+    room: int
+    stop_ids: frozenset[int]
+
+
+def _continued(asked: Continuing, prompts: list[list[int]]) -> list[list[int]]:
+    return greedy_continuations(asked.config, asked.source, prompts, asked.room, set(asked.stop_ids))
+
+
+def _continued_on(asked: Continuing, prompts: list[list[int]], on: Device, _: int) -> list[list[int]]:
+    return greedy_continuations(asked.config, asked.source, prompts, asked.room, set(asked.stop_ids), on)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from toolkit.machine import physical_cores
+from toolkit.machine import physical_cores, threads
 from toolkit.report.sections import Divergence, Histogram
 
 Logits = NDArray[np.float32]
@@ -50,8 +50,12 @@ class Comparison:
             some = slice(start, start + step)
             return _compared(expected[some], actual[some], ids[start + 1 :])
 
-        with ThreadPoolExecutor(physical_cores()) as pool:
+        with ThreadPoolExecutor(min(physical_cores(), threads())) as pool:
             self._made += pool.map(chunk, range(0, len(ids), step))
+
+    def take(self, other: Comparison) -> None:
+        """Counts what another one has compared, behind what this one has."""
+        self._made += other._made
 
     @property
     def tokens(self) -> int:

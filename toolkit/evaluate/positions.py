@@ -39,13 +39,14 @@ class Positions(Protocol):
         cache."""
 
 
-def open_positions(bundle: Path, exact: bool = False) -> Positions:
+def open_positions(bundle: Path, exact: bool = False, threads: int = 0) -> Positions:
     """Opens the bundle's graphs on the CPU. `exact` keeps activations as they are where the bundle rounds them to int8,
-    so that a graph's errors stand apart from rounding.
+    so that a graph's errors stand apart from rounding; `threads` are those of each graph, 0 for one a core.
 
     Raises BundleError for a folder without the graphs its genai_config.json names.
     """
-    return Pipeline(bundle, exact) if read_settings(bundle).is_pipeline else OneGraph(bundle, exact)
+    opened = Pipeline if read_settings(bundle).is_pipeline else OneGraph
+    return opened(bundle, exact, threads)
 
 
 def rounds_activations(bundle: Path) -> bool:
@@ -61,8 +62,8 @@ def rounds_activations(bundle: Path) -> bool:
 class OneGraph:
     """One model with the last-position gather bypassed in memory."""
 
-    def __init__(self, bundle: Path, exact: bool = False) -> None:
-        self._session = _session(bundle, names.MODEL, exact)
+    def __init__(self, bundle: Path, exact: bool = False, threads: int = 0) -> None:
+        self._session = _session(bundle, names.MODEL, exact, threads)
         self._has_positions = any(value.name == names.POSITION_IDS for value in self._session.get_inputs())
 
     def placements(self) -> dict[str, dict[str, int]]:
@@ -105,12 +106,12 @@ class Pipeline:
     The graphs are the uncompiled ones, whichever the settings name. Raises BundleError where a stage is missing.
     """
 
-    def __init__(self, bundle: Path, exact: bool = False) -> None:
+    def __init__(self, bundle: Path, exact: bool = False, threads: int = 0) -> None:
         settings = read_settings(bundle)
         kinds = {names.stage_kind(stage.name) for stage in settings.stages}
         if missing := {names.EMBEDDINGS, *_KINDS, names.HEAD} - kinds:
             raise BundleError(f"{bundle} has no stage {min(missing)}: see `toolkit check {bundle}`")
-        self._sessions = {stage.name: _session(bundle, stage.name, exact) for stage in settings.stages}
+        self._sessions = {stage.name: _session(bundle, stage.name, exact, threads) for stage in settings.stages}
         self._window, self._pad_token_id = settings.window, settings.pad_token_id
         self.context_length = settings.context_length
 
@@ -205,9 +206,10 @@ def exact_graph(bundle: Path, stage: str) -> onnx.ModelProto:
     return model
 
 
-def _session(bundle: Path, stage: str, exact: bool) -> ort.InferenceSession:
+def _session(bundle: Path, stage: str, exact: bool, threads: int) -> ort.InferenceSession:
     model = _graph(bundle, stage, exact)
     options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle))
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
     # Or ORT fuses int4 weights and their product into one that rounds its input to int8, which no NPU does.

@@ -51,4 +51,9 @@ def plain_rounding(source: Tensors) -> RoundedTensors:
     Raises MachineError where numba is missing, before anything has been read.
     """
     require_compiler()
-    return RoundedTensors(source, lambda _: PLAIN)
+    return RoundedTensors(source, _plain)
+
+
+def _plain(_: str) -> QuantSpec:
+    """A function of the module, so that it can be sent to another process."""
+    return PLAIN

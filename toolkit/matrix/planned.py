@@ -98,6 +98,7 @@ def export_words(matrix: Matrix, planned: PlannedCell, force: bool) -> list[str]
     for change in cell.changes:
         words += ["--set", change]
     words += ["--out", str(planned.out), *(["--device", matrix.device] if matrix.device != "cpu" else [])]
+    words += ["--workers", matrix.workers] if matrix.workers else []
     words += ["--force"] if force else []
     return [*words, *_effort_words(matrix)]
 
@@ -136,6 +137,8 @@ def input_hash(matrix: Matrix, planned: PlannedCell, digests: Callable[[ExportPl
         "texts": [file_sha256(path) if path.is_file() else str(path) for path in texts],
         "validate": dict(matrix.validate) if matrix.validate is not None else None,
         "device": matrix.device,
+        # Not how many: bytes do not depend on it.
+        **({"workers": True} if matrix.workers else {}),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode("utf-8")).hexdigest()
 

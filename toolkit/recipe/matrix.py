@@ -47,13 +47,14 @@ class Matrix:
     retries: int
     timeout_s: float | None
     device: str
+    workers: str | None = None
 
 
 def read_matrix(path: Path) -> Matrix:
     """The matrix of a YAML file; paths in it are relative to it. Raises RecipeError for what is none."""
     raw, where = read_yaml(path, "matrix"), f"matrix {path}"
     known = ("name", "models", "targets", "qualities", "recipes", "set", "settings", "leave_out", "validate")
-    _check_keys(raw, (*known, "retries", "timeout_s", "device"), where)
+    _check_keys(raw, (*known, "retries", "timeout_s", "device", "workers"), where)
     cells = [*_products(raw, path.parent, where), *_single(raw, path.parent, where)]
     left_out = _texts(raw, "leave_out", where)
     kept = [cell for cell in cells if not any(fnmatchcase(cell.name, glob) for glob in left_out)]
@@ -70,6 +71,7 @@ def read_matrix(path: Path) -> Matrix:
         retries=_count(raw, "retries", 1, where),
         timeout_s=float(_count(raw, "timeout_s", 0, where)) or None,
         device=str(raw.get("device", "cpu")),
+        workers=str(raw["workers"]) if "workers" in raw else None,
     )
 
 

@@ -9,16 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 
 import numpy as np
 
 from toolkit.checkpoint.anatomy import decoder_of
 from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.remembered import Remembered
+from toolkit.checkpoint.sublayers import Moe
 from toolkit.checkpoint.weights import Tensors
 from toolkit.device.arrays import Device
-from toolkit.device.fitting import ON_NUMPY, Fitting
-from toolkit.reference.decoder import Array, add_logits, embed, head_rows, read_layer, rms_norm, through_layer
+from toolkit.device.fitting import ON_NUMPY, Fitting, Pool
+from toolkit.reference.decoder import Array, add_logits, batched, embed, head_rows, read_layer, rms_norm, through_layer
+from toolkit.reference.shared import SharedLayer, share_layer
 
 # What a variant makes of the checkpoint's tensors; the checkpoint itself is `exact`.
 Variant = Callable[[Tensors], Tensors]
@@ -54,7 +57,7 @@ def hidden_beside(
     read.forget()
     for layer_index in range(config.num_hidden_layers):
         for k, tensors in enumerate(variants):
-            further = partial(_further, config, tensors, layer_index, hidden[k])
+            further = partial(_further, config, tensors, layer_index, hidden[k], fitting.pool)
             hidden[k] = fitting.run(f"layer {layer_index}", further)
         read.forget()
         progress(f"layer {layer_index}")
@@ -77,10 +80,26 @@ def logits_beside(
 
 
 def _further(
-    config: ModelConfig, tensors: Tensors, layer_index: int, hidden: list[Array], on: Device, tokens: int
+    config: ModelConfig,
+    tensors: Tensors,
+    layer_index: int,
+    hidden: list[Array],
+    pool: Pool | None,
+    on: Device,
+    tokens: int,
 ) -> list[Array]:
-    """Hidden states behind a layer, of those before it."""
-    return through_layer(read_layer(config, tensors, layer_index, on), hidden, tokens)
+    """Hidden states behind a layer, of those before it. Experts are read one at a time, here."""
+    if pool is None or isinstance(decoder_of(config).layers[layer_index].mlp, Moe):
+        return through_layer(read_layer(config, tensors, layer_index, on), hidden, tokens)
+    lengths = batched([x.shape[0] for x in hidden], tokens)
+    ends = list(accumulate(map(len, lengths)))
+    pieces = [hidden[end - len(group) : end] for group, end in zip(lengths, ends, strict=True)]
+    return [x for made in pool.map(_through_shared, share_layer(config, tensors, layer_index), pieces) for x in made]
+
+
+def _through_shared(shared: SharedLayer, pieces: list[Array]) -> list[Array]:
+    """Sequences that go through a layer together, wherever that is."""
+    return through_layer(shared.opened(), pieces, sum(x.shape[0] for x in pieces))
 
 
 def _logits(

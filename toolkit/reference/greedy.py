@@ -24,6 +24,10 @@ class Resident:
         self._source = source
         self._tensors: dict[str, Array] = {}
 
+    def __reduce__(self) -> tuple[type[Resident], tuple[Tensors]]:
+        """What another process is sent: the source, nothing of what is remembered here."""
+        return Resident, (self._source,)
+
     def names(self) -> list[str]:
         """Lists the names that the source has."""
         return self._source.names()

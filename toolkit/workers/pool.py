@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -41,6 +42,8 @@ _AGAIN: Final = "finished layers are kept, the same command goes on"
 
 class Here:
     """The pool of no workers: the same pieces, one after the other, in this process."""
+
+    here = 1
 
     def map(self, work: Callable[[Shared, Piece], Made], shared: Shared, pieces: Sequence[Piece]) -> list[Made]:
         """What `work` makes of each piece, in order."""
@@ -95,6 +98,7 @@ class DaskPool:
         self._client, self._name, self._patience, self._folder = client, name, patience_s, folder
         self._alone_since: float | None = None
         self._check_versions()
+        self.here = len(client.nthreads()) if folder else 0
         self._client.register_worker_callbacks(keep_memory)
 
     def map(self, work: Callable[[Shared, Piece], Made], shared: Shared, pieces: Sequence[Piece]) -> list[Made]:
@@ -143,9 +147,12 @@ class DaskPool:
         try:
             held: Any = shared
             if not self._folder:
-                # A copy on each worker: a piece is small beside it, and a lost worker takes nothing with it.
-                (held,) = self._client.scatter([shared], broadcast=True, hash=False)
-            futures = self._client.map(work, [held] * len(pieces), list(pieces.values()), pure=False)
+                # A copy for each worker that gets a piece, which is small beside it: one that is lost takes nothing
+                # with it.
+                copies = min(len(pieces), len(self._client.nthreads())) or True
+                (held,) = self._client.scatter([shared], broadcast=copies, hash=False)
+            task = partial(_named, work)
+            futures = self._client.map(task, [held] * len(pieces), list(pieces.values()), pure=False)
             waiting = dict(zip(futures, pieces, strict=True))
             while waiting:
                 try:
@@ -199,6 +206,20 @@ class DaskPool:
                         f"the worker {address} has {package} {theirs.get(package)}, this process {ours.get(package)}: "
                         "install the same version there"
                     )
+
+
+def _named(work: Callable[[Shared, Piece], Made], shared: Shared, piece: Piece) -> Made:
+    """On the worker: what a function makes of a piece. Raises MachineError, with this worker's address, where it cannot
+    read a file that it was told of."""
+    try:
+        return work(shared, piece)
+    except OSError as problem:
+        from distributed import get_worker
+
+        raise MachineError(
+            f"the worker {get_worker().address} cannot read {problem.filename or 'a file'}: "
+            f"{problem.strerror or problem}: let it have the checkpoint at the same path; {_AGAIN}"
+        ) from None
 
 
 def _in_files(task: tuple[Callable[[Any, Any], Any], str], pieces: str) -> str:

@@ -59,7 +59,7 @@ def task_rows(subject: Subject, tasks: list[Asked], reference: ReferenceAnswers)
     rows = []
     for asked in tasks:
         subject.progress(f"task {asked.task.name}: {len(asked.ids)} questions")
-        ours = bundle_answers(subject.bundle, asked, not subject.here)
+        ours = bundle_answers(subject.bundle, asked, not subject.here, subject.fitting.pool)
         rows.append(task_row(asked, ours, reference.to(asked, subject)))
     return tuple(rows)
 

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Final
-
-import numpy as np
 
 from toolkit.evaluate.parity import Comparison
 from toolkit.evaluate.positions import open_positions, rounds_activations
 from toolkit.evaluate.rounded import PLAIN_BITS_PER_WEIGHT, PLAIN_NAME
+from toolkit.pipeline.judge.beside import Beside, Shared, Stretch, compare_beside, compare_stretch, joined
 from toolkit.pipeline.judge.reference import Reference
 from toolkit.pipeline.judge.runtime import Greedy
 from toolkit.pipeline.judge.subject import Subject
 from toolkit.pipeline.judge.work import ALONE_TOKENS
+from toolkit.reference.decoder import batched
 from toolkit.report.sections import Baseline, Parity, WeightsAlone
 
 _REFERENCE: Final = "numpy float32 forward of the checkpoint"
-# The bundle's logits are taken from one run over this many tokens, and again with the cache over the first of them.
-_DECODED_TOKENS: Final = 48
 
 
 @dataclass(frozen=True)
@@ -36,26 +35,15 @@ def compare(subject: Subject, reference: Reference, greedy: Greedy) -> Compared:
 
     The logits of the greedy tokens are the first that stand `beside` the text in the reference.
     """
-    session, ours, theirs = open_positions(subject.bundle), Comparison(), Comparison()
-    cached_error = 0.0
     subject.progress("logits of the bundle")
-    for k, (ids, (expected, plain)) in enumerate(zip(subject.sequences, reference.text(), strict=True)):
-        actual = session.logits(ids)
-        ours.add(expected, actual, ids)
-        if k == 0:
-            decoded = session.logits(ids[:_DECODED_TOKENS], prompt=min(len(ids), _DECODED_TOKENS // 2))
-            cached_error = float(np.abs(decoded - expected[:_DECODED_TOKENS]).max())
-        if plain is not None:
-            theirs.add(expected, plain, ids)
-    placements = session.placements()
-    del session
-    alone = None
+    found = _beside(subject, reference, subject.sequences, exact=False)
+    ours, alone = found.ours, None
     if rounds_activations(subject.bundle):
         subject.progress("logits of the bundle's weights alone")
         alone = _weights_alone(subject, reference)
     figures = ours.figures()
     parity = Parity(
-        **vars(replace(figures, max_abs_logit_error=max(figures.max_abs_logit_error, cached_error))),
+        **vars(replace(figures, max_abs_logit_error=max(figures.max_abs_logit_error, found.cached_error))),
         reference=_REFERENCE,
         tokens=ours.tokens,
         reference_perplexity=ours.reference_perplexity,
@@ -63,7 +51,7 @@ def compare(subject: Subject, reference: Reference, greedy: Greedy) -> Compared:
         greedy_tokens=len(greedy.made),
         weights_alone=alone,
     )
-    return Compared(parity, _baseline(theirs) if subject.wants_baseline else None, placements)
+    return Compared(parity, _baseline(found.theirs) if subject.wants_baseline else None, found.placements)
 
 
 def _baseline(comparison: Comparison) -> Baseline:
@@ -73,11 +61,29 @@ def _baseline(comparison: Comparison) -> Baseline:
 def _weights_alone(subject: Subject, reference: Reference) -> WeightsAlone:
     """The divergence that is left where products take their inputs as they are: what the weights themselves cost, on
     the first sequences of the text."""
-    session, comparison = open_positions(subject.bundle, exact=True), Comparison()
-    for ids, (expected, _) in zip(subject.sequences, reference.text(), strict=True):
-        if comparison.tokens >= ALONE_TOKENS:
-            break
-        comparison.add(expected, session.logits(ids), ids)
+    before = accumulate((len(ids) for ids in subject.sequences), initial=0)
+    some = [ids for ids, tokens in zip(subject.sequences, before, strict=False) if tokens < ALONE_TOKENS]
+    comparison = _beside(subject, reference, some, exact=True).ours
     found = comparison.figures()
     figures = (found.mean_kld, found.median_kld, found.p99_kld, found.p999_kld, found.top1_agreement)
     return WeightsAlone(*figures, comparison.tokens)
+
+
+def _beside(subject: Subject, reference: Reference, sequences: list[list[int]], exact: bool) -> Beside:
+    """The bundle, with exact activations or as it runs, beside its checkpoint on the first of the subject's sequences:
+    here, or in stretches of one size whatever the number of a pool's processes."""
+    pool = subject.fitting.pool
+    if pool is None:
+        logits = (
+            (ids, (expected, None if exact else plain))
+            for ids, (expected, plain) in zip(sequences, reference.text(), strict=False)
+        )
+        return compare_beside(open_positions(subject.bundle, exact), logits, decode=not exact)
+    variants = tuple(reference.variants[:1] if exact else reference.variants)
+    shared = Shared(subject.bundle.absolute(), exact, subject.checkpoint.config, subject.source, variants)
+    stretches, end = list[Stretch](), 0
+    for lengths in batched([len(ids) for ids in sequences]):
+        some, end = slice(end, end + len(lengths)), end + len(lengths)
+        hidden = [states[some] for states in reference.hidden[: len(variants)]]
+        stretches.append(Stretch(sequences[some], hidden, first=not stretches and not exact))
+    return joined(pool.map(compare_stretch, shared, stretches))

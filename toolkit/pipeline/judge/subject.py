@@ -76,7 +76,8 @@ def open_subject(
     sequences = token_sequences(checkpoint, text, taken.tokens, _SHORTEST)
     here = is_here(read_settings(bundle))
     asks = bool(effort.own_tasks or (effort.tasks and task_files))
-    fits = 8 * parameter_count(checkpoint.config) < free_memory_bytes()
+    copies = max(1, fitting.pool.here if fitting.pool else 1)
+    fits = 8 * parameter_count(checkpoint.config) * copies < free_memory_bytes()
     source = Resident(checkpoint.source) if asks and fits else checkpoint.source
     return Subject(bundle, manifest, checkpoint, effort, sequences, task_files, source, here, progress, fitting)
 
