@@ -2,11 +2,13 @@
 
     OPENBLAS_NUM_THREADS=1 python -m benchmarks.cluster [MODEL …] [--workers 8,64] [--threads 8]
 
-Of each model's true shape the work of a layer is counted as a forecast counts it, split into what goes to workers
-(calibrate/pieces.py, calibrate/side_by_side.py) and what stays in the process that exports, and the bytes sent.
-Seconds are those divided by what a thread of this machine does in a second, and by the network's bytes a second. What
-all workers are sent goes out as a tree, as Dask's scatter does it: it costs a copy, and one more for each doubling.
-Nothing overlaps here: a bound from above for that, and from below for stragglers and for what loops of Python take.
+Of each model's true shape the work of a layer is counted as a forecast counts it, split into what goes to workers, in
+as many pieces as there are (calibrate/pieces.py, calibrate/side_by_side.py), and what stays in the process that
+exports. Seconds are those divided by what a thread of this machine does in a second: a worker that has no piece waits,
+and so does everybody for the last piece. Bytes are those that the exporting process sends and is sent, and those that
+workers read of the checkpoint through a shared path. What several workers are sent goes out as a tree, as Dask's
+scatter does it: it costs a copy, and one more for each doubling. Nothing overlaps here: a bound from above for that,
+and from below for stragglers and for what loops of Python take.
 """
 
 from __future__ import annotations
@@ -14,76 +16,138 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from toolkit.calibrate.side_by_side import ROWS
 from toolkit.checkpoint.anatomy import decoder_of
 from toolkit.checkpoint.config import ModelConfig, read_config
-from toolkit.pipeline.calibration_work import PASSES_TO_SOLVE, forward_work, layer_weights
+from toolkit.checkpoint.sublayers import LinearInput
+from toolkit.device.fitting import TOGETHER
+from toolkit.pipeline.calibration_work import PASSES_TO_SEARCH, PASSES_TO_SOLVE, forward_work
 from toolkit.pipeline.text import LONGEST
 from toolkit.pipeline.work import MachineSpeed, Work, measure_speed
 from toolkit.quality import QUALITIES
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 _FLOAT: Final = 4
+# What a weight takes in the checkpoint, and in blocks of 32 with their scales.
+_STORED: Final = 2
+_BLOCKS: Final = 0.6
+_GIGA: Final = 1e9
 
 
 @dataclass(frozen=True)
-class Shares:
-    """All layers' work: that of the workers, that of the exporting process, bytes to every worker and to one of them,
-    there and back."""
+class Part:
+    """Work of workers in so many equal pieces; bytes that each of them is sent which has a piece, and those that all
+    pieces together send and are sent; and what each reads of the checkpoint."""
 
-    mapped: Work
-    alone: Work
-    to_all: float
-    to_one: float
+    pieces: int
+    work: Work
+    to_each: float = 0.0
+    to_one: float = 0.0
+    read: float = 0.0
 
-    def seconds(self, thread: MachineSpeed, workers: int, threads: int, network: float) -> tuple[float, float, float]:
-        """Seconds of the workers, of the exporting process, of the network."""
-        sent = self.to_all * (1 + math.log2(workers)) + self.to_one
-        return (self.mapped.seconds(thread) / (workers * threads), self.alone.seconds(thread) / threads, sent / network)
+    def seconds(self, thread: MachineSpeed, workers: int, threads: int) -> float:
+        """Returns how long the workers take: as many rounds of pieces as there are for the busiest."""
+        return self.work.seconds(thread) / self.pieces * math.ceil(self.pieces / workers) / threads
+
+    def sent(self, workers: int) -> float:
+        """Returns the bytes that the exporting process' network moves."""
+        return self.to_each * (1 + math.log2(min(workers, self.pieces))) + self.to_one
+
+    def read_by(self, workers: int) -> float:
+        """Returns the bytes that workers together read of the checkpoint."""
+        return self.read * min(workers, self.pieces)
 
 
-def shares(config: ModelConfig, tokens: int) -> Shares:
-    """The shares of a model's layers when its text goes through them twice, exact and rounded, and they are solved."""
+def parts(config: ModelConfig, tokens: int) -> Iterator[Part]:
+    """Yields the parts of a model's layers when its text goes through them twice, exact and rounded, and they are
+    solved."""
+    decoder = decoder_of(config)
     length = min(LONGEST, tokens)
-    mapped = forward_work(config, tokens, length, tokens / length) * 2
-    alone, to_all, to_one = Work(), 2.0 * _FLOAT * layer_weights(config), 0.0
-    for given in (given for layer in decoder_of(config).layers for given in layer.inputs):
-        rows, width = sum(linear.out_features for linear in given.linears), given.width
-        other = min(rows, width)
-        mapped += Work(products=2.0 * tokens * width * (width + other) + 4.0 * rows * width * width)
-        mapped += Work(elements=PASSES_TO_SOLVE * rows * width)
-        alone += Work(products=width**3 / 3)
-        to_all += _FLOAT * (tokens * (width + other) + width * width * (2 if other == width else 1))
-        to_one += _FLOAT * (3 * tokens * width + width * (width + other) + 2 * rows * width)
-    return Shares(mapped, alone, to_all, to_one)
+    forward = forward_work(config, tokens, length, tokens / length) * (1 / config.num_hidden_layers)
+    batches = math.ceil(tokens / TOGETHER)
+    for layer in decoder.layers:
+        solved = [given for given in layer.inputs if not given.routed]
+        weights = sum(_rows(given) * given.width for given in solved)
+        moved = 2.0 * _FLOAT * tokens * (2 * config.hidden_size + sum(given.width for given in solved))
+        if len(solved) == len(layer.inputs):
+            # Once in the survey; in the solver solved matrices come as their blocks.
+            yield Part(batches, forward * 2, _BLOCKS * weights, moved, 2.0 * _STORED * weights)
+        for given in solved:
+            yield from _solving(given, tokens)
+
+
+def _solving(given: LinearInput, tokens: int) -> Iterator[Part]:
+    """The second moment of an input, and the matrices that read it."""
+    rows, width = _rows(given), given.width
+    other = min(rows, width)
+    both, back = _FLOAT * tokens * (width + other), _FLOAT * width * (width + other)
+    slices = math.ceil(width / ROWS) + math.ceil(other / ROWS)
+    yield Part(slices, Work(products=2.0 * tokens * width * (width + other)), both, back)
+    factor = _FLOAT * width * width * (2 if other == width else 1)
+    work = Work(products=4.0 * rows * width * width, elements=PASSES_TO_SOLVE * rows * width)
+    yield Part(math.ceil(rows / ROWS), work, factor, _BLOCKS * rows * width, _STORED * rows * width * ROWS / rows)
+
+
+def alone(config: ModelConfig, tokens: int) -> Work:
+    """Returns what the exporting process does: factors, layers with experts, and packing what is not solved."""
+    decoder = decoder_of(config)
+    length = min(LONGEST, tokens)
+    forward = forward_work(config, tokens, length, tokens / length) * (1 / config.num_hidden_layers)
+    done = Work()
+    for layer in decoder.layers:
+        routed = [given for given in layer.inputs if given.routed]
+        for given in layer.inputs:
+            if not given.routed:
+                done += Work(products=given.width**3 / 3)
+        experts = sum(_rows(given) * given.width for given in routed)
+        if routed:
+            # Read in both passes, and rounded in the second.
+            done += forward * 2 + Work(elements=PASSES_TO_SEARCH * experts, nbytes=2.0 * _STORED * experts)
+    return done
+
+
+def _rows(given: LinearInput) -> int:
+    return sum(linear.out_features for linear in given.linears)
 
 
 def main(words: Sequence[str]) -> int:
     """Prints the table; returns 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", default=["14b", "70b"])
+    parser.add_argument("models", nargs="*", default=["70b", "deepseek-v3"])
     parser.add_argument("--workers", default="1,8,64")
     parser.add_argument("--threads", type=int, default=8, help="of each worker, and of the exporting process")
-    parser.add_argument("--gigabytes", type=float, default=1.25, help="of the network in a second (10 Gbit/s)")
+    parser.add_argument(
+        "--gigabytes", type=float, default=1.25, help="of each machine's network in a second (10 Gbit/s)"
+    )
+    parser.add_argument("--storage", type=float, default=5.0, help="gigabytes a second of the shared path in all")
     asked = parser.parse_args(words)
     thread = measure_speed()
-    print(
-        f"one thread here: {thread.products_per_s / 1e9:.0f} GFLOP/s, {thread.elements_per_s / 1e9:.2f} G elements/s\n"
-    )
-    print("| model | quality | workers | workers' h | exporting process h | network h | all h |")
-    print("|---|---|---|---|---|---|---|")
+    products, elements = thread.products_per_s / _GIGA, thread.elements_per_s / _GIGA
+    print(f"one thread here: {products:.0f} GFLOP/s, {elements:.2f} G elements/s\n")
+    print("| model | quality | workers | workers' h | exporting process h | network h | checkpoint h | all h |")
+    print("|---|---|---|---|---|---|---|---|")
     for model in asked.models:
         config = read_config(ROOT / "models" / model)
         for quality in ("balanced", "best"):
-            found = shares(config, QUALITIES[quality].tokens)
+            tokens = QUALITIES[quality].tokens
+            found, own = list(parts(config, tokens)), alone(config, tokens).seconds(thread) / asked.threads
             for workers in map(int, asked.workers.split(",")):
-                hours = [x / 3600 for x in found.seconds(thread, workers, asked.threads, asked.gigabytes * 1e9)]
-                cells = [model, quality, str(workers), *(f"{x:.2f}" for x in (*hours, sum(hours)))]
-                print(f"| {' | '.join(cells)} |")
+                seconds = (
+                    sum(part.seconds(thread, workers, asked.threads) for part in found),
+                    own,
+                    sum(part.sent(workers) for part in found) / (asked.gigabytes * _GIGA),
+                    sum(
+                        max(part.read / asked.gigabytes, part.read_by(workers) / asked.storage) / _GIGA
+                        for part in found
+                    ),
+                )
+                hours = [x / 3600 for x in (*seconds, sum(seconds))]
+                print(f"| {' | '.join([model, quality, str(workers), *(f'{x:.2f}' for x in hours)])} |")
     return 0
 
 

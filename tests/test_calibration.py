@@ -21,7 +21,8 @@ from tests.graphs import export_bundle
 from tests.random_models import CASES, make_checkpoint
 from tests.sources import Changed
 from toolkit.calibrate import solve as solving
-from toolkit.calibrate.solve import Problem, solve
+from toolkit.calibrate.input_solver import Problem
+from toolkit.calibrate.solve import solve
 from toolkit.calibrate.survey import Survey, Wish, survey
 from toolkit.checkpoint.anatomy import decoder_of
 from toolkit.checkpoint.folded import FoldedTensors

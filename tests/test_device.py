@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from tests.command_line import called
 from tests.random_models import CASES, make_checkpoint
 from tests.sources import Changed
+from toolkit.calibrate.input_solver import Problem
 from toolkit.calibrate.ranges import activation_ranges
-from toolkit.calibrate.solve import Problem, solve
+from toolkit.calibrate.solve import solve
 from toolkit.calibrate.survey import Survey, Wish, survey
 from toolkit.checkpoint.anatomy import decoder_of
 from toolkit.checkpoint.opened import Checkpoint, open_checkpoint

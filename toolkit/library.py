@@ -10,10 +10,7 @@ from toolkit.bundle.manifest import read_manifest
 from toolkit.checkpoint.download import hub_file, is_hub_id
 from toolkit.checkpoint.opened import Checkpoint
 from toolkit.checkpoint.remote import open_headers
-from toolkit.device.chosen import chosen_device
-from toolkit.device.fitting import Fitting
-from toolkit.device.words import CPU
-from toolkit.errors import RecipeError, UnsupportedError
+from toolkit.errors import RecipeError
 from toolkit.evaluate.conversation import Answer, Conversation
 from toolkit.evaluate.speed import measure_speed
 from toolkit.files import check_writable, disk_errors
@@ -22,6 +19,7 @@ from toolkit.pipeline.catalogue import Search, search_catalogue
 from toolkit.pipeline.catalogue_row import CatalogueRow
 from toolkit.pipeline.check import CheckResult, check_bundle
 from toolkit.pipeline.compile import compile_bundle, compile_exported
+from toolkit.pipeline.computing import computing
 from toolkit.pipeline.doctor import Diagnosis, diagnose
 from toolkit.pipeline.draft import attach_drafts, plan_draft
 from toolkit.pipeline.export import Order, export_planned, plan_exports
@@ -39,7 +37,6 @@ from toolkit.report.sections import PartitionRow, Report, Speed
 from toolkit.report.summary import load_report_at
 from toolkit.speculation import DRAFT
 from toolkit.target import TARGETS
-from toolkit.workers.pool import open_pool
 
 Progress = Callable[[str], None]
 
@@ -146,11 +143,8 @@ def export(
     `progress` is called with the name of each finished step. Raises ToolkitError before anything is written if
     checkpoint or machine will not do.
     """
-    _check_workers(workers, device)
-    if isinstance(plans, str):
-        plans = plan(plans)
-    with open_pool(workers) as pool:
-        fitting = Fitting(chosen_device(device), note, pool)
+    with computing(device, workers, note) as fitting:
+        plans = plan(plans) if isinstance(plans, str) else plans
         for draft in (each.draft for each in plans):
             if draft:
                 export_planned([draft], progress, force, note, fitting)
@@ -182,12 +176,10 @@ def validate(
     Raises BundleError or CheckpointError if either cannot be read or they do not belong together.
     """
     bundle = Path(bundle)
-    _check_workers(workers, device)
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = made_from(bundle, checkpoint)
     check_writable(bundle)
-    with disk_errors(bundle), held([bundle]), open_pool(workers) as pool:
-        fitting = Fitting(chosen_device(device), note, pool)
+    with disk_errors(bundle), held([bundle]), computing(device, workers, note) as fitting:
         return judge_bundle(bundle, checkpoint, effort or Effort(), progress, fitting)
 
 
@@ -366,12 +358,6 @@ def made_from(
     if place:
         named = str(place)
     return open_place_or_shapes(named, recipe.facts(), synthetic, False, revision, adapter)
-
-
-def _check_workers(workers: str | None, device: str) -> None:
-    """Raises UnsupportedError for workers that are asked to compute on another device than they do."""
-    if workers is not None and chosen_device(device).name != CPU:
-        raise UnsupportedError("--workers compute on numpy: leave --device out, or --workers")
 
 
 def _check_one_checkpoint(recipes: Sequence[Recipe], place: str | None) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -20,10 +19,9 @@ from toolkit import names
 from toolkit.calibrate.activations import ActivationFile
 from toolkit.calibrate.exact import ExactInputs
 from toolkit.calibrate.experts import with_rounded_experts
-from toolkit.calibrate.pieces import Packed, SharedRows, means_of_products
-from toolkit.calibrate.side_by_side import InputFactor, Matrix, Rows, solve_rows, solve_side_by_side
+from toolkit.calibrate.input_solver import Fallback, InputSolver, Problem
+from toolkit.calibrate.pieces import Packed
 from toolkit.calibrate.sides import ComputedSide, KeptSide, Side
-from toolkit.calibrate.statistics import Products
 from toolkit.checkpoint.anatomy import decoder_of
 from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.sublayers import Linear, LinearInput
@@ -31,28 +29,15 @@ from toolkit.checkpoint.weights import Tensors
 from toolkit.device.arrays import Device
 from toolkit.device.fitting import ON_NUMPY, Fitting, Pool
 from toolkit.files import read_state, write_state
-from toolkit.quant.activations import Rounding, rounded_input
-from toolkit.quant.blockwise import QuantizedBlocks, QuantSpec, dequantize_blocks, quantize_blocks
-from toolkit.quant.gptq import Factor, NotPositiveDefiniteError, factorize
-from toolkit.quant.gptq_tokens import TokenFactor, factorize_tokens, pays
-from toolkit.quant.ranges import ActivationRange
-from toolkit.quant.visits import Solved
+from toolkit.quant.blockwise import QuantizedBlocks, dequantize_blocks, quantize_blocks
 from toolkit.reference.decoder import HEAD_ROWS, Layer, batched, embed, read_layer, rms_norm
-from toolkit.reference.shared import SharedLayer, share_layer
+from toolkit.reference.shared import share_layer
 
 Floats = NDArray[np.float32]
 _PROGRESS_FILE: Final = "progress.json"
 # The two streams through the layers.
 _EXACT: Final = "exact"
 _ROUNDED: Final = "rounded"
-
-
-@dataclass(frozen=True)
-class Fallback:
-    """A matrix that was rounded with importance weights instead, and why."""
-
-    tensor: str
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -73,29 +58,6 @@ class Writer(Protocol):
     def commit(self) -> None:
         """Everything written so far is on disk and stays when this returns."""
         ...
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What to solve. `specs` has the format of every matrix; `importance` by tensor serves where GPTQ cannot.
-    `rounding` is what the bundle does to the input of a linear in a layer, `head_rounding` to the head's, `values` has
-    the range of each input by its name, and `scales` what is folded into it, if anything is. Solved columns are visited
-    again as often as `revisits` says."""
-
-    specs: Mapping[str, QuantSpec]
-    importance: Mapping[str, Floats]
-    rounding: Rounding
-    head_rounding: Rounding
-    values: Mapping[str, ActivationRange]
-    scales: Mapping[str, Floats]
-    revisits: int = 0
-
-    def arriving(self, given: LinearInput, reader: str, x: Floats) -> Floats:
-        """An input [T, K] as the bundle's product with one of its readers sees it."""
-        rounding = self.rounding if names.layer_of(given.name) is not None else self.head_rounding
-        if rounding is Rounding.NONE:
-            return x
-        return rounded_input(x, rounding, self.specs[names.weight(reader)].block_size, self.values[given.name])
 
 
 class Solver:
@@ -269,7 +231,7 @@ class _LayerPass:
             spill.remove()
 
     def _solve(self, given: LinearInput, exact: Iterator[Floats], rounded: Iterator[Floats]) -> None:
-        solver = _InputSolver(given, self._problem, self._exact.on, self._pool, self._shared)
+        solver = InputSolver(given, self._problem, self._exact.on, self._pool, self._shared)
         if solver.wanted:
             rows = {tensor: self._exact.tensors[tensor] for tensor in solver.wanted}
             solver.gather(zip(exact, rounded, strict=True), sum(map(sum, self._lengths)), rows)
@@ -305,98 +267,6 @@ class _ArrivingLayer(Layer):
         return super().product(linear, x)
 
 
-class _InputSolver:
-    """The matrices that read one input, once that is gathered; `wanted` are those to be solved. A pool reads their rows
-    from what is `shared`, or from what `solved` is given."""
-
-    def __init__(
-        self, given: LinearInput, problem: Problem, on: Device, pool: Pool | None, shared: SharedLayer | None
-    ) -> None:
-        tensors = [names.weight(reader) for reader in given.readers]
-        self.wanted = [tensor for tensor in tensors if problem.specs[tensor].rounded_by.solves]
-        self._given, self._problem, self._spec, self._on = given, problem, problem.specs[tensors[0]], on
-        self._pool, self._layer = pool, shared
-        self._factor: Factor | TokenFactor | None = None
-        self._cross: Floats | None = None
-        self._products: dict[str, Floats] = {}
-        self.fallbacks: list[Fallback] = []
-
-    def gather(
-        self, pairs: Iterator[tuple[Floats, Floats]], tokens: int, rows: Mapping[str, Floats] | None = None
-    ) -> None:
-        """The factor and what the targets need, from every sequence's exact and arriving input, `tokens` in all; `rows`
-        are the matrices where they are at hand."""
-        arrived = ((x, self._problem.arriving(self._given, self._given.name, arriving)) for x, arriving in pairs)
-        try:
-            outputs = sum(weight.shape[0] for weight in rows.values()) if rows else 0
-            # P of all tokens is one product after the other: nothing for several workers.
-            if rows and not self._pool and pays(tokens, self._given.width, outputs):
-                exact, arriving = (self._on.concatenate(side) for side in zip(*arrived, strict=True))
-                self._factor = factorize_tokens(exact, arriving, self._spec)
-            else:
-                self._factor = self._of_products(arrived, rows)
-        except NotPositiveDefiniteError as failed:
-            self.fallbacks += [Fallback(tensor, str(failed)) for tensor in self.wanted]
-
-    def solved(self, weights: Mapping[str, Floats]) -> dict[str, Solved]:
-        """Whole matrices, solved where that was asked for and possible, else rounded."""
-        wanted = [tensor for tensor in weights if tensor in self.wanted]
-        found = self.side_by_side(self._layer, {tensor: [weights[tensor].shape[0]] for tensor in wanted})
-        specs, width = self._problem.specs, self._given.width
-        made = {
-            tensor: Solved(blocks, dequantize_blocks(blocks, specs[tensor], width))
-            for tensor, blocks in zip(wanted, found, strict=False)
-        }
-        return made | {tensor: self.rows(tensor, weight) for tensor, weight in weights.items() if tensor not in made}
-
-    def rows(self, tensor: str, weight: Floats) -> Solved:
-        """Rows [n, K] of a matrix, solved here where that was asked for and possible, else rounded."""
-        spec, factor = self._problem.specs[tensor], self._factor
-        if tensor not in self.wanted or factor is None:
-            blocks = quantize_blocks(self._on.to_host(weight), spec, self._problem.importance.get(tensor))
-            return Solved(blocks, self._on.from_host(dequantize_blocks(blocks, spec, weight.shape[1])))
-        shared = InputFactor(factor, self._cross, self._problem.revisits)
-        return solve_rows(shared, weight, spec, self._products.get(tensor))
-
-    def side_by_side(self, source: Rows | None, ends: Mapping[str, Sequence[int]]) -> list[QuantizedBlocks]:
-        """Rows up to each of these ends of each matrix, solved by the pool, whose processes read them from a source;
-        none where there is no pool, or nothing to solve by."""
-        if not (self._pool and self._factor and source and ends):
-            return []
-        shared = InputFactor(self._factor, self._cross, self._problem.revisits, source)
-        specs, products = self._problem.specs, self._products
-        wanted = [
-            Matrix(tensor, start, stop, specs[tensor], products.get(tensor))
-            for tensor, stops in ends.items()
-            for start, stop in pairwise([0, *stops])
-        ]
-        return solve_side_by_side(self._pool, shared, wanted)
-
-    def _of_products(self, arrived: Iterator[tuple[Floats, Floats]], rows: Mapping[str, Floats] | None) -> Factor:
-        few = rows is not None and sum(weight.shape[0] for weight in rows.values()) < self._given.width
-        if self._pool:
-            both = tuple(zip(*arrived, strict=True))
-            tokens = sum(x.shape[0] for x in both[0])
-            named = SharedRows(self._layer, tuple(rows)) if self._layer and rows and few else None
-            moment, cross = means_of_products(self._pool, both[0], both[1], named)
-        else:
-            together = self._on.concatenate(list(rows.values())) if rows and few else None
-            gathered = Products(self._given.width, together, self._on)
-            for exact, arriving in arrived:
-                gathered.add(exact, arriving)
-            (moment, cross), tokens = gathered.result(), gathered.tokens
-        if rows and few:
-            ends = np.cumsum([weight.shape[0] for weight in rows.values()])
-            self._products = {
-                tensor: cross[end - weight.shape[0] : end]
-                for (tensor, weight), end in zip(rows.items(), ends, strict=True)
-            }
-        else:
-            self._cross = cross
-        # Columns whose scales stand beforehand may be visited in any order.
-        return factorize(moment, self._given.width if self._spec.signed else self._spec.block_size, tokens)
-
-
 def _solve_head(
     config: ModelConfig,
     source: Tensors,
@@ -411,7 +281,7 @@ def _solve_head(
     decoder = decoder_of(config)
     given, tensor = decoder.head_input, decoder.head.weight
     norm = on.from_host(source.read(decoder.norm.weight))
-    solver = _InputSolver(given, problem, on, pool, None)
+    solver = InputSolver(given, problem, on, pool, None)
 
     def arrived(kind: str) -> Iterator[Floats]:
         return (rms_norm(x, norm, config.stream_eps) for x, _ in streams[kind])

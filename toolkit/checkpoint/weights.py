@@ -8,7 +8,6 @@ every file once from end to end.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from toolkit import names
 from toolkit.checkpoint.anatomy import decoder_of, stored_tensors
 from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.families import FAMILIES
+from toolkit.checkpoint.misfits import is_beyond, not_called_for, other_shape
 from toolkit.checkpoint.other_formats import refuse_integers, refuse_quantized
 from toolkit.checkpoint.quantized import Dequantizer
 from toolkit.checkpoint.quantized_config import read_quantization
@@ -42,7 +42,6 @@ _COMPUTED_SUFFIXES: Final = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bi
 # What a decoder's tensors begin with; others are heads and towers beside it. Scales are those of an 8-bit cache.
 _DECODERS: Final = ("model.", "lm_head.")
 _CACHE_SCALES: Final = (".k_scale", ".v_scale", ".q_scale", ".prob_scale")
-_LAYER: Final = re.compile(r"model\.layers\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -115,8 +114,7 @@ class FileWeights:
 
     def __reduce__(self) -> tuple[Callable[..., FileWeights], tuple[object, ...]]:
         """What another process is sent: where the tensors lie, none of their bytes."""
-        files = [path.absolute() for path in self._files]
-        return FileWeights, (self._refs, files, self.notes, self._coded)
+        return FileWeights, (self._refs, [path.absolute() for path in self._files], self.notes, self._coded)
 
     def names(self) -> list[str]:
         """Lists every tensor's name, in file order."""
@@ -254,7 +252,7 @@ def find_tensors(folder: Path, config: ModelConfig, read: Callable[[Path], dict[
     stored, placed = _all_tensors(chosen, read)
     found, renamed = module_tensors(of_the_decoder(stored, FAMILIES[config.model_type].text_model), folder)
     found, coded = coded_tensors(found, by, stored_tensors(decoder_of(config)))
-    meant = {name: ref for name, ref in found.items() if name.startswith(_DECODERS) and not _beyond(name, config)}
+    meant = {name: ref for name, ref in found.items() if name.startswith(_DECODERS) and not is_beyond(name, config)}
     refuse_quantized(meant, folder)
     found, tied = _with_tied_table(found, config)
     _check_complete(found, stored_tensors(decoder_of(config)), folder)
@@ -321,41 +319,12 @@ def expected_refs(
     _check_complete(found, expected, place)
     extra = [n for n in found.keys() - expected.keys() - set(ignorable) if not n.endswith(_COMPUTED_SUFFIXES)]
     if extra:
-        raise CheckpointError(f"{place} holds {_not_called_for(sorted(extra), config)}")
+        raise CheckpointError(f"{place} holds {not_called_for(sorted(extra), config)}")
     refuse_integers((found[name] for name in expected), dtypes, place)
     for name, shape in expected.items():
         if found[name].shape != shape:
-            raise CheckpointError(_other_shape(found[name], shape))
+            raise CheckpointError(other_shape(found[name], shape))
     return {name: found[name] for name in expected}
-
-
-def _beyond(name: str, config: ModelConfig) -> bool:
-    """Whether a tensor is of a layer that the config does not have."""
-    layer = _LAYER.match(name)
-    return layer is not None and int(layer[1]) >= config.num_hidden_layers
-
-
-def _not_called_for(extra: list[str], config: ModelConfig) -> str:
-    """What there is beside what the config calls for, and what that may mean."""
-    beyond = [name for name in extra if _beyond(name, config)]
-    first = (beyond or extra)[0]
-    said = f"{len(extra)} tensors its config does not call for, such as {first[-100:]}: "
-    if beyond:
-        return f"{said}num_hidden_layers is {config.num_hidden_layers} in its config.json, and there are more"
-    if all(name.endswith(".bias") for name in extra):
-        return f"{said}its config.json is another model's, or lacks attention_bias or mlp_bias"
-    return f"{said}its config.json is another model's"
-
-
-def _other_shape(ref: TensorRef, shape: tuple[int, ...]) -> str:
-    """What to say of a tensor that has another shape than the config calls for."""
-    tables = (names.weight(names.EMBED_TOKENS), names.weight(names.LM_HEAD))
-    if ref.name in tables and len(ref.shape) == 2 and ref.shape[1:] == shape[1:]:
-        return (
-            f"{ref.name} has {ref.shape[0]} rows, and vocab_size is {shape[0]} in config.json: if tokens were added or "
-            f"taken away, set vocab_size to {ref.shape[0]}"
-        )
-    return f"{ref.name} is {ref.dtype} {list(ref.shape)}, expected {list(shape)}: its config.json is another model's"
 
 
 def _check_complete(found: Mapping[str, TensorRef], expected: Mapping[str, tuple[int, ...]], folder: Path) -> None:

@@ -17,9 +17,10 @@ from toolkit.bundle.manifest import CalibrationText
 from toolkit.calibrate.exact import ExactInputs
 from toolkit.calibrate.experts import expert_tokens
 from toolkit.calibrate.facts import Survey
+from toolkit.calibrate.input_solver import Fallback, Problem
 from toolkit.calibrate.ladder import SharedFormat, spend_budget
 from toolkit.calibrate.ranges import activation_ranges
-from toolkit.calibrate.solve import Fallback, Problem, Solver, Writer, solve
+from toolkit.calibrate.solve import Solver, Writer, solve
 from toolkit.calibrate.survey import Wish, layers_surveyed, shared_formats, survey
 from toolkit.checkpoint.anatomy import decoder_of
 from toolkit.checkpoint.config import ModelConfig

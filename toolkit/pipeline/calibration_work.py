@@ -2,7 +2,7 @@
 
 Counts of elements are passes of numpy or of a compiled loop over an array, in units of what `np.exp` takes for one
 value (pipeline/work.py). They were set by profiles of tiny-r1 and of two layers of the 1.5B, those of solving by
-Qwen2.5-Coder-0.5B at `balanced` and at `best` (LOG.md).
+Qwen2.5-Coder-0.5B and 1.5B, whole exports on a quiet machine (LOG.md).
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from toolkit.quant.gptq_tokens import pays, products_of_moment, products_of_toke
 # Passes over a weight: to search its scale and round it, to restore it, to solve its column.
 PASSES_TO_SEARCH: Final = 26.0
 PASSES_TO_RESTORE: Final = 6.0
-PASSES_TO_SOLVE: Final = 600.0
+PASSES_TO_SOLVE: Final = 360.0
 # To refit its scale and look at its integer again.
-_REVISITED: Final = 250.0
+_REVISITED: Final = 190.0
 # Over a value of an input: to round it as the bundle does, and what a survey keeps of it.
 _ROUNDED: Final = 14.0
 _KEPT: Final = 4.0
