@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 import toolkit
 from tests.command_line import called
 from toolkit.calibrate import pieces, side_by_side
-from toolkit.calibrate.side_by_side import InputFactor, Matrix, solve_side_by_side
+from toolkit.calibrate.side_by_side import InputFactor, MatrixRows, solve_side_by_side
 from toolkit.checkpoint.opened import open_checkpoint
 from toolkit.checkpoint.remembered import RememberedWeights
 from toolkit.device.arrays import NUMPY
@@ -91,7 +91,7 @@ def test_the_same_bytes_on_any_number_of_workers(two: DaskPool, kind: str, monke
             shared = InputFactor(factor, cross, 0, rows)
         else:
             shared, products = InputFactor(factor, None, 0, rows), {name: w @ cross for name, w in weights.items()}
-    matrices = [Matrix(name, 0, len(weight), SPEC, products.get(name)) for name, weight in weights.items()]
+    matrices = [MatrixRows(name, 0, len(weight), SPEC, products.get(name)) for name, weight in weights.items()]
     here, there = (solve_side_by_side(pool, shared, matrices) for pool in (Here(), two))
     for ours, theirs, weight in zip(here, there, weights.values(), strict=True):
         assert dequantize_blocks(ours, SPEC, 64).shape == weight.shape

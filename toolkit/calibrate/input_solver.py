@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from toolkit import names
 from toolkit.calibrate.pieces import SharedRows, means_of_products
-from toolkit.calibrate.side_by_side import InputFactor, Matrix, Rows, solve_rows, solve_side_by_side
+from toolkit.calibrate.side_by_side import InputFactor, MatrixRows, RowSource, solve_rows, solve_side_by_side
 from toolkit.calibrate.statistics import Products
 from toolkit.checkpoint.sublayers import LinearInput
 from toolkit.device.arrays import Device
@@ -106,7 +106,7 @@ class InputSolver:
         return made | {tensor: self.rows(tensor, weight) for tensor, weight in weights.items() if tensor not in made}
 
     def rows(self, tensor: str, weight: Floats) -> Solved:
-        """Rows [n, K] of a matrix, solved here where that was asked for and possible, else rounded."""
+        """RowSource [n, K] of a matrix, solved here where that was asked for and possible, else rounded."""
         spec, factor = self._problem.specs[tensor], self._factor
         if tensor not in self.wanted or factor is None:
             blocks = quantize_blocks(self._on.to_host(weight), spec, self._problem.importance.get(tensor))
@@ -114,15 +114,15 @@ class InputSolver:
         shared = InputFactor(factor, self._cross, self._problem.revisits)
         return solve_rows(shared, weight, spec, self._products.get(tensor))
 
-    def side_by_side(self, source: Rows | None, ends: Mapping[str, Sequence[int]]) -> list[QuantizedBlocks]:
-        """Rows up to each of these ends of each matrix, solved by the pool, whose processes read them from a source;
+    def side_by_side(self, source: RowSource | None, ends: Mapping[str, Sequence[int]]) -> list[QuantizedBlocks]:
+        """RowSource up to each of these ends of each matrix, solved by the pool, whose processes read them from a source;
         none where there is no pool, or nothing to solve by."""
         if not (self._pool and self._factor and source and ends):
             return []
         shared = InputFactor(self._factor, self._cross, self._problem.revisits, source)
         specs, products = self._problem.specs, self._products
         wanted = [
-            Matrix(tensor, start, stop, specs[tensor], products.get(tensor))
+            MatrixRows(tensor, start, stop, specs[tensor], products.get(tensor))
             for tensor, stops in ends.items()
             for start, stop in pairwise([0, *stops])
         ]

@@ -32,7 +32,7 @@ _Made = TypeVar("_Made")
 
 
 @dataclass(frozen=True)
-class Packed:
+class SolvedMatrix:
     """A matrix that is solved, an eighth of what its floats take."""
 
     blocks: QuantizedBlocks
@@ -53,7 +53,7 @@ class Half:
     sublayer: Attention | LatentAttention | Mlp
     shared: SharedLayer | None = None
     left_out: frozenset[str] = frozenset()
-    solved: Mapping[str, Packed] = field(default_factory=dict)
+    solved: Mapping[str, SolvedMatrix] = field(default_factory=dict)
 
     def opened(self) -> Layer:
         """Returns the layer with the tensors that the sublayer takes."""
@@ -77,7 +77,7 @@ def reading(
     half: Attention | LatentAttention | Mlp,
     inputs: Sequence[LinearInput],
     shared: SharedLayer | None,
-    solved: Mapping[str, Packed],
+    solved: Mapping[str, SolvedMatrix],
 ) -> Half:
     """Returns a sublayer with the weights alone that read these of its inputs, where others are sent it."""
     if shared is None:

@@ -1,6 +1,6 @@
 """Matrices that read one input, solved side by side: rows are independent once the input's factor is known.
 
-Rows go out in blocks of one size whatever the number of workers, so that the same products are computed; whoever solves
+RowSource go out in blocks of one size whatever the number of workers, so that the same products are computed; whoever solves
 some reads them for itself, and gives back their blocks alone.
 """
 
@@ -20,11 +20,11 @@ from toolkit.quant.gptq_tokens import TokenFactor
 from toolkit.quant.visits import Solved
 
 Floats = NDArray[np.float32]
-# Rows of a matrix that are solved at once.
+# RowSource of a matrix that are solved at once.
 ROWS: Final = 1024
 
 
-class Rows(Protocol):
+class RowSource(Protocol):
     """What rows of matrices are read from."""
 
     def read_rows(self, name: str, start: int, stop: int) -> Floats:
@@ -40,12 +40,12 @@ class InputFactor:
     factor: Factor | TokenFactor
     cross: Floats | None
     revisits: int = 0
-    rows: Rows | None = None
+    rows: RowSource | None = None
 
 
 @dataclass(frozen=True)
-class Matrix:
-    """Rows [start, stop) of a tensor, how they are stored, and their W X'X~ / T where that is known."""
+class MatrixRows:
+    """RowSource [start, stop) of a tensor, how they are stored, and their W X'X~ / T where that is known."""
 
     tensor: str
     start: int
@@ -53,23 +53,23 @@ class Matrix:
     spec: QuantSpec
     product: Floats | None
 
-    def part(self, start: int, stop: int) -> Matrix:
+    def part(self, start: int, stop: int) -> MatrixRows:
         """Returns some of these rows, counted from the first of them."""
         product = None if self.product is None else self.product[start:stop]
         return replace(self, start=self.start + start, stop=self.start + stop, product=product)
 
 
 def solve_rows(shared: InputFactor, weight: Floats, spec: QuantSpec, product: Floats | None) -> Solved:
-    """Rows [n, K] solved against their input, with their W X'X~ / T where that is known."""
+    """RowSource [n, K] solved against their input, with their W X'X~ / T where that is known."""
     if isinstance(shared.factor, TokenFactor):
         return shared.factor.solved(weight, spec)
     product = product if shared.cross is None else weight @ shared.cross
     return shared.factor.solved(weight, spec, product, shared.revisits)
 
 
-def solve_side_by_side(pool: Pool, shared: InputFactor, matrices: Sequence[Matrix]) -> list[QuantizedBlocks]:
+def solve_side_by_side(pool: Pool, shared: InputFactor, matrices: Sequence[MatrixRows]) -> list[QuantizedBlocks]:
     """Every matrix [N, K] solved, in blocks of rows that a pool works on."""
-    pieces, ends = list[Matrix](), list[tuple[int, int]]()
+    pieces, ends = list[MatrixRows](), list[tuple[int, int]]()
     for matrix in matrices:
         begin, count = len(pieces), matrix.stop - matrix.start
         pieces += [matrix.part(start, min(start + ROWS, count)) for start in range(0, count, ROWS)]
@@ -78,7 +78,7 @@ def solve_side_by_side(pool: Pool, shared: InputFactor, matrices: Sequence[Matri
     return [_joined(made[begin:end]) for begin, end in ends]
 
 
-def _solve_piece(shared: InputFactor, piece: Matrix) -> QuantizedBlocks:
+def _solve_piece(shared: InputFactor, piece: MatrixRows) -> QuantizedBlocks:
     if shared.rows is None:
         raise ValueError("the factor names nothing to read rows from")
     weight = shared.rows.read_rows(piece.tensor, piece.start, piece.stop)

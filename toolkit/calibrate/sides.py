@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from toolkit.calibrate.activations import ActivationFile
 from toolkit.calibrate.exact import ExactInputs
-from toolkit.calibrate.pieces import Half, Packed, added, each, inner, reading
+from toolkit.calibrate.pieces import Half, SolvedMatrix, added, each, inner, reading
 from toolkit.checkpoint.sublayers import Attention, LatentAttention, LinearInput, Mlp, Moe, Sublayer
 from toolkit.device.arrays import Device
 from toolkit.device.fitting import Pool
@@ -72,7 +72,7 @@ class ComputedSide:
         spill: Callable[[str, int], ActivationFile],
         pool: Pool | None,
         shared: SharedLayer | None,
-        solved: Mapping[str, Packed],
+        solved: Mapping[str, SolvedMatrix],
     ) -> None:
         self._layer, self._spill, self._stream, self._after, self._pool = layer, spill, before, after, pool
         self._shared, self._solved = shared, solved

@@ -20,7 +20,7 @@ from toolkit.calibrate.activations import ActivationFile
 from toolkit.calibrate.exact import ExactInputs
 from toolkit.calibrate.experts import with_rounded_experts
 from toolkit.calibrate.input_solver import Fallback, InputSolver, Problem
-from toolkit.calibrate.pieces import Packed
+from toolkit.calibrate.pieces import SolvedMatrix
 from toolkit.calibrate.sides import ComputedSide, KeptSide, Side
 from toolkit.checkpoint.anatomy import decoder_of
 from toolkit.checkpoint.config import ModelConfig
@@ -199,7 +199,7 @@ class _LayerPass:
         self.fallbacks: list[Fallback] = []
         self._pool = pool
         self._shared = share_layer(config, source, k) if pool else None
-        self._packed: dict[str, Packed] = {}
+        self._packed: dict[str, SolvedMatrix] = {}
         self._spills: list[ActivationFile] = []
 
     def side(self, kind: str, before: ActivationFile, after: ActivationFile) -> Side:
@@ -245,7 +245,7 @@ class _LayerPass:
                 self._writer.write(tensor, 0, self._exact.on.to_host(weight), solved.blocks)
             self._rounded.tensors[tensor] = solved.restored
             if self._pool:
-                self._packed[tensor] = Packed(solved.blocks, self._problem.specs[tensor], given.width)
+                self._packed[tensor] = SolvedMatrix(solved.blocks, self._problem.specs[tensor], given.width)
             self._rounded.solved[linear.module] = given
 
 
