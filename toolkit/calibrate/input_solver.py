@@ -106,7 +106,7 @@ class InputSolver:
         return made | {tensor: self.rows(tensor, weight) for tensor, weight in weights.items() if tensor not in made}
 
     def rows(self, tensor: str, weight: Floats) -> Solved:
-        """RowSource [n, K] of a matrix, solved here where that was asked for and possible, else rounded."""
+        """Rows [n, K] of a matrix, solved here where that was asked for and possible, else rounded."""
         spec, factor = self._problem.specs[tensor], self._factor
         if tensor not in self.wanted or factor is None:
             blocks = quantize_blocks(self._on.to_host(weight), spec, self._problem.importance.get(tensor))
@@ -115,7 +115,7 @@ class InputSolver:
         return solve_rows(shared, weight, spec, self._products.get(tensor))
 
     def side_by_side(self, source: RowSource | None, ends: Mapping[str, Sequence[int]]) -> list[QuantizedBlocks]:
-        """RowSource up to each of these ends of each matrix, solved by the pool, whose processes read them from a source;
+        """Rows up to each of these ends of each matrix, solved by the pool, whose processes read them from a source;
         none where there is no pool, or nothing to solve by."""
         if not (self._pool and self._factor and source and ends):
             return []

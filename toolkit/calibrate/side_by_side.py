@@ -1,6 +1,6 @@
 """Matrices that read one input, solved side by side: rows are independent once the input's factor is known.
 
-RowSource go out in blocks of one size whatever the number of workers, so that the same products are computed; whoever solves
+Rows go out in blocks of one size whatever the number of workers, so that the same products are computed; whoever solves
 some reads them for itself, and gives back their blocks alone.
 """
 
@@ -20,7 +20,7 @@ from toolkit.quant.gptq_tokens import TokenFactor
 from toolkit.quant.visits import Solved
 
 Floats = NDArray[np.float32]
-# RowSource of a matrix that are solved at once.
+# Rows of a matrix that are solved at once.
 ROWS: Final = 1024
 
 
@@ -45,7 +45,7 @@ class InputFactor:
 
 @dataclass(frozen=True)
 class MatrixRows:
-    """RowSource [start, stop) of a tensor, how they are stored, and their W X'X~ / T where that is known."""
+    """Rows [start, stop) of a tensor, how they are stored, and their W X'X~ / T where that is known."""
 
     tensor: str
     start: int
@@ -60,7 +60,7 @@ class MatrixRows:
 
 
 def solve_rows(shared: InputFactor, weight: Floats, spec: QuantSpec, product: Floats | None) -> Solved:
-    """RowSource [n, K] solved against their input, with their W X'X~ / T where that is known."""
+    """Rows [n, K] solved against their input, with their W X'X~ / T where that is known."""
     if isinstance(shared.factor, TokenFactor):
         return shared.factor.solved(weight, spec)
     product = product if shared.cross is None else weight @ shared.cross
