@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from tests.gguf_files import from_checkpoint
 from tests.loopback_hub import REPO, Hub, hub_environment, loopback_hub
 from tests.random_models import make_checkpoint
 from toolkit.checkpoint.config import read_config
-from toolkit.checkpoint.download import hub_error
+from toolkit.checkpoint.download import hub_error, resolve_checkpoint
+from toolkit.checkpoint.opened import open_checkpoint
 from toolkit.checkpoint.remote import HeadersAlone
 from toolkit.checkpoint.safetensors import read_header
 from toolkit.checkpoint.weights import find_tensors
@@ -210,3 +212,42 @@ def test_a_hub_id_is_sized_by_its_headers_and_got(hub: Hub, tmp_path: Path) -> N
     # Without a text nothing is left open before the export: the forecast is the bundle.
     assert sum(file["bytes"] for file in made["files"] if file["name"].endswith(".data")) <= row["bundle_bytes"]
     assert "is the best that is here" in done.stderr
+
+
+def test_a_url_is_copied_once_and_file_is_a_path(
+    tiny_r1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fsspec's own archive reader stands for all that it reads: what is no part of a checkpoint stays there."""
+    monkeypatch.setenv("TOOLKIT_CACHE", str(tmp_path / "cache"))
+    with zipfile.ZipFile(tmp_path / "models.zip", "w") as archive:
+        for path in tiny_r1.iterdir():
+            archive.write(path, f"tiny/{path.name}")
+        archive.writestr("tiny/optimizer.pt", "state")
+    url = f"zip://tiny::file://{tmp_path.as_posix()}/models.zip"
+    folder = resolve_checkpoint(url)
+    expected = open_checkpoint(tiny_r1).source
+    found = open_checkpoint(folder).source
+    assert [(origin.name, origin.bytes) for origin in found.identity()] == [
+        (origin.name, origin.bytes) for origin in expected.identity()
+    ]
+    assert not (folder / "optimizer.pt").exists() and (folder / "tokenizer.json").is_file()
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert resolve_checkpoint(url) == folder
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+    assert resolve_checkpoint(tiny_r1.as_uri()) == tiny_r1
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("nothing://bucket/model", "nothing://bucket/model is no URL that fsspec reads"),
+        ("memory://no/such/folder", "no/such/folder holds no file"),
+        ("zip://tiny::file:///no/such.zip", "cannot be read"),
+    ],
+)
+def test_a_url_that_cannot_be_read_is_one_line(url: str, said: str) -> None:
+    with pytest.raises(CheckpointError) as problem:
+        resolve_checkpoint(url)
+    assert said in str(problem.value) and "\n" not in str(problem.value)
+    with pytest.raises(CheckpointError, match="a revision is for hub ids"):
+        resolve_checkpoint(url, "main")

@@ -55,6 +55,7 @@ DEPENDENCIES: Final[dict[str, set[str]]] = {
     "click": {"cli"},
     "distributed": {"workers"},
     "filelock": {"pipeline"},
+    "fsspec": {"checkpoint"},
     "gguf": {"checkpoint"},
     "huggingface_hub": {"checkpoint"},
     "jinja2": {"bundle", "report"},

@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
+from toolkit.checkpoint.fetched import fetched_folder, is_url, local_path
 from toolkit.checkpoint.gguf import is_gguf, split_set
 from toolkit.checkpoint.other_formats import other_format
 from toolkit.checkpoint.quantized_config import MODELOPT_FILE
@@ -56,8 +57,14 @@ def resolve_checkpoint(place: str, revision: str | None = None, *, weights: bool
 
     A hub id, or a GGUF file on the hub with the set that it is of, is downloaded (resumed, with progress) into
     huggingface_hub's cache; without `weights` a hub id's JSON files and chat templates alone.
-    `HF_HUB_OFFLINE=1` is honoured: then only the cache is looked at. Raises CheckpointError with what to do.
+    `HF_HUB_OFFLINE=1` is honoured: then only the cache is looked at. A URL's files are copied once into this toolkit's
+    own cache. Raises CheckpointError with what to do.
     """
+    place = local_path(place)
+    if is_url(place):
+        if revision:
+            raise CheckpointError(f"{place} is a URL: a revision is for hub ids, leave --revision out")
+        return fetched_folder(place, _SIDE_PATTERNS, weight_files)
     embedded = data_folder("models") / place
     here = Path(place).is_dir() or (is_gguf(Path(place)) and Path(place).exists())
     local = Path(place) if here else embedded if "/" not in place and embedded.is_dir() else None

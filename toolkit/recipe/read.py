@@ -134,7 +134,8 @@ def _anchor(raw: JsonObject, folder: Path) -> None:
 def _of_target(target: str, checkpoint: str | None) -> dict[str, str]:
     if not checkpoint:
         raise RecipeError(f"{target!r} is a bare target: name what to convert with --checkpoint FOLDER_OR_HUB_ID")
-    stem = Path(checkpoint).resolve().name if Path(checkpoint).exists() else re.split("[/:]", checkpoint)[-1]
+    place = Path(checkpoint)
+    stem = place.resolve().name if place.exists() else re.split("[/:]", checkpoint.rstrip("/"))[-1]
     stem = stem.removesuffix(".gguf")
     return {"name": f"{stem}-{target}", "model": checkpoint, "target": target}
 
