@@ -104,12 +104,7 @@ def export(
 
 
 def _print_made(
-    bundles: list[Path],
-    checkpoint: Checkpoint,
-    wanted: Effort | None,
-    as_json: bool,
-    device: str,
-    workers: str | None,
+    bundles: list[Path], checkpoint: Checkpoint, wanted: Effort | None, as_json: bool, device: str, workers: str | None
 ) -> None:
     """Bundles that were made, each beside its checkpoint where that is wanted."""
     if wanted is None:
