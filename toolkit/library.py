@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from toolkit.bundle.manifest import read_manifest
-from toolkit.checkpoint.download import hub_file, is_hub_id
+from toolkit.checkpoint.any_decoder import open_any_decoder
+from toolkit.checkpoint.download import hub_file, is_hub_id, resolve_checkpoint
 from toolkit.checkpoint.opened import Checkpoint
 from toolkit.checkpoint.remote import open_headers
 from toolkit.errors import RecipeError
@@ -76,6 +77,7 @@ def plan(
     revision: str | None = None,
     adapter: str | Path | None = None,
     draft: str | Path | None = None,
+    trace: bool = False,
     note: Progress = _silent,
 ) -> list[ExportPlan]:
     """Decides everything about exports of one checkpoint and writes nothing: a plan for each recipe, in order.
@@ -88,14 +90,14 @@ def plan(
     channels. With `shapes_alone` no weights are downloaded: the shapes are the model's published ones, or those in the
     headers of `checkpoint`, and the plan is not one to export. `revision` is a branch, tag or commit of a hub id.
     `adapter` is the folder of a LoRA adapter to merge into the checkpoint, `draft` a smaller model that guesses its
-    tokens ahead, named as a checkpoint is. `note` is told, a line each, which recipe a hub id means and what there is
-    to know of the checkpoint's files.
+    tokens ahead, named as a checkpoint is. With `trace` a decoder of any family is traced by torch. `note` is told, a
+    line each, which recipe a hub id means and what there is to know of the checkpoint's files.
 
     Raises RecipeError or CheckpointError for what does not exist or does not belong together, UnsupportedError for what
     the target cannot do.
     """
     asked = {
-        "quality": quality or ("fast" if synthetic else None),
+        "quality": quality or ("fast" if synthetic or trace else None),
         "calibration": str(Path(calibration).resolve()) if calibration else None,
         "speculation": DRAFT if draft else None,
         "draft": None if draft is None else str(draft),
@@ -107,7 +109,7 @@ def plan(
             note(f"{place if name in TARGETS else name} has a recipe of its own: {meant}")
     loaded = [load_recipe(name, changes, place) for name in names]
     _check_one_checkpoint(loaded, place)
-    opened = open_for_recipe(loaded[0], place, synthetic, shapes_alone, revision, adapter)
+    opened = open_for_recipe(loaded[0], place, synthetic, shapes_alone, revision, adapter, trace)
     for line in opened.notes:
         note(line)
     if not any(change.startswith("context_length=") for change in changes):
@@ -357,6 +359,8 @@ def made_from(
     named = recipe.model if Path(recipe.model).exists() or not synthetic else None
     if place:
         named = str(place)
+    if manifest.traced:
+        return open_any_decoder(resolve_checkpoint(place or recipe.model, revision))
     return open_place_or_shapes(named, recipe.facts(), synthetic, False, revision, adapter)
 
 

@@ -28,6 +28,9 @@ LAST_POSITION_UNSQUEEZE: Final = f"{LAST_POSITION_PATH}/Unsqueeze"
 LAST_ROWS_PATH: Final = f"{LENGTHS_PATH}/last_rows"
 LAST_ROWS_BEFORE: Final = f"{LAST_ROWS_PATH}/before"
 
+# How a graph is written that torch's exporter made of transformers' own code.
+TRACED: Final = "traced, unfused"
+
 # Stages, and the graph file of each. Context and iterator share the transformer's data file.
 MODEL: Final = "model"
 EMBEDDINGS: Final = "embeddings"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 from toolkit import names
 from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.families import FAMILIES
+from toolkit.checkpoint.family import DECODER
 from toolkit.checkpoint.side_files import Sampling, SideFiles
 from toolkit.errors import UnsupportedError
 from toolkit.speculation import CHUNK_SIZE
@@ -92,14 +93,15 @@ def genai_config(
 
 class _Cache:
     """What the graphs' cache is made of: how many pairs of key and value, the heads of each and how wide they are.
-    Latents have no operator that writes into the cache it is given, so that one of them `grows`."""
+    Latents and traced graphs have no operator that writes into the cache it is given, so that theirs `grows`."""
 
     def __init__(self, config: ModelConfig, graphs: Sequence[StageGraph]) -> None:
         past = [value for graph in graphs for value in graph.model.graph.inputs if names.is_past(str(value.name))]
         shapes = {tuple(value.shape)[1::2] for value in past if value.shape is not None}
         ((self.heads, self.width),) = shapes or {(config.num_key_value_heads, config.head_dim)}
         operators = {node.op_type for graph in graphs for node in graph.model.graph}
-        self.grows = config.structure.latent is not None and "GroupQueryAttention" not in operators
+        latents_or_traced = config.structure.latent is not None or config.traced
+        self.grows = latents_or_traced and "GroupQueryAttention" not in operators
         self.layers = len(past) // 2 if self.grows else config.num_hidden_layers
 
 
@@ -162,7 +164,7 @@ def _sampling(given: Sampling, vocab_size: int) -> dict[str, bool | int | float]
 
 def genai_type(config: ModelConfig) -> str:
     """Returns `model.type` of one graph; raises UnsupportedError if the family names one that does not exist."""
-    found = FAMILIES[config.model_type].genai_type
+    found = DECODER if config.traced else FAMILIES[config.model_type].genai_type
     if found not in GENAI_TYPES:
         raise UnsupportedError(
             f"families/{config.model_type}.py has genai_type {found!r}, which onnxruntime-genai would refuse to load: "

@@ -57,6 +57,7 @@ class Manifest:
     of each part that was compiled ahead of time, a digest of all that its binary was made from. `stop_tokens` end an
     answer, each with where that is said. `changed` names the files of the checkpoint that the bundle has otherwise,
     `side_files` all of it beside the weights that were read. `calibrated_on` says what computed, where a text was read.
+    `traced` is true where the graph was traced, and None where it was written from the family's description.
     """
 
     schema_version: int
@@ -72,6 +73,7 @@ class Manifest:
     changed: tuple[ChangedFile, ...] = ()
     side_files: tuple[FileEntry, ...] = ()
     calibrated_on: CalibratedOn | None = None
+    traced: bool | None = None
 
     def lasting_files(self) -> tuple[FileEntry, ...]:
         """Returns the files that stay as they were made: all but README.md, which is written anew with each report."""
@@ -99,6 +101,7 @@ class _WrittenManifest:
     changed: tuple[ChangedFile, ...] = ()
     side_files: tuple[FileEntry, ...] = ()
     calibrated_on: CalibratedOn | None = None
+    traced: bool | None = None
 
 
 def begin_manifest(
@@ -124,6 +127,7 @@ def begin_manifest(
         side_files=()
         if synthetic
         else tuple(_side_entry(path, checkpoint.folder) for path in side_paths(checkpoint.folder)),
+        traced=checkpoint.config.traced or None,
     )
 
 
@@ -178,6 +182,7 @@ def read_manifest(folder: Path) -> Manifest:
         written.changed,
         written.side_files,
         written.calibrated_on,
+        written.traced,
     )
 
 

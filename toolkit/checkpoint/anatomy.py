@@ -149,7 +149,8 @@ def stored_tensors(decoder: Decoder) -> dict[str, tuple[int, ...]]:
 
 @lru_cache(maxsize=64)
 def decoder_of(config: ModelConfig) -> Decoder:
-    """Returns the decoder that a config means."""
+    """Returns the decoder that a config means; none that is traced, whose layers are not known."""
+    assert not config.traced, f"{config.model_type} is traced, its layers are transformers' to know"
     D, V = config.hidden_size, config.vocab_size
     embedding = Linear(names.EMBED_TOKENS, D, V)
     return Decoder(

@@ -53,6 +53,9 @@ class ModelConfig:
     `head_dim` is the width heads are stored with, `rotary_head_dim` that which RoPE turns. They differ where heads were
     padded for an operator (padded_heads.py), where RoPE leaves a part of a head as it is (partial_rotary.py), and under
     latent attention. Products of queries and keys are multiplied by `attention_scale`.
+
+    Of a decoder that is `traced` transformers alone knows the layers (any_decoder.py): its structure, RoPE, epsilon and
+    attention's scale say nothing here.
     """
 
     model_type: str
@@ -73,6 +76,7 @@ class ModelConfig:
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     pad_token_id: int | None
+    traced: bool = False
 
     def rope_of(self, window: int | None) -> RopeConfig:
         """Returns the RoPE of layers with this window: of those that slide another where the family has one."""
@@ -125,7 +129,7 @@ def read_checkpoint_json(path: Path, max_bytes: int) -> dict[str, Any]:
     return read_json(path, max_bytes, CheckpointError, "a checkpoint folder in Hugging Face layout has one")
 
 
-def _check_kind(raw: Mapping[str, Any], path: Path) -> None:
+def check_kind(raw: Mapping[str, Any], path: Path) -> None:
     """Raises UnsupportedError for a model that judges texts and writes none."""
     listed = raw.get("architectures")
     for kind in listed if isinstance(listed, list) else ():
@@ -145,7 +149,7 @@ def parse_config(raw: Mapping[str, Any], path: Path) -> ModelConfig:
     if family.text_config:
         raw = _text_config(raw, family.text_config, path)
     read = Fields(raw, path, family.defaults)
-    _check_kind(raw, path)
+    check_kind(raw, path)
     quantization_of(raw, path)  # refuses what is not read
     heads = read.count("num_attention_heads")
     hidden = read.count("hidden_size")

@@ -249,7 +249,7 @@ def find_tensors(folder: Path, config: ModelConfig, read: Callable[[Path], dict[
     """
     by = read_quantization(folder)
     chosen = choose_files(folder)
-    stored, placed = _all_tensors(chosen, read)
+    stored, placed = all_tensors(chosen, read)
     found, renamed = module_tensors(of_the_decoder(stored, FAMILIES[config.model_type].text_model), folder)
     found, coded = coded_tensors(found, by, stored_tensors(decoder_of(config)))
     meant = {name: ref for name, ref in found.items() if name.startswith(_DECODERS) and not is_beyond(name, config)}
@@ -268,7 +268,7 @@ def find_tensors(folder: Path, config: ModelConfig, read: Callable[[Path], dict[
     return FoundTensors(refs, notes, other, coded, stored_as(refs, coded, by))
 
 
-def _all_tensors(
+def all_tensors(
     chosen: ChosenFiles, read: Callable[[Path], dict[str, TensorRef]]
 ) -> tuple[dict[str, TensorRef], list[str]]:
     """The tensors of all files. One that stands in several is that of the file which the index names, with a line that

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 @click.option("--no-validate", is_flag=True, help="Skip the comparison with the checkpoint.")
 @click.option("--no-compile", is_flag=True, help="Leave qnn's compiling out; `toolkit compile` does it.")
 @click.option("--force", is_flag=True, help="Make it anew though it is there, validated or not.")
+@click.option("--trace", is_flag=True, help="A decoder of any family, traced by torch, for the CPU.")
 @DEVICE
 @WORKERS
 @AS_JSON
@@ -58,6 +59,7 @@ def export(
     no_validate: bool,
     no_compile: bool,
     force: bool,
+    trace: bool,
     device: str,
     workers: str | None,
     as_json: bool,
@@ -87,6 +89,7 @@ def export(
         revision=revision,
         adapter=adapter,
         draft=draft,
+        trace=trace,
         note=print_note,
     )
     compiles, wanted = not no_compile, None if no_validate or synthetic else effort_of(effort)

@@ -69,7 +69,7 @@ def _row(row: CatalogueRow, width: int) -> str:
     measured, bound = row.decode_tokens_per_s, row.predicted_tokens_per_s
     speed = f"{measured:.1f}" if measured else f"< {bound:.3g}" if bound else "-"
     kld = f"{row.mean_kld:.3f}" if row.mean_kld is not None else "-"
-    where = row.path or row.model
+    where = f"{row.path or row.model}{f' ({row.form})' if row.form else ''}"
     return (
         f"{row.recipe:{width}} {row.target:9} {size:>9} {row.bits_per_weight:5.2f} {row.context_length:8} "
         f"{speed:>9} {kld:>6} {row.license or '-':10}  {row.here:35} {where}"

@@ -32,6 +32,7 @@ from toolkit.graph.attention import (
 from toolkit.graph.builder import MS, GraphBuilder, declare, value
 from toolkit.graph.latent import latent_attention
 from toolkit.graph.latent_cache import Seen, cache_row, latent_cache_attention, seen_tokens, spare_value
+from toolkit.graph.layout import Unit
 from toolkit.graph.rope import rotary_caches
 from toolkit.quant.ranges import HEADROOM, ActivationRange
 from toolkit.target import CPU_FORM, Form
@@ -64,8 +65,12 @@ class Rotation:
 
 def embedding(build: GraphBuilder, ids: ir.Value) -> ir.Value:
     """[B, S] ids to [B, S, D]. The CPU looks float32 rows up; another dtype is a cast of them."""
-    unit = build.layout.units[names.weight(names.EMBED_TOKENS)]
-    path = "/model/embed_tokens"
+    rows = looked_up(build, "/model/embed_tokens", build.layout.units[names.weight(names.EMBED_TOKENS)], ids)
+    return rows if build.dtype == ir.DataType.FLOAT else build.cast("/model/embed_tokens/Cast", rows, build.dtype)
+
+
+def looked_up(build: GraphBuilder, path: str, unit: Unit, ids: ir.Value) -> ir.Value:
+    """The rows of a table that ids [B, S] name, [B, S, D] in float32."""
     if unit.spec is None:
         (rows,) = build.op(f"{path}/Gather", [build.slot(unit.slots[0]), ids])
     else:
@@ -76,7 +81,7 @@ def embedding(build: GraphBuilder, ids: ir.Value) -> ir.Value:
         scales, zero_points = build.scales(path, unit.slots[1]), map(build.slot, unit.slots[2:])
         attributes = {"gather_axis": 0, "quantize_axis": 1, "block_size": unit.spec.block_size, "bits": unit.spec.bits}
         (rows,) = build.op(f"{path}/GatherBlockQuantized", [flat, ids, scales, *zero_points], attributes, MS)
-    return rows if build.dtype == ir.DataType.FLOAT else build.cast(f"{path}/Cast", rows, build.dtype)
+    return rows
 
 
 def check_layers(form: Form, config: ModelConfig, context_length: int) -> None:
@@ -199,10 +204,14 @@ def _output_norm(build: GraphBuilder, config: ModelConfig, half: Sublayer, x: ir
 
 def lm_head(build: GraphBuilder, config: ModelConfig, hidden: ir.Value, index: ir.Value) -> ir.Value:
     """[B, S, D] to logits [B, 1, V] at each row's position `index` int64 [B, 1]."""
+    return _logits(build, config, last_position(build, hidden, index))
+
+
+def last_position(build: GraphBuilder, hidden: ir.Value, index: ir.Value) -> ir.Value:
+    """[B, S, D] to [B, 1, D], each row's position `index` int64 [B, 1]."""
     (row,) = build.op(names.LAST_POSITION_GATHER, [hidden, index], {"batch_dims": 1})
     axis = build.constant(f"{names.LAST_POSITION_PATH}/axis", np.array([1], np.int64))
-    (last,) = build.op(names.LAST_POSITION_UNSQUEEZE, [row, axis])
-    return _logits(build, config, last)
+    return build.op(names.LAST_POSITION_UNSQUEEZE, [row, axis])[0]
 
 
 def last_rows(build: GraphBuilder, config: ModelConfig, hidden: ir.Value, index: ir.Value, rows: int) -> ir.Value:

@@ -17,6 +17,7 @@ import onnx_ir as ir
 from toolkit import names
 from toolkit.checkpoint.sublayers import Moe
 from toolkit.graph.layout import Layout, Slot, Unit
+from toolkit.quant.blockwise import QuantSpec
 from toolkit.quant.ranges import ActivationRange, uint16_parameters
 from toolkit.target import Form, Stage
 
@@ -162,11 +163,17 @@ class GraphBuilder:
             (weight,) = self.op(f"{path}/weight/DequantizeLinear", integers, blocks)
             (product,) = self.op(f"{path}/MatMul", [x, weight])
             return self.rounded(f"{path}/output", product, names.output_of(unit.name.removesuffix(".weight")))
+        return self.packed_product(path, x, unit, unit.spec, bias, form)
+
+    def packed_product(
+        self, path: str, x: ir.Value, unit: Unit, spec: QuantSpec, bias: ir.Value | None, form: Form
+    ) -> ir.Value:
+        """Returns `x` times the weight of a unit that is packed in blocks, plus the bias if there is one."""
         attributes = {
             "K": unit.width,
             "N": sum(unit.rows),
-            "bits": unit.spec.bits,
-            "block_size": unit.spec.block_size,
+            "bits": spec.bits,
+            "block_size": spec.block_size,
             "accuracy_level": form.accuracy_level,
         }
         packed, scales, *zero_points = unit.slots

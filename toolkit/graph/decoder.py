@@ -23,7 +23,7 @@ def build_decoder(config: ModelConfig, layout: Layout, form: Form, context_lengt
     build = GraphBuilder(layout, form)
     ids = value(names.INPUT_IDS, ir.DataType.INT64, ("batch", "sequence"))
     mask = value(names.ATTENTION_MASK, ir.DataType.INT64, ("batch", "total_sequence"))
-    seqlens, total, index, tokens, queries = _lengths(build, ids, mask)
+    seqlens, total, index, tokens, queries = mask_lengths(build, ids, mask)
     positions = None
     if not form.rotary_in_attention:
         positions = value(names.POSITION_IDS, ir.DataType.INT64, ("batch", "sequence"))
@@ -37,7 +37,7 @@ def build_decoder(config: ModelConfig, layout: Layout, form: Form, context_lengt
     return build.model("decoder", [*given, *past], [logits, *present])
 
 
-def _lengths(build: GraphBuilder, ids: ir.Value, mask: ir.Value) -> tuple[ir.Value, ...]:
+def mask_lengths(build: GraphBuilder, ids: ir.Value, mask: ir.Value) -> tuple[ir.Value, ...]:
     """(seqlens_k int32 [B], total_sequence_length int32 scalar, index of each row's last query int64 [B, 1], the total
     int64 [1], and the number of queries int64 [1]).
 

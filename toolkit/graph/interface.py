@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from toolkit.errors import BundleError
 
-_TO_BOOL: Final = ("And", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Not")
+_TO_BOOL: Final = ("And", "Equal", "Greater", "GreaterOrEqual", "IsNaN", "Less", "LessOrEqual", "Not")
 _TO_INT64: Final = ("ArgMax", "Shape")
 # Which input has the dtype of the output, where it is not the first.
-_LIKE: Final = {"DequantizeLinear": 1, "GatherBlockQuantized": 2, "Where": 1}
+_LIKE: Final = {"CastLike": 1, "DequantizeLinear": 1, "GatherBlockQuantized": 2, "Where": 1}
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,7 @@ def plan_layout(
         shape = (sum(rows), *shapes[sources[0]][1:])
         file = target.data_file(names.role_of(name))
         arrays = stored_arrays(shape, spec, floats_of(name, target.form))
-        slots, ends[file] = _slots_from(name, arrays, file, ends.get(file, 0))
+        slots, ends[file] = slots_from(name, arrays, file, ends.get(file, 0))
         units[name] = Unit(name, sources, rows, shape[1] if len(shape) == 2 else 1, spec, slots, by_turns)
     return Layout(units, ends)
 
@@ -134,7 +134,7 @@ def _groups(config: ModelConfig, target: Target, specs: Mapping[str, QuantSpec])
     return list(dict.fromkeys(groups.values()))
 
 
-def _slots_from(name: str, arrays: Sequence[StoredArray], file: str, end: int) -> tuple[tuple[Slot, ...], int]:
+def slots_from(name: str, arrays: Sequence[StoredArray], file: str, end: int) -> tuple[tuple[Slot, ...], int]:
     """A unit's slots one after the other from `end` on, aligned, and where the last one ends."""
     slots = []
     for array in arrays:

@@ -62,6 +62,7 @@ def bundle_row(bundle: Path) -> CatalogueRow | None:
         tasks[0].accuracy if tasks else None,
         report.speed.decode_tokens_per_s if report and report.speed else None,
         str(bundle),
+        names.TRACED if manifest.traced else None,
     )
 
 

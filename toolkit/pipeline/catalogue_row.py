@@ -25,7 +25,8 @@ class CatalogueRow:
     whether it runs (`runs_here`).
 
     `predicted_tokens_per_s` is a bound on decoding by this machine's memory bandwidth, for what runs on its CPU. What
-    is not known is None: `license`, and the figures of a bundle that was not validated. `path` is a bundle's folder.
+    is not known is None: `license`, and the figures of a bundle that was not validated. `path` is a bundle's folder,
+    `form` how its graph is written where it was traced.
     """
 
     kind: str
@@ -44,6 +45,7 @@ class CatalogueRow:
     accuracy: float | None = None
     decode_tokens_per_s: float | None = None
     path: str | None = None
+    form: str | None = None
 
 
 def runs_on(target: Target, size: int, cache: int) -> tuple[str, bool]:

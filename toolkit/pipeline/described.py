@@ -102,7 +102,7 @@ def describe(plan: ExportPlan) -> DescribedPlan:
         files=tuple(PlannedFile(name, nbytes) for name, nbytes in plan.files.items()),
         quality=recipe.quality,
         bits_per_weight=plan.bits_per_weight,
-        idle_rules=tuple(idle_rules(config, recipe)) or None,
+        idle_rules=None if plan.traced else tuple(idle_rules(config, recipe)) or None,
         outside=_outside(plan),
         calibration=_calibration(plan),
         peak_memory_bytes=plan.peak_memory_bytes,

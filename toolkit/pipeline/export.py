@@ -20,6 +20,7 @@ from toolkit.checkpoint.opened import Checkpoint
 from toolkit.device.fitting import ON_NUMPY, Fitting
 from toolkit.evaluate.opens import open_apart
 from toolkit.files import disk_errors, write_json
+from toolkit.graph.builder import StageGraph
 from toolkit.jit import require_compiler
 from toolkit.machine import peak_rss_bytes
 from toolkit.partition.data_files import Destination
@@ -38,6 +39,7 @@ from toolkit.pipeline.place import (
 from toolkit.pipeline.plan import ExportPlan, check_machine, plan_export
 from toolkit.pipeline.standing import check_replaceable, check_reported, is_made
 from toolkit.pipeline.tokenizer import TokenizerFiles, plan_tokenizer, write_tokenizer
+from toolkit.pipeline.traced import plan_traced
 from toolkit.progress import counted
 from toolkit.quant.ranges import ActivationRange
 from toolkit.recipe import Recipe
@@ -94,7 +96,8 @@ class _Begun:
 
 def plan_exports(orders: Sequence[Order], checkpoint: Checkpoint, precision: str = "int4") -> list[ExportPlan]:
     """The plan of each bundle, all of one checkpoint. Raises ToolkitError if checkpoint or recipe will not do."""
-    return [plan_export(order.recipe, checkpoint, order.out, precision) for order in orders]
+    planned = plan_traced if checkpoint.config.traced else plan_export
+    return [planned(order.recipe, checkpoint, order.out, precision) for order in orders]
 
 
 def export_bundles(
@@ -249,13 +252,21 @@ def _begin(plan: ExportPlan, text: TokenizedText | None) -> _Begun:
     return _Begun(plan, plan.out, partial, manifest, checkpoint.source.bytes_read(), text)
 
 
+def _graphs(begun: _Begun, pad: int) -> list[StageGraph]:
+    """The graphs of the bundle: written from its layout, or the one that was traced."""
+    plan = begun.plan
+    if plan.traced is not None:
+        return [plan.traced]
+    return lower(plan.checkpoint.config, plan.layout, plan.target, plan.recipe, pad, begun.ranges)
+
+
 def _finish(
     begun: _Begun, pad: int, packed: PackResult, tokenizer: TokenizerFiles, clock: _Clock, beside: list[str]
 ) -> None:
     """Graphs, settings, manifest and report around the data files."""
     plan, partial, steps = begun.plan, begun.partial, list(clock.steps)
     with clock.step("author", steps):
-        graphs = lower(plan.checkpoint.config, plan.layout, plan.target, plan.recipe, pad, begun.ranges)
+        graphs = _graphs(begun, pad)
         for graph in graphs:
             graph.save(partial)
         tokenizer_files = write_tokenizer(tokenizer, plan.checkpoint, plan.stop_tokens, partial)

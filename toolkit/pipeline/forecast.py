@@ -65,14 +65,16 @@ def forecast(
         slower = TYPICAL.elements_per_s / speed.elements_per_s
         seconds = (_COMPILE_PART * plan.recipe.parts + _COMPILE_BYTE * plan.layout.nbytes) * slower
         phases.append(Phase("compile", seconds, plan.compile_memory_bytes, plan.layout.nbytes, "rates in LOG.md"))
-    if effort is not None:
+    if effort is not None and plan.traced is not None:
+        phases.append(_traced_validation(plan, speed, effort))
+    elif effort is not None:
         phases.append(_validation(plan, speed, effort))
     return phases
 
 
 def _packing(plan: ExportPlan) -> Work:
     """Reading, widening, searching and writing each weight once, on every core."""
-    weights = parameter_count(plan.checkpoint.config)
+    weights = plan.layout.weights() if plan.traced else parameter_count(plan.checkpoint.config)
     passes = 3.0 + (PASSES_TO_SEARCH if plan.precision == "int4" else 0.0)
     return Work(elements=passes * weights / (os.cpu_count() or 1), nbytes=2.0 * weights + 2.0 * plan.layout.nbytes)
 
@@ -93,6 +95,14 @@ def _validation(plan: ExportPlan, speed: MachineSpeed, effort: Effort) -> Phase:
     resident = 4 * parameter_count(config) if counts else 0
     memory = max(int(1.2 * plan.layout.nbytes), resident)
     return Phase("validate", seconds, memory, None, f"this machine's speed now; {_said(taken, counts)}")
+
+
+def _traced_validation(plan: ExportPlan, speed: MachineSpeed, effort: Effort) -> Phase:
+    """Judging a traced bundle: transformers and the bundle each read the text once."""
+    weights = plan.layout.weights()
+    tokens = sample(effort, plan.checkpoint.config, plan.target.form, False).tokens
+    work = Work(products=2.0 * 2.0 * weights * tokens, elements=3.0 * weights)
+    return Phase("validate", work.seconds(speed), 4 * weights, None, f"this machine's speed now; {tokens} tokens")
 
 
 def _said(taken: Sample, counts: Sequence[int]) -> str:

@@ -9,6 +9,7 @@ from toolkit.checkpoint.download import resolve_checkpoint
 from toolkit.checkpoint.opened import Checkpoint, open_checkpoint, synthetic_checkpoint
 from toolkit.checkpoint.remote import open_headers
 from toolkit.errors import RecipeError
+from toolkit.pipeline.traced import open_to_trace
 from toolkit.recipe import Recipe
 
 
@@ -32,9 +33,12 @@ def open_for_recipe(
     shapes_alone: bool,
     revision: str | None = None,
     adapter: str | Path | None = None,
+    trace: bool = False,
 ) -> Checkpoint:
     """The checkpoint at `place`, or else the recipe's own: its published shapes where no numbers are needed, unless the
-    model itself is on this machine."""
+    model itself is on this machine. One to `trace` is opened as far as that needs."""
+    if trace:
+        return open_to_trace(recipe, place or recipe.model, synthetic, revision, adapter)
     facts, model = recipe.facts(), recipe.model
     if facts is None or revision or Path(model).exists() or not (synthetic or shapes_alone):
         place = place or model

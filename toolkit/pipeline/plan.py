@@ -21,6 +21,7 @@ from toolkit.checkpoint.weights import parameter_count
 from toolkit.errors import MachineError, RecipeError, UnsupportedError
 from toolkit.graph.attention import HEAD_DIM_MULTIPLE
 from toolkit.graph.blocks import check_layers
+from toolkit.graph.builder import StageGraph
 from toolkit.graph.latent_cache import cached_numbers, check_latent_cache
 from toolkit.graph.layout import Layout, plan_layout
 from toolkit.machine import free_disk_bytes, free_memory_bytes, ram_bytes
@@ -44,10 +45,10 @@ from toolkit.target import TARGETS, Target
 from toolkit.thresholds import resolved
 
 # Interpreter, numpy, onnx_ir and the compiler of the quantizers: measured, see LOG.md.
-_BASE_BYTES: Final = 220 << 20
+BASE_BYTES: Final = 220 << 20
 # At each core: a widened tile, what becomes of a chunk, and the pieces it is joined from.
-_CORE_BYTES: Final = 12 << 20
-_DISK_MARGIN_BYTES: Final = 64 << 20
+CORE_BYTES: Final = 12 << 20
+DISK_MARGIN_BYTES: Final = 64 << 20
 # What decides whether a recipe fits a checkpoint; a fine-tune may resize the vocabulary or its positions.
 _SHAPE_FIELDS: Final = (
     "model_type",
@@ -69,7 +70,8 @@ class ExportPlan:
     the report has the measured figure, and `compile_memory_bytes` one of compiling a part, 0 where that is no step.
     `kv_cache_bytes` is a cache of the whole context, `opened_cache_bytes` that of a request which does not say how
     long it will be. `tokenizer` is None where the checkpoint has none, which an export refuses. `draft` is the plan of
-    the smaller model that guesses for this one, where one does.
+    the smaller model that guesses for this one, where one does. `traced` is the graph of a decoder that was traced, and
+    None where graphs are written from the layout.
     """
 
     recipe: Recipe
@@ -91,6 +93,7 @@ class ExportPlan:
     disk_needed_bytes: int
     disk_free_bytes: int
     draft: ExportPlan | None = None
+    traced: StageGraph | None = None
 
     @property
     def opened_cache_bytes(self) -> int:
@@ -121,13 +124,13 @@ def plan_export(recipe: Recipe, checkpoint: Checkpoint, out: Path, precision: st
     layers = layer_bytes(layout, config.num_hidden_layers)
     recipe = _with_thresholds(_with_parts(recipe, target, layers), target, config)
     compiled = bool(target.soc) and precision == "int4"
-    tokenizer = _tokenizer(opened)
+    tokenizer = planned_tokenizer(opened)
     item_bytes = 2 if target.form.activations == "float16" else 4
     graphs = _graph_files(recipe, target, config, item_bytes)
     cores = os.cpu_count() or 1
     graph_bytes = sum(graphs.values())
     cost = calibration_cost(recipe, config, target.form) if precision == "int4" else None
-    packing = 3 * graph_bytes + cores * _CORE_BYTES + (2 * cores + 2) * CHUNK_BYTES
+    packing = 3 * graph_bytes + cores * CORE_BYTES + (2 * cores + 2) * CHUNK_BYTES
     if recipe.rotate:
         # Matrices whose rows mix are turned whole, two at once, each with copies on the way.
         packing += 2 * 3 * 4 * config.hidden_size * config.intermediate_size
@@ -144,30 +147,30 @@ def plan_export(recipe: Recipe, checkpoint: Checkpoint, out: Path, precision: st
         layout=layout,
         files={**graphs, **layout.files},
         bits_per_weight=layout.bits_per_weight(),
-        peak_memory_bytes=_BASE_BYTES + max(packing, cost.memory_bytes if cost else 0),
+        peak_memory_bytes=BASE_BYTES + max(packing, cost.memory_bytes if cost else 0),
         compile_memory_bytes=compile_memory_bytes(largest_part(layers, recipe.parts)) if compiled else 0,
         kv_cache_bytes=item_bytes * recipe.context_length * cached_numbers(target.form, config),
         calibration_cost=cost,
         salient_inputs=salient,
         tokenizer=tokenizer,
-        stop_tokens=tuple(_stop_tokens(opened, tokenizer)),
+        stop_tokens=tuple(planned_stop_tokens(opened, tokenizer)),
         # What a budget buys is known once the text has been read.
         disk_needed_bytes=max(layout.nbytes, int(recipe.bits_per_weight * layout.weights() / 8))
         + graph_bytes
-        + _DISK_MARGIN_BYTES
+        + DISK_MARGIN_BYTES
         + int(compiled * BINARY_SHARE * sum(layers))
         + (cost.disk_bytes if cost else 0),
         disk_free_bytes=free_disk_bytes(out),
     )
 
 
-def _tokenizer(checkpoint: Checkpoint) -> TokenizerFiles | None:
+def planned_tokenizer(checkpoint: Checkpoint) -> TokenizerFiles | None:
     """What a bundle's tokenizer will be; None where the checkpoint has none, which who only plans may do without."""
     there = checkpoint.synthetic or (checkpoint.folder / names.TOKENIZER_FILE).is_file()
     return plan_tokenizer(checkpoint) if there else None
 
 
-def _stop_tokens(checkpoint: Checkpoint, tokenizer: TokenizerFiles | None) -> list[StopToken]:
+def planned_stop_tokens(checkpoint: Checkpoint, tokenizer: TokenizerFiles | None) -> list[StopToken]:
     """The ids that end an answer; random weights, which answer nothing, may do with any."""
     config = checkpoint.config
     if checkpoint.synthetic and not (config.eos_token_ids or checkpoint.side.generation.eos_token_ids):

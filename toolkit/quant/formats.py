@@ -207,23 +207,27 @@ def _spellings(modules: Sequence[str]) -> list[str]:
 
 
 def _spec(tensor: str, shape: tuple[int, ...], config: ModelConfig, recipe: Recipe, form: Form) -> QuantSpec:
-    """A matrix' format by its rule, and as its operator and execution provider take it.
+    """A matrix' format by its rule, and as its operator and execution provider take it; raises as `matrix_spec`."""
+    spec = matrix_spec(tensor, shape, use_of(tensor, config), recipe, form)
+    return _signed(spec, shape[1], form) if form.qdq and names.role_of(tensor) not in names.OUTSIDE_ROLES else spec
+
+
+def matrix_spec(tensor: str, shape: tuple[int, ...], use: MatrixUse, recipe: Recipe, form: Form) -> QuantSpec:
+    """The format of a matrix [N, K] of this use by its rule.
 
     Raises RecipeError for an embedding whose last block is not whole: GatherBlockQuantized, which has no attribute for
     the width, would look up rows that are too long.
     """
     rule = recipe.rule_for(tensor.removesuffix(".weight"))
-    use = use_of(tensor, config)
-    if use is not MatrixUse.LINEAR and config.hidden_size % rule.block_size:
+    if use is not MatrixUse.LINEAR and shape[1] % rule.block_size:
         raise RecipeError(
-            f"{tensor} in blocks of {rule.block_size}: hidden_size {config.hidden_size} is not a multiple of it; give "
-            f"{names.EMBED_TOKENS} a rule with a smaller block_size"
+            f"{tensor} in blocks of {rule.block_size}: hidden_size {shape[1]} is not a multiple of it; give "
+            f"{tensor.removesuffix('.weight')} a rule with a smaller block_size"
         )
     algorithm = recipe.algorithm_of(rule).suited(rule.bits, use)
     outside = names.role_of(tensor) in names.OUTSIDE_ROLES
     short = (CPU_FORM if outside else form).short_scales
-    spec = QuantSpec(rule.bits, rule.block_size, rule.symmetric, algorithm.name, short_scales=short)
-    return _signed(spec, shape[1], form) if form.qdq and not outside else spec
+    return QuantSpec(rule.bits, rule.block_size, rule.symmetric, algorithm.name, short_scales=short)
 
 
 def use_of(tensor: str, config: ModelConfig) -> MatrixUse:

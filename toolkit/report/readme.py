@@ -93,12 +93,13 @@ def _what(manifest: Manifest) -> str:
     stages = target.stages(manifest.recipe.window, manifest.recipe.parts)
     row, graphs = target.accelerator, f"{len(stages)} ONNX graphs" if len(stages) > 1 else "an ONNX graph"
     random = " **Its weights are random: it is for sizes and speed, and says nothing.**" if manifest.synthetic else ""
+    traced = f" Its graph is {names.TRACED}: by torch, from transformers' own code." if manifest.traced else ""
     device = {"cpu": "the CPU", "gpu": "a GPU", "npu": "an NPU"}[row.device]
     if manifest.compiled:
         device = f"the NPU of a {SOCS[manifest.recipe.soc].name}, which its binaries were compiled for"
     return (
         f"`{' '.join(model_name(manifest).split())}` as {graphs} for {_GENAI} on {device} ({row.execution_provider})."
-        f"{random}"
+        f"{random}{traced}"
     )
 
 

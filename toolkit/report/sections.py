@@ -392,6 +392,7 @@ class Report:
     simulator: Simulator | None = None
     speed: Speed | None = None
     ceiling: tuple[CeilingRow, ...] | None = None
+    form: str | None = None
     verdict: Verdict | None = None
     digest: str | None = None
 

@@ -41,7 +41,8 @@ def begin_report(manifest: Manifest) -> Report:
     """A report of identity, date and machine alone, from the bundle's manifest."""
     recipe, created = manifest.recipe, datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     identity = (SCHEMA_VERSION, recipe.model, recipe.target, recipe.name, manifest.synthetic)
-    return Report(*identity, created, this_machine(), not_measured=())
+    form = names.TRACED if manifest.traced else None
+    return Report(*identity, created, this_machine(), not_measured=(), form=form)
 
 
 def read_report(bundle: Path, manifest: Manifest) -> Report:

@@ -23,6 +23,7 @@ from toolkit.pipeline.judge.reference import Reference
 from toolkit.pipeline.judge.runtime import through_genai
 from toolkit.pipeline.judge.simulator import Simulation, plan_simulation, run_simulation, simulated_task_rows
 from toolkit.pipeline.judge.subject import Subject, open_subject
+from toolkit.pipeline.judge.traced import NO_REFERENCE, TracedReference
 from toolkit.pipeline.judge.verdict import thresholds
 from toolkit.progress import counted
 from toolkit.report.sections import NotMeasured, PartitionRow, Report
@@ -50,7 +51,9 @@ def judge_bundle(
     read_before = checkpoint.source.bytes_read()
     simulation, (greedy, speed) = plan_simulation(subject), through_genai(subject)
     simulated_ids = simulation.sequences if isinstance(simulation, Simulation) else []
-    reference = Reference(subject, [greedy.prompt + greedy.made, *simulated_ids])
+    beside = [greedy.prompt + greedy.made, *simulated_ids]
+    traced = checkpoint.config.traced
+    reference = TracedReference(subject, beside) if traced else Reference(subject, beside)
     compared = compare(subject, reference, greedy)
     parity, baseline, reasons = compared.parity, compared.baseline, list[NotMeasured]()
     if report.partition is not None:
@@ -59,12 +62,15 @@ def judge_bundle(
     if isinstance(simulation, NotMeasured):
         reasons.append(simulation)
     elif simulation:
+        assert isinstance(reference, Reference)
         simulated = run_simulation(subject, simulation, reference, reference.beside[1:])
         rows = simulated_task_rows(subject, asked, answers)
         reasons += [rows] if isinstance(rows, NotMeasured) else []
         answered = None if isinstance(rows, NotMeasured) else rows
         report = replace(report, simulator=replace(simulated, tasks=answered))
-    if effort.baseline is False:
+    if traced:
+        reasons.append(NotMeasured("baseline", NO_REFERENCE))
+    elif effort.baseline is False:
         reasons.append(NotMeasured("baseline", "left out by --no-baseline"))
     if asked:
         report = replace(report, tasks=task_rows(subject, asked, answers))

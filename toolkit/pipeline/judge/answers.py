@@ -12,6 +12,7 @@ from toolkit.evaluate.rounded import plain_rounding
 from toolkit.evaluate.tasks import read_task
 from toolkit.pipeline.judge.effort import Effort
 from toolkit.pipeline.judge.subject import Subject
+from toolkit.pipeline.judge.traced import NO_REFERENCE
 from toolkit.reference.greedy import Resident
 from toolkit.report.sections import BaselineTaskRow, NotMeasured, TaskRow
 
@@ -99,6 +100,7 @@ def baseline_rows(subject: Subject, tasks: list[Asked], reference: ReferenceAnsw
 def answers_not_measured(subject: Subject, rows: Sequence[TaskRow]) -> list[NotMeasured]:
     """Returns why there are no tasks in a report, or no answers of the checkpoint to them."""
     if any(row.reference_accuracy is None for row in rows):
-        reason = "the checkpoint as float32 does not fit into this machine's memory"
+        full = "the checkpoint as float32 does not fit into this machine's memory"
+        reason = NO_REFERENCE if subject.checkpoint.config.traced else full
         return [NotMeasured("tasks.reference_accuracy", reason)]
     return [] if subject.effort.tasks else [NotMeasured("tasks", "left out by --no-tasks")]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Final
 
 from toolkit.evaluate.parity import Comparison
 from toolkit.evaluate.positions import open_positions, rounds_activations
@@ -13,11 +12,10 @@ from toolkit.pipeline.judge.beside import Beside, Shared, Stretch, compare_besid
 from toolkit.pipeline.judge.reference import Reference
 from toolkit.pipeline.judge.runtime import Greedy
 from toolkit.pipeline.judge.subject import Subject
+from toolkit.pipeline.judge.traced import TracedReference
 from toolkit.pipeline.judge.work import ALONE_TOKENS
 from toolkit.reference.decoder import batched
 from toolkit.report.sections import Baseline, Parity, WeightsAlone
-
-_REFERENCE: Final = "numpy float32 forward of the checkpoint"
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,7 @@ class Compared:
     placements: dict[str, dict[str, int]]
 
 
-def compare(subject: Subject, reference: Reference, greedy: Greedy) -> Compared:
+def compare(subject: Subject, reference: Reference | TracedReference, greedy: Greedy) -> Compared:
     """Compares the bundle with its checkpoint on the subject's sequences, token by token.
 
     The logits of the greedy tokens are the first that stand `beside` the text in the reference.
@@ -44,7 +42,7 @@ def compare(subject: Subject, reference: Reference, greedy: Greedy) -> Compared:
     figures = ours.figures()
     parity = Parity(
         **vars(replace(figures, max_abs_logit_error=max(figures.max_abs_logit_error, found.cached_error))),
-        reference=_REFERENCE,
+        reference=reference.words,
         tokens=ours.tokens,
         reference_perplexity=ours.reference_perplexity,
         greedy_match_tokens=greedy.matching(reference.beside[0]),
@@ -58,7 +56,7 @@ def _baseline(comparison: Comparison) -> Baseline:
     return Baseline(**vars(comparison.figures()), name=PLAIN_NAME, bits_per_weight=PLAIN_BITS_PER_WEIGHT)
 
 
-def _weights_alone(subject: Subject, reference: Reference) -> WeightsAlone:
+def _weights_alone(subject: Subject, reference: Reference | TracedReference) -> WeightsAlone:
     """The divergence that is left where products take their inputs as they are: what the weights themselves cost, on
     the first sequences of the text."""
     before = accumulate((len(ids) for ids in subject.sequences), initial=0)
@@ -69,11 +67,13 @@ def _weights_alone(subject: Subject, reference: Reference) -> WeightsAlone:
     return WeightsAlone(*figures, comparison.tokens)
 
 
-def _beside(subject: Subject, reference: Reference, sequences: list[list[int]], exact: bool) -> Beside:
+def _beside(
+    subject: Subject, reference: Reference | TracedReference, sequences: list[list[int]], exact: bool
+) -> Beside:
     """The bundle, with exact activations or as it runs, beside its checkpoint on the first of the subject's sequences:
     here, or in stretches of one size whatever the number of a pool's processes."""
     pool = subject.fitting.pool
-    if pool is None:
+    if pool is None or isinstance(reference, TracedReference):
         logits = (
             (ids, (expected, None if exact else plain))
             for ids, (expected, plain) in zip(sequences, reference.text(), strict=False)

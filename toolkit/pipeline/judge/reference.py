@@ -27,6 +27,8 @@ class Reference:
     `logits_bytes` hold, which at the default lengths is all of them, so that the head is read and widened once too.
     """
 
+    words: Final = "numpy float32 forward of the checkpoint"
+
     def __init__(self, subject: Subject, beside: Sequence[list[int]], logits_bytes: int | None = None) -> None:
         self._config, self._source, self._fitting = subject.checkpoint.config, subject.source, subject.fitting
         self.variants = [exact, plain_rounding] if subject.wants_baseline else [exact]

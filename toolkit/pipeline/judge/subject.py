@@ -53,7 +53,8 @@ class Subject:
     @property
     def wants_baseline(self) -> bool:
         """Whether plain 4-bit rounding is measured beside."""
-        return bool(self.manifest.recipe.baseline if self.effort.baseline is None else self.effort.baseline)
+        wanted = self.manifest.recipe.baseline if self.effort.baseline is None else self.effort.baseline
+        return bool(wanted) and not self.checkpoint.config.traced
 
 
 def open_subject(
@@ -77,9 +78,14 @@ def open_subject(
     here = is_here(read_settings(bundle))
     asks = bool(effort.own_tasks or (effort.tasks and task_files))
     copies = max(1, fitting.pool.here if fitting.pool else 1)
-    fits = 8 * parameter_count(checkpoint.config) * copies < free_memory_bytes()
-    source = Resident(checkpoint.source) if asks and fits else checkpoint.source
+    source = Resident(checkpoint.source) if asks and _fits(checkpoint, copies) else checkpoint.source
     return Subject(bundle, manifest, checkpoint, effort, sequences, task_files, source, here, progress, fitting)
+
+
+def _fits(checkpoint: Checkpoint, copies: int) -> bool:
+    """Whether so many processes may each hold all weights to answer questions; the reference knows no traced model."""
+    config = checkpoint.config
+    return not config.traced and 8 * parameter_count(config) * copies < free_memory_bytes()
 
 
 def _check_same(manifest: Manifest, checkpoint: Checkpoint) -> None:

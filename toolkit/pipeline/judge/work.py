@@ -54,6 +54,8 @@ class Sample:
 def sample(effort: Effort, config: ModelConfig, form: Form, baseline: bool) -> Sample:
     """The counts that an effort names, and those that fit where it names none: the same for a bundle everywhere."""
     tokens, examples = effort.tokens, effort.examples
+    if config.traced:  # what a token costs is not known
+        return Sample(tokens or FEWEST_TOKENS, examples or FEWEST_QUESTIONS)
     if tokens is None:
         fit = TOKENS_SECONDS / tokens_work(config, form, 1, baseline).seconds(TYPICAL)
         tokens = int(min(max(fit, FEWEST_TOKENS), MOST_TOKENS)) // 100 * 100
