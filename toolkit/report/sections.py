@@ -371,7 +371,7 @@ class NotMeasured:
 
 @dataclass(frozen=True)
 class Report:
-    """report.json: what a bundle is, what making it took, what was measured; `digest` is the SHA-256 of all the rest."""
+    """report.json: what a bundle is, what making it took, what was measured; `digest` is the SHA-256 of the rest."""
 
     schema_version: int
     model: str
