@@ -360,7 +360,7 @@ def made_from(
     if place:
         named = str(place)
     if manifest.traced:
-        return open_any_decoder(resolve_checkpoint(place or recipe.model, revision))
+        return open_any_decoder(resolve_checkpoint(str(place or recipe.model), revision))
     return open_place_or_shapes(named, recipe.facts(), synthetic, False, revision, adapter)
 
 
