@@ -92,8 +92,7 @@ def export(
         trace=trace,
         note=print_note,
     )
-    compiles, wanted = not no_compile, None if no_validate or synthetic else effort_of(effort)
-    made = with_drafts(plans)
+    made, compiles, wanted = with_drafts(plans), not no_compile, None if no_validate or synthetic else effort_of(effort)
     described = described_with_costs(made, wanted, compiles, chosen_device(device))
     if dry_run:
         _print_dry_run(made, described, as_json)
