@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -82,6 +83,28 @@ def test_the_1_5b_takes_what_it_took() -> None:
     recipe = replace(plan_of, quality="best")
     specs = planned_specs(config, recipe, form)
     assert survey_work(config, specs, 18432, True, False).seconds(TYPICAL) == pytest.approx(581, rel=0.3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "took"),
+    [
+        ({"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14}, 172),
+        ({}, 491),
+    ],
+    ids=["0.5B", "1.5B"],
+)
+def test_the_default_takes_what_whole_exports_took(
+    changes: dict[str, int], took: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Coder-0.5B (165 and 179 s) and Coder-1.5B on two quiet cores, packing included (LOG.md, 2026-11-28)."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    raw = json.loads((MODELS / "1.5b" / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps({**raw, **changes}), encoding="utf-8")
+    plan = plan_export(
+        load_recipe("cpu", checkpoint=str(tmp_path)), synthetic_checkpoint(tmp_path), tmp_path / "bundle", "int4"
+    )
+    seconds = sum(phase.forecast_s for phase in forecast(plan, TYPICAL, None))
+    assert seconds == pytest.approx(took, rel=0.15)
 
 
 def test_a_sample_is_what_fits_and_the_same_everywhere() -> None:

@@ -24,19 +24,19 @@ _READ: Final[dict[str, dict[str, Array]]] = {}
 
 @dataclass(frozen=True)
 class SharedLayer:
-    """A layer that has no experts, by its place in the checkpoint that `source` reads. What a process read of it is
-    kept until the process is asked for a layer of another `key`."""
+    """A layer that has no experts, by its place in the checkpoint that `source` reads, with the names of its tensors.
+    What a process read of it is kept until the process is asked for a layer of another `key`."""
 
     key: str
     config: ModelConfig
     source: Tensors
     index: int
+    tensors: tuple[str, ...]
 
     def opened(self, without: Collection[str] = ()) -> Layer:
         """Returns the layer with its tensors, but for those that are named."""
         anatomy = decoder_of(self.config).layers[self.index]
-        wanted = [name for name in self.source.names() if name.startswith(anatomy.prefix) and not is_expert(name)]
-        return Layer(self.config, anatomy, {name: self.read(name) for name in wanted if name not in without})
+        return Layer(self.config, anatomy, {name: self.read(name) for name in self.tensors if name not in without})
 
     def read(self, name: str) -> Array:
         """Returns a tensor of the layer as float32."""
@@ -59,4 +59,6 @@ class SharedLayer:
 
 def share_layer(config: ModelConfig, source: Tensors, index: int) -> SharedLayer:
     """Returns a layer for other processes, with a key that no other one has."""
-    return SharedLayer(uuid.uuid4().hex, config, source, index)
+    prefix = decoder_of(config).layers[index].prefix
+    names = tuple(name for name in source.names() if name.startswith(prefix) and not is_expert(name))
+    return SharedLayer(uuid.uuid4().hex, config, source, index, names)
