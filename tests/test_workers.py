@@ -23,13 +23,13 @@ from toolkit.checkpoint.opened import open_checkpoint
 from toolkit.checkpoint.remembered import RememberedWeights
 from toolkit.device.arrays import NUMPY
 from toolkit.device.fitting import Fitting
-from toolkit.errors import MachineError
+from toolkit.errors import CheckpointError, MachineError
 from toolkit.pipeline.export import export_planned
 from toolkit.pipeline.judge import Effort, judge_bundle
 from toolkit.quant.blockwise import QuantSpec, dequantize_blocks
 from toolkit.quant.gptq import factorize
 from toolkit.quant.gptq_tokens import factorize_tokens
-from toolkit.reference.shared import share_layer
+from toolkit.reference.shared import SharedLayer, share_layer
 from toolkit.workers import pool as pools
 from toolkit.workers.pool import DaskPool, Here, open_pool
 
@@ -159,11 +159,21 @@ def test_a_checkpoint_travels_as_its_place(tiny_r1: Path, monkeypatch: pytest.Mo
 def test_a_path_that_a_worker_cannot_read_is_one_line(two: DaskPool, tiny_r1: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny_r1, tmp_path / "gone"))
     opened = open_checkpoint(folder)
-    shutil.rmtree(folder)
-    said = r"the worker tcp://\S+ cannot read \S+gone\S+: No such file or directory: .*finished layers are kept"
     x = np.zeros((4, opened.config.hidden_size), np.float32)
+
+    def given() -> tuple[SharedLayer, list[tuple[NDArray[np.float32], tuple[int, ...]]]]:
+        return share_layer(opened.config, opened.source, 0), [(x, (4,))]
+
+    for path in folder.glob("*.safetensors"):
+        os.truncate(path, 4096)
+    with pytest.raises(
+        CheckpointError, match=r"the worker tcp://\S+: \S+gone\S+ ends at \d+, expected .*finished layers are kept"
+    ):
+        two.map(pieces.through, *given())
+    shutil.rmtree(folder)
+    said = r"the worker tcp://\S+ cannot open \S+gone\S+: No such file or directory: .*finished layers are kept"
     with pytest.raises(MachineError, match=said):
-        two.map(pieces.through, share_layer(opened.config, opened.source, 0), [(x, (4,))])
+        two.map(pieces.through, *given())
 
 
 def test_a_lost_worker_costs_its_tasks(two: DaskPool, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ LFS_POINTER: Final = b"version https://git-lfs.github.com/spec/"
 BEING_WRITTEN: Final = ".new"
 _DIGEST: Final = "digest"
 # No space, a quota, the largest file there may be.
-_FULL: Final = frozenset({errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)})
+FULL_DISK: Final = frozenset({errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)})
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def disk_error(problem: OSError, *places: Path) -> ToolkitError:
     cannot be written, or another file, which could not be read."""
     named = Path(os.fsdecode(problem.filename)) if isinstance(problem.filename, str | bytes) else None
     reason = problem.strerror or str(problem) or type(problem).__name__
-    if problem.errno in _FULL:
+    if problem.errno in FULL_DISK:
         return MachineError(f"{named or places[0]} cannot be written: {reason}; free space and run again")
     if named is None or any(_belongs(named, place) for place in places):
         closed = problem.errno in (errno.EACCES, errno.EPERM, errno.EROFS)

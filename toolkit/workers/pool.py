@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from toolkit.device.fitting import Pool
-from toolkit.errors import MachineError
+from toolkit.errors import CheckpointError, MachineError
+from toolkit.files import FULL_DISK
 from toolkit.machine import package_versions
 from toolkit.workers.parcels import get, put
 
@@ -210,15 +211,18 @@ class DaskPool:
 
 def _named(work: Callable[[Shared, Piece], Made], shared: Shared, piece: Piece) -> Made:
     """On the worker: what a function makes of a piece. Raises MachineError, with this worker's address, where it cannot
-    read a file that it was told of."""
+    read a file that it was told of, or has no room for one; CheckpointError likewise for a file that is not whole."""
+    from distributed import get_worker
+
     try:
         return work(shared, piece)
+    except CheckpointError as problem:
+        raise CheckpointError(f"the worker {get_worker().address}: {problem}; {_AGAIN}") from None
     except OSError as problem:
-        from distributed import get_worker
-
+        hint = "" if problem.errno in FULL_DISK else ": let it have the checkpoint and the bundle at the same path"
         raise MachineError(
-            f"the worker {get_worker().address} cannot read {problem.filename or 'a file'}: "
-            f"{problem.strerror or problem}: let it have the checkpoint at the same path; {_AGAIN}"
+            f"the worker {get_worker().address} cannot open {problem.filename or 'a file'}: "
+            f"{problem.strerror or problem}{hint}; {_AGAIN}"
         ) from None
 
 
