@@ -11,7 +11,7 @@ from toolkit.bundle.settings import Settings
 from toolkit.errors import BundleError
 from toolkit.graph.interface import read_interface
 
-_ITEM_BYTES: Final = {"FLOAT": 4, "FLOAT16": 2, "UINT8": 1}
+_ITEM_BYTES: Final = {"FLOAT": 4, "FLOAT16": 2, "UINT8": 1, "INT8": 1}
 
 
 def cache_bytes(bundle: Path, settings: Settings, length: int) -> int:

@@ -20,7 +20,11 @@ from toolkit import names
 from toolkit.bundle.settings import read_settings
 from toolkit.errors import BundleError
 
-_NUMPY: Final[dict[str, type[np.floating[Any]]]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+_NUMPY: Final[dict[str, type[np.number[Any]]]] = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(int8)": np.int8,
+}
 _KINDS: Final = (names.CONTEXT, names.ITERATOR)
 # As many positions before the last as no text has.
 _ALL_BEFORE: Final = np.array([1 << 31], np.int64)
