@@ -76,7 +76,7 @@ class Way:
 def ways_of(bundle: Path, widths: Sequence[int]) -> list[Way]:
     """Plain decoding first, then n-grams and, where the bundle has one, its draft, at each width."""
     found = [Way(NONE, 0, og.Model(str(bundle)))]
-    told = [(NGRAM, {"speculative": dict(SPECULATIONS[NGRAM])})]
+    told: list[tuple[str, Any]] = [(NGRAM, {"speculative": dict(SPECULATIONS[NGRAM])})]
     if draft_graph(settings := read_speculation(bundle)):
         told.append((DRAFT, settings))
     for word, overlay in told:
