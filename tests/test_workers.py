@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import platform
 import shutil
 import time
 from collections.abc import Iterator
@@ -72,6 +73,25 @@ def slow(shared: float, piece: int) -> int:
 def wrong(shared: None, piece: int) -> int:
     """Fails as work itself may."""
     raise ValueError(f"piece {piece}")
+
+
+def pages_mapped(nbytes: int, arrays: int) -> int:
+    """Counts the pages that the system maps for arrays of so many bytes, each made when the one before is gone."""
+    import resource  # not on Windows
+
+    np.ones(nbytes, np.uint8)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(arrays):
+        np.ones(nbytes, np.uint8)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="what Dask tells the C library is glibc's")
+def test_a_worker_keeps_the_memory_of_arrays_that_are_gone(two: DaskPool) -> None:
+    nbytes, arrays = 16 << 20, 8
+    (mapped,) = two.map(pages_mapped, nbytes, [arrays])
+    # A page has 2 MiB at most.
+    assert mapped < arrays * nbytes / (2 << 20) / 4
 
 
 @pytest.mark.parametrize("kind", ["moment", "moment of few rows", "tokens"])
