@@ -112,7 +112,7 @@ class TorchDevice:
 
     def softmax_terms(self, scores: Any) -> Any:
         """Replaces scores by e to the power of what each is below the largest of its row; returns them."""
-        scores -= torch.amax(scores, dim=-1, keepdim=True)
+        scores -= torch.amax(scores.detach(), dim=-1, keepdim=True)
         return scores.exp_()
 
     def all_finite(self, x: Any) -> bool:

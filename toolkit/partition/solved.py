@@ -36,6 +36,12 @@ class SolvedWriter:
         flat = weight.reshape(-1)
         self._sums[tensor] = (signal + float(np.vdot(flat, flat)), noise + blocks.noise)
 
+    def write_floats(self, tensor: str, values: Floats) -> None:
+        """A whole tensor of floats. Raises as `RowWriter.write`."""
+        for into in self._rows.unit_rows[tensor]:
+            self._rows.write(tensor, 0, into, [values])
+        self._sums[tensor] = (float(np.vdot(values, values)), 0.0)
+
     def commit(self) -> None:
         """Syncs the data, then names the tensors written since."""
         for file in self._files:

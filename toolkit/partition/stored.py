@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toolkit.graph.layout import Layout, Slot, Unit
-from toolkit.quant.blockwise import QuantizedBlocks, dequantize_blocks, signed_levels
+from toolkit.quant.blockwise import QuantizedBlocks, QuantSpec, dequantize_blocks, signed_levels
 
 Floats = NDArray[np.float32]
 _DTYPES: Final = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
@@ -47,16 +47,25 @@ class StoredTensors:
         first, last = place.start + start * place.step, place.start + stop * place.step
         return self._rows(unit, slice(first, last, place.step))
 
+    def blocks(self, name: str) -> tuple[QuantizedBlocks, QuantSpec] | None:
+        """A matrix in blocks along its rows, as it is stored; None for a tensor of floats."""
+        unit, place = self._places[name]
+        return None if unit.spec is None else (self._blocks(unit, place), unit.spec)
+
     def _rows(self, unit: Unit, place: slice) -> Floats:
         """Rows of a unit that holds floats, or blocks along its rows."""
+        if unit.spec is None:
+            return np.asarray(self._slots(unit, place)[0], np.float32)
+        return dequantize_blocks(self._blocks(unit, place), unit.spec, unit.width)
+
+    def _blocks(self, unit: Unit, place: slice) -> QuantizedBlocks:
+        packed, scales, *zero_points = self._slots(unit, place)
+        return QuantizedBlocks(packed, _widened(scales), zero_points[0] if zero_points else None, 0.0)
+
+    def _slots(self, unit: Unit, place: slice) -> list[NDArray[Any]]:
         # What stands between is read along: it lies on the same pages.
         end = min(place.stop, sum(unit.rows))
-        slots = [self._slot_rows(slot, place.start, end)[:: place.step] for slot in unit.slots]
-        if unit.spec is None:
-            return np.asarray(slots[0], np.float32)
-        packed, scales, *zero_points = slots
-        blocks = QuantizedBlocks(packed, _widened(scales), zero_points[0] if zero_points else None, 0.0)
-        return dequantize_blocks(blocks, unit.spec, unit.width)
+        return [self._slot_rows(slot, place.start, end)[:: place.step] for slot in unit.slots]
 
     def _turned(self, unit: Unit) -> Floats:
         """[N, K] of a signed matrix, which lies as [K, N] with scales [J, N] or [N]; its zero points are zeros."""

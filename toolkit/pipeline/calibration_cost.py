@@ -12,7 +12,7 @@ from toolkit.checkpoint.sublayers import LinearInput
 from toolkit.checkpoint.weights import parameter_count
 from toolkit.machine import free_memory_bytes
 from toolkit.names import layer_of, weight
-from toolkit.pipeline.calibration_work import held_weights, ranges_work, solving_work, survey_work
+from toolkit.pipeline.calibration_work import held_weights, ranges_work, solving_work, survey_work, tuning_work
 from toolkit.pipeline.text import LONGEST
 from toolkit.pipeline.work import Work
 from toolkit.quality import QUALITIES
@@ -77,6 +77,9 @@ def calibration_cost(recipe: Recipe, config: ModelConfig, form: Form) -> Calibra
     if solved:
         streams, revisits = 1 if solves_in_step(recipe, config, form) else 2, QUALITIES[recipe.quality].revisits
         work += solving_work(config, solved, tokens, streams, revisits)
+    tuned = _tuned_bytes(config) if recipe.tuning_steps else 0
+    if recipe.tuning_steps:
+        work += tuning_work(config, tokens, recipe.tuning_steps)
     layer_bytes = 4 * held_weights(config)
     factors = max((_factor_bytes(given, tokens) for given in solved), default=0)
     kept = 4 * parameter_count(config) if remembers(recipe, config, form) else 0
@@ -87,12 +90,21 @@ def calibration_cost(recipe: Recipe, config: ModelConfig, form: Form) -> Calibra
         tokens=tokens,
         work=work,
         memory_bytes=max(
-            int(_layers_held(recipe, bool(solved)) * layer_bytes) + factors + wide, _head_bytes(config, solved)
+            tuned, int(_layers_held(recipe, bool(solved)) * layer_bytes) + factors + wide, _head_bytes(config, solved)
         )
         + kept,
         # The survey's stream and the rounded one before and behind a layer, and in its middle; twice what linears read.
         disk_bytes=5 * streams + 2 * spills if solved else 2 * streams,
     )
+
+
+def _tuned_bytes(config: ModelConfig) -> int:
+    """Returns what tuning holds: of every weight its integer, its value, its gradient and what that is made of, twice
+    the head's, and what a passage leaves in each layer for the way back."""
+    weights = parameter_count(config)
+    a_token = 12 * config.hidden_size + 8 * config.intermediate_size + 3 * config.num_attention_heads * LONGEST
+    head = 4 * config.vocab_size * config.hidden_size
+    return 14 * weights + 2 * head + 4 * LONGEST * a_token * config.num_hidden_layers
 
 
 def _head_bytes(config: ModelConfig, solved: Sequence[LinearInput]) -> int:

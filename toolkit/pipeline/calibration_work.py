@@ -13,6 +13,7 @@ from typing import Final
 
 from toolkit.calibrate.statistics import InputStatistics
 from toolkit.calibrate.survey import probe_tokens
+from toolkit.calibrate.tuning import TOKENS_A_STEP
 from toolkit.checkpoint.anatomy import decoder_of
 from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.sublayers import LinearInput
@@ -33,6 +34,8 @@ _REVISITED: Final = 190.0
 # Over a value of an input: to round it as the bundle does, and what a survey keeps of it.
 _ROUNDED: Final = 14.0
 _KEPT: Final = 4.0
+# Over a weight in a step of tuning: to restore it, and to gather its gradient.
+_TUNED: Final = 4.0
 # Calls of numpy in a layer's forward, and in judging a scale.
 _LAYER_STEPS: Final = 150.0
 _SCALE_STEPS: Final = 45.0
@@ -48,6 +51,16 @@ def forward_work(config: ModelConfig, tokens: float, length: int, sequences: flo
     a_token = 25.0 * config.hidden_size + 15.0 * config.intermediate_size + 20.0 * (config.q_size + config.kv_size)
     elements = layers * tokens * (a_token + 15.0 * heads * length)
     return Work(products, elements, _LAYER_STEPS * layers * sequences)
+
+
+def tuning_work(config: ModelConfig, tokens: int, steps: int) -> Work:
+    """The checkpoint's pass over the text, and for each step one through the bundle's weights and two back."""
+    length, a_step = min(LONGEST, tokens), min(TOKENS_A_STEP, tokens)
+    head = Work(products=2.0 * config.vocab_size * config.hidden_size, elements=6.0 * config.vocab_size)
+    through = forward_work(config, a_step, length, a_step / length)
+    rebuilt = Work(elements=_TUNED * (active_weights(config) + config.vocab_size * config.hidden_size))
+    exact = forward_work(config, tokens, length, tokens / length)
+    return exact + (through * 3.0 + head * (4.0 * a_step) + rebuilt) * steps
 
 
 def layer_weights(config: ModelConfig) -> int:

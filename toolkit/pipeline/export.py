@@ -17,6 +17,7 @@ from toolkit.bundle.genai_config import genai_config, pad_token_id
 from toolkit.bundle.manifest import CalibratedOn, Manifest, begin_manifest, write_manifest
 from toolkit.bundle.speculative import SPECULATION_FILE, speculation_settings
 from toolkit.checkpoint.opened import Checkpoint
+from toolkit.device.arrays import NUMPY
 from toolkit.device.fitting import ON_NUMPY, Fitting
 from toolkit.evaluate.opens import open_apart
 from toolkit.files import disk_errors, write_json
@@ -40,6 +41,7 @@ from toolkit.pipeline.plan import ExportPlan, check_machine, plan_export
 from toolkit.pipeline.standing import check_replaceable, check_reported, is_made
 from toolkit.pipeline.tokenizer import TokenizerFiles, plan_tokenizer, write_tokenizer
 from toolkit.pipeline.traced import plan_traced
+from toolkit.pipeline.tuning import tune_packed, tuning_device
 from toolkit.progress import counted
 from toolkit.quant.ranges import ActivationRange
 from toolkit.recipe import Recipe
@@ -144,7 +146,14 @@ def check_exports(plans: Sequence[ExportPlan]) -> None:
         for plan in plans:
             if plan.tokenizer is None:
                 plan_tokenizer(plan.opened)
+        _require_torch(plans)
         check_machine(plans, written_bytes(places))
+
+
+def _require_torch(plans: Sequence[ExportPlan]) -> None:
+    """Raises MachineError where a plan tunes, and torch is not installed."""
+    if any(plan.recipe.tuning_steps for plan in plans):
+        tuning_device(NUMPY)
 
 
 def _exported(
@@ -165,11 +174,13 @@ def _exported(
         wanted = asked if force else _missing(asked, note)
         if not wanted:
             return [plan.out for plan in plans]
+        _require_torch([plan for plan, _ in wanted])
         check_machine([plan for plan, _ in wanted], written_bytes([plan.out for plan, _ in wanted]))
         begun = [_begin(plan, text) for plan, text in wanted]
     ready = [_calibrated(bundle, clock, progress, fitting) for bundle in begun]
     with clock.step("pack"):
         packed = _pack(ready, progress)
+    ready, packed = _tuned(ready, packed, clock, progress, fitting)
     ready = [_ranged(bundle, clock, progress, fitting) for bundle in ready]
     for bundle, result in zip(ready, packed, strict=True):
         beside = [other.plan.recipe.name for other in begun if other.plan.out != bundle.plan.out]
@@ -242,6 +253,30 @@ def _pack(ready: Sequence[_Begun], progress: Callable[[str], None]) -> list[Pack
             made = pack_weights(source, destinations, counted(progress, "pack", len(source.names())), importance)
             results |= {bundle.out: result for bundle, result in zip(group, made, strict=True)}
     return [results[bundle.out] for bundle in ready]
+
+
+def _tuned(
+    packed: Sequence[_Begun],
+    results: Sequence[PackResult],
+    clock: _Clock,
+    progress: Callable[[str], None],
+    fitting: Fitting,
+) -> tuple[list[_Begun], list[PackResult]]:
+    """The bundles and what became of their weights, those tuned whose recipe asks for it."""
+    done, made = [], []
+    for bundle, result in zip(packed, results, strict=True):
+        known, steps = bundle.calibration_outcome, bundle.plan.recipe.tuning_steps
+        if known and bundle.text and steps:
+            with clock.step(f"tune {bundle.plan.recipe.name}"):
+                work, counting = bundle.partial / CALIBRATION_FOLDER, counted(progress, "tune", steps)
+                on = tuning_device(fitting.on)
+                tuned = tune_packed(bundle.plan, bundle.text, bundle.partial, work, counting, on)
+                bundle = replace(bundle, calibration_outcome=replace(known, tuned=tuned))
+                # Every tensor is there: this only hashes what is stored now.
+                (result,) = _pack([bundle], lambda _: None)
+        done.append(bundle)
+        made.append(result)
+    return done, made
 
 
 def _begin(plan: ExportPlan, text: TokenizedText | None) -> _Begun:

@@ -12,6 +12,7 @@ from toolkit import names
 from toolkit.bundle.genai_config import check_switch, genai_type, unasked_length
 from toolkit.bundle.operators import check_experts
 from toolkit.bundle.stop_tokens import StopToken, stop_tokens
+from toolkit.calibrate.tuning import check_tunable
 from toolkit.checkpoint.anatomy import decoder_of
 from toolkit.checkpoint.config import ModelConfig, read_config
 from toolkit.checkpoint.opened import Checkpoint
@@ -121,6 +122,8 @@ def plan_export(recipe: Recipe, checkpoint: Checkpoint, out: Path, precision: st
     _check_target(target, config, recipe.context_length)
     layout = _layout(config, target, recipe if precision == "int4" else None)
     check_latent_cache(target.form, config, layout)
+    if recipe.tuning_steps and precision == "int4":
+        check_tunable(config, target.form)
     layers = layer_bytes(layout, config.num_hidden_layers)
     recipe = _with_thresholds(_with_parts(recipe, target, layers), target, config)
     compiled = bool(target.soc) and precision == "int4"

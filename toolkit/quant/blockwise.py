@@ -108,13 +108,19 @@ def weights_of_errors(importance: Floats | None) -> Floats:
 def dequantize_blocks(blocks: QuantizedBlocks, spec: QuantSpec, in_features: int) -> Floats:
     """The float32 [N, K] that ORT computes with: (q - zero_point) * scale."""
     out_features, J = blocks.scales.shape
+    q = levels_of(blocks, spec)
+    q *= blocks.scales[..., None]
+    return q.reshape(out_features, J * spec.block_size)[:, :in_features]
+
+
+def levels_of(blocks: QuantizedBlocks, spec: QuantSpec) -> Floats:
+    """The integers less their zero points, float32 [N, J, block_size]."""
     q = _unpack_last_axis(blocks.packed, spec.bits).astype(np.float32)
     if blocks.zero_points is None:
         q -= np.float32(1 << (spec.bits - 1))
     else:
-        q -= _unpack_last_axis(blocks.zero_points, spec.bits)[:, :J, None]
-    q *= blocks.scales[..., None]
-    return q.reshape(out_features, J * spec.block_size)[:, :in_features]
+        q -= _unpack_last_axis(blocks.zero_points, spec.bits)[:, : blocks.scales.shape[1], None]
+    return q
 
 
 def signed_integers(packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:

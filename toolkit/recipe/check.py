@@ -115,6 +115,11 @@ def _check_calibration(recipe: Recipe, where: str) -> None:
     percentile = recipe.activation_percentile
     if isinstance(percentile, bool) or not isinstance(percentile, int | float) or not 90 <= percentile <= 100:
         raise RecipeError(f"{where}: activation_percentile is {percentile!r}, expected 90 to 100")
+    steps = recipe.tuning_steps
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+        raise RecipeError(f"{where}: tuning_steps is {steps!r}, expected a count of steps, or 0 for none")
+    if steps and not recipe.calibrated:
+        raise RecipeError(f"{where}: tuning_steps is {steps}, and quality {recipe.quality} reads no text to tune on")
     if isinstance(bits, bool) or not isinstance(bits, int | float) or not (bits == 0 or 4 < bits <= 10):
         raise RecipeError(f"{where}: bits_per_weight is {bits!r}, expected a budget above 4, or 0 for none")
 

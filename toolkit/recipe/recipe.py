@@ -59,7 +59,8 @@ class Recipe:
     `rotate` turns the residual stream and the values by Hadamard matrices before anything else (QuaRot); unless said,
     where the profile asks for it, or salient channels meet rounding without data.
     `activation_percentile` is how many of the text's tokens, in percent, the ranges of uint16 activations hold whole.
-    `bits_per_weight` is a budget that is spent where it helps most, 0 to keep every rule's bits.
+    `bits_per_weight` is a budget that is spent where it helps most, 0 to keep every rule's bits. `tuning_steps` is how
+    many steps scales and gains follow the gradient of the mean KLD in the end, on torch, 0 for none.
     `speculation` is a row of SPECULATIONS, and `draft` the smaller model that guesses, named as a checkpoint is.
     """
 
@@ -82,6 +83,7 @@ class Recipe:
     rotate: bool | None = None
     activation_percentile: float = 100
     bits_per_weight: float = 0
+    tuning_steps: int = 0
     speculation: str = NONE
     draft: str = ""
 

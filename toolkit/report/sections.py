@@ -114,6 +114,18 @@ class ActivationRanges:
 
 
 @dataclass(frozen=True)
+class Tuned:
+    """What so many steps down the gradient of the mean KLD brought: the KLD of the weights on the `tokens` of the
+    calibration text that were left out, before and after. Where it is the same, nothing was taken."""
+
+    steps: int
+    tokens: int
+    kld_before: float
+    kld_after: float
+    seconds: float
+
+
+@dataclass(frozen=True)
 class CalibrationOutcome:
     """What was read of a text, and what it decided."""
 
@@ -130,6 +142,7 @@ class CalibrationOutcome:
     solve_s: float | None = None
     activations: ActivationRanges | None = None
     ranges_s: float | None = None
+    tuned: Tuned | None = None
 
 
 @dataclass(frozen=True)
