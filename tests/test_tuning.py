@@ -100,16 +100,17 @@ def test_gradients_are_those_of_differences(case: str, torch_cpu: Device, tmp_pa
     make_checkpoint(*CASES[case], tmp_path)
     checkpoint = open_checkpoint(tmp_path)
     config, source, stored, text = checkpoint.config, checkpoint.source, _Rounded(checkpoint), _text(1)
-    names = ("model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.down_proj.weight", "model.norm.weight")
-    names = (*names, decoder_of(config).head.weight)
+    head = decoder_of(config).head.weight
+    names = ("model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.down_proj.weight", "model.norm.weight", head)
     hidden = tuning_module.reference_hidden(config, source, text, on=torch_cpu)
-    model = tuning_module._TunedModel(config, stored, torch_cpu, torch_cpu.from_host(source.read(names[-1])))
+    model = tuning_module._TunedModel(config, stored, torch_cpu, torch_cpu.from_host(source.read(head)))
     texts = [(ids, torch_cpu.from_host(x)) for ids, x in zip(text, hidden, strict=True)]
     for name in names:
         each, tokens, step = model.tuned[name], len(text[0]), 3e-2
         model.learn(*texts[0], 1 / tokens)
         for other in model.tuned.values():
             other.pull()
+        assert each.factors.grad is not None
         found = each.factors.grad[5, 0].item()
         judged = []
         for factor in (1 + step, 1 - step):

@@ -84,7 +84,7 @@ def _write(found: Tuning, path: Path) -> None:
     arrays |= {_GAIN + name: gain for name, gain in found.gains.items()}
     figures = np.array([found.tokens, found.kld_before, found.kld_after])
     with replacing(path) as fresh, fresh.open("wb") as file:
-        np.savez(file, allow_pickle=False, **{_FIGURES: figures, **arrays})  # type: ignore[arg-type]
+        np.savez(file, allow_pickle=False, **{_FIGURES: figures, **arrays})
 
 
 def _read(path: Path) -> Tuning | None:
