@@ -24,8 +24,9 @@ from toolkit.report.formatting import (
 from toolkit.report.intact import page_with_digest
 from toolkit.report.page import render_report
 from toolkit.report.page_weights import own_tensors
-from toolkit.report.sections import Check, NotMeasured, Report, TensorRow, Verdict
+from toolkit.report.sections import Check, NotMeasured, Report, Verdict
 from toolkit.report.summary import load_report
+from toolkit.report.weight_sections import TensorRow
 from toolkit.typed_json import from_json, to_json
 
 NASTY = "<script src='https://evil.example/x.js'>alert(\"1\")</script>"

@@ -43,7 +43,7 @@ from toolkit.quant.blockwise import QuantSpec
 from toolkit.quant.formats import floats_of, planned_specs
 from toolkit.quant.ranges import ActivationRange
 from toolkit.recipe import Recipe
-from toolkit.report.sections import ActivationRanges, CalibrationOutcome, FallbackRow, Fold
+from toolkit.report.weight_sections import ActivationRanges, CalibrationOutcome, FallbackRow, Fold
 from toolkit.target import CPU_FORM, Form
 
 Floats = NDArray[np.float32]

@@ -13,8 +13,9 @@ from toolkit.bundle.settings import Settings, read_settings
 from toolkit.errors import BundleError
 from toolkit.pipeline.catalogue_row import BUNDLE, CatalogueRow, predicted_speed, runs_on
 from toolkit.recipe import known_license
-from toolkit.report.sections import Quantization, Report
+from toolkit.report.sections import Report
 from toolkit.report.summary import load_report
+from toolkit.report.weight_sections import Quantization
 from toolkit.target import TARGETS
 
 # Bundles lie in a folder of bundles: deeper there are other people's trees.

@@ -45,8 +45,9 @@ from toolkit.pipeline.tuning import tune_packed, tuning_device
 from toolkit.progress import counted
 from toolkit.quant.ranges import ActivationRange
 from toolkit.recipe import Recipe
-from toolkit.report.sections import CalibrationOutcome, Conversion, KvCache, NotMeasured, StepTime
+from toolkit.report.sections import Conversion, KvCache, NotMeasured, StepTime
 from toolkit.report.summary import begin_report, write_report
+from toolkit.report.weight_sections import CalibrationOutcome
 from toolkit.report.weights import ceiling_section, partition_section, quantization_section
 from toolkit.soc import SOCS
 from toolkit.speculation import NGRAM

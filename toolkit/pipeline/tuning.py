@@ -24,7 +24,7 @@ from toolkit.partition.stored import StoredTensors
 from toolkit.pipeline.calibration import TokenizedText
 from toolkit.pipeline.plan import ExportPlan
 from toolkit.quant.blockwise import QuantizedBlocks, QuantSpec, dequantize_blocks
-from toolkit.report.sections import Tuned
+from toolkit.report.weight_sections import Tuned
 
 _FOUND_FILE: Final = "tuned.npz"
 _FIGURES: Final = "figures"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from toolkit.report import charts
 from toolkit.report.charts import Cell
-from toolkit.report.sections import Quantization, RoleRow, TensorRow
+from toolkit.report.weight_sections import Quantization, RoleRow, TensorRow
 
 
 @dataclass(frozen=True)

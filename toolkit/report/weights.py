@@ -15,7 +15,8 @@ from toolkit.bundle.operators import placement_of, support_of
 from toolkit.graph.builder import StageGraph
 from toolkit.graph.interface import interface_of, read_interface
 from toolkit.graph.layout import Layout, Unit
-from toolkit.report.sections import CeilingRow, Format, PartitionRow, Quantization, RoleRow, TensorRow
+from toolkit.report.sections import CeilingRow, PartitionRow
+from toolkit.report.weight_sections import Format, Quantization, RoleRow, TensorRow
 from toolkit.soc import Soc
 
 
