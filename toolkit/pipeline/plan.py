@@ -122,8 +122,6 @@ def plan_export(recipe: Recipe, checkpoint: Checkpoint, out: Path, precision: st
     _check_target(target, config, recipe.context_length)
     layout = _layout(config, target, recipe if precision == "int4" else None)
     check_latent_cache(target.form, config, layout)
-    if recipe.tuning_steps and precision == "int4":
-        check_tunable(config, target.form)
     layers = layer_bytes(layout, config.num_hidden_layers)
     recipe = _with_thresholds(_with_parts(recipe, target, layers), target, config)
     compiled = bool(target.soc) and precision == "int4"
@@ -186,6 +184,8 @@ def _layout(config: ModelConfig, target: Target, recipe: Recipe | None) -> Layou
     """The layout of a recipe whose rules all decide something; None quantizes nothing."""
     if recipe is not None:
         check_rules(config, recipe)
+        if recipe.tuning_steps:
+            check_tunable(config, target.form)
     return plan_layout(config, target, recipe)
 
 
