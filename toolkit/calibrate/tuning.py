@@ -25,7 +25,7 @@ from toolkit.reference.decoder import Layer, embed, read_layer, reference_hidden
 from toolkit.target import Form
 
 if TYPE_CHECKING:
-    from toolkit.device.torch_gradients import Tuned
+    from toolkit.device.torch_gradients import TunedTensor
 
 Floats = NDArray[np.float32]
 # By how much Adam moves a factor at most in a step: on SmolLM2 .002 diverged, and .0003 took a seventh off the KLD in
@@ -137,18 +137,18 @@ class _TunedModel:
         read = {name: self._tuned(name) for name in sorted(names)}
         self.tuned = {name: each for name, each in read.items() if each is not None}
 
-    def _tuned(self, name: str) -> Tuned | None:
+    def _tuned(self, name: str) -> TunedTensor | None:
         """None for a matrix of floats, which lost nothing."""
-        from toolkit.device.torch_gradients import Tuned
+        from toolkit.device.torch_gradients import TunedTensor
 
         if name in self.gains:
             gain = self._stored.read(name)
-            return Tuned(np.ones((gain.size, 1, 1), np.int8), self._on.from_host(gain[:, None]), gain.shape)
+            return TunedTensor(np.ones((gain.size, 1, 1), np.int8), self._on.from_host(gain[:, None]), gain.shape)
         if (found := self._stored.blocks(name)) is None:
             return None
         (blocks, spec), shape = found, self._decoder.tensors[name]
         levels = levels_of(blocks, spec).astype(np.int8 if spec.bits == 4 else np.int16)
-        return Tuned(levels, self._on.from_host(blocks.scales), shape, spec.short_scales)
+        return TunedTensor(levels, self._on.from_host(blocks.scales), shape, spec.short_scales)
 
     def learn(self, ids: Sequence[int], exact: Floats, weight: float) -> None:
         """Collects the gradient of a text's KLD, summed over positions, times `weight`; `exact` [T, D] is where the

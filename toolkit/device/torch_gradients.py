@@ -17,7 +17,7 @@ Floats = NDArray[np.float32]
 _POSITIONS: Final = 128
 
 
-class Tuned:
+class TunedTensor:
     """Values [N, J, B] times scales [N, J] times factors [N, J], which begin at one and follow gradients; together a
     tensor of a `shape`, [N, K] or [N], whose last blocks may end in padding. It is where its scales are; where these
     are `short`, what comes of them is rounded to bfloat16, and gradients pass that by."""
@@ -62,7 +62,7 @@ class Tuned:
 class Adam:
     """Moves the factors of many tensors down their gradients (arXiv 1412.6980), a step at a time."""
 
-    def __init__(self, tuned: Sequence[Tuned], rate: float) -> None:
+    def __init__(self, tuned: Sequence[TunedTensor], rate: float) -> None:
         self._tuned, self._rate = tuned, rate
         self._optimizer = torch.optim.Adam([each.factors for each in tuned], lr=rate)
 
