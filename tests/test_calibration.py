@@ -20,6 +20,7 @@ from tests.command_line import called
 from tests.graphs import export_bundle
 from tests.random_models import CASES, make_checkpoint
 from tests.sources import Changed
+from toolkit.calibrate import input_solver
 from toolkit.calibrate import solve as solving
 from toolkit.calibrate.input_solver import Problem
 from toolkit.calibrate.solve import solve
@@ -317,7 +318,7 @@ def test_few_tokens_and_their_products_come_to_the_same(tmp_path: Path, monkeypa
     checkpoint, sequences = _checkpoint("qwen2", tmp_path)
     found = []
     for pays in (True, False):
-        monkeypatch.setattr(solving, "pays", lambda tokens, channels, rows, pays=pays: pays)
+        monkeypatch.setattr(input_solver, "pays", lambda tokens, channels, rows, pays=pays: pays)
         kept, fallbacks = _solved(checkpoint, sequences, tmp_path / f"work-{pays}")
         assert fallbacks == []
         found.append(kept.blocks)
@@ -333,9 +334,9 @@ def test_a_moment_that_cannot_be_factored_falls_back(tmp_path: Path, monkeypatch
     checkpoint, sequences = _checkpoint("qwen2", tmp_path)
 
     def refuse(moment: Floats, block_size: int, tokens: float) -> None:
-        raise solving.NotPositiveDefiniteError("the second moment of the input is not positive definite")
+        raise input_solver.NotPositiveDefiniteError("the second moment of the input is not positive definite")
 
-    monkeypatch.setattr(solving, "factorize", refuse)
+    monkeypatch.setattr(input_solver, "factorize", refuse)
     kept, fallbacks = _solved(checkpoint, sequences * 3, tmp_path / "work")
     assert len(fallbacks) == len(kept.blocks) == 7 * 2 + 1
     assert {fallback.reason for fallback in fallbacks} == {"the second moment of the input is not positive definite"}

@@ -34,6 +34,9 @@ try:
 except BaseException as problem:
     raise ImportError("import numpy failed") from problem
 
+class GeneratorParams:
+    pass
+
 class Model:
     def __init__(self, folder):
         here("Model")
