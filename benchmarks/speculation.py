@@ -4,7 +4,8 @@ The bundle is one that a recipe with `speculation: draft` or `ngram` made. Each 
 by the same graph without guesses, with n-grams of the text so far, and with the bundle's draft, so that what else the
 machine does meets all alike. The table has, by what guesses and how many guesses a round: the share of guesses that
 were right, tokens for each run of the graph, tokens/s beside decoding without guesses, and how many continuations are
-the same. Where two differ, a run over several tokens rounded otherwise than one over one token at a near tie.
+the same. Two that differ in four bits may be a near tie, which a run over several tokens rounds otherwise
+than one over one token; the table does not tell.
 
     toolkit export cpu --checkpoint coder-1.5b --draft coder-0.5b --quality fast --no-validate --out build/pair
     python -m benchmarks.speculation build/pair --task gsm8k.jsonl --minutes 8
