@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -191,10 +192,19 @@ def test_a_cache_of_latents_checks_no_guesses() -> None:
         load_recipe("deepseek-v2-lite-cpu", ["speculation=ngram", "profile=latent-cache"])
 
 
-def test_sampling_that_guesses_cannot_follow_is_refused(tiny_r1: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ({"no_repeat_ngram_size": 3}, "no_repeat_ngram_size, with which onnxruntime-genai guesses nothing"),
+        ({"repetition_penalty": 1.1}, "repetition_penalty 1.1, which onnxruntime-genai counts otherwise for guesses"),
+    ],
+)
+def test_sampling_that_guesses_cannot_follow_is_refused(
+    setting: dict[str, Any], said: str, tiny_r1: Path, tmp_path: Path
+) -> None:
     opened = open_checkpoint(tiny_r1)
-    sampling = replace(opened.side.generation.sampling, no_repeat_ngram_size=3)
+    sampling = replace(opened.side.generation.sampling, **setting)
     side = replace(opened.side, generation=replace(opened.side.generation, sampling=sampling))
     recipe = load_recipe("tiny-r1-cpu", ["speculation=ngram"])
-    with pytest.raises(UnsupportedError, match="no_repeat_ngram_size, with which onnxruntime-genai guesses nothing"):
+    with pytest.raises(UnsupportedError, match=said):
         plan_export(recipe, replace(opened, side=side), tmp_path / "bundle", "int4")

@@ -228,6 +228,12 @@ def _check_recipe(recipe: Recipe, checkpoint: Checkpoint) -> None:
         raise UnsupportedError(
             f"generation_config.json sets no_repeat_ngram_size, with which onnxruntime-genai guesses nothing: {leave}"
         )
+    penalty = checkpoint.side.generation.sampling.repetition_penalty
+    if penalty not in (None, 1.0):
+        raise UnsupportedError(
+            f"generation_config.json sets repetition_penalty {penalty:g}, which onnxruntime-genai counts otherwise for "
+            f"guesses, so that answers become others: {leave}"
+        )
 
 
 def _with_parts(recipe: Recipe, target: Target, layers: list[int]) -> Recipe:
