@@ -14,7 +14,9 @@ import safetensors.torch
 import torch
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
+from tests.checkpoint_folders import set_keys
 from tests.command_line import called
+from tests.graphs import write_graphs
 from tests.quantized_folders import (
     BLOCKS,
     FP8,
@@ -30,17 +32,19 @@ from tests.quantized_folders import (
     quantize_folder,
     save,
 )
-from tests.random_models import make_checkpoint
+from tests.random_models import CASES, make_checkpoint
 from toolkit.checkpoint.opened import open_checkpoint
 from toolkit.checkpoint.quantized_blocks import E4M3, E8M0
 from toolkit.checkpoint.quantized_tensors import coded_tensors
 from toolkit.checkpoint.safetensors import read_header
 from toolkit.checkpoint.weights import FileWeights, WeightSource
 from toolkit.errors import CheckpointError, UnsupportedError
+from toolkit.evaluate.positions import open_positions
 
 # Widths that no block of 128 divides, of both families that people publish in FP8.
 WIDE: Final[dict[str, Any]] = {"hidden_size": 192, "intermediate_size": 200, "head_dim": 48}
 DOWN: Final = "model.layers.1.mlp.down_proj"
+IDS: Final = [int(i) for i in np.random.default_rng(3).integers(3, 96, 40)]
 
 
 def _compressed(way: str, **weights: Any) -> dict[str, Any]:
@@ -179,6 +183,33 @@ def test_experts_of_gpt_oss_are_transformers_to_the_bit(tmp_path: Path) -> None:
     save(tmp_path, {f"{name}_blocks": blocks})
     with pytest.raises(CheckpointError, match="gate_up_proj is quantized, and _scales is missing"):
         coded_tensors(read_header(tmp_path / "model.safetensors"), None, {name: (3, 128, 20)})
+
+
+def test_a_folder_of_gpt_oss_as_published_becomes_graphs_that_compute_it(tmp_path: Path) -> None:
+    """Every layer's experts in MXFP4, all else in bfloat16; transformers' model of the weights it makes of them."""
+    folder = tmp_path / "gpt-oss"
+    model = make_checkpoint(*CASES["gpt-oss"], folder)
+    codes = torch.Generator().manual_seed(1)
+    model.load_state_dict({name: value.to(torch.bfloat16).float() for name, value in model.state_dict().items()})
+    stored = {name: value.to(torch.bfloat16) for name, value in model.state_dict().items()}
+    for name in [name for name in stored if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, columns, rows = stored.pop(name).shape
+        blocks = torch.randint(0, 256, (experts, rows, columns // 32, 16), dtype=torch.uint8, generator=codes)
+        # From 2 ** -6 to 2 ** -4: weights as large as other matrices'.
+        scales = torch.randint(121, 124, (experts, rows, columns // 32), dtype=torch.uint8, generator=codes)
+        stored |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        model.get_parameter(name).data = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
+    save(folder, stored)
+    said = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
+    set_keys(folder / "config.json", quantization_config=said)
+    opened = open_checkpoint(folder)
+    assert opened.stored_as is not None and opened.stored_as.tensors["MXFP4"] == 4
+    with torch.no_grad():
+        oracle = model(torch.tensor([IDS])).logits[0].numpy()
+    write_graphs(folder, tmp_path / "bundle")
+    bundle = open_positions(tmp_path / "bundle")
+    for prompt in (None, 9):
+        assert np.abs(bundle.logits(IDS, prompt) - oracle).max() <= 1e-3
 
 
 def test_experts_one_by_one_are_read_too(tmp_path: Path) -> None:

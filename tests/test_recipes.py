@@ -50,6 +50,7 @@ PARAMETERS = {
     "qwen3-4b-thinking-2507": 4.02e9,
     "qwen3-8b": 8.19e9,
     "qwen3-30b-a3b": 30.5e9,
+    "gpt-oss-20b": 20.9e9,
     "deepseek-v2-lite": 15.7e9,
     "deepseek-v3": 671e9,
     "deepseek-r1": 671e9,
@@ -63,6 +64,7 @@ PARAMETERS = {
 # Experts have an operator on the CPU alone, and stages are for what might fit a machine that has an NPU.
 TARGETS_OF = {
     "qwen3-30b-a3b": ("cpu", "cpu-split"),
+    "gpt-oss-20b": ("cpu", "cpu-split"),
     "deepseek-v2-lite": ("cpu", "cpu-split"),
     "deepseek-v3": ("cpu",),
     "deepseek-r1": ("cpu",),
