@@ -1,11 +1,11 @@
 """What speculation is worth here: `python -m benchmarks.speculation BUNDLE`.
 
-The bundle is one that a recipe with `speculation: draft` or `ngram` made. Each question is continued greedily in turn
-by the same graph without guesses, with n-grams of the text so far, and with the bundle's draft, so that what else the
-machine does meets all alike. The table has, by what guesses and how many guesses a round: the share of guesses that
-were right, tokens for each run of the graph, tokens/s beside decoding without guesses, and how many continuations are
-the same. Two that differ in four bits may be a near tie, which a run over several tokens rounds otherwise
-than one over one token; the table does not tell.
+The bundle is one that a recipe with `speculation: draft`, `mtp` or `ngram` made. Each question is continued greedily in
+turn by the same graph without guesses, with n-grams of the text so far, and with the bundle's draft or MTP head, so
+that what else the machine does meets all alike. The table has, by what guesses and how many guesses a round: the share
+of guesses that were right, tokens for each run of the graph, tokens/s beside decoding without guesses, and how many
+continuations are the same. Two that differ in four bits may be a near tie, which a run over several tokens rounds
+otherwise than one over one token; the table does not tell.
 
     toolkit export cpu --checkpoint coder-1.5b --draft coder-0.5b --quality fast --no-validate --out build/pair
     python -m benchmarks.speculation build/pair --task gsm8k.jsonl --minutes 8
@@ -27,10 +27,10 @@ from typing import Any, Final
 
 import onnxruntime_genai as og
 
-from toolkit.bundle.speculative import draft_graph, read_speculation
-from toolkit.evaluate.guesses import Guesses, guesses_of, speculating_config
+from toolkit.bundle.speculative import draft_graph, head_settings, read_speculation, speculation_of
+from toolkit.evaluate.guesses import Guesses, MtpText, guesses_of, speculating_config
 from toolkit.evaluate.text_model import TextModel
-from toolkit.speculation import DRAFT, NGRAM, NONE, SPECULATIONS
+from toolkit.speculation import NGRAM, NONE, SPECULATIONS
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 _HEADS: Final = ("guesses", "a round", "right", "tokens a run", "tokens/s", "beside none", "same", "tokens")
@@ -40,11 +40,13 @@ _SAID: Final = {"speed": r"decoded.*speed:\s*([\d.]+) t/s", "accept": r"accept\s
 
 @dataclass
 class Way:
-    """One way to decode, and what it has come to so far: `at_once` guesses a round, none for plain decoding."""
+    """One way to decode, and what it has come to so far: `at_once` guesses a round, none for plain decoding; `head` is
+    the MTP head's model where that guesses."""
 
     word: str
     at_once: int
     model: Any
+    head: Any = None
     seconds: float = 0.0
     same: int = 0
     guesses: Guesses = field(default_factory=Guesses)
@@ -55,7 +57,8 @@ class Way:
         params.set_search_options(do_sample=False, max_length=len(prompt) + new_tokens)
         if self.at_once:
             params.set_speculative_options(max_draft_tokens=self.at_once)
-        generator = og.Generator(self.model, params)
+        head = self.head
+        generator = og.Generator(self.model, params) if head is None else MtpText(og, self.model, head, params)
         generator.append_tokens(prompt)
         begun = time.perf_counter()
         while not generator.is_done():
@@ -75,14 +78,17 @@ class Way:
 
 
 def ways_of(bundle: Path, widths: Sequence[int]) -> list[Way]:
-    """Plain decoding first, then n-grams and, where the bundle has one, its draft, at each width."""
+    """Plain decoding first, then n-grams and, where the bundle has one, its draft or MTP head, at each width."""
     found = [Way(NONE, 0, og.Model(str(bundle)))]
     told: list[tuple[str, Any]] = [(NGRAM, {"speculative": dict(SPECULATIONS[NGRAM])})]
-    if draft_graph(settings := read_speculation(bundle)):
-        told.append((DRAFT, settings))
+    settings = read_speculation(bundle)
+    if draft_graph(settings):
+        told.append((str(speculation_of(settings)), settings))
     for word, overlay in told:
         model = og.Model(speculating_config(og, str(bundle), overlay))
-        found += [Way(word, width, model) for width in widths]
+        laid = head_settings(overlay)
+        head = None if laid is None else og.Model(speculating_config(og, str(bundle), laid))
+        found += [Way(word, width, model, head) for width in widths]
     return found
 
 

@@ -172,7 +172,7 @@ def test_a_draft_of_another_tokenizer_is_refused(tiny_r1: Path, stories260k: Pat
 @pytest.mark.parametrize(
     ("target", "change", "said"),
     [
-        ("cpu", "speculation=mtp", "speculation 'mtp' is unknown, expected none or ngram or draft"),
+        ("cpu", "speculation=eagle", "speculation 'eagle' is unknown, expected none or ngram or draft or mtp"),
         ("cpu", "speculation=draft", "draft is '', and speculation draft needs a smaller model"),
         ("cpu", "draft=tiny-r1", "draft is 'tiny-r1', and speculation none has no use for one"),
         ("cpu-split", "speculation=ngram", "target cpu-split is a pipeline, where guesses cannot be checked"),

@@ -63,6 +63,9 @@ EP_CONTEXT: Final = "com.microsoft:EPContext"
 # Between stages, and the lengths onnxruntime-genai gives a pipeline.
 EMBEDDED: Final = "inputs_embeds"
 LAST_HIDDEN: Final = "last_hidden_states"
+# What a head that predicts one more token (MTP) takes of its model, and gives for a further one.
+HIDDEN_STATES: Final = "hidden_states"
+HIDDEN_STATES_OUT: Final = "hidden_states_out"
 PAST_SEQ_LEN: Final = "past_seq_len"
 TOTAL_SEQ_LEN: Final = "total_seq_len"
 # Before a layer's index: its cache on the way into a graph and out of it.
@@ -88,12 +91,12 @@ def is_compilers(file: str) -> bool:
 
 
 def draft_file(name: str) -> str:
-    """Returns the name that a file of a draft's bundle has in the bundle of the model that checks its guesses."""
+    """Returns the name that a file of the bundle of what guesses has in the bundle of the model that checks it."""
     return f"{_DRAFT}{name}"
 
 
 def is_draft(name: str) -> bool:
-    """Whether a bundle's file is of the smaller model that guesses for it."""
+    """Whether a bundle's file is of the smaller model, or the head, that guesses for it."""
     return name.startswith(_DRAFT)
 
 

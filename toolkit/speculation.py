@@ -9,13 +9,18 @@ from typing import Final
 NONE: Final = "none"
 NGRAM: Final = "ngram"
 DRAFT: Final = "draft"
+MTP: Final = "mtp"
 
 # onnxruntime-genai's own words, in its `speculative` object.
 SPECULATIONS: Final[Mapping[str, Mapping[str, int]]] = {
     NONE: {},
     NGRAM: {"max_draft_tokens": 4, "ngram_size": 3},
     DRAFT: {"max_draft_tokens": 4},
+    # The head was trained to predict one token more, and is fed its own output for further ones.
+    MTP: {"max_draft_tokens": 1},
 }
+# Those that have a graph of their own to guess with, beside the model's.
+WITH_GRAPH: Final = (DRAFT, MTP)
 # Positions of which a graph gives logits to be checked: the most guesses that onnxruntime-genai takes, and the token
 # they follow.
 CHECKED_ROWS: Final = 17

@@ -174,12 +174,15 @@ def genai_type(config: ModelConfig) -> str:
 
 
 def _one_graph(graph: StageGraph) -> Mapping[str, object]:
-    known = (names.INPUT_IDS, names.ATTENTION_MASK, names.POSITION_IDS)
+    known = (names.INPUT_IDS, names.ATTENTION_MASK, names.POSITION_IDS, names.HIDDEN_STATES)
+    # What a model gives its MTP head is named in speculation.json: earlier releases refuse the key.
+    gives = names.HIDDEN_STATES_OUT in graph.outputs
+    further = {names.HIDDEN_STATES: names.HIDDEN_STATES_OUT} if gives else {}
     return {
         "filename": graph.stage.file,
         "session_options": _session_options(graph.stage),
         "inputs": {**{name: name for name in known if name in graph.inputs}, **_PAST},
-        "outputs": {"logits": names.LOGITS, **_PRESENT},
+        "outputs": {"logits": names.LOGITS, **further, **_PRESENT},
     }
 
 

@@ -14,7 +14,7 @@ from toolkit import names
 from toolkit.bundle.genai_config import GENAI_TYPES
 from toolkit.bundle.lint_pipeline import lint_pipeline
 from toolkit.bundle.settings import DecoderSettings, GenaiConfig, ModelSettings, config_of, read_genai_config
-from toolkit.bundle.speculative import lint_speculation
+from toolkit.bundle.speculative import further_outputs, lint_speculation
 from toolkit.checkpoint.side_files import TEMPLATE_FILE, TOKENIZER_CONFIG_FILE
 from toolkit.errors import BundleError
 from toolkit.files import read_text
@@ -119,6 +119,7 @@ _SINCE: Final = {
     "speculative": "0.16",
     "draft": "0.16",
     "mtp": "0.16",
+    "hidden_states": "0.16",
     "audio_output": "0.17",
 }
 _MAX_BYTES: Final = 256 << 20
@@ -155,7 +156,7 @@ def lint_bundle(bundle: Path) -> list[str]:
     else:
         if model.type not in GENAI_TYPES:
             problems.append(f"model.type is {model.type!r}, expected one of {', '.join(GENAI_TYPES)}")
-        problems += _unnamed(decoder, graphs[names.MODEL])
+        problems += _unnamed(decoder, graphs[names.MODEL], further_outputs(bundle))
         problems += lint_speculation(bundle, graphs[names.MODEL])
     problems += _named(decoder, list(graphs.values()))
     for graph in graphs.values():
@@ -211,13 +212,13 @@ def _named(decoder: DecoderSettings, graphs: list[GraphInterface]) -> list[str]:
     return problems
 
 
-def _unnamed(decoder: DecoderSettings, graph: GraphInterface) -> list[str]:
-    """Inputs and outputs of a single graph that have no name given."""
+def _unnamed(decoder: DecoderSettings, graph: GraphInterface, further: frozenset[str]) -> list[str]:
+    """Inputs and outputs of a single graph that have no name given; `further` outputs are named elsewhere."""
     problems = []
     sides = (("inputs", decoder.inputs, graph.inputs), ("outputs", decoder.outputs, graph.outputs))
     for side, given, values in sides:
         named = {n for key, name in given.items() for n in _expanded(decoder, key, name)}
-        for name in sorted(values.keys() - named):
+        for name in sorted(values.keys() - named - further):
             problems.append(f"the graph's {side[:-1]} {name!r} is not named in model.decoder.{side}")
     return problems
 

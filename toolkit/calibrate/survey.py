@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -51,14 +51,15 @@ _PROBE_TOKENS: Final = (128, 2048)
 @dataclass(frozen=True)
 class Wish:
     """What a survey is for. `specs` has each matrix' format by its rule; `rounding` is what the bundle does to the
-    input of a linear in a layer, and `head_rounding` to the head's; `folds` allows channel scales, `probes` measures
-    divergences."""
+    input of a linear in a layer, and `head_rounding` to the head's; `folds` allows channel scales, `folds_head` the
+    LM head's too, `probes` measures divergences."""
 
     specs: Mapping[str, QuantSpec]
     rounding: Rounding
     head_rounding: Rounding
     folds: bool
     probes: bool
+    folds_head: bool = True
 
 
 def survey(
@@ -192,6 +193,8 @@ class _Pass:
         config, source, decoder = self._config, self._source, decoder_of(self._config)
         norm = source.read(decoder.norm.weight)
         given, gain = decoder.head_input, on.from_host(norm)
+        if not self._wish.folds_head:
+            given = replace(given, writer=None)
         statistics = InputStatistics(given.name, given.width, sum(self._lengths))
         with ExitStack() as files:
             keep = self._keeping(given, files)

@@ -62,9 +62,25 @@ class DecoderLayer:
 
 
 @dataclass(frozen=True)
+class MtpInput:
+    """What a head that predicts one more token reads in place of the embedding: `eh_proj` of the next token's embedding
+    through `enorm` and the model's hidden state through `hnorm`, side by side in this order."""
+
+    enorm: Norm
+    hnorm: Norm
+    eh_proj: Linear
+
+    @property
+    def given(self) -> LinearInput:
+        """Returns what eh_proj reads. Two norms write it, so that nothing is folded into one."""
+        return LinearInput((self.eh_proj,), None, self.eh_proj.in_features)
+
+
+@dataclass(frozen=True)
 class Decoder:
     """The whole model. A tied `head` is the embedding's table [V, D], read as a linear. `is_merged` is whether a
-    checkpoint has linears that read the same in one tensor."""
+    checkpoint has linears that read the same in one tensor. `mtp` is what a head that predicts one more token has
+    before its layer, None in a model."""
 
     embedding: Linear
     layers: tuple[DecoderLayer, ...]
@@ -72,6 +88,7 @@ class Decoder:
     head: Linear
     head_dim: int
     is_merged: bool = False
+    mtp: MtpInput | None = None
 
     @property
     def merged(self) -> dict[str, tuple[Linear, ...]]:
@@ -91,12 +108,15 @@ class Decoder:
     @cached_property
     def inputs(self) -> tuple[LinearInput, ...]:
         """What linears read, in the order it is computed."""
-        return (*(given for layer in self.layers for given in layer.inputs), self.head_input)
+        first = (self.mtp.given,) if self.mtp else ()
+        return (*first, *(given for layer in self.layers for given in layer.inputs), self.head_input)
 
     @cached_property
     def tensors(self) -> Mapping[str, tuple[int, ...]]:
         """Returns the shape of every tensor by its name."""
         found = self.embedding.tensors | self.norm.tensors | self.head.tensors
+        if self.mtp:
+            found |= self.mtp.enorm.tensors | self.mtp.hnorm.tensors | self.mtp.eh_proj.tensors
         for layer in self.layers:
             for linear in layer.linears:
                 found |= linear.tensors
@@ -120,8 +140,9 @@ class Decoder:
 
     @property
     def norms(self) -> tuple[Norm, ...]:
-        """Every norm of the layers, and the final one."""
-        return (*(norm for layer in self.layers for norm in layer.norms), self.norm)
+        """Every norm of the layers, the final one, and those before the layer of an MTP head."""
+        before = (self.mtp.enorm, self.mtp.hnorm) if self.mtp else ()
+        return (*(norm for layer in self.layers for norm in layer.norms), self.norm, *before)
 
 
 def stored_tensors(decoder: Decoder) -> dict[str, tuple[int, ...]]:
@@ -160,7 +181,13 @@ def decoder_of(config: ModelConfig) -> Decoder:
         embedding if config.tie_word_embeddings else Linear(names.LM_HEAD, D, V),
         config.head_dim,
         config.structure.merged,
+        None if config.structure.mtp_layer is None else _mtp_input(D),
     )
+
+
+def _mtp_input(D: int) -> MtpInput:
+    enorm, hnorm = (Norm(names.layer_module(0, module), D) for module in ("enorm", "hnorm"))
+    return MtpInput(enorm, hnorm, Linear(names.layer_module(0, "eh_proj"), 2 * D, D))
 
 
 def _layer(config: ModelConfig, index: int) -> DecoderLayer:

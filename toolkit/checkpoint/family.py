@@ -88,6 +88,10 @@ class Structure:
     each sublayer too, `gains_from_one` that a norm's gains are 1 and the weight of a checkpoint together. The embedding
     is multiplied by `embedding_scale`. `query_pre_attn_scalar` stands for head_dim in attention's scale, None where
     they are the same. `local_rope_theta` is RoPE's base in layers that slide, None where it is the others'.
+
+    `num_nextn_predict_layers` is how many layers behind the last a checkpoint may have that predict further tokens
+    (DeepSeek-V3, arXiv 2412.19437, section 2.2). `mtp_layer` is None but for a decoder that is one of them, of which it
+    is the index there (mtp.py).
     """
 
     qkv_bias: bool = False
@@ -106,6 +110,8 @@ class Structure:
     embedding_scale: float = 1.0
     query_pre_attn_scalar: float | None = None
     local_rope_theta: float | None = None
+    num_nextn_predict_layers: int = 0
+    mtp_layer: int | None = None
 
 
 @dataclass(frozen=True)

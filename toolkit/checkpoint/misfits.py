@@ -12,10 +12,16 @@ from toolkit.checkpoint.safetensors import TensorRef
 _LAYER: Final = re.compile(r"model\.layers\.(\d+)\.")
 
 
+def layer_index(name: str) -> int | None:
+    """Which layer a tensor is of, None outside of the layers."""
+    layer = _LAYER.match(name)
+    return int(layer[1]) if layer else None
+
+
 def is_beyond(name: str, config: ModelConfig) -> bool:
     """Whether a tensor is of a layer that the config does not have."""
-    layer = _LAYER.match(name)
-    return layer is not None and int(layer[1]) >= config.num_hidden_layers
+    layer = layer_index(name)
+    return layer is not None and layer >= config.num_hidden_layers
 
 
 def not_called_for(extra: list[str], config: ModelConfig) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from toolkit.checkpoint.config import ModelConfig, read_config
 from toolkit.checkpoint.gains import with_gains
 from toolkit.checkpoint.gguf import GgufModel, is_gguf, open_gguf
 from toolkit.checkpoint.merged_rows import unmerged
+from toolkit.checkpoint.mtp import mtp_config
 from toolkit.checkpoint.partial_rotary import in_halves
 from toolkit.checkpoint.safetensors import read_header
 from toolkit.checkpoint.side_files import SideFiles, read_side_files
@@ -105,6 +106,22 @@ def _ids_beyond(side: SideFiles, rows: int) -> Iterator[str]:
             f"the tokenizer has {len(beyond)} ids beyond the embedding's {rows} rows, the first is {first}: text with "
             "them cannot be run"
         )
+
+
+def mtp_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
+    """The head of a checkpoint that predicts one token more, as a checkpoint of one layer, from the files that have its
+    tensors; with random weights where the checkpoint's own are random or not here.
+
+    Raises UnsupportedError where the config says that there is none, CheckpointError where the tensors are missing.
+    """
+    config = mtp_config(checkpoint.config)
+    if checkpoint.synthetic or checkpoint.download_bytes:
+        return replace(checkpoint, config=config, source=SyntheticWeights(config), notes=())
+    found = find_tensors(checkpoint.folder, config, read_header)
+    files = {ref.path for ref in found.refs.values()}
+    source = FileWeights(found.refs, list(files), found.notes, found.coded)
+    source.check_scales()
+    return replace(checkpoint, config=config, source=source, notes=(), stored_as=found.stored_as)
 
 
 def synthetic_checkpoint(place: Path) -> Checkpoint:

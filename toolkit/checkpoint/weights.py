@@ -21,6 +21,7 @@ from toolkit.checkpoint.anatomy import decoder_of, stored_tensors
 from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.families import FAMILIES
 from toolkit.checkpoint.misfits import is_beyond, not_called_for, other_shape
+from toolkit.checkpoint.mtp import tensors_meant
 from toolkit.checkpoint.other_formats import refuse_integers, refuse_quantized
 from toolkit.checkpoint.quantized import Dequantizer
 from toolkit.checkpoint.quantized_config import read_quantization
@@ -251,6 +252,8 @@ def find_tensors(folder: Path, config: ModelConfig, read: Callable[[Path], dict[
     chosen = choose_files(folder)
     stored, placed = all_tensors(chosen, read)
     found, renamed = module_tensors(of_the_decoder(stored, FAMILIES[config.model_type].text_model), folder)
+    whole, found = found, tensors_meant(found, config, folder)
+    further = [_of_further_tokens(config)] if config.structure.mtp_layer is None and len(found) < len(whole) else []
     found, coded = coded_tensors(found, by, stored_tensors(decoder_of(config)))
     meant = {name: ref for name, ref in found.items() if name.startswith(_DECODERS) and not is_beyond(name, config)}
     refuse_quantized(meant, folder)
@@ -264,8 +267,13 @@ def find_tensors(folder: Path, config: ModelConfig, read: Callable[[Path], dict[
     refs = expected_refs(decoder, config, folder, {*ITEM_BYTES, *CODES}, ignorable)
     other = found.get(head) if config.tie_word_embeddings else None
     floats = [f"{names.CONFIG_FILE} says {by.words}, and all weights are plain floats"] if by and not coded else []
-    notes = (*chosen.notes, *placed, *renamed, *tied, *left, *floats)
+    notes = (*chosen.notes, *placed, *renamed, *further, *tied, *left, *floats)
     return FoundTensors(refs, notes, other, coded, stored_as(refs, coded, by))
+
+
+def _of_further_tokens(config: ModelConfig) -> str:
+    """A line that says what is not read of a checkpoint with an MTP head, and what for."""
+    return f"layer {config.num_hidden_layers} predicts one token more (MTP): --set speculation=mtp has it guess for cpu"
 
 
 def all_tensors(

@@ -87,7 +87,7 @@ class OneGraph:
             if self._has_positions:
                 tokens[names.POSITION_IDS] = np.arange(start, stop, dtype=np.int64)[None]
             made = _run(self._session, {**tokens, **cache})
-            pieces.append(made[names.LOGITS][0])
+            pieces.append(made[names.LOGITS][0].astype(np.float32, copy=False))
             cache = _grown(cache, made)
             start = stop
         # Logits are most of what there is to copy.

@@ -16,10 +16,10 @@ import numpy.typing as npt
 from toolkit import names
 from toolkit.bundle.cache import cache_bytes, graph_cache_bytes
 from toolkit.bundle.settings import Settings, read_settings
-from toolkit.bundle.speculative import draft_graph, read_speculation, speculation_of
+from toolkit.bundle.speculative import draft_graph, head_settings, read_speculation, speculation_of
 from toolkit.bundle.stage_files import uncompiled_settings
 from toolkit.errors import BundleError, MachineError, UnsupportedError
-from toolkit.evaluate.guesses import can_speculate, speculating_config
+from toolkit.evaluate.guesses import Guesses, MtpText, can_speculate, guesses_of, speculating_config
 from toolkit.evaluate.linked import linked_copy
 from toolkit.evaluate.providers import make_known_to_genai, missing_provider, provider_is_here
 from toolkit.machine import free_memory_bytes
@@ -30,7 +30,8 @@ class OpenModel:
     """The onnxruntime_genai module, the bundle's Model, its settings, and the seconds it took to load.
 
     `token_bytes` is what a token takes of the cache. `folder` holds the files of a model opened on the CPU for as long
-    as it is used. `speculation` is what guesses tokens ahead, None where nothing does.
+    as it is used. `speculation` is what guesses tokens ahead, None where nothing does; `head` is the MTP head's Model
+    where that guesses.
     """
 
     og: Any
@@ -40,6 +41,7 @@ class OpenModel:
     token_bytes: int
     folder: tempfile.TemporaryDirectory[str] | None
     speculation: str | None = None
+    head: Any = None
 
     def longest(self) -> int:
         """Returns how many tokens a request may have that sets no limit: the context, or what half of the free memory
@@ -47,11 +49,26 @@ class OpenModel:
         least, most = self.settings.max_length, self.settings.context_length
         return max(least, min(most, free_memory_bytes() // 2 // max(self.token_bytes, 1)))
 
-    def generator(self, prompt: Any, new_tokens: int, grammar: str | None = None, **options: Any) -> Any:
+    def fresh(self, params: Any, tells_logits: bool = False) -> Any:
+        """Returns a generator of these parameters that has read nothing. No head guesses where logits are told, or for
+        a text that is held to a grammar."""
+        if self.head is None or tells_logits:
+            return self.og.Generator(self.model, params)
+        return MtpText(self.og, self.model, self.head, params)
+
+    def guesses(self, generator: Any, tokens: int) -> Guesses | None:
+        """What came of the guesses of a generator after so many new tokens; None where nothing guessed."""
+        guessed = self.speculation is not None and (self.head is None or isinstance(generator, MtpText))
+        return guesses_of(generator, tokens) if guessed else None
+
+    def generator(
+        self, prompt: Any, new_tokens: int, grammar: str | None = None, tells_logits: bool = False, **options: Any
+    ) -> Any:
         """Returns a fresh generator that has read the prompt, with room for `new_tokens` where the context has it.
 
-        What it writes keeps to `grammar`, in llguidance's Lark. Raises BundleError if the runtime refuses,
-        UnsupportedError if it refuses the grammar, MachineError if a cache beyond the bundle's own does not fit.
+        What it writes keeps to `grammar`, in llguidance's Lark; `tells_logits` is whether logits will be asked of it.
+        Raises BundleError if the runtime refuses, UnsupportedError if it refuses the grammar, MachineError if a cache
+        beyond the bundle's own does not fit.
         """
         length = self.settings.length_for(len(prompt), new_tokens)
         if length > self.settings.max_length:
@@ -62,7 +79,7 @@ class OpenModel:
         with running() if grammar is None else _held_to_a_grammar():
             if grammar is not None:
                 params.set_guidance("lark_grammar", grammar)
-            generator = self.og.Generator(self.model, params)
+            generator = self.fresh(params, tells_logits or grammar is not None)
         with running():
             generator.append_tokens(prompt)
         return generator
@@ -132,6 +149,8 @@ def open_model(bundle: Path, on_cpu: bool = False) -> OpenModel:
         raise MachineError("onnxruntime-genai is not installed: pip install onnxruntime-genai") from None
     settings = read_settings(bundle)
     guessing = read_speculation(bundle, on_cpu) if can_speculate(og) else None
+    if not can_speculate(og, speculation_of(guessing)):
+        guessing = None
     cache = cache_bytes(bundle, settings, settings.max_length)
     if draft := draft_graph(guessing):
         cache += graph_cache_bytes(bundle / draft, settings.max_length)
@@ -145,10 +164,12 @@ def open_model(bundle: Path, on_cpu: bool = False) -> OpenModel:
     try:
         place = folder.name if folder else str(bundle)
         model = og.Model(place if guessing is None else speculating_config(og, place, guessing))
+        told = head_settings(guessing)
+        head = None if told is None else og.Model(speculating_config(og, place, told))
     except Exception as problem:  # whatever the runtime throws
         raise BundleError(f"onnxruntime-genai cannot open {bundle}: {_first_line(problem)}") from None
     load_s, token_bytes = time.perf_counter() - start, cache // settings.max_length
-    return OpenModel(og, model, settings, load_s, token_bytes, folder, speculation_of(guessing))
+    return OpenModel(og, model, settings, load_s, token_bytes, folder, speculation_of(guessing), head)
 
 
 def continuations(bundle: Path, prompts: list[list[int]], new_tokens: int, on_cpu: bool = False) -> list[list[int]]:

@@ -12,7 +12,7 @@ from typing import Final
 from toolkit.apart import ChildFailed, answer, run_apart
 from toolkit.bundle.settings import Settings
 from toolkit.errors import BundleError
-from toolkit.evaluate.guesses import Guesses, guesses_of
+from toolkit.evaluate.guesses import Guesses
 from toolkit.evaluate.session import OpenModel, open_model, running
 from toolkit.machine import peak_rss_bytes, physical_cores
 from toolkit.report.sections import Speed, SpeedRun
@@ -79,7 +79,7 @@ def _timed(opened: OpenModel, prompt: Sequence[int], new_tokens: int, count: int
         start = time.perf_counter()
         params = og.GeneratorParams(opened.model)
         params.set_search_options(do_sample=False, min_length=length, max_length=length)
-        generator = og.Generator(opened.model, params)
+        generator = opened.fresh(params)
         made = time.perf_counter()
         generator.append_tokens(prompt)
         prefilled = time.perf_counter()
@@ -89,7 +89,7 @@ def _timed(opened: OpenModel, prompt: Sequence[int], new_tokens: int, count: int
             generator.generate_next_token()
     decode_s = time.perf_counter() - first
     run = SpeedRun(first - start, len(prompt) / (prefilled - made), (count - 1) / decode_s)
-    return run, guesses_of(generator, count) if opened.speculation else None
+    return run, opened.guesses(generator, count)
 
 
 @dataclass(frozen=True)

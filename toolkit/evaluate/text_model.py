@@ -16,7 +16,6 @@ from toolkit import names
 from toolkit.errors import BundleError
 from toolkit.evaluate.chat_prompt import ChatTemplate
 from toolkit.evaluate.grammar import whole_grammar
-from toolkit.evaluate.guesses import guesses_of
 from toolkit.evaluate.session import open_model
 from toolkit.evaluate.stop_strings import StopStrings
 from toolkit.evaluate.thought import Piece, ScoredToken, ThoughtSplitter
@@ -129,8 +128,8 @@ class TextModel:
 
     def _guessed(self, generator: Any, tokens: int) -> Speculated | None:
         """What came of the guesses of a text that is written."""
-        method = self._opened.speculation
-        return guesses_of(generator, tokens).described(method) if method else None
+        method, guesses = self._opened.speculation, self._opened.guesses(generator, tokens)
+        return guesses.described(method) if method and guesses else None
 
     @property
     def _stop_ids(self) -> tuple[int, ...]:
@@ -141,7 +140,8 @@ class TextModel:
         grammar = None
         if options.grammar is not None:
             grammar = whole_grammar(prompt, options.grammar) if options.splits_thought else f"start: {options.grammar}"
-        return self._opened.generator(ids, new_tokens, grammar=grammar, **options.search.given())
+        tells = options.alternatives is not None
+        return self._opened.generator(ids, new_tokens, grammar, tells, **options.search.given())
 
     def _tokens(
         self, generator: Any, new_tokens: int, options: TextOptions

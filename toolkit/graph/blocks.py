@@ -117,7 +117,7 @@ def layers(
     past: list[ir.Value] = []
     present: list[ir.Value] = []
     residual, first = embedded, stack[0]
-    hidden = _rms_norm(build, _path(first.attention.norm.module), residual, first.attention.norm, config.stream_eps)
+    hidden = rms_norm(build, _path(first.attention.norm.module), residual, first.attention.norm, config.stream_eps)
     for layer in stack:
         i, attention = layer.index, layer.attention
         hidden = build.rounded(f"/model/layers.{i}/attn/input", hidden, names.input_of(attention.first[0].module))
@@ -199,7 +199,7 @@ def _rotations(
 def _output_norm(build: GraphBuilder, config: ModelConfig, half: Sublayer, x: ir.Value) -> ir.Value:
     """[B, S, D] to [B, S, D]: what a sublayer gives, through the norm behind it where there is one."""
     norm = None if isinstance(half, Moe) else half.output_norm
-    return _rms_norm(build, _path(norm.module), x, norm, config.rms_norm_eps) if norm else x
+    return rms_norm(build, _path(norm.module), x, norm, config.rms_norm_eps) if norm else x
 
 
 def lm_head(build: GraphBuilder, config: ModelConfig, hidden: ir.Value, index: ir.Value) -> ir.Value:
@@ -249,7 +249,8 @@ def _linear(build: GraphBuilder, x: ir.Value, linear: Linear) -> ir.Value:
     return build.linear(_path(linear.module), x, linear.module)
 
 
-def _rms_norm(build: GraphBuilder, path: str, x: ir.Value, norm: Norm, epsilon: float) -> ir.Value:
+def rms_norm(build: GraphBuilder, path: str, x: ir.Value, norm: Norm, epsilon: float) -> ir.Value:
+    """`x` through a norm over its last axis; `epsilon` where the norm has none of its own."""
     attributes = {"axis": -1, "epsilon": norm.eps or epsilon}
     op_type = "RMSNormalization" if build.form.opset >= 23 else "SimplifiedLayerNormalization"
     return build.op(f"{path}/{op_type}", [x, build.vector(norm.weight)], attributes)[0]
@@ -262,7 +263,7 @@ def _skip_norm(
     path = f"/{norm.module.replace('.', '/', 1)}"
     if not build.form.fused:
         (total,) = build.op(f"{path}/Add", [x, skip])
-        return _rms_norm(build, path, total, norm, config.stream_eps), total
+        return rms_norm(build, path, total, norm, config.stream_eps), total
     y = build.op(
         f"{path}/SkipSimplifiedLayerNormalization",
         [x, skip, build.vector(norm.weight)],
@@ -291,7 +292,7 @@ def _attend(
             return _linear(build, x, of)
 
         def norm(x: ir.Value, of: Norm) -> ir.Value:
-            return _rms_norm(build, _path(of.module), x, of, config.rms_norm_eps)
+            return rms_norm(build, _path(of.module), x, of, config.rms_norm_eps)
 
         rotary = turned.tables
         if turned.seen:
@@ -330,7 +331,7 @@ def _head_norm(build: GraphBuilder, x: ir.Value, norm: Norm, linear: Linear, con
     heads = build.constant("/model/constants/per_head", np.array([0, -1, norm.width], np.int64))
     flat = build.constant(f"/model/constants/flat_{width}", np.array([0, -1, width], np.int64))
     (split,) = build.op(f"{path}/Reshape.split", [x, heads])
-    return build.op(f"{path}/Reshape.join", [_rms_norm(build, path, split, norm, config.rms_norm_eps), flat])[0]
+    return build.op(f"{path}/Reshape.join", [rms_norm(build, path, split, norm, config.rms_norm_eps), flat])[0]
 
 
 def _mlp_of(build: GraphBuilder, layer: DecoderLayer, x: ir.Value) -> ir.Value:
@@ -385,8 +386,7 @@ def _moe(build: GraphBuilder, path: str, moe: Moe, x: ir.Value) -> ir.Value:
     if moe.routing.scaling != 1:
         (y,) = build.op(f"{path}/Mul.scaling", [y, build.scalar("/model/constants/scaling", moe.routing.scaling)])
     if moe.shared:
-        shared = _mlp(build, f"{path}/shared_experts", moe.shared, x)
-        (y,) = build.op(f"{path}/Add", [y, shared])
+        (y,) = build.op(f"{path}/Add", [y, _mlp(build, f"{path}/shared_experts", moe.shared, x)])
     return y
 
 

@@ -6,17 +6,24 @@ import numpy as np
 import onnx_ir as ir
 
 from toolkit import names
+from toolkit.checkpoint.anatomy import decoder_of
 from toolkit.checkpoint.config import ModelConfig
 from toolkit.graph.attention import Lengths
 from toolkit.graph.blocks import CacheShape, embedding, last_rows, layers, lm_head
 from toolkit.graph.builder import GraphBuilder, declare, value
 from toolkit.graph.layout import Layout
+from toolkit.graph.mtp import hidden_input, hidden_output, mtp_input
 from toolkit.target import Form
 
 
-def build_decoder(config: ModelConfig, layout: Layout, form: Form, context_length: int, rows: int = 1) -> ir.Model:
+def build_decoder(
+    config: ModelConfig, layout: Layout, form: Form, context_length: int, rows: int = 1, feeds_mtp: bool = False
+) -> ir.Model:
     """input_ids, attention_mask, position_ids where RoPE needs them, and the KV cache in; logits of each
     row's last position [B, 1, V] and the cache out. More `rows` are logits of as many last positions, in [B, S, V].
+
+    A model that `feeds_mtp` gives its hidden states too, and logits in float16, the one dtype that onnxruntime-genai's
+    MtpGenerator reads on the CPU. A head that predicts one more token takes such states, and gives its own.
 
     Raises UnsupportedError for what GroupQueryAttention cannot do.
     """
@@ -29,12 +36,21 @@ def build_decoder(config: ModelConfig, layout: Layout, form: Form, context_lengt
         positions = value(names.POSITION_IDS, ir.DataType.INT64, ("batch", "sequence"))
     lengths = Lengths(seqlens, total, positions, tokens, queries, mask)
     cache = CacheShape("batch", "past_sequence", "total_sequence")
-    hidden, past, present = layers(build, config, context_length, embedding(build, ids), lengths, cache)
+    embedded, mtp, given = embedding(build, ids), decoder_of(config).mtp, [ids, mask]
+    if mtp:
+        given.append(hidden_input(build, config))
+        embedded = mtp_input(build, config, mtp, embedded, given[-1])
+    hidden, past, present = layers(build, config, context_length, embedded, lengths, cache)
     logits = lm_head(build, config, hidden, index) if rows == 1 else last_rows(build, config, hidden, index, rows)
-    width = config.vocab_size
-    declare(logits, names.LOGITS, ir.DataType.FLOAT, ("batch", 1 if rows == 1 else "sequence", width))
-    given = [ids, mask] if positions is None else [ids, mask, positions]
-    return build.model("decoder", [*given, *past], [logits, *present])
+    dtype = ir.DataType.FLOAT16 if feeds_mtp else ir.DataType.FLOAT
+    if feeds_mtp:
+        logits = build.cast("/lm_head/logits/Cast", logits, dtype)
+    declare(logits, names.LOGITS, dtype, ("batch", 1 if rows == 1 else "sequence", config.vocab_size))
+    made = [logits]
+    if feeds_mtp or mtp:
+        made.append(hidden_output(build, config, hidden, names.HIDDEN_STATES_OUT if mtp else names.HIDDEN_STATES))
+    given += [] if positions is None else [positions]
+    return build.model("decoder", [*given, *past], [*made, *present])
 
 
 def mask_lengths(build: GraphBuilder, ids: ir.Value, mask: ir.Value) -> tuple[ir.Value, ...]:

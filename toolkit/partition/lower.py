@@ -13,7 +13,7 @@ from toolkit.graph.stages import TransformerPart, build_embeddings, build_lm_hea
 from toolkit.partition.parts import cut_layers, layer_bytes
 from toolkit.quant.ranges import ActivationRange
 from toolkit.recipe import Recipe
-from toolkit.speculation import CHECKED_ROWS, NONE
+from toolkit.speculation import CHECKED_ROWS, MTP, NONE
 from toolkit.target import Target
 
 
@@ -36,7 +36,7 @@ def lower(
     for stage in target.stages(recipe.window, parts):
         if stage.name == names.MODEL:
             rows = 1 if recipe.speculation == NONE else CHECKED_ROWS
-            graph = build_decoder(config, layout, form, length, rows)
+            graph = build_decoder(config, layout, form, length, rows, recipe.speculation == MTP)
         elif stage.name == names.EMBEDDINGS:
             graph = build_embeddings(config, layout, form)
         elif stage.name == names.HEAD:

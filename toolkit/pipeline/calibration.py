@@ -44,6 +44,7 @@ from toolkit.quant.formats import floats_of, planned_specs
 from toolkit.quant.ranges import ActivationRange
 from toolkit.recipe import Recipe
 from toolkit.report.weight_sections import ActivationRanges, CalibrationOutcome, FallbackRow, Fold
+from toolkit.speculation import MTP
 from toolkit.target import CPU_FORM, Form
 
 Floats = NDArray[np.float32]
@@ -169,7 +170,8 @@ class _Passes:
         kept = remembers(recipe, self._config, plan.target.form)
         self._source: WeightSource = RememberedWeights(source) if kept else source
         rounding = _rounding(plan.target.form)
-        self._wish = Wish(specs, rounding, _rounding(CPU_FORM), recipe.fold, recipe.bits_per_weight > 0)
+        folds_head = recipe.speculation != MTP  # what the final norm gives is its MTP head's too
+        self._wish = Wish(specs, rounding, _rounding(CPU_FORM), recipe.fold, recipe.bits_per_weight > 0, folds_head)
         self.solving_s = 0.0
 
     def surveyed(self) -> Survey:

@@ -15,6 +15,7 @@ from toolkit.bundle.stop_tokens import StopToken, stop_tokens
 from toolkit.calibrate.tuning import check_tunable
 from toolkit.checkpoint.anatomy import decoder_of
 from toolkit.checkpoint.config import ModelConfig, read_config
+from toolkit.checkpoint.mtp import mtp_config
 from toolkit.checkpoint.opened import Checkpoint
 from toolkit.checkpoint.padded_heads import pad_heads
 from toolkit.checkpoint.rotated import can_rotate, rotate, salient_inputs
@@ -41,7 +42,7 @@ from toolkit.pipeline.tokenizer import TokenizerFiles, plan_tokenizer
 from toolkit.quant.formats import check_rules
 from toolkit.recipe import Recipe
 from toolkit.soc import SOCS
-from toolkit.speculation import NONE
+from toolkit.speculation import MTP, NONE
 from toolkit.target import TARGETS, Target
 from toolkit.thresholds import resolved
 
@@ -114,9 +115,8 @@ def plan_export(recipe: Recipe, checkpoint: Checkpoint, out: Path, precision: st
     blind = precision == "int4" and not recipe.calibrated
     # Gains that are not here cannot be looked at; the export will.
     salient = salient_inputs(checkpoint) if blind and not checkpoint.download_bytes else []
-    if recipe.rotate is None:
-        wanted = bool(salient) or (precision == "int4" and target.rotates(recipe.profile))
-        recipe = replace(recipe, rotate=wanted and can_rotate(checkpoint.config))
+    wanted = bool(salient) or (precision == "int4" and target.rotates(recipe.profile))
+    recipe = _with_rotation(recipe, checkpoint.config, wanted)
     opened, checkpoint = checkpoint, pad_heads(rotate(checkpoint) if recipe.rotate else checkpoint, HEAD_DIM_MULTIPLE)
     config = checkpoint.config
     _check_target(target, config, recipe.context_length)
@@ -219,6 +219,10 @@ def _check_recipe(recipe: Recipe, checkpoint: Checkpoint) -> None:
     if recipe.speculation == NONE:
         return
     leave = "leave speculation out"
+    if recipe.speculation == MTP:
+        mtp_config(checkpoint.config)
+        if recipe.rotate:
+            raise RecipeError("rotate turns the hidden states that an MTP head takes: leave rotate out, or speculation")
     if (switch := checkpoint.config.rope.switch(recipe.context_length)) is not None:
         raise UnsupportedError(
             f"{checkpoint.config.model_type} reads a text anew at {switch} tokens (LongRoPE), and guesses cannot be "
@@ -234,6 +238,13 @@ def _check_recipe(recipe: Recipe, checkpoint: Checkpoint) -> None:
             f"generation_config.json sets repetition_penalty {penalty:g}, which onnxruntime-genai counts otherwise for "
             f"guesses, so that answers become others: {leave}"
         )
+
+
+def _with_rotation(recipe: Recipe, config: ModelConfig, wanted: bool) -> Recipe:
+    """The recipe that says whether the model is rotated, which one that feeds an MTP head its hidden states is not."""
+    if recipe.rotate is not None:
+        return recipe
+    return replace(recipe, rotate=wanted and can_rotate(config) and recipe.speculation != MTP)
 
 
 def _with_parts(recipe: Recipe, target: Target, layers: list[int]) -> Recipe:

@@ -61,7 +61,8 @@ class Recipe:
     `activation_percentile` is how many of the text's tokens, in percent, the ranges of uint16 activations hold whole.
     `bits_per_weight` is a budget that is spent where it helps most, 0 to keep every rule's bits. `tuning_steps` is how
     many steps scales and gains follow the gradient of the mean KLD in the end, on torch, 0 for none.
-    `speculation` is a row of SPECULATIONS, and `draft` the smaller model that guesses, named as a checkpoint is.
+    `speculation` is a row of SPECULATIONS, and `draft` the smaller model that guesses, named as a checkpoint is; `mtp`
+    has the checkpoint's own head for it.
     """
 
     name: str

@@ -209,7 +209,7 @@ class SpeedRun:
 
 @dataclass(frozen=True)
 class Speculated:
-    """What guessing ahead came to: `ngram` or `draft`, the share of guesses that were right, tokens for each run."""
+    """What guessing ahead came to: `ngram`, `draft` or `mtp`, the share of right guesses, tokens for each run."""
 
     method: str
     acceptance_rate: float

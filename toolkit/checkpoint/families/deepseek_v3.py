@@ -3,6 +3,8 @@ inference code, which shuts groups out for good where transformers gives them af
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from toolkit.checkpoint.deepseek import deepseek
 from toolkit.checkpoint.family import Family, Structure
 from toolkit.checkpoint.fields import Fields
@@ -20,7 +22,8 @@ def _structure(read: Fields, layers: int) -> Structure:
             f"{read.path}: {experts} experts in {groups} groups, {opened} of them open: expected equal groups of two "
             "experts or more, and no more open than there are"
         )
-    return deepseek(read, layers, (groups, opened), normalized=True)
+    further = read.count("num_nextn_predict_layers", 0, least=0)
+    return replace(deepseek(read, layers, (groups, opened), normalized=True), num_nextn_predict_layers=further)
 
 
 FAMILY = Family(
