@@ -1,10 +1,11 @@
 """What a second worker of one machine brings an export.
 
-    python -m benchmarks.workers CHECKPOINT [--tokens 1024] [--workers 1,2] [--quality balanced]
+    python -m benchmarks.workers CHECKPOINT [--tokens 1024] [--workers 1,2] [--quality balanced] [--one-thread]
 
-Exports the checkpoint for the CPU once for each number of workers, a thread each, the exporting process too, and prints
-the seconds of each phase, how many times the first number's they are, and whether the data files are the same. What is
-compiled once is compiled before, by an export of tiny-r1. Nothing else should run on the machine.
+Exports the checkpoint for the CPU once for each number of workers, a thread each, and prints the seconds of each phase,
+how many times the first number's they are, and whether the data files are the same. The exporting process has every
+core while its workers wait, as in any export; `--one-thread` holds it to one. What is compiled once is compiled before,
+by an export of tiny-r1. Nothing else should run on the machine.
 """
 
 from __future__ import annotations
@@ -24,14 +25,13 @@ from typing import Final
 _ONE_THREAD: Final = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 
 
-def exported(recipe: str, checkpoint: str | None, out: Path, words: Sequence[str]) -> float:
-    """Exports in a process of its own, one thread to a process; returns its seconds."""
+def exported(recipe: str, checkpoint: str | None, out: Path, words: Sequence[str], one_thread: bool) -> float:
+    """Exports in a process of its own; returns its seconds."""
     command = [sys.executable, "-m", "toolkit", "export", recipe, "--no-validate", "--out", str(out), *words]
     command += ["--checkpoint", checkpoint] if checkpoint else []
     start = time.perf_counter()
-    subprocess.run(
-        command, check=True, env={**os.environ, **dict.fromkeys(_ONE_THREAD, "1")}, stderr=subprocess.DEVNULL
-    )
+    held = dict.fromkeys(_ONE_THREAD, "1") if one_thread else {}
+    subprocess.run(command, check=True, env={**os.environ, **held}, stderr=subprocess.DEVNULL)
     return time.perf_counter() - start
 
 
@@ -42,15 +42,17 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--workers", default="1,2")
     parser.add_argument("--quality", default="balanced")
+    parser.add_argument("--one-thread", action="store_true", help="for the exporting process too")
     asked = parser.parse_args(words)
     rows = list[tuple[str, float, str]]()
     with tempfile.TemporaryDirectory() as folder:
-        exported("tiny-r1-cpu", None, Path(folder) / "tiny", ["--workers", "1", "--set", "bits_per_weight=0"])
+        compiling = ["--workers", "1", "--set", "bits_per_weight=0"]
+        exported("tiny-r1-cpu", None, Path(folder) / "tiny", compiling, asked.one_thread)
         print("| workers | all s | survey s | solving s | of the first | same bytes |\n|---|---|---|---|---|---|")
         for workers in asked.workers.split(","):
             out = Path(folder) / f"of-{workers}"
             options = ["--workers", workers, "--quality", asked.quality, "--set", f"calibration_tokens={asked.tokens}"]
-            seconds = exported("cpu", asked.checkpoint, out, options)
+            seconds = exported("cpu", asked.checkpoint, out, options, asked.one_thread)
             (data,) = out.glob("*.data")
             with data.open("rb") as file:
                 rows.append((workers, seconds, hashlib.file_digest(file, "sha256").hexdigest()))

@@ -24,8 +24,8 @@ from toolkit.reference.shared import SharedLayer
 
 Floats = NDArray[np.float32]
 Sequences = tuple[Floats, tuple[int, ...]]
-# Rows of a moment that are computed at once.
-_ROWS: Final = 1024
+# Rows of a moment that are computed at once: so few that narrow matrices too are work for several.
+_ROWS: Final = 256
 _Shared = TypeVar("_Shared")
 _Piece = TypeVar("_Piece")
 _Made = TypeVar("_Made")
@@ -133,19 +133,17 @@ def means_of_products(
     slices = [
         (which, slice(start, start + _ROWS)) for which in (0, 1) for start in range(0, both[which].shape[1], _ROWS)
     ]
-    made = pool.map(_product_rows, both, slices)
+    made = pool.map(_mean_of_product_rows, both, slices)
     first = -(-both[0].shape[1] // _ROWS)
-    moment, cross = np.concatenate(made[:first]), np.concatenate(made[first:])
-    moment /= both[0].shape[0]
-    cross /= both[0].shape[0]
-    return moment, cross
+    return np.concatenate(made[:first]), np.concatenate(made[first:])
 
 
 def _times_rows(rows: SharedRows, x: Floats) -> Floats:
     return np.concatenate([x @ rows.shared.read(tensor).T for tensor in rows.tensors], axis=1)
 
 
-def _product_rows(both: tuple[Floats, Floats], piece: tuple[int, slice]) -> Floats:
+def _mean_of_product_rows(both: tuple[Floats, Floats], piece: tuple[int, slice]) -> Floats:
     which, some = piece
     product: Floats = both[which][:, some].T @ both[0]
+    product /= both[0].shape[0]
     return product

@@ -20,8 +20,8 @@ from toolkit.quant.gptq_tokens import TokenFactor
 from toolkit.quant.visits import Solved
 
 Floats = NDArray[np.float32]
-# Rows of a matrix that are solved at once.
-ROWS: Final = 1024
+# Rows of a matrix that are solved at once: so few that a narrow matrix too is work for several.
+ROWS: Final = 256
 
 
 class RowSource(Protocol):
