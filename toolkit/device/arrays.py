@@ -22,6 +22,8 @@ Doubles = NDArray[np.float64]
 Integers = NDArray[np.int64]
 # Elements of an array that are worked on at once where each row is treated by itself: 512 KB.
 _CACHED: Final = 1 << 17
+# Rows of a product that are taken from an array at once: enough for a product, and still in the cache when taken.
+_SUBTRACTED_ROWS: Final = 256
 
 
 class Device(Protocol):
@@ -142,6 +144,10 @@ class Device(Protocol):
 
     def square_sum(self, x: Floats) -> float:
         """Returns the sum of the squares of all elements."""
+        ...
+
+    def subtract_product(self, to: Floats, left: Floats, right: Floats) -> None:
+        """Takes left [N, n] right [n, T] from `to` [N, T], in place."""
         ...
 
     def is_out_of_memory(self, problem: BaseException) -> bool:
@@ -286,6 +292,16 @@ class _Numpy:
     def square_sum(self, x: Floats) -> float:
         """Returns the sum of the squares of all elements."""
         return float(np.vdot(x, x))
+
+    def subtract_product(self, to: Floats, left: Floats, right: Floats) -> None:
+        """Takes left [N, n] right [n, T] from `to` [N, T], some rows at a time.
+
+        The whole product would be memory that the system clears first, and one of an array with itself numpy's syrk,
+        which copies one triangle to the other element by element: longer than the product itself.
+        """
+        for start in range(0, to.shape[0], _SUBTRACTED_ROWS):
+            some = slice(start, start + _SUBTRACTED_ROWS)
+            to[some] -= left[some] @ right
 
     def is_out_of_memory(self, problem: BaseException) -> bool:
         """Whether an exception says that the device's memory is full."""

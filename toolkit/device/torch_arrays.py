@@ -140,6 +140,10 @@ class TorchDevice:
         """Returns the sum of the squares of all elements."""
         return float((x * x).sum(dtype=self._wide))
 
+    def subtract_product(self, to: Any, left: Any, right: Any) -> None:
+        """Takes left [N, n] right [n, T] from `to` [N, T], in place."""
+        to.addmm_(left, right, alpha=-1)
+
     def is_out_of_memory(self, problem: BaseException) -> bool:
         """Whether an exception says that the device's memory is full."""
         return isinstance(problem, torch.OutOfMemoryError) or (

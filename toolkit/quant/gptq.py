@@ -108,13 +108,13 @@ def factorize(moment: Floats, block_size: int, tokens: float = math.inf) -> Fact
     """
     on, K = device_of(moment), moment.shape[0]
     order = visits(on.to_host(moment.diagonal()), block_size)
-    padded, inside = order.order.size, np.flatnonzero(order.order < K)
-    own, to, of = on.index(np.arange(padded)), on.index(inside), on.index(order.order[inside])
+    columns, inside = order.order.size, np.flatnonzero(order.order < K)
+    own, to, of = on.index(np.arange(columns)), on.index(inside), on.index(order.order[inside])
     for damping in DAMPINGS:
         taken = damped(order, K, tokens, damping)
         matrix = on.by_rows(lambda rows: rows[:, of], moment[of])
-        if padded > K:
-            whole, matrix = matrix, on.zeros((padded, padded))
+        if columns > K:
+            whole, matrix = matrix, on.zeros((columns, columns))
             matrix[to[:, None], to[None, :]] = whole
         matrix *= float(taken.kept)
         matrix[own, own] += on.from_host(taken.added[order.order])
@@ -168,12 +168,12 @@ def _whitened(weight: Floats, product: Floats | None, factor: Factor) -> Floats:
     on, K = device_of(weight), weight.shape[1]
     order = on.index(factor.visits.order)
     if product is None:
-        white: Floats = on.by_rows(lambda rows: _padded(rows, order.shape[0])[:, order], weight) @ factor.upper
+        white: Floats = on.by_rows(lambda rows: padded(rows, order.shape[0])[:, order], weight) @ factor.upper
         return white
     kept, added = float(factor.damped.kept), on.from_host(factor.damped.added[:K])
 
     def ordered(product: Floats, weight: Floats) -> Floats:
-        return _padded(kept * product + weight * added, order.shape[0])[:, order]
+        return padded(kept * product + weight * added, order.shape[0])[:, order]
 
     given = on.by_rows(ordered, product, weight)
     for leaf, inverse in zip(reversed(_leaves(given.shape[1])), reversed(factor.leaves), strict=True):
@@ -182,7 +182,7 @@ def _whitened(weight: Floats, product: Floats | None, factor: Factor) -> Floats:
     return given
 
 
-def _padded(rows: Floats, width: int) -> Floats:
+def padded(rows: Floats, width: int) -> Floats:
     """[n, width] with zeros behind what there is of each row."""
     on, (n, K) = device_of(rows), rows.shape
     return rows if K == width else on.concatenate([rows, on.zeros((n, width - K))], axis=1)

@@ -11,16 +11,21 @@ N output features, K input features, Kp = K padded to whole blocks, T tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from toolkit.device.arrays import device_of
+from toolkit.device.arrays import Integers, device_of
 from toolkit.quant.blockwise import QuantSpec
-from toolkit.quant.gptq import DAMPINGS, NotPositiveDefiniteError, damped, upper_and_inverse
+from toolkit.quant.gptq import DAMPINGS, NotPositiveDefiniteError, damped, padded, upper_and_inverse
 from toolkit.quant.visits import Solved, Visits, round_in_order, visit_strides, visits
 
 Floats = NDArray[np.float32]
+# Columns for which P, and what the layers before have cost, are updated at once: a pass over either takes as long as
+# the product with a single stride.
+_UPDATED_TOGETHER: Final = 512
 
 
 def products_of_tokens(tokens: int, channels: int, rows: int) -> float:
@@ -80,7 +85,7 @@ class TokenFactor:
 
 
 class _Residual:
-    """r [N, T] as columns are rounded."""
+    """r [N, T] as columns are rounded: `_behind` knows the errors of the first `_counted` columns."""
 
     def __init__(self, weight: Floats, behind: Floats, factor: TokenFactor) -> None:
         self._factor, self._behind, self._strides = factor, behind, iter(factor.strides)
@@ -88,17 +93,22 @@ class _Residual:
         wide = on.zeros((weight.shape[0], order.size))
         wide[:, : weight.shape[1]] = weight
         self._weight = wide[:, on.index(order)]
-        self._before: slice | None = None
+        self._counted = 0
 
     def left(self, some: slice, visited: Floats) -> tuple[Floats, Floats]:
         """Returns z [N, n] and U [n, n] of the next stride, as `Columns` asks."""
-        stride, before = next(self._strides), self._before
-        if before is not None:
-            self._behind += (visited[:, before] - self._weight[:, before]) @ self._factor.tokens[:, before].T
-        self._before = some
+        stride, tokens = next(self._strides), self._factor.tokens
+        on, fresh = device_of(tokens), slice(self._counted, some.start)
+        errors = self._weight[:, fresh] - visited[:, fresh]
+        if some.start - self._counted >= _UPDATED_TOGETHER:
+            on.subtract_product(self._behind, errors, tokens[:, fresh].T)
+            self._counted, fresh = some.start, slice(some.start, some.start)
+        behind = self._behind @ stride.seen
+        if fresh.stop > fresh.start:
+            behind -= errors @ (tokens[:, fresh].T @ stride.seen)
         left = self._weight[:, some] @ stride.upper
-        left -= (self._behind @ stride.seen) @ stride.inverse.T
-        return device_of(left).contiguous(left), stride.upper
+        left -= behind @ stride.inverse.T
+        return on.contiguous(left), stride.upper
 
     def whole(self) -> None:
         """Returns none: U of all columns is what is saved here."""
@@ -113,31 +123,50 @@ def factorize_tokens(exact: Floats, arriving: Floats, spec: QuantSpec) -> TokenF
     on, (T, K) = device_of(arriving), arriving.shape
     moments = on.column_squares(arriving) / np.float32(T)
     order = visits(moments, K if spec.signed else spec.block_size)
+    places = on.index(order.order)
     for damping in DAMPINGS:
         taken = damped(order, K, T, damping)
         scale = float(np.sqrt(taken.kept / np.float32(T)))
-        tokens = on.zeros((T, order.order.size))
-        tokens[:, :K] = scale * arriving
-        tokens, added = tokens[:, on.index(order.order)], taken.added[order.order]
+        tokens, added = on.by_rows(partial(_ordered, scale, places), arriving), taken.added[order.order]
         try:
             strides, whole = _backwards(tokens, added, spec)
         except np.linalg.LinAlgError:
             continue
         if on.all_finite(whole):
-            return TokenFactor(tokens, scale * (arriving - exact), strides, whole, added, order)
+            moved = on.by_rows(partial(_moved, scale), arriving, exact)
+            return TokenFactor(tokens, moved, strides, whole, added, order)
     raise NotPositiveDefiniteError("the second moment of the input is not positive definite")
+
+
+def _moved(scale: float, arriving: Floats, exact: Floats) -> Floats:
+    """By how much rows [n, K] differ from what they are exactly, scaled."""
+    return scale * (arriving - exact)
+
+
+def _ordered(scale: float, places: Integers, rows: Floats) -> Floats:
+    """Rows [n, K], scaled and padded to whole blocks, [n, Kp] in the order of visits."""
+    return padded(scale * rows, places.shape[0])[:, places]
 
 
 def _backwards(tokens: Floats, added: Floats, spec: QuantSpec) -> tuple[tuple[_Stride, ...], Floats]:
     """Every stride, and P of all columns. Raises LinAlgError where float32 does not carry it."""
     on, found = device_of(tokens), list[_Stride]()
     whole = on.from_host(np.eye(tokens.shape[0], dtype=np.float32))
-    for some in reversed(visit_strides(tokens.shape[1], 1 if spec.signed else spec.block_size)):
-        columns = on.contiguous(tokens[:, some])
-        seen = whole @ columns
-        triangles = upper_and_inverse(on.to_host(columns.T @ seen) + np.diag(added[some]))
-        upper, inverse = map(on.from_host, triangles)
-        weighed = seen @ inverse.T
-        whole -= weighed @ weighed.T
-        found.append(_Stride(some, upper, inverse, seen))
+    strides = visit_strides(tokens.shape[1], 1 if spec.signed else spec.block_size)
+    while strides:
+        together = [some for some in strides if some.stop > strides[-1].stop - _UPDATED_TOGETHER]
+        strides = strides[: -len(together)]
+        first = together[0].start
+        columns = on.contiguous(tokens[:, first : together[-1].stop])
+        seen, weighed = whole @ columns, on.empty(columns.shape)
+        for some in reversed(together):
+            own, before = slice(some.start - first, some.stop - first), slice(0, some.start - first)
+            here = on.contiguous(seen[:, own])
+            triangles = upper_and_inverse(on.to_host(columns[:, own].T @ here) + np.diag(added[some]))
+            upper, inverse = map(on.from_host, triangles)
+            weighed[:, own] = here @ inverse.T
+            found.append(_Stride(some, upper, inverse, here))
+            if some.start > first:
+                seen[:, before] -= weighed[:, own] @ (weighed[:, own].T @ columns[:, before])
+        on.subtract_product(whole, weighed, weighed.T)
     return tuple(reversed(found)), whole

@@ -45,7 +45,7 @@ def revisit(
     `visited` [N, Kp], and `scales` [N, Kp / block_size] are in the order of visits, and so are `zeros`, which stay.
     Each stride of columns is visited so many `times`."""
     on, workers = device_of(white), threads()
-    white -= visited @ upper
+    on.subtract_product(white, visited, upper)
     shares = [slice(k * len(levels) // workers, (k + 1) * len(levels) // workers) for k in range(workers)]
     with ThreadPoolExecutor(workers) as pool:
         for some in [*strides] * times:
@@ -73,7 +73,7 @@ def revisit(
             for future in done:
                 future.result()
             visited[:, some] = on.from_host(values)
-            white[:, some.start :] -= on.from_host(moved) @ rows
+            on.subtract_product(white[:, some.start :], on.from_host(moved), rows)
 
 
 @compiled
