@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,21 @@ from numpy.typing import NDArray
 
 import toolkit
 from tests.checkpoint_folders import save_tensors, set_keys, tensors_of
+from tests.graphs import recipe_for
 from tests.random_models import CASES, make_checkpoint
 from toolkit import names
 from toolkit.bundle.lint import lint_bundle
 from toolkit.bundle.manifest import read_manifest, verify_manifest
 from toolkit.bundle.speculative import SPECULATION_FILE
+from toolkit.calibrate.survey import Wish, survey
 from toolkit.checkpoint.opened import mtp_checkpoint, open_checkpoint
 from toolkit.errors import CheckpointError, UnsupportedError
 from toolkit.evaluate.session import OpenModel, open_model
 from toolkit.evaluate.speed import measure_speed
 from toolkit.evaluate.text_model import TextModel, TextOptions
+from toolkit.quant.activations import Rounding
+from toolkit.quant.formats import planned_specs
+from toolkit.target import CPU_FORM
 
 Floats = torch.Tensor
 EPS = 1e-6
@@ -209,6 +214,32 @@ def test_greedy_tokens_are_the_same_with_an_mtp_head(guesses: int, made: Made, b
     if guesses == 1:
         assert expected == made.greedy(PROMPTS[-1], len(expected))
         assert (looked_at, right) == (expected_looked_at, expected_right)
+
+
+def test_a_cache_of_latents_is_taken_back_where_a_guess_was_wrong(made: Made) -> None:
+    told, out = ["speculation=mtp", "context_length=64", "profile=latent-cache"], made.folder.with_name("latents")
+    (bundle,) = toolkit.export(toolkit.plan("cpu", checkpoint=made.folder, out=out, precision="fp32", changes=told))
+    opened, prompt = open_model(bundle), PROMPTS[1]
+    generator = opened.generator(prompt, 20, do_sample=False)
+    found = [token for token, _ in opened.steps(generator, 20)]
+    counted = opened.guesses(generator, 20)
+    assert counted is not None and counted.accepted < counted.evaluated
+    assert found == made.greedy(prompt, 20)
+
+
+def test_no_fold_changes_the_hidden_states_that_a_head_takes(made: Made, tmp_path: Path) -> None:
+    """A salient channel would go from the final norm into the LM head's columns."""
+    folder = Path(shutil.copytree(made.folder, tmp_path / "salient"))
+    tensors = tensors_of(folder)
+    tensors["model.norm.weight"][3] *= 50
+    tensors["lm_head.weight"][:, 3] /= 50
+    save_tensors(folder, tensors)
+    opened = open_checkpoint(folder)
+    wish = Wish(planned_specs(opened.config, recipe_for("cpu"), CPU_FORM), Rounding.INT8, Rounding.INT8, True, False)
+    for folds in (True, False):
+        asked = replace(wish, folds_head=folds)
+        found = survey(opened.config, opened.source, PROMPTS, asked, tmp_path / f"survey-{folds}")
+        assert (found.inputs["lm_head"].fold.scales is not None) == folds
 
 
 def test_what_guesses_is_told_and_what_cannot_be_guessed_is_written_without(bundle: Path) -> None:

@@ -12,7 +12,7 @@ from toolkit.quality import QUALITIES
 from toolkit.recipe.recipe import QuantRule, Recipe
 from toolkit.recipe.words import nearest
 from toolkit.soc import SOCS
-from toolkit.speculation import DRAFT, NONE, SPECULATIONS
+from toolkit.speculation import DRAFT, MTP, NONE, SPECULATIONS
 from toolkit.target import TARGETS
 
 RULE_ALGORITHMS: Final = (AUTO, *ALGORITHMS)
@@ -183,7 +183,7 @@ def _check_speculation(recipe: Recipe, where: str) -> None:
             f"{where}: speculation is {word}, and target {target.name} {why}, where guesses cannot be checked: leave "
             f"speculation out, or take {able}"
         )
-    if target.in_profile(recipe.profile).form.latent_cache:
+    if target.in_profile(recipe.profile).form.latent_cache and word != MTP:
         raise RecipeError(
             f"{where}: speculation is {word}, and a cache of latents is copied at every token, guessed ones too: leave "
             f"speculation or profile {recipe.profile} out"
