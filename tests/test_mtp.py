@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 import toolkit
 from tests.checkpoint_folders import save_tensors, set_keys, tensors_of
 from tests.graphs import recipe_for
+from tests.quantized_folders import BLOCKS, fp8_blocks, quantize_folder
 from tests.random_models import CASES, make_checkpoint
 from toolkit import names
 from toolkit.bundle.lint import lint_bundle
@@ -275,6 +276,15 @@ def test_a_model_is_converted_without_its_head_and_the_head_s_place_is_told(made
     assert not any(name.startswith(f"model.layers.{LAYERS}.") for name in checkpoint.source.names())
     head = mtp_checkpoint(checkpoint)
     assert {"model.layers.0.eh_proj.weight", "model.norm.weight", "lm_head.weight"} <= set(head.source.names())
+
+
+def test_a_head_in_fp8_is_read_as_the_rest_of_the_checkpoint_is(made: Made, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(made.folder, tmp_path / "fp8"))
+    floats = quantize_folder(folder, fp8_blocks((128, 128)), BLOCKS, left=("mlp.gate.",))
+    head = mtp_checkpoint(open_checkpoint(folder)).source
+    for name in ("eh_proj.weight", "self_attn.kv_b_proj.weight", "mlp.experts.5.down_proj.weight"):
+        np.testing.assert_array_equal(head.read(f"model.layers.0.{name}"), floats[f"model.layers.{LAYERS}.{name}"])
+    assert head.digests()[0].name == "model.safetensors"
 
 
 def test_a_checkpoint_without_a_head_is_refused(made: Made, tiny_r1: Path, tmp_path: Path) -> None:

@@ -52,9 +52,9 @@ def tensors_meant(tensors: Mapping[str, TensorRef], config: ModelConfig, folder:
         )
     norm = names.weight(f"{prefix}{_HEAD_NORM}")
     # Its copies of the embedding and the LM head are the model's.
-    copies = (names.weight(f"{prefix}embed_tokens"), names.weight(f"{prefix}shared_head.head"))
+    copies = (f"{prefix}embed_tokens.", f"{prefix}shared_head.head.")
     for name, ref in tensors.items():
-        if name.startswith(prefix) and name not in copies:
+        if name.startswith(prefix) and not name.startswith(copies):
             new = names.weight(names.FINAL_NORM) if name == norm else names.layer_module(0, name.removeprefix(prefix))
             found[new] = replace(ref, name=new)
     return found
