@@ -93,6 +93,7 @@ def test_what_is_set_is_asked_for_and_counts(page: Page) -> None:
     }
     assert asked["messages"][0] == {"role": "system", "content": "Be brief."} and "top_p" not in asked
     expect(page.locator("li.assistant")).to_contain_text("5 tokens,")
+    expect(page.locator("li.assistant")).to_contain_text("cut after the 5 tokens that are set")
 
 
 def test_an_answer_is_stopped_and_the_next_is_written(page: Page) -> None:

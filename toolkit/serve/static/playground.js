@@ -57,7 +57,8 @@ class Column {
     thought.hidden = true;
     const text = answer.appendChild(make("div", "answer"));
     const figures = answer.appendChild(make("div", "below"));
-    const whole = { thought: "", text: "", timings: null, drawn: false };
+    const whole = { thought: "", text: "", timings: null, isCut: false, drawn: false };
+    const most = $("max_tokens").value;
     const draw = () => {
       whole.drawn = false;
       thought.hidden = !whole.thought;
@@ -68,13 +69,16 @@ class Column {
     };
     try {
       await this.stream(signal, (chunk) => {
-        const delta = chunk.choices && chunk.choices[0] ? chunk.choices[0].delta : {};
+        const choice = (chunk.choices && chunk.choices[0]) || { delta: {} };
+        const delta = choice.delta;
+        whole.isCut = whole.isCut || choice.finish_reason === "length";
         whole.thought += delta.reasoning_content || "";
         whole.text += delta.content || "";
         whole.timings = chunk.timings || whole.timings;
         if (!whole.drawn) { whole.drawn = true; requestAnimationFrame(draw); }
       });
       figures.append(make("span", "", this.figures(whole.timings)));
+      if (whole.isCut) figures.append(make("span", "error", this.whatCut(whole.timings, most)));
     } catch (problem) {
       const left = problem.name === "AbortError";
       figures.append(make("span", left ? "" : "error", left ? "stopped" : problem.message));
@@ -87,6 +91,11 @@ class Column {
     if (!timings) return "";
     const speed = timings.predicted_per_second;
     return `${timings.predicted_n} tokens${speed ? `, ${speed.toFixed(1)} tokens/s` : ""}, first after ${Math.round(timings.prompt_ms)} ms`;
+  }
+
+  whatCut(timings, most) {
+    const isAsked = most !== "" && timings && timings.predicted_n >= Number(most);
+    return isAsked ? `cut after the ${most} tokens that are set` : "cut: the context, or the memory for it, is full";
   }
 
   // A screen reader is told which question a button is for.
