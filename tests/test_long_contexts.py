@@ -16,6 +16,7 @@ from toolkit.checkpoint.opened import synthetic_checkpoint
 from toolkit.errors import MachineError
 from toolkit.evaluate import session
 from toolkit.evaluate.session import continuations, open_model
+from toolkit.pipeline.described import describe
 from toolkit.pipeline.plan import plan_export
 from toolkit.recipe import load_recipe
 from toolkit.target import LONG_CONTEXT, TARGETS
@@ -96,3 +97,24 @@ def test_what_cuts_an_answer_is_named(exports: Exports, tmp_path: Path) -> None:
     by_context, by_limit = called(*words), called(*words, "--max-new-tokens", "3")
     assert "by the end of the bundle's context of 40 tokens" in by_context.stderr
     assert "note: cut after 3 tokens, by --max-new-tokens\n" in by_limit.stderr
+
+
+@pytest.mark.parametrize(("target", "item"), [("qnn", 2), ("openvino", 2), ("vitisai", 4)])
+def test_what_each_context_costs_an_npu(target: str, item: int, tmp_path: Path) -> None:
+    """The 1.5B's keys and values are 28 layers of 256 channels, its transformer 1.31 G weights of 4 bits and more."""
+    recipe = load_recipe(f"1.5b-{target}")
+    facts = recipe.facts()
+    assert facts is not None and recipe.context_length == 8192
+    contexts = describe(plan_export(recipe, synthetic_checkpoint(facts), tmp_path / "b", "int4")).npu_contexts
+    assert contexts is not None
+    assert [(row.context_length, row.is_asked) for row in contexts] == [(4096, False), (8192, True), (16384, False)]
+    for row in contexts:
+        assert row.kv_cache_bytes == 2 * 28 * 256 * row.context_length * item
+        assert 1.31e9 / 2 < row.npu_memory_bytes - row.kv_cache_bytes < 1.31e9 / 2 * 1.3
+
+
+def test_what_has_no_npu_is_not_told_of_one(tmp_path: Path) -> None:
+    recipe = load_recipe("1.5b-cpu")
+    facts = recipe.facts()
+    assert facts is not None
+    assert describe(plan_export(recipe, synthetic_checkpoint(facts), tmp_path / "b", "int4")).npu_contexts is None

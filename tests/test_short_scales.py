@@ -135,10 +135,12 @@ def test_what_the_cpu_computes_has_short_scales(target: str) -> None:
     layout = plan_layout(config, TARGETS[target].in_precision("int4"), recipe_for(target))
     kinds = {unit.name.split(".")[1]: unit.slots[1].dtype for unit in layout.matrices()}
     wide = TARGETS[target].form.activations
+    # A browser's page has no Cast from bfloat16 where it computes by WebGPU.
+    outside = "float32" if target == "webgpu" else "bfloat16"
     assert kinds == {
-        "embed_tokens": "bfloat16",
+        "embed_tokens": outside,
         "layers": "bfloat16" if target.startswith("cpu") else wide,
-        "weight": "bfloat16",
+        "weight": outside,
     }
     if target == "cpu":
         # 4 bits, 16 for the scale of 32, 4 for its zero point; alignment is no part of it.

@@ -13,6 +13,8 @@ from toolkit.soc import SOCS, Soc
 CPU_EP: Final = "CPUExecutionProvider"
 # Thoughts of thousands of tokens, where the cache takes only what a request asks for.
 LONG_CONTEXT: Final = 16384
+# Half of that where the cache is allocated whole, and attention reads it whole for every token.
+NPU_CONTEXT: Final = 8192
 # The CPU's GroupQueryAttention keeps every score of a prompt with all before it: 4,096 at once took five times the
 # memory of these, and twice the time (LOG.md).
 _CPU_CHUNK: Final = 512
@@ -40,6 +42,8 @@ class Form:
 
     `short_scales` stores scales of blocks as bfloat16 behind a Cast to float32, which ONNX Runtime takes away when it
     opens a graph for the CPU: kernels get float32 as ever, the file is half a bit a weight smaller in blocks of 32.
+    `short_outside` does so in embedding and LM head, which the CPU computes on most targets; the WebGPU build of
+    onnxruntime-web has no such Cast.
 
     `latent_cache` keeps the latents of latent attention in place of every head's keys and values: a cache many times
     smaller, which grows at every token.
@@ -61,6 +65,7 @@ class Form:
     qdq: bool = False
     row_scales: bool = False
     short_scales: bool = True
+    short_outside: bool = True
     latent_cache: bool = False
 
 
@@ -262,7 +267,9 @@ _VITISAI_FORM: Final = replace(_PARTS, static_cache=True, wide_bits=False, head_
 # One graph for GPUs: packed q, k, v and RoPE stay whole inside GroupQueryAttention, and only products that may round
 # their input to int8 (accuracy_level 4) take the kernel that reads a prompt fast. What computes lengths is int64, which
 # shaders have not.
-_WEBGPU_FORM: Final = Form(activations="float16", opset=21, short_scales=False, annotated=(names.LENGTHS_PATH,))
+_WEBGPU_FORM: Final = Form(
+    activations="float16", opset=21, short_scales=False, short_outside=False, annotated=(names.LENGTHS_PATH,)
+)
 _WEBGPU_PROFILES: Final = (
     Profile("gpu-head", _WEBGPU_FORM),
     Profile("cpu-head", replace(_WEBGPU_FORM, annotated=(names.LENGTHS_PATH, *names.OUTSIDE_PATHS))),
@@ -326,7 +333,7 @@ TARGETS: Final[dict[str, Target]] = {
         ),
         form=_OPENVINO_FORM,
         window=64,
-        context_length=4096,
+        context_length=NPU_CONTEXT,
         quantize=(_OUTSIDE_RULE, {"match": "*", "bits": 4, "block_size": 128, "symmetric": True}),
         measured_kld=_KLD_OF_128,
     ),
@@ -349,7 +356,7 @@ TARGETS: Final[dict[str, Target]] = {
         ),
         form=_QNN_FORM,
         window=64,
-        context_length=4096,
+        context_length=NPU_CONTEXT,
         quantize=_QNN_RULES,
         measured_kld=_KLD_OF_LPBQ_16,
         soc="x-elite",
@@ -366,7 +373,7 @@ TARGETS: Final[dict[str, Target]] = {
         ),
         form=_VITISAI_FORM,
         window=64,
-        context_length=4096,
+        context_length=NPU_CONTEXT,
         quantize=_WIDE_RULES,
         measured_kld=_KLD_OF_128,
     ),

@@ -97,6 +97,10 @@ def _print_plan(plan: DescribedPlan) -> None:
     unasked = plan.opened_cache_bytes
     less = "" if unasked == plan.kv_cache_bytes else f", {_mebibytes(unasked)} where a request does not say how long"
     click.echo(f"KV cache at {plan.context_length} tokens: {_mebibytes(plan.kv_cache_bytes)} when run{less}")
+    for context in plan.npu_contexts or ():
+        how = "" if context.is_asked else f" (--set context_length={context.context_length})"
+        memory, cache = _mebibytes(context.npu_memory_bytes), _mebibytes(context.kv_cache_bytes)
+        click.echo(f"NPU memory at {context.context_length} tokens{how}: about {memory}, of which cache {cache}")
     click.echo(f"peak memory of the export: about {_mebibytes(plan.peak_memory_bytes)}")
     if plan.compile_memory_bytes:
         click.echo(f"peak memory of compiling a part: about {_mebibytes(plan.compile_memory_bytes)}")

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Final
 
 from toolkit.checkpoint.stored_as import StoredAs
 from toolkit.device.arrays import NUMPY, Device
+from toolkit.partition.parts import BINARY_SHARE, layer_bytes
 from toolkit.pipeline.forecast import Phase, forecast
 from toolkit.pipeline.judge.effort import Effort
 from toolkit.pipeline.plan import ExportPlan
 from toolkit.pipeline.work import measure_speed, speed_with
 from toolkit.quant.formats import idle_rules
+from toolkit.target import LONG_CONTEXT, NPU_CONTEXT
+
+# What NPUs' recipes are offered with: short, for fast chats, their default, and long.
+_USUAL_CONTEXTS: Final = (4096, NPU_CONTEXT, LONG_CONTEXT)
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,17 @@ class PlannedCalibration:
 
 
 @dataclass(frozen=True)
+class PlannedContext:
+    """What a context of an NPU costs: its cache, allocated whole, and that with the transformer's weights as the NPU
+    has them. `is_asked` is the recipe's own; the others are what `--set context_length=` may choose instead."""
+
+    context_length: int
+    kv_cache_bytes: int
+    npu_memory_bytes: int
+    is_asked: bool
+
+
+@dataclass(frozen=True)
 class DescribedPlan:
     """One export before it begins. What does not apply is None: rules that decide nothing, nodes that run outside their
     provider, calibration, compiling, a download, a GGUF file as the source."""
@@ -67,6 +84,7 @@ class DescribedPlan:
     download_bytes: int | None
     disk_needed_bytes: int
     disk_free_bytes: int
+    npu_contexts: tuple[PlannedContext, ...] | None = None
     forecast: tuple[Phase, ...] | None = None
     source: StoredAs | None = None
 
@@ -112,6 +130,7 @@ def describe(plan: ExportPlan) -> DescribedPlan:
         download_bytes=plan.opened.download_bytes or None,
         disk_needed_bytes=plan.disk_needed_bytes,
         disk_free_bytes=plan.disk_free_bytes,
+        npu_contexts=_npu_contexts(plan),
     )
 
 
@@ -128,3 +147,18 @@ def _outside(plan: ExportPlan) -> str | None:
         return None
     ep = plan.target.accelerator.execution_provider
     return f"the norms over heads of q and k are not among the operators of {ep}: their nodes run on the CPU"
+
+
+def _npu_contexts(plan: ExportPlan) -> tuple[PlannedContext, ...] | None:
+    """The recipe's context and the usual ones beside it that the checkpoint reads; None where no NPU holds a cache."""
+    if plan.target.accelerator.device != "npu":
+        return None
+    config, asked = plan.checkpoint.config, plan.recipe.context_length
+    in_binary = BINARY_SHARE if plan.target.soc else 1.0
+    weights = int(in_binary * sum(layer_bytes(plan.layout, config.num_hidden_layers)))
+    usual = [length for length in _USUAL_CONTEXTS if length <= config.longest_context]
+    a_token = plan.kv_cache_bytes // asked
+    return tuple(
+        PlannedContext(length, a_token * length, weights + a_token * length, length == asked)
+        for length in sorted({asked, *usual})
+    )

@@ -23,7 +23,7 @@ from toolkit.checkpoint.weights import expected_tensors
 from toolkit.errors import RecipeError
 from toolkit.quant.blockwise import QuantSpec
 from toolkit.recipe import QuantRule, Recipe, nearest
-from toolkit.target import CPU_FORM, Form
+from toolkit.target import Form
 
 _ITEM_BITS: Final = {"float32": 32, "float16": 16, "bfloat16": 16, "uint8": 8, "int8": 8, "int4": 4}
 # Blocks that QNN takes, where the rule's does not divide a width; it computes those of 8 wrongly, in silence (LOG.md).
@@ -226,7 +226,7 @@ def matrix_spec(tensor: str, shape: tuple[int, ...], use: MatrixUse, recipe: Rec
         )
     algorithm = recipe.algorithm_of(rule).suited(rule.bits, use)
     outside = names.role_of(tensor) in names.OUTSIDE_ROLES
-    short = (CPU_FORM if outside else form).short_scales
+    short = form.short_outside if outside else form.short_scales
     return QuantSpec(rule.bits, rule.block_size, rule.symmetric, algorithm.name, short_scales=short)
 
 
