@@ -87,8 +87,8 @@ def test_every_model_of_the_recipes_has_a_licence() -> None:
     rows = json.loads((data_folder("models") / "licenses.json").read_text(encoding="utf-8"))
     assert all("License" in row["source"] or "LICENSE" in row["source"] for row in rows.values())
     distilled = {name: row.get("base") for name, row in rows.items() if row["license"] == "mit"}
-    own = [distilled.pop(name) for name in ("tiny-r1", "deepseek-r1", "phi-4-mini-reasoning")]
-    assert own == [None, None, None]
+    own = [distilled.pop(name) for name in ("tiny-r1", "tiny-v3", "deepseek-r1", "phi-4-mini-reasoning")]
+    assert own == [None, None, None, None]
     assert distilled.pop("8b") == "llama3.1" and distilled.pop("70b") == "llama3.3"
     assert set(distilled.values()) == {"apache-2.0"}
 

@@ -58,6 +58,7 @@ PARAMETERS = {
     "gemma-3-1b": 1.00e9,
     "gemma-3-4b": 3.88e9,  # without what sees
     "tiny-r1": 3.67e6,
+    "tiny-v3": 1.92e6,
 }
 
 
@@ -68,6 +69,7 @@ TARGETS_OF = {
     "deepseek-v2-lite": ("cpu", "cpu-split"),
     "deepseek-v3": ("cpu",),
     "deepseek-r1": ("cpu",),
+    "tiny-v3": ("cpu",),
     # The other targets have no operator for its window where the context is longer.
     "gemma-3-1b": ("cpu", "cpu-split", "openvino", "webgpu"),
     "gemma-3-4b": ("cpu", "cpu-split", "openvino", "webgpu"),
