@@ -21,14 +21,14 @@ from tests.graphs import export_bundle
 from tests.random_models import CASES, make_checkpoint
 from tests.sources import Changed
 from toolkit.calibrate import input_solver
-from toolkit.calibrate import solve as solving
-from toolkit.calibrate.input_solver import Problem
+from toolkit.calibrate.input_solver import InputSolver, Problem
 from toolkit.calibrate.solve import solve
 from toolkit.calibrate.survey import Survey, Wish, survey
 from toolkit.checkpoint.anatomy import decoder_of
 from toolkit.checkpoint.folded import FoldedTensors
 from toolkit.checkpoint.opened import Checkpoint, open_checkpoint
 from toolkit.checkpoint.sublayers import LinearInput
+from toolkit.device.arrays import NUMPY
 from toolkit.evaluate.parity import Comparison
 from toolkit.evaluate.positions import open_positions
 from toolkit.names import weight
@@ -38,7 +38,9 @@ from toolkit.quant.activations import Rounding, rounded_activations
 from toolkit.quant.blockwise import QuantizedBlocks, QuantSpec, dequantize_blocks, quantize_blocks
 from toolkit.quant.gptq import corrected_target, factorize
 from toolkit.quant.ranges import ActivationRange
+from toolkit.quant.visits import Solved
 from toolkit.recipe import Recipe, load_recipe
+from toolkit.reference import decoder
 from toolkit.reference.decoder import embed, read_layer, reference_hidden, reference_logits
 from toolkit.target import TARGETS
 
@@ -278,13 +280,39 @@ def test_the_head_is_solved_in_slices_as_in_one(tmp_path: Path, monkeypatch: pyt
         def write(self, tensor: str, start: int, weight: Floats, blocks: QuantizedBlocks) -> None:
             if tensor == "lm_head.weight":
                 sliced[start] = blocks
+            else:
+                super().write(tensor, start, weight, blocks)
 
-    monkeypatch.setattr(solving, "HEAD_ROWS", 40)
+    monkeypatch.setattr(decoder, "HEAD_ROWS", 40)
     problem = _problem(checkpoint, Rounding.NONE)
     solve(checkpoint.config, checkpoint.source, sequences * 3, problem, Slices(), tmp_path / "sliced")
     assert sorted(sliced) == [0, 40, 80]
     packed = np.concatenate([sliced[start].packed for start in sorted(sliced)])
     assert (packed == kept.blocks["lm_head.weight"].packed).mean() > 0.99
+
+
+@pytest.mark.parametrize("tokens", [24, 400])
+def test_rows_of_a_tall_matrix_are_solved_some_at_a_time_as_all_at_once(
+    tokens: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From tokens where they are few, from second moments where they are many."""
+    checkpoint, _ = _checkpoint("qwen3", tmp_path)
+    given, random = decoder_of(checkpoint.config).layers[0].attention.normed_input, np.random.default_rng(4)
+    exact = random.standard_normal((tokens, given.width)).astype(np.float32)
+    arriving = exact + 0.1 * random.standard_normal(exact.shape).astype(np.float32)
+    weights = {linear.weight: checkpoint.source.read(linear.weight) for linear in given.linears}
+
+    def solved() -> dict[str, Solved]:
+        solver = InputSolver(given, _problem(checkpoint, Rounding.NONE), NUMPY, None, None)
+        solver.gather(iter([(exact, arriving)]), tokens, weights)
+        return solver.solved(weights)
+
+    whole = solved()
+    monkeypatch.setattr(input_solver, "rows_together", lambda _: 24)
+    for name, made in solved().items():
+        assert (made.blocks.packed == whole[name].blocks.packed).mean() > 0.99
+        assert made.blocks.noise == pytest.approx(whole[name].blocks.noise, rel=0.01)
+        assert np.isclose(made.restored, whole[name].restored, atol=1e-6).mean() > 0.99
 
 
 def test_a_tied_embedding_is_solved_as_the_head_that_it_is(tmp_path: Path) -> None:

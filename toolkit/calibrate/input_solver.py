@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from toolkit import names
 from toolkit.calibrate.pieces import SharedRows, means_of_products
-from toolkit.calibrate.side_by_side import InputFactor, MatrixRows, RowSource, solve_rows, solve_side_by_side
+from toolkit.calibrate.side_by_side import InputFactor, MatrixRows, RowSource, joined, solve_rows, solve_side_by_side
 from toolkit.calibrate.statistics import Products
 from toolkit.checkpoint.sublayers import LinearInput
 from toolkit.device.arrays import Device
@@ -25,6 +25,7 @@ from toolkit.quant.gptq import Factor, NotPositiveDefiniteError, factorize
 from toolkit.quant.gptq_tokens import TokenFactor, factorize_tokens, pays
 from toolkit.quant.ranges import ActivationRange
 from toolkit.quant.visits import Solved
+from toolkit.reference.decoder import rows_together
 from toolkit.reference.shared import SharedLayer
 
 Floats = NDArray[np.float32]
@@ -103,16 +104,31 @@ class InputSolver:
             tensor: Solved(blocks, dequantize_blocks(blocks, specs[tensor], width))
             for tensor, blocks in zip(wanted, found, strict=False)
         }
-        return made | {tensor: self.rows(tensor, weight) for tensor, weight in weights.items() if tensor not in made}
+        return made | {tensor: self._whole(tensor, weight) for tensor, weight in weights.items() if tensor not in made}
 
-    def rows(self, tensor: str, weight: Floats) -> Solved:
-        """Rows [n, K] of a matrix, solved here where that was asked for and possible, else rounded."""
+    def _whole(self, tensor: str, weight: Floats) -> Solved:
+        """A matrix, so many rows at a time that what they are made of is less than a large one itself."""
+        step = rows_together(self._given.width)
+        if weight.shape[0] <= step:
+            return self.rows(tensor, weight)
+        blocks, restored = list[QuantizedBlocks](), self._on.empty(weight.shape)
+        for start in range(0, weight.shape[0], step):
+            made = self.rows(tensor, weight[start : start + step], start)
+            restored[start : start + step] = made.restored
+            blocks.append(made.blocks)
+        return Solved(joined(blocks), restored)
+
+    def rows(self, tensor: str, weight: Floats, start: int = 0) -> Solved:
+        """Rows [n, K] of a matrix from its row `start` on, solved here where that was asked for and possible, else
+        rounded."""
         spec, factor = self._problem.specs[tensor], self._factor
         if tensor not in self.wanted or factor is None:
             blocks = quantize_blocks(self._on.to_host(weight), spec, self._problem.importance.get(tensor))
             return Solved(blocks, self._on.from_host(dequantize_blocks(blocks, spec, weight.shape[1])))
         shared = InputFactor(factor, self._cross, self._problem.revisits)
-        return solve_rows(shared, weight, spec, self._products.get(tensor))
+        product = self._products.get(tensor)
+        own = None if product is None else product[start : start + weight.shape[0]]
+        return solve_rows(shared, weight, spec, own)
 
     def side_by_side(self, source: RowSource | None, ends: Mapping[str, Sequence[int]]) -> list[QuantizedBlocks]:
         """Rows up to each of these ends of each matrix, solved by the pool, whose processes read them from a source;

@@ -75,7 +75,7 @@ def solve_side_by_side(pool: Pool, shared: InputFactor, matrices: Sequence[Matri
         pieces += [matrix.part(start, min(start + ROWS, count)) for start in range(0, count, ROWS)]
         ends.append((begin, len(pieces)))
     made = pool.map(_solve_piece, shared, pieces)
-    return [_joined(made[begin:end]) for begin, end in ends]
+    return [joined(made[begin:end]) for begin, end in ends]
 
 
 def _solve_piece(shared: InputFactor, piece: MatrixRows) -> QuantizedBlocks:
@@ -85,7 +85,8 @@ def _solve_piece(shared: InputFactor, piece: MatrixRows) -> QuantizedBlocks:
     return solve_rows(shared, weight, piece.spec, piece.product).blocks
 
 
-def _joined(parts: list[QuantizedBlocks]) -> QuantizedBlocks:
+def joined(parts: Sequence[QuantizedBlocks]) -> QuantizedBlocks:
+    """Rows of a matrix below each other."""
     points = [block.zero_points for block in parts if block.zero_points is not None]
     return QuantizedBlocks(
         np.concatenate([block.packed for block in parts]),

@@ -30,7 +30,7 @@ from toolkit.device.arrays import Device
 from toolkit.device.fitting import ON_NUMPY, Fitting, Pool
 from toolkit.files import read_state, write_state
 from toolkit.quant.blockwise import QuantizedBlocks, dequantize_blocks, quantize_blocks
-from toolkit.reference.decoder import HEAD_ROWS, Layer, batched, embed, read_layer, rms_norm
+from toolkit.reference.decoder import Layer, batched, embed, head_step, read_layer, rms_norm
 from toolkit.reference.shared import share_layer
 
 Floats = NDArray[np.float32]
@@ -96,8 +96,11 @@ class Solver:
             pool = self._fitting.pool
             layer = _LayerPass(self._config, source, k, problem, self._writer, self._folder, lengths, on, pool)
             before, after = (self._read_by(n, on, lengths) for n in (k, k + 1))
-            exact = self._kept_side(problem, on, lengths) or layer.side(_EXACT, before[_EXACT], after[_EXACT])
-            layer.run(exact, layer.side(_ROUNDED, before[_ROUNDED], after[_ROUNDED]))
+            rounded = layer.side(_ROUNDED, before[_ROUNDED], after[_ROUNDED])
+            if kept := self._kept_side(problem, on, lengths):
+                layer.run(kept, rounded, forgets=True)
+            else:
+                layer.run(layer.side(_EXACT, before[_EXACT], after[_EXACT]), rounded)
             return layer
 
         layer = self._fitting.run(f"layer {k}", solved)
@@ -214,14 +217,18 @@ class _LayerPass:
         layer, solved = (self._exact, {}) if kind == _EXACT else (self._rounded, self._packed)
         return ComputedSide(layer, before, after, spill, self._pool, self._shared, solved)
 
-    def run(self, exact: Side, rounded: Side) -> None:
-        """Solves the layer's matrices in the order they are used, and takes both streams through it."""
+    def run(self, exact: Side, rounded: Side, forgets: bool = False) -> None:
+        """Solves the layer's matrices in the order they are used, and takes both streams through it. Where nothing is
+        computed with the exact ones any more, each `forgets` itself once it is solved: both together are a layer's
+        weights once, and not twice."""
         for half in self._exact.anatomy.sublayers:
             for given in half.inputs:
                 if given.routed:
                     self._rounded.solved |= {linear.module: given for linear in given.linears}
                 else:
                     self._solve(given, exact.reads(half, given), rounded.reads(half, given))
+                    for linear in given.linears if forgets else ():
+                        self._exact.tensors.pop(linear.weight)
             exact.step(half)
             rounded.step(half)
 
@@ -287,9 +294,10 @@ def _solve_head(
         return (rms_norm(x, norm, config.stream_eps) for x, _ in streams[kind])
 
     solver.gather(zip(kept or arrived(_EXACT), arrived(_ROUNDED), strict=True), streams[_ROUNDED].tokens)
-    starts = range(0, config.vocab_size, HEAD_ROWS)
+    step = head_step(config)
+    starts = range(0, config.vocab_size, step)
     made = solver.side_by_side(source, {tensor: [*starts[1:], config.vocab_size]})
     for k, start in enumerate(starts):
-        weight = source.read_rows(tensor, start, min(config.vocab_size, start + HEAD_ROWS))
+        weight = source.read_rows(tensor, start, min(config.vocab_size, start + step))
         writer.write(tensor, start, weight, made[k] if made else solver.rows(tensor, on.from_host(weight)).blocks)
     return solver.fallbacks

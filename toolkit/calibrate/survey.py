@@ -9,7 +9,7 @@ Every finished layer is kept on disk, and an interrupted survey goes on after it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -40,7 +40,7 @@ from toolkit.quant.awq import FoldChoice, Reader, thinned_rows
 from toolkit.quant.blockwise import QuantSpec, dequantize_blocks, quantize_blocks
 from toolkit.quant.formats import other_formats, use_of
 from toolkit.quant.ranges import ActivationRange
-from toolkit.reference.decoder import Layer, batched, embed, read_layer, rms_norm, through_layer
+from toolkit.reference.decoder import Layer, batched, by_batches, embed, read_layer, rms_norm, through_layer
 from toolkit.reference.divergence import Diverging, mean_divergences
 from toolkit.reference.shared import share_layer
 
@@ -168,7 +168,7 @@ class _Pass:
                 found = self._pool.map(through, share_layer(self._config, self._source, k), list(batches))
                 after.write(_counted(x, values, seen, keep) for x, values in found)
             else:
-                after.write(_through(layer, x, lengths, seen, keep) for x, lengths in batches)
+                after.write(_through(layer, batches, seen, keep))
         searched = dict[str, Searched]()
         for given in (given for given in inputs if not given.routed):
             read = {linear.module: on.to_host(thinned_rows(layer.tensors[linear.weight])) for linear in given.linears}
@@ -245,19 +245,16 @@ class _Pass:
 
 def _through(
     layer: Layer,
-    x: Floats,
-    lengths: Sequence[int],
+    batches: ActivationFile,
     seen: Mapping[str, InputStatistics],
     keep: Mapping[str, Callable[[Floats], Floats]],
-) -> Floats:
+) -> Iterator[Floats]:
     """Sequences through a layer, each input counted, and kept where all tokens come to it."""
 
     def looked_at(given: LinearInput, values: Floats) -> Floats:
         return seen[given.name].add(values if given.routed else keep[given.name](values))
 
-    for half in layer.anatomy.sublayers:
-        x = layer.through(half, x, lengths, looked_at)
-    return x
+    return by_batches(layer, batches, looked_at)
 
 
 def _counted(

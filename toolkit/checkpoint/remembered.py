@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,7 @@ class Remembered:
         self._source = source
         self._whole: dict[str, Floats] = {}
         self._rows: dict[tuple[str, int, int], Floats] = {}
+        self._hands_over = False
 
     def __reduce__(self) -> tuple[type[Remembered], tuple[Tensors]]:
         """What another process is sent: the source, nothing of what is remembered here."""
@@ -35,6 +37,8 @@ class Remembered:
         """Reads a whole tensor as float32, once."""
         if names.is_expert(name):
             return self._source.read(name)
+        if self._hands_over:
+            return self._whole.pop(name) if name in self._whole else self._source.read(name)
         if name not in self._whole:
             self._whole[name] = self._source.read(name)
         return self._whole[name]
@@ -46,6 +50,15 @@ class Remembered:
         if (name, start, stop) not in self._rows:
             self._rows[name, start, stop] = self._source.read_rows(name, start, stop)
         return self._rows[name, start, stop]
+
+    @contextmanager
+    def handing_over(self) -> Iterator[None]:
+        """Whole tensors are forgotten as they are read meanwhile, and belong to their reader alone."""
+        self._hands_over = True
+        try:
+            yield
+        finally:
+            self._hands_over = False
 
     def forget(self) -> None:
         """Frees what was read so far."""

@@ -187,7 +187,8 @@ class _Passes:
             def solve_up_to(layers: int, found: Survey) -> None:
                 start = time.perf_counter()
                 while solver.layers < layers:
-                    solver.layer(self.folded(source, found), self._problem(self._specs, found))
+                    with source.handing_over():
+                        solver.layer(self.folded(source, found), self._problem(self._specs, found))
                     self._progress(f"solved layer {solver.layers - 1}")
                 source.forget()
                 self.solving_s += time.perf_counter() - start

@@ -19,7 +19,7 @@ from toolkit.quality import QUALITIES
 from toolkit.quant.formats import planned_specs
 from toolkit.quant.gptq_tokens import pays
 from toolkit.recipe import Recipe
-from toolkit.reference.decoder import HEAD_ROWS
+from toolkit.reference.decoder import head_step
 from toolkit.target import Form
 
 # What the ranges of activations are taken from where nothing else needs text.
@@ -113,7 +113,7 @@ def _head_bytes(config: ModelConfig, solved: Sequence[LinearInput]) -> int:
     given = decoder_of(config).head_input
     if given not in solved:
         return 0
-    return _factor_bytes(given, 0) + _HEAD_COPIES * 4 * min(HEAD_ROWS, config.vocab_size) * given.width
+    return _factor_bytes(given, 0) + _HEAD_COPIES * 4 * min(head_step(config), config.vocab_size) * given.width
 
 
 def _factor_bytes(given: LinearInput, tokens: int) -> int:

@@ -38,8 +38,9 @@ from toolkit.reference.rotation import rotate, rotate_neighbours, rotation
 from toolkit.reference.routing import routed, routed_by_groups
 
 Array = NDArray[np.float32]
-# Of a head at once; who remembers rows has them if it asks for as many.
+# Of a head at once, at most so many rows and so many weights; who remembers rows has them if it asks for as many.
 HEAD_ROWS: Final = 16384
+ROWS_ELEMENTS: Final = 1 << 25
 _COLUMNS: Final = 1024
 # 0.5 (1 + tanh(a)) is the sigmoid of 2 a, and GELU's tanh form has sqrt(2 / pi) in a.
 _GELU: Final = 2 * math.sqrt(2 / math.pi)
@@ -79,11 +80,22 @@ def reference_hidden(
 
 def through_layer(layer: Layer, pieces: Sequence[Array], tokens: int = TOGETHER) -> list[Array]:
     """Each of numpy's sequences [T, D] through a layer, as many at a time as make so many tokens."""
-    done: list[Array] = []
-    for lengths in batched([x.shape[0] for x in pieces], tokens):
-        together = layer.on.from_host(np.concatenate(pieces[len(done) : len(done) + len(lengths)]))
-        done += np.split(layer.on.to_host(layer(together, lengths)), np.cumsum(lengths)[:-1])
-    return done
+    sizes, waiting = [x.shape[0] for x in pieces], iter(pieces)
+    batches = (
+        (layer.on.from_host(np.concatenate([next(waiting) for _ in lengths])), lengths)
+        for lengths in batched(sizes, tokens)
+    )
+    done = np.concatenate([layer.on.to_host(x) for x in by_batches(layer, batches)])
+    return np.split(done, np.cumsum(sizes)[:-1])
+
+
+def by_batches(layer: Layer, batches: Iterable[tuple[Array, tuple[int, ...]]], look: Look = _unseen) -> Iterator[Array]:
+    """Sequences behind a layer, [T, D] of each batch, or of all together where the layer has experts: these are read
+    from the checkpoint one after the other, so each sees its tokens of the whole text at once."""
+    attention, mlp = layer.anatomy.sublayers
+    passed = (layer.through(attention, x, lengths, look) for x, lengths in batches)
+    together = iter([layer.on.concatenate(list(passed))]) if isinstance(mlp, Moe) else passed
+    return (layer.through(mlp, x, look=look) for x in together)
 
 
 def batched(lengths: Sequence[int], tokens: int = TOGETHER) -> list[tuple[int, ...]]:
@@ -126,9 +138,20 @@ def add_logits(logits: Array, start: int, hidden: Array, rows: Array, on: Device
 
 def head_rows(config: ModelConfig, source: Tensors) -> Iterator[Array]:
     """The head from its first row to its last, some [rows, D] at a time."""
-    name = decoder_of(config).head.weight
-    for start in range(0, config.vocab_size, HEAD_ROWS):
-        yield source.read_rows(name, start, min(config.vocab_size, start + HEAD_ROWS))
+    name, step = decoder_of(config).head.weight, head_step(config)
+    for start in range(0, config.vocab_size, step):
+        yield source.read_rows(name, start, min(config.vocab_size, start + step))
+
+
+def head_step(config: ModelConfig) -> int:
+    """How many rows of the head are in memory at once."""
+    return min(HEAD_ROWS, rows_together(config.hidden_size))
+
+
+def rows_together(width: int) -> int:
+    """How many rows of a matrix of so many columns are worked on at once: all that is made of them is some of as many
+    elements."""
+    return max(1024, ROWS_ELEMENTS // width // 1024 * 1024)
 
 
 class LayerTensors(dict[str, Array]):
