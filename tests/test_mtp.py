@@ -28,7 +28,7 @@ from toolkit.bundle.manifest import read_manifest, verify_manifest
 from toolkit.bundle.speculative import SPECULATION_FILE
 from toolkit.calibrate.survey import Wish, survey
 from toolkit.checkpoint.opened import mtp_checkpoint, open_checkpoint
-from toolkit.errors import CheckpointError, UnsupportedError
+from toolkit.errors import BundleError, CheckpointError, UnsupportedError
 from toolkit.evaluate.session import OpenModel, open_model
 from toolkit.evaluate.speed import measure_speed
 from toolkit.evaluate.text_model import TextModel, TextOptions
@@ -267,6 +267,8 @@ def test_the_head_s_files_are_the_bundle_s(bundle: Path) -> None:
     # Releases that do not read the file see no key that they do not know.
     decoder = json.loads((bundle / "genai_config.json").read_text(encoding="utf-8"))["model"]["decoder"]
     assert names.HIDDEN_STATES not in decoder["outputs"]
+    with pytest.raises(BundleError, match="b-mtp is an MTP head, which guesses for its model's bundle"):
+        open_model(bundle.with_name("b-mtp"))
 
 
 def test_a_model_is_converted_without_its_head_and_the_head_s_place_is_told(made: Made) -> None:

@@ -127,7 +127,8 @@ class Settings:
     """What running a bundle needs of its settings, lengths in tokens.
 
     `window` is how many tokens of a prompt a pipeline takes at once, 1 for a single graph. `stages` are a pipeline's in
-    their order, or the one graph under the name `model`.
+    their order, or the one graph under the name `model`. An MTP head takes another model's hidden states, and writes
+    nothing by itself.
     """
 
     context_length: int
@@ -141,6 +142,7 @@ class Settings:
     stages: tuple[StageSettings, ...]
     # The file's own text, so that changed settings keep what is not read here.
     text: str = field(repr=False)
+    is_mtp_head: bool = False
 
     def length_for(self, prompt_tokens: int, new_tokens: int) -> int:
         """Returns the max_length that leaves room for so many new tokens: a pipeline's prompt takes up whole windows,
@@ -258,6 +260,7 @@ def _whole(config: GenaiConfig, text: str) -> Settings:
             for name, file, options in opened or [(names.MODEL, decoder.filename, decoder.session_options)]
         ),
         text=text,
+        is_mtp_head=names.HIDDEN_STATES in decoder.inputs,
     )
 
 

@@ -148,6 +148,8 @@ def open_model(bundle: Path, on_cpu: bool = False) -> OpenModel:
     except ImportError:
         raise MachineError("onnxruntime-genai is not installed: pip install onnxruntime-genai") from None
     settings = read_settings(bundle)
+    if settings.is_mtp_head:
+        raise BundleError(f"{bundle} is an MTP head, which guesses for its model's bundle: name that, without -mtp")
     guessing = read_speculation(bundle, on_cpu) if can_speculate(og) else None
     if not can_speculate(og, speculation_of(guessing)):
         guessing = None
