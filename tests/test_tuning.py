@@ -153,6 +153,9 @@ def test_a_bundle_has_the_same_integers_and_other_scales(
     report = json.loads((tuned / "report.json").read_text(encoding="utf-8"))["quantization"]
     said = report["calibration"]["tuned"]
     assert said["steps"] == 3 and said["kld_after"] < said["kld_before"]
+    page = (tuned / "report.html").read_text(encoding="utf-8")
+    assert f"from {said['kld_before']:.4g} to {said['kld_after']:.4g}, the weights alone" in page
+    assert "were tuned in" not in (plain / "report.html").read_text(encoding="utf-8")
     weight = plan.checkpoint.source.read(name)
     row = next(row for row in report["tensors"] if row["name"] == name)
     lost = np.square(after.read(name) - weight).sum() / np.square(weight).sum()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from toolkit.report import charts
 from toolkit.report.charts import Cell
-from toolkit.report.weight_sections import Quantization, RoleRow, TensorRow
+from toolkit.report.weight_sections import Quantization, RoleRow, TensorRow, Tuned
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,7 @@ def _notes(section: Quantization) -> list[str]:
                 "searched without the text."
             )
         notes += [f"{row.tensor} was searched, not solved: {row.reason}." for row in made.fallbacks]
+        notes += [_tuned(made.tuned)] if made.tuned else []
     if salient := section.salient_inputs:
         turned = " Rotated for their sake, which mends a part." if section.rotated else ""
         notes.append(
@@ -123,3 +124,14 @@ def _notes(section: Quantization) -> list[str]:
             f"channels suffers most.{turned} Export with --quality balanced."
         )
     return notes
+
+
+def _tuned(made: Tuned) -> str:
+    """What the steps at the end brought, in a sentence."""
+    begun = f"Scales and gains were tuned in {made.steps} steps by the mean KLD to the checkpoint"
+    if made.kld_after < made.kld_before:
+        return (
+            f"{begun}: on {made.tokens:,} tokens left out of the text it went from {made.kld_before:.4g} to "
+            f"{made.kld_after:.4g}, the weights alone."
+        )
+    return f"{begun}, and left as they were: {made.tokens:,} tokens left out of the text gained nothing by it."
