@@ -150,6 +150,10 @@ class Device(Protocol):
         """Takes left [N, n] right [n, T] from `to` [N, T], in place."""
         ...
 
+    def write_product(self, to: Floats, left: Floats, right: Floats) -> None:
+        """Writes left [T, D] right [D, n] to the host's `to` [T, n], which may be columns of a wider array."""
+        ...
+
     def is_out_of_memory(self, problem: BaseException) -> bool:
         """Whether an exception says that the device's memory is full."""
         ...
@@ -302,6 +306,11 @@ class _Numpy:
         for start in range(0, to.shape[0], _SUBTRACTED_ROWS):
             some = slice(start, start + _SUBTRACTED_ROWS)
             to[some] -= left[some] @ right
+
+    def write_product(self, to: Floats, left: Floats, right: Floats) -> None:
+        """Writes left [T, D] right [D, n] to `to` [T, n], columns of a wider array or not, without a copy: BLAS takes
+        the distance of rows."""
+        np.matmul(left, right, out=to)
 
     def is_out_of_memory(self, problem: BaseException) -> bool:
         """Whether an exception says that the device's memory is full."""

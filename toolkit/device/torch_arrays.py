@@ -144,6 +144,10 @@ class TorchDevice:
         """Takes left [N, n] right [n, T] from `to` [N, T], in place."""
         to.addmm_(left, right, alpha=-1)
 
+    def write_product(self, to: NDArray[np.float32], left: Any, right: Any) -> None:
+        """Writes left [T, D] right [D, n] to the host's `to` [T, n]."""
+        to[...] = self.to_host(left @ right)
+
     def is_out_of_memory(self, problem: BaseException) -> bool:
         """Whether an exception says that the device's memory is full."""
         return isinstance(problem, torch.OutOfMemoryError) or (
