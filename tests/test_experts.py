@@ -28,6 +28,7 @@ from toolkit.checkpoint.family import Experts
 from toolkit.checkpoint.opened import open_checkpoint, synthetic_checkpoint
 from toolkit.checkpoint.remembered import Remembered
 from toolkit.checkpoint.rotated import rotate
+from toolkit.checkpoint.sublayers import LinearInput
 from toolkit.checkpoint.synthetic import SyntheticWeights
 from toolkit.checkpoint.weights import expected_tensors, open_weights
 from toolkit.errors import CheckpointError, RecipeError, UnsupportedError
@@ -41,7 +42,7 @@ from toolkit.quant.activations import Rounding
 from toolkit.quant.blockwise import QuantSpec, dequantize_blocks, quantize_blocks
 from toolkit.quant.formats import planned_specs
 from toolkit.recipe import QuantRule, Recipe, load_recipe
-from toolkit.reference.decoder import reference_hidden, reference_logits
+from toolkit.reference.decoder import Layer, embed, read_layer, reference_hidden, reference_logits
 from toolkit.reference.greedy import greedy_continuations
 from toolkit.reference.routing import routed_by_groups
 from toolkit.target import CPU_FORM, TARGETS
@@ -213,6 +214,39 @@ def test_a_calibrated_export_searches_experts_that_saw_too_few_tokens_and_says_s
         rows[GATE]["algorithm"] == "imatrix" and rows["model.layers.0.self_attn.q_proj.weight"]["algorithm"] == "gptq"
     )
     assert "experts, " in (bundle / "report.html").read_text(encoding="utf-8")
+
+
+def test_best_solves_experts_by_the_tokens_that_come_to_them(tmp_path: Path) -> None:
+    """An expert's output on its own tokens errs less than where its scales are searched by the same tokens."""
+    make_checkpoint(*CASES["deepseek-v3"], tmp_path / "checkpoint")
+    checkpoint = synthetic_checkpoint(tmp_path / "checkpoint")
+    config, source = checkpoint.config, checkpoint.source
+    errors = {}
+    for quality in ("balanced", "best"):
+        recipe = replace(_calibrated(), quality=quality)
+        bundle = export_bundle(recipe, checkpoint, tmp_path / quality)
+        report = json.loads((bundle / "report.json").read_text(encoding="utf-8"))
+        rows = {row["name"]: row["algorithm"] for row in report["quantization"]["tensors"]}
+        solved = "gptq" if quality == "best" else "imatrix"
+        assert {rows[name] for name in rows if ".experts." in name} == {solved}
+        stored = StoredTensors(plan_layout(config, TARGETS["cpu"], recipe), bundle)
+        sequences = [np.random.default_rng(9).integers(0, 96, 512).tolist()]  # others than those of the text
+        hidden = [embed(source, ids) for ids in sequences]
+        layers = [read_layer(config, source, k) for k in range(2)]
+        rounded = read_layer(config, stored, 1)
+        found: list[float] = []
+
+        def look(given: LinearInput, values: NDArray[np.float32], rounded: Layer = rounded) -> NDArray[np.float32]:
+            for linear in given.linears if given.routed else ():
+                exact = values @ source.read(linear.weight).T
+                found.append(float(np.square(rounded.product(linear, values) - exact).sum()))  # noqa: B023
+            return values
+
+        x = layers[0](hidden[0])
+        for half in layers[1].anatomy.sublayers:
+            x = layers[1].through(half, x, look=look)
+        errors[quality] = sum(found)
+    assert errors["best"] < 0.95 * errors["balanced"], errors
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

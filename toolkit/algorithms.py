@@ -61,16 +61,16 @@ _ROWS: Final = (
     Algorithm("kquant", scales="searched_scales"),
     # The same search, errors weighed by the text.
     Algorithm("imatrix", scales="searched_scales", reads_text=True, used=_READS_INPUT, otherwise="kquant"),
-    # 8 bits leave GPTQ nothing to do, rows of an embedding are looked up, not multiplied one after the other, and an
-    # expert sees too few tokens for it. A tied embedding is solved as the head that it is: what that costs the rows
-    # looked up is a hundredth of what it saves (LOG.md).
+    # 8 bits leave GPTQ nothing to do, and rows of an embedding are looked up, not multiplied. A tied one is solved as
+    # the head that it is: what that costs the rows looked up is a hundredth of what it saves. An expert is solved by
+    # the tokens that come to it, and searched where these are too few (LOG.md).
     Algorithm(
         "gptq",
         scales="searched_scales",
         reads_text=True,
         solves=True,
         bits=(4,),
-        used=(MatrixUse.LINEAR, MatrixUse.TIED_EMBEDDING),
+        used=_READS_INPUT,
         otherwise="imatrix",
     ),
 )

@@ -1,8 +1,8 @@
 """How much an export may cost for its weights' sake: what `auto` means as an algorithm, and how much text is read.
 
 `fast` needs no data. `balanced` reads some text, folds salient channels away (AWQ) and solves matrices one after the
-other (GPTQ). `best` reads three times as much, and visits columns again. How many tokens suffice was measured on
-a real model (LOG.md).
+other (GPTQ). `best` reads three times as much, solves experts too, and visits columns again. How many tokens suffice
+was measured on a real model (LOG.md).
 """
 
 from __future__ import annotations
@@ -13,16 +13,19 @@ from typing import Final
 
 @dataclass(frozen=True)
 class Quality:
-    """`algorithm` names the row of ALGORITHMS (algorithms.py) for matrices whose rule says `auto`; `tokens` is the
-    calibration text's length, 0 for none, and `revisits` how often solved columns are visited again."""
+    """`algorithm` names the row of ALGORITHMS (algorithms.py) for matrices whose rule says `auto`, `experts` that for
+    experts; `tokens` is the calibration text's length, 0 for none, and `revisits` how often solved columns are visited
+    again."""
 
     algorithm: str
+    experts: str
     tokens: int
     revisits: int = 0
 
 
 QUALITIES: Final[dict[str, Quality]] = {
-    "fast": Quality("kquant", 0),
-    "balanced": Quality("gptq", 2560),
-    "best": Quality("gptq", 8192, revisits=2),
+    "fast": Quality("kquant", "kquant", 0),
+    # From so few tokens solving experts gained nothing, and takes ten times what searching does (LOG.md).
+    "balanced": Quality("gptq", "imatrix", 2560),
+    "best": Quality("gptq", "gptq", 8192, revisits=2),
 }

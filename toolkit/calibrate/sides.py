@@ -17,7 +17,7 @@ from toolkit.calibrate.pieces import Half, SolvedMatrix, added, each, inner, rea
 from toolkit.checkpoint.sublayers import Attention, LatentAttention, LinearInput, Mlp, Moe, Sublayer
 from toolkit.device.arrays import Device
 from toolkit.device.fitting import Pool
-from toolkit.reference.decoder import Layer
+from toolkit.reference.decoder import Layer, Look, unseen
 from toolkit.reference.shared import SharedLayer
 
 Floats = NDArray[np.float32]
@@ -31,8 +31,9 @@ class Side(Protocol):
         """What the linears behind an input of a half read, once those before it are solved."""
         ...
 
-    def step(self, half: Sublayer) -> None:
-        """Takes the stream on to where a half has added to it."""
+    def step(self, half: Sublayer, look: Look = unseen) -> None:
+        """Takes the stream on to where a half has added to it; `look` sees what linears of experts read, each expert's
+        tokens of the whole text at once."""
         ...
 
 
@@ -55,7 +56,7 @@ class KeptSide:
         """Yields what the linears there read, as `Side` says."""
         return self.values(given)
 
-    def step(self, half: Sublayer) -> None:
+    def step(self, half: Sublayer, look: Look = unseen) -> None:
         """Does nothing: what is behind a half was kept too."""
         return None
 
@@ -85,16 +86,18 @@ class ComputedSide:
             return (self._layer.reads(half, given, x) for x, _ in self._stream)
         return (y for y, _ in self._inner_file(half))
 
-    def step(self, half: Sublayer) -> None:
+    def step(self, half: Sublayer, look: Look = unseen) -> None:
         """Writes the stream behind a half: between the two to a spill, in the end to the file after the layer."""
         last = half is self._layer.anatomy.sublayers[-1]
         after = self._after if last else self._spill("middle", self._layer.config.hidden_size)
-        self._stream, self._inner = after.write(self._behind(half)), None
+        self._stream, self._inner = after.write(self._behind(half, look)), None
 
-    def _behind(self, half: Sublayer) -> Iterator[Floats]:
-        """What stands behind a half, of some sequences at a time; experts go by here, one after the other."""
+    def _behind(self, half: Sublayer, look: Look) -> Iterator[Floats]:
+        """What stands behind a half, of some sequences at a time; experts go by here, one after the other, each once
+        for the whole text."""
         if isinstance(half, Moe):
-            return (self._layer.through(half, x, lengths) for x, lengths in self._stream)
+            whole = self._layer.on.concatenate([x for x, _ in self._stream])
+            return iter([self._layer.through(half, whole, look=look)])
         pairs = ((x, y) for (x, _), (y, _) in zip(self._stream, self._inner_file(half), strict=True))
         return each(self._pool, added, self._reading(half, [half.inner_input]), pairs)
 

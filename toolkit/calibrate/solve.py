@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from toolkit import names
 from toolkit.calibrate.activations import ActivationFile
 from toolkit.calibrate.exact import ExactInputs
-from toolkit.calibrate.experts import with_rounded_experts
+from toolkit.calibrate.experts import FEWEST_ROUTED, with_rounded_experts
 from toolkit.calibrate.input_solver import Fallback, InputSolver, Problem
 from toolkit.calibrate.pieces import SolvedMatrix
 from toolkit.calibrate.sides import ComputedSide, KeptSide, Side
@@ -204,6 +204,7 @@ class _LayerPass:
         self._shared = share_layer(config, source, k) if pool else None
         self._packed: dict[str, SolvedMatrix] = {}
         self._spills: list[ActivationFile] = []
+        self._passing: tuple[str, list[str]] = "", []
 
     def side(self, kind: str, before: ActivationFile, after: ActivationFile) -> Side:
         """One stream through the layer, from file to file."""
@@ -226,24 +227,42 @@ class _LayerPass:
                 if given.routed:
                     self._rounded.solved |= {linear.module: given for linear in given.linears}
                 else:
-                    self._solve(given, exact.reads(half, given), rounded.reads(half, given))
+                    pairs = zip(exact.reads(half, given), rounded.reads(half, given), strict=True)
+                    self._solve(given, pairs, sum(map(sum, self._lengths)), self._pool)
                     for linear in given.linears if forgets else ():
                         self._exact.tensors.pop(linear.weight)
             exact.step(half)
-            rounded.step(half)
+            rounded.step(half, self._by_routed)
 
     def finish(self) -> None:
         """Removes the files that held activations of this layer."""
         for spill in self._spills:
             spill.remove()
 
-    def _solve(self, given: LinearInput, exact: Iterator[Floats], rounded: Iterator[Floats]) -> None:
-        solver = InputSolver(given, self._problem, self._exact.on, self._pool, self._shared)
-        if solver.wanted:
-            rows = {tensor: self._exact.tensors[tensor] for tensor in solver.wanted}
-            solver.gather(zip(exact, rounded, strict=True), sum(map(sum, self._lengths)), rows)
-        self.fallbacks += solver.fallbacks
+    def _by_routed(self, given: LinearInput, arrived: Floats) -> Floats:
+        """Solves what reads an input of an expert from the tokens that come there, if they are enough, and gives these
+        back. The expert before it is forgotten: together they would be the layer's memory many times over."""
+        expert = given.name.rpartition(".")[0]
+        if expert != self._passing[0]:
+            for tensor in self._passing[1]:
+                self._rounded.tensors.pop(tensor)
+            self._passing = expert, []
+        solves = given.routed and any(self._problem.specs[linear.weight].rounded_by.solves for linear in given.linears)
+        if solves and arrived.shape[0] >= FEWEST_ROUTED:
+            # What it would have read in the exact stream is not kept; what rounding its input costs is made up for.
+            self._solve(given, iter([(arrived, arrived)]), arrived.shape[0], None)
+            self._passing[1].extend(linear.weight for linear in given.linears)
+        return arrived
+
+    def _solve(
+        self, given: LinearInput, pairs: Iterator[tuple[Floats, Floats]], tokens: int, pool: Pool | None
+    ) -> None:
+        """Solves the matrices that read an input, of which `pairs` have the exact and the arriving values."""
+        solver = InputSolver(given, self._problem, self._exact.on, pool, self._shared if pool else None)
         weights = {linear.weight: self._exact.tensors[linear.weight] for linear in given.linears}
+        if solver.wanted:
+            solver.gather(pairs, tokens, {tensor: weights[tensor] for tensor in solver.wanted})
+        self.fallbacks += solver.fallbacks
         made = solver.solved(weights)
         for linear in given.linears:
             tensor = linear.weight
@@ -251,7 +270,7 @@ class _LayerPass:
             if tensor in solver.wanted:
                 self._writer.write(tensor, 0, self._exact.on.to_host(weight), solved.blocks)
             self._rounded.tensors[tensor] = solved.restored
-            if self._pool:
+            if pool:
                 self._packed[tensor] = SolvedMatrix(solved.blocks, self._problem.specs[tensor], given.width)
             self._rounded.solved[linear.module] = given
 

@@ -109,16 +109,18 @@ def solving_work(
     again as often as `revisits` says."""
     length = min(LONGEST, tokens)
     done = forward_work(config, tokens, length, tokens / length) * (_STREAM * streams)
+    experts = config.structure.experts
+    to_one = int(tokens * experts.per_token / experts.count) if experts else tokens
     for given in solved:
-        rows, weights = _weights(given) // given.width, _weights(given)
-        by_tokens = layer_of(given.name) is not None and pays(tokens, given.width, rows)
+        rows, weights, seen = _weights(given) // given.width, _weights(given), to_one if given.routed else tokens
+        by_tokens = layer_of(given.name) is not None and pays(seen, given.width, rows)
         again = 0 if by_tokens else revisits
-        factored = (products_of_tokens if by_tokens else products_of_moment)(tokens, given.width, rows)
+        factored = (products_of_tokens if by_tokens else products_of_moment)(seen, given.width, rows)
         done += Work(
             products=factored + 2.0 * weights * given.width * (again + (again > 0)),
             elements=(PASSES_TO_SOLVE + _REVISITED * again) * weights / (os.cpu_count() or 1)
             + 2 * PASSES_TO_RESTORE * weights
-            + _ROUNDED * given.width * tokens * (1 + len(given.readers)),
+            + _ROUNDED * given.width * seen * (1 + len(given.readers)),
         )
     return done
 

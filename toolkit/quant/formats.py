@@ -224,7 +224,7 @@ def matrix_spec(tensor: str, shape: tuple[int, ...], use: MatrixUse, recipe: Rec
             f"{tensor} in blocks of {rule.block_size}: hidden_size {shape[1]} is not a multiple of it; give "
             f"{tensor.removesuffix('.weight')} a rule with a smaller block_size"
         )
-    algorithm = recipe.algorithm_of(rule).suited(rule.bits, use)
+    algorithm = recipe.algorithm_of(rule, use).suited(rule.bits, use)
     outside = names.role_of(tensor) in names.OUTSIDE_ROLES
     short = form.short_outside if outside else form.short_scales
     return QuantSpec(rule.bits, rule.block_size, rule.symmetric, algorithm.name, short_scales=short)

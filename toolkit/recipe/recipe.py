@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
-from toolkit.algorithms import ALGORITHMS, AUTO, Algorithm
+from toolkit.algorithms import ALGORITHMS, AUTO, Algorithm, MatrixUse
 from toolkit.errors import RecipeError
 from toolkit.quality import QUALITIES
 from toolkit.recipe.tree import model_facts
@@ -94,9 +94,11 @@ class Recipe:
         asked = any(self.algorithm_of(rule).reads_text for rule in self.quantize)
         return asked or QUALITIES[self.quality].tokens > 0
 
-    def algorithm_of(self, rule: QuantRule) -> Algorithm:
-        """The algorithm a rule names; `auto` leaves it to the quality."""
-        return ALGORITHMS[QUALITIES[self.quality].algorithm if rule.algorithm == AUTO else rule.algorithm]
+    def algorithm_of(self, rule: QuantRule, use: MatrixUse = MatrixUse.LINEAR) -> Algorithm:
+        """The algorithm that a rule names for matrices used so; `auto` leaves it to the quality."""
+        quality = QUALITIES[self.quality]
+        by_quality = quality.experts if use is MatrixUse.EXPERT else quality.algorithm
+        return ALGORITHMS[by_quality if rule.algorithm == AUTO else rule.algorithm]
 
     def rule_for(self, module: str) -> QuantRule:
         """The rule that decides a module; raises RecipeError if none matches."""

@@ -49,7 +49,8 @@ _GELU: Final = 2 * math.sqrt(2 / math.pi)
 Look = Callable[[LinearInput, Array], Array]
 
 
-def _unseen(_: LinearInput, values: Array) -> Array:
+def unseen(_: LinearInput, values: Array) -> Array:
+    """Gives back what a linear reads, and does nothing with it."""
     return values
 
 
@@ -90,7 +91,7 @@ def through_layer(layer: Layer, pieces: Sequence[Array], tokens: int = TOGETHER)
     return np.split(done, np.cumsum(sizes)[:-1])
 
 
-def by_batches(layer: Layer, batches: Iterable[tuple[Array, tuple[int, ...]]], look: Look = _unseen) -> Iterator[Array]:
+def by_batches(layer: Layer, batches: Iterable[tuple[Array, tuple[int, ...]]], look: Look = unseen) -> Iterator[Array]:
     """Sequences behind a layer, [T, D] of each batch, or of all together where the layer has experts: these are read
     from the checkpoint one after the other, so each sees its tokens of the whole text at once."""
     attention, mlp = layer.anatomy.sublayers
@@ -185,7 +186,7 @@ class Layer:
         """[T, D] to [T, D] from where attention gave `mixed` [T, H * Dh]."""
         return self.through(self.anatomy.mlp, self.added(self.anatomy.attention, x, mixed))
 
-    def through(self, half: Sublayer, x: Array, lengths: Sequence[int] = (), look: Look = _unseen) -> Array:
+    def through(self, half: Sublayer, x: Array, lengths: Sequence[int] = (), look: Look = unseen) -> Array:
         """The residual stream [T, D] with a sublayer's output added; `look` sees what each of its linears reads."""
         normed = self.normed(half, x)
         if isinstance(half, Moe):
@@ -209,7 +210,7 @@ class Layer:
         return normed
 
     def inner(
-        self, half: Attention | LatentAttention | Mlp, normed: Array, lengths: Sequence[int] = (), look: Look = _unseen
+        self, half: Attention | LatentAttention | Mlp, normed: Array, lengths: Sequence[int] = (), look: Look = unseen
     ) -> Array:
         """[T, D] to what the last linear of a sublayer reads: [T, H * Dh], or [T, intermediate_size]."""
         return self.mlp_hidden(half, normed) if isinstance(half, Mlp) else self.mixed(half, normed, lengths, look)
@@ -220,7 +221,7 @@ class Layer:
         return x + (self.rms_norm(norm, output) if norm else output)
 
     def mixed(
-        self, attention: Attention | LatentAttention, normed: Array, lengths: Sequence[int] = (), look: Look = _unseen
+        self, attention: Attention | LatentAttention, normed: Array, lengths: Sequence[int] = (), look: Look = unseen
     ) -> Array:
         """[T, D] to [T, H * Dh], causal, each sequence from position 0."""
         each = [np.arange(length) for length in lengths or (normed.shape[0],)]
@@ -240,7 +241,7 @@ class Layer:
             ]
         )
 
-    def experts(self, moe: Moe, normed: Array, look: Look = _unseen) -> Array:
+    def experts(self, moe: Moe, normed: Array, look: Look = unseen) -> Array:
         """[T, D] to [T, D]: the outputs of each token's experts, weighed and added up. Experts go by one after the
         other, each with the tokens that chose it, and one that none chose is left out."""
         logits = self.on.to_host(self.linear(moe.router, normed))
@@ -309,7 +310,7 @@ class Layer:
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
     def _project_latent(
-        self, attention: LatentAttention, normed: Array, positions: NDArray[np.int64], look: Look = _unseen
+        self, attention: LatentAttention, normed: Array, positions: NDArray[np.int64], look: Look = unseen
     ) -> tuple[Array, Array, Array]:
         """q and k [T, H, qk_head_dim], v [T, H, v_head_dim], rotated channels last; pairs that turn are neighbours."""
         shape, T, H = attention.shape, normed.shape[0], self.config.num_attention_heads
