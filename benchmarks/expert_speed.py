@@ -81,7 +81,7 @@ def chain(config: ModelConfig, folder: Path, *, routed: bool, threads: int) -> C
     """The second halves of all layers in one graph. Where experts are not `routed` by their own router, a run draws
     the logits."""
     folder.mkdir()
-    layout = plan_layout(config, TARGETS["cpu"], load_recipe("cpu"))
+    layout = plan_layout(config, TARGETS["cpu"], load_recipe("cpu", checkpoint="random levels"))
     _fill(layout, folder)
     build, width = GraphBuilder(layout, CPU_FORM), config.hidden_size
     inputs = [value("x", ir.DataType.FLOAT, [1, 1, width])]
@@ -165,9 +165,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="qwen3-30b-a3b")
     parser.add_argument("--layers", type=int, default=2, help="of experts")
-    parser.add_argument("--dense-layers", type=int, default=16)
+    parser.add_argument("--dense-layers", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--runs", type=int, default=20, help="of each chain in a round")
+    parser.add_argument("--warm", type=int, default=128, help="runs before, so that every expert was met")
     parser.add_argument("--threads", type=int, default=0, help="0 for ONNX Runtime's choice")
     asked = parser.parse_args()
     path = ROOT / "models" / asked.model / "config.json"
@@ -183,7 +184,7 @@ def main() -> None:
             "router and QMoE": chain(config, Path(name) / "routed", routed=True, threads=asked.threads),
         }
         for each in chains.values():
-            each.milliseconds(random, 3)
+            each.milliseconds(random, asked.warm)
         rounds = [
             {key: each.milliseconds(random, asked.runs) for key, each in chains.items()} for _ in range(asked.rounds)
         ]
