@@ -24,7 +24,7 @@ from typing import Final
 from toolkit.calibrate.side_by_side import ROWS
 from toolkit.checkpoint.anatomy import decoder_of
 from toolkit.checkpoint.config import ModelConfig, read_config
-from toolkit.checkpoint.sublayers import LinearInput
+from toolkit.checkpoint.linears import LinearInput
 from toolkit.device.fitting import TOGETHER
 from toolkit.pipeline.calibration_work import PASSES_TO_SEARCH, PASSES_TO_SOLVE, forward_work
 from toolkit.pipeline.text import LONGEST

@@ -26,8 +26,8 @@ from toolkit.calibrate.solve import solve
 from toolkit.calibrate.survey import Survey, Wish, survey
 from toolkit.checkpoint.anatomy import decoder_of
 from toolkit.checkpoint.folded import FoldedTensors
+from toolkit.checkpoint.linears import LinearInput
 from toolkit.checkpoint.opened import Checkpoint, open_checkpoint
-from toolkit.checkpoint.sublayers import LinearInput
 from toolkit.device.arrays import NUMPY
 from toolkit.evaluate.parity import Comparison
 from toolkit.evaluate.positions import open_positions

@@ -71,6 +71,8 @@ TOTAL_SEQ_LEN: Final = "total_seq_len"
 # Before a layer's index: its cache on the way into a graph and out of it.
 _PAST: Final = "past_key_values."
 _PRESENT: Final = "present."
+# Behind a layer's index: what its convolution and its linear attention remember.
+_STATES: Final = (".conv", ".recurrent")
 # Before the name of a draft's file.
 _DRAFT: Final = "draft."
 
@@ -180,6 +182,21 @@ def present_key(layer_index: int | str) -> str:
 def present_value(layer_index: int | str) -> str:
     """Returns the graph output that returns one layer's values."""
     return f"{_PRESENT}{layer_index}.value"
+
+
+def past_conv(layer_index: int | str) -> str:
+    """Returns the graph input that carries the last inputs of a layer's convolution."""
+    return f"{_PAST}{layer_index}{_STATES[0]}"
+
+
+def past_recurrent(layer_index: int | str) -> str:
+    """Returns the graph input that carries the state of a layer's linear attention."""
+    return f"{_PAST}{layer_index}{_STATES[1]}"
+
+
+def is_state(name: str) -> bool:
+    """Returns whether a graph's input or output carries what stands for a text whatever its length."""
+    return name.endswith(_STATES)
 
 
 def is_past(name: str) -> bool:

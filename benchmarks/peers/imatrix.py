@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.gguf_names import gguf_name
-from toolkit.checkpoint.sublayers import Linear
+from toolkit.checkpoint.linears import Linear
 from toolkit.checkpoint.weights import Tensors
 from toolkit.reference.decoder import Array, Layer, embed, read_layer
 

@@ -24,7 +24,8 @@ _UNASKED_LENGTH: Final = 4096
 # A gigabyte of float32: of as many tokens of a prompt at once as make so many with all before them.
 _MOST_SCORES: Final = 1 << 28
 PIPELINE_TYPE: Final = "decoder-pipeline"
-# Types of a text decoder that onnxruntime-genai 0.12.2 and 0.18.0 both load, each tried; they compute the same.
+# Types of a text decoder that onnxruntime-genai 0.12.2 and 0.18.0 both load, each tried; they compute the same. The
+# last has states beside its cache, which 0.12.2 does not know: it is 0.18.0's alone.
 GENAI_TYPES: Final = (
     "chatglm",
     "decoder",
@@ -46,9 +47,14 @@ GENAI_TYPES: Final = (
     "qwen2",
     "qwen3",
     "smollm3",
+    "qwen3_5_text",
 )
 _PAST: Final = {"past_key_names": names.past_key("%d"), "past_value_names": names.past_value("%d")}
 _PRESENT: Final = {"present_key_names": names.present_key("%d"), "present_value_names": names.present_value("%d")}
+_PAST_STATES: Final = {"past_conv_names": names.past_conv("%d"), "past_recurrent_names": names.past_recurrent("%d")}
+_PRESENT_STATES: Final = {
+    key.replace("past", "present"): names.present_of(pattern) for key, pattern in _PAST_STATES.items()
+}
 # After how many tokens onnxruntime-genai reads a text of a type anew, by LongRoPE's long factors (generators.cpp).
 _READ_ANEW: Final = {"phi3": 4096}
 # When a stage runs, where that is not always.
@@ -96,7 +102,8 @@ class _Cache:
     Latents and traced graphs have no operator that writes into the cache it is given, so that theirs `grows`."""
 
     def __init__(self, config: ModelConfig, graphs: Sequence[StageGraph]) -> None:
-        past = [value for graph in graphs for value in graph.model.graph.inputs if names.is_past(str(value.name))]
+        taken = [value for graph in graphs for value in graph.model.graph.inputs if names.is_past(str(value.name))]
+        past = [value for value in taken if not names.is_state(str(value.name))]
         shapes = {tuple(value.shape)[1::2] for value in past if value.shape is not None}
         ((self.heads, self.width),) = shapes or {(config.num_key_value_heads, config.head_dim)}
         operators = {node.op_type for graph in graphs for node in graph.model.graph}
@@ -178,11 +185,13 @@ def _one_graph(graph: StageGraph) -> Mapping[str, object]:
     # What a model gives its MTP head is named in speculation.json: earlier releases refuse the key.
     gives = names.HIDDEN_STATES_OUT in graph.outputs
     further = {names.HIDDEN_STATES: names.HIDDEN_STATES_OUT} if gives else {}
+    has_states = any(map(names.is_state, graph.inputs))
+    past, present = (_PAST | _PAST_STATES, _PRESENT | _PRESENT_STATES) if has_states else (_PAST, _PRESENT)
     return {
         "filename": graph.stage.file,
         "session_options": _session_options(graph.stage),
-        "inputs": {**{name: name for name in known if name in graph.inputs}, **_PAST},
-        "outputs": {"logits": names.LOGITS, **further, **_PRESENT},
+        "inputs": {**{name: name for name in known if name in graph.inputs}, **past},
+        "outputs": {"logits": names.LOGITS, **further, **present},
     }
 
 

@@ -61,8 +61,18 @@ _KEYS: Final = {
         "current_sequence_length",
         "total_sequence_length",
         "past_key_values_length",
+        # Of linear attention, which a type of 0.18 has.
+        "past_conv_names",
+        "past_recurrent_names",
     },
-    "model.decoder.outputs": {"logits", "present_key_names", "present_value_names", "present_names"},
+    "model.decoder.outputs": {
+        "logits",
+        "present_key_names",
+        "present_value_names",
+        "present_names",
+        "present_conv_names",
+        "present_recurrent_names",
+    },
     "model.decoder.sliding_window": {
         "window_size",
         "pad_value",
@@ -123,7 +133,17 @@ _SINCE: Final = {
     "audio_output": "0.17",
 }
 _MAX_BYTES: Final = 256 << 20
-_LAYERED: Final = ("past_key_names", "past_value_names", "present_key_names", "present_value_names")
+# Names of every layer, each with what a layer of the other kind has in its place: keys and values, or states.
+_LAYERED: Final = {
+    "past_key_names": "past_conv_names",
+    "past_value_names": "past_recurrent_names",
+    "past_conv_names": "past_key_names",
+    "past_recurrent_names": "past_value_names",
+    "present_key_names": "present_conv_names",
+    "present_value_names": "present_recurrent_names",
+    "present_conv_names": "present_key_names",
+    "present_recurrent_names": "present_value_names",
+}
 
 
 def lint_bundle(bundle: Path) -> list[str]:
@@ -207,7 +227,9 @@ def _named(decoder: DecoderSettings, graphs: list[GraphInterface]) -> list[str]:
     for side, given in (("inputs", decoder.inputs), ("outputs", decoder.outputs)):
         values = {name for graph in graphs for name in (graph.inputs if side == "inputs" else graph.outputs)}
         for key, name in given.items():
-            if missing := [n for n in _expanded(decoder, key, name) if n not in values]:
+            own, other = _expanded(decoder, key, name), given.get(_LAYERED.get(key, ""))
+            instead = _expanded(decoder, key, other) if other and len(own) > 1 else [""] * len(own)
+            if missing := [n for n, i in zip(own, instead, strict=False) if n not in values and i not in values]:
                 problems.append(f"model.decoder.{side}.{key} names {missing[0]!r}, which the graph does not have")
     return problems
 

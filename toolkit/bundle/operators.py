@@ -20,6 +20,7 @@ from toolkit.typed_json import from_json
 _TABLE: Final = Path(__file__).with_name("operators.json")
 # What computes the experts of a layer.
 _EXPERTS: Final = "com.microsoft:QMoE"
+_LINEAR_ATTENTION: Final = "com.microsoft:LinearAttention"
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,19 @@ def check_experts(target: Target, config: ModelConfig) -> None:
             f"{config.model_type} has experts: {_EXPERTS} {reason} in the table of {provider}; "
             "convert it for target cpu"
         )
+
+
+def check_linear_attention(target: Target, config: ModelConfig) -> None:
+    """Raises UnsupportedError for a model with linear attention on a target whose execution provider does not compute
+    it, by the table, or whose stages pass no states on."""
+    if config.structure.delta_net is None:
+        return
+    provider = target.accelerator.execution_provider
+    node = NodeFacts("", _LINEAR_ATTENTION, target.form.activations, 0, {}, "")
+    reason = _refusal(node, support_of(provider))
+    if reason or target.partitioned:
+        why = f"{_LINEAR_ATTENTION} {reason} in the table of {provider}" if reason else "stages pass no states on"
+        raise UnsupportedError(f"{config.model_type} has linear attention: {why}; convert it for target cpu")
 
 
 @functools.cache

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from toolkit.calibrate.activations import ActivationFile
-from toolkit.checkpoint.sublayers import LinearInput
+from toolkit.checkpoint.linears import LinearInput
 from toolkit.reference.decoder import batched
 
 

@@ -16,7 +16,7 @@ from toolkit import names
 from toolkit.calibrate.pieces import SharedRows, means_of_products
 from toolkit.calibrate.side_by_side import InputFactor, MatrixRows, RowSource, joined, solve_rows, solve_side_by_side
 from toolkit.calibrate.statistics import Products
-from toolkit.checkpoint.sublayers import LinearInput
+from toolkit.checkpoint.linears import LinearInput
 from toolkit.device.arrays import Device
 from toolkit.device.fitting import Pool
 from toolkit.quant.activations import Rounding, rounded_input

@@ -16,7 +16,8 @@ from typing import Final, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from toolkit.checkpoint.sublayers import Attention, LatentAttention, LinearInput, Mlp
+from toolkit.checkpoint.linears import LinearInput
+from toolkit.checkpoint.sublayers import Mixer, Mlp
 from toolkit.device.fitting import Pool
 from toolkit.quant.blockwise import QuantizedBlocks, QuantSpec, dequantize_blocks
 from toolkit.reference.decoder import Layer
@@ -50,7 +51,7 @@ class Half:
     reads them, without those that are left out, and with those that are solved as these are."""
 
     layer: Layer
-    sublayer: Attention | LatentAttention | Mlp
+    sublayer: Mixer | Mlp
     shared: SharedLayer | None = None
     left_out: frozenset[str] = frozenset()
     solved: Mapping[str, SolvedMatrix] = field(default_factory=dict)
@@ -74,7 +75,7 @@ def each(
 
 def reading(
     layer: Layer,
-    half: Attention | LatentAttention | Mlp,
+    half: Mixer | Mlp,
     inputs: Sequence[LinearInput],
     shared: SharedLayer | None,
     solved: Mapping[str, SolvedMatrix],

@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from toolkit import names
 from toolkit.calibrate.activations import ActivationFile
 from toolkit.checkpoint.config import ModelConfig
-from toolkit.checkpoint.sublayers import Expert, Linear, Mlp
+from toolkit.checkpoint.linears import Linear
+from toolkit.checkpoint.sublayers import Expert, Mlp
 from toolkit.checkpoint.weights import Tensors
 from toolkit.device.arrays import Device
 from toolkit.device.fitting import ON_NUMPY, Fitting

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from toolkit.calibrate.activations import ActivationFile
 from toolkit.calibrate.exact import ExactInputs
 from toolkit.calibrate.pieces import Half, SolvedMatrix, added, each, inner, reading
-from toolkit.checkpoint.sublayers import Attention, LatentAttention, LinearInput, Mlp, Moe, Sublayer
+from toolkit.checkpoint.linears import LinearInput
+from toolkit.checkpoint.sublayers import Mixer, Mlp, Moe, Sublayer
 from toolkit.device.arrays import Device
 from toolkit.device.fitting import Pool
 from toolkit.reference.decoder import Layer, Look, unseen
@@ -101,11 +102,11 @@ class ComputedSide:
         pairs = ((x, y) for (x, _), (y, _) in zip(self._stream, self._inner_file(half), strict=True))
         return each(self._pool, added, self._reading(half, [half.inner_input]), pairs)
 
-    def _inner_file(self, half: Attention | LatentAttention | Mlp) -> ActivationFile:
+    def _inner_file(self, half: Mixer | Mlp) -> ActivationFile:
         if self._inner is None:
             read = each(self._pool, inner, self._reading(half, half.inputs[:-1]), self._stream)
             self._inner = self._spill(half.inner_input.name, half.inner_input.width).write(read)
         return self._inner
 
-    def _reading(self, half: Attention | LatentAttention | Mlp, inputs: Sequence[LinearInput]) -> Half:
+    def _reading(self, half: Mixer | Mlp, inputs: Sequence[LinearInput]) -> Half:
         return reading(self._layer, half, inputs, self._shared, self._solved)

@@ -24,7 +24,7 @@ from toolkit.calibrate.pieces import SolvedMatrix
 from toolkit.calibrate.sides import ComputedSide, KeptSide, Side
 from toolkit.checkpoint.anatomy import decoder_of
 from toolkit.checkpoint.config import ModelConfig
-from toolkit.checkpoint.sublayers import Linear, LinearInput
+from toolkit.checkpoint.linears import Linear, LinearInput
 from toolkit.checkpoint.weights import Tensors
 from toolkit.device.arrays import Device
 from toolkit.device.fitting import ON_NUMPY, Fitting, Pool

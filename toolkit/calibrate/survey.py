@@ -31,7 +31,8 @@ from toolkit.calibrate.search import Searched, input_facts
 from toolkit.calibrate.statistics import InputStatistics
 from toolkit.checkpoint.anatomy import decoder_of
 from toolkit.checkpoint.config import ModelConfig
-from toolkit.checkpoint.sublayers import Linear, LinearInput, Moe
+from toolkit.checkpoint.linears import Linear, LinearInput
+from toolkit.checkpoint.sublayers import Moe
 from toolkit.checkpoint.weights import Tensors
 from toolkit.device.arrays import Device
 from toolkit.device.fitting import ON_NUMPY, Fitting, Pool

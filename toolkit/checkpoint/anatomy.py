@@ -17,8 +17,9 @@ from typing import Final
 
 from toolkit import names
 from toolkit.checkpoint.config import ModelConfig
-from toolkit.checkpoint.family import Experts, Latent
-from toolkit.checkpoint.sublayers import Attention, Expert, LatentAttention, Linear, LinearInput, Mlp, Moe, Norm
+from toolkit.checkpoint.family import DeltaNet, Experts, Latent
+from toolkit.checkpoint.linears import Linear, LinearInput, Norm
+from toolkit.checkpoint.sublayers import Attention, Expert, LatentAttention, LinearAttention, Mixer, Mlp, Moe
 
 # Of the norms over latents, whatever the config says of the others (modeling_deepseek_v3.py of transformers).
 _LATENT_EPS: Final = 1e-6
@@ -30,11 +31,11 @@ class DecoderLayer:
 
     index: int
     prefix: str
-    attention: Attention | LatentAttention
+    attention: Mixer
     mlp: Mlp | Moe
 
     @property
-    def sublayers(self) -> tuple[Attention | LatentAttention, Mlp | Moe]:
+    def sublayers(self) -> tuple[Mixer, Mlp | Moe]:
         """Attention and MLP, in the order they are computed."""
         return self.attention, self.mlp
 
@@ -91,6 +92,12 @@ class Decoder:
     mtp: MtpInput | None = None
 
     @property
+    def gated(self) -> tuple[Attention, ...]:
+        """Returns the attentions whose output is gated: a checkpoint has the gate's rows in q_proj."""
+        attentions = (layer.attention for layer in self.layers)
+        return tuple(one for one in attentions if isinstance(one, Attention) and one.gate_proj)
+
+    @property
     def merged(self) -> dict[str, tuple[Linear, ...]]:
         """Returns the linears whose rows a checkpoint has in one tensor, one behind the other, by that one's module."""
         found: dict[str, tuple[Linear, ...]] = {}
@@ -126,6 +133,8 @@ class Decoder:
                 found[layer.mlp.choice_bias] = (layer.mlp.routing.count,)
             if layer.attention.sinks and isinstance(layer.attention, Attention):
                 found[layer.attention.sinks] = (layer.attention.q_proj.out_features // self.head_dim,)
+            if isinstance(layer.attention, LinearAttention):
+                found |= layer.attention.vectors
         return found
 
     @cached_property
@@ -153,6 +162,10 @@ def stored_tensors(decoder: Decoder) -> dict[str, tuple[int, ...]]:
         found[names.weight(module)] = (sum(linear.out_features for linear in linears), linears[0].in_features)
         for linear in linears:
             del found[linear.weight]
+    for attention in decoder.gated:
+        assert attention.gate_proj
+        for query, gate in zip(attention.q_proj.tensors, attention.gate_proj.tensors, strict=True):
+            found[query] = (2 * found[query][0], *found.pop(gate)[1:])
     for moe in decoder.moes:
         if not moe.routing.stacked:
             continue
@@ -194,9 +207,31 @@ def _layer(config: ModelConfig, index: int) -> DecoderLayer:
     prefix = names.layer_module(index, "")
     experts = config.structure.experts
     mlp = _moe(config, experts, prefix) if experts and index not in experts.dense_layers else _mlp(config, prefix)
-    latent = config.structure.latent
-    attention = _latent(config, latent, prefix) if latent else _attention(config, index, prefix)
-    return DecoderLayer(index, prefix, attention, mlp)
+    return DecoderLayer(index, prefix, _mixer(config, index, prefix), mlp)
+
+
+def _mixer(config: ModelConfig, index: int, prefix: str) -> Mixer:
+    latent, delta_net = config.structure.latent, config.structure.delta_net
+    if delta_net and index in delta_net.layers:
+        return _linear_attention(config, delta_net, prefix)
+    return _latent(config, latent, prefix) if latent else _attention(config, index, prefix)
+
+
+def _linear_attention(config: ModelConfig, shape: DeltaNet, prefix: str) -> LinearAttention:
+    D, heads, of = config.hidden_size, shape.linear_num_value_heads, f"{prefix}linear_attn."
+    return LinearAttention(
+        Norm(f"{prefix}input_layernorm", D),
+        Linear(f"{of}in_proj_qkv", D, shape.conv_size),
+        Linear(f"{of}in_proj_z", D, shape.value_size),
+        Linear(f"{of}in_proj_b", D, heads, exact=True),
+        Linear(f"{of}in_proj_a", D, heads, exact=True),
+        Linear(f"{of}out_proj", shape.value_size, D),
+        conv1d=names.weight(f"{of}conv1d"),
+        dt_bias=f"{of}dt_bias",
+        A_log=f"{of}A_log",
+        gated_norm=names.weight(f"{of}norm"),
+        shape=shape,
+    )
 
 
 def _attention(config: ModelConfig, index: int, prefix: str) -> Attention:
@@ -206,6 +241,9 @@ def _attention(config: ModelConfig, index: int, prefix: str) -> Attention:
         for name, out_features in (("q_proj", config.q_size), ("k_proj", config.kv_size), ("v_proj", config.kv_size))
     )
     o = Linear(f"{prefix}self_attn.o_proj", config.q_size, D, structure.o_bias)
+    # A name of its own: a checkpoint has its rows in q_proj.
+    gate = Linear(f"{prefix}self_attn.q_gate_proj", D, config.q_size, structure.qkv_bias)
+    gates = (gate,) if structure.output_gate else ()
     norm = Norm(f"{prefix}input_layernorm", D)
     shared = config.num_attention_heads // config.num_key_value_heads
     return Attention(
@@ -217,12 +255,13 @@ def _attention(config: ModelConfig, index: int, prefix: str) -> Attention:
         q_norm=Norm(f"{prefix}self_attn.q_norm", Dh) if structure.qk_norm else None,
         k_norm=Norm(f"{prefix}self_attn.k_norm", Dh) if structure.qk_norm else None,
         qkv_proj=f"{prefix}self_attn.qkv_proj",
-        normed_input=LinearInput((q, k, v), norm, D),
+        normed_input=LinearInput((q, k, v, *gates), norm, D),
         inner_input=LinearInput((o,), v, config.q_size, shared, Dh),
         window=structure.sliding_windows[index] if structure.sliding_windows else None,
         rope=index not in structure.layers_without_rope,
         sinks=f"{prefix}self_attn.sinks" if structure.sinks else None,
         output_norm=Norm(f"{prefix}post_attention_layernorm", D) if structure.output_norms else None,
+        gate_proj=gate if gates else None,
     )
 
 

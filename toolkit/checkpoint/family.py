@@ -75,6 +75,46 @@ class Latent:
 
 
 @dataclass(frozen=True)
+class DeltaNet:
+    """Linear attention by the gated delta rule (arXiv 2412.06464) in place of softmax attention, in some `layers` by
+    their indices. A state of `linear_key_head_dim` x `linear_value_head_dim` for each head of values stands for all of
+    the text so far; each head of keys serves as many heads of values, one behind the other. A convolution over
+    `linear_conv_kernel_dim` tokens comes before it. The other names are those of config.json too."""
+
+    layers: tuple[int, ...]
+    linear_num_key_heads: int
+    linear_num_value_heads: int
+    linear_key_head_dim: int
+    linear_value_head_dim: int
+    linear_conv_kernel_dim: int
+
+    @property
+    def key_size(self) -> int:
+        """How wide the keys of all heads are together, and the queries."""
+        return self.linear_num_key_heads * self.linear_key_head_dim
+
+    @property
+    def value_size(self) -> int:
+        """How wide the values of all heads are together."""
+        return self.linear_num_value_heads * self.linear_value_head_dim
+
+    @property
+    def conv_size(self) -> int:
+        """How many channels go through the convolution: queries, keys and values, in this order."""
+        return 2 * self.key_size + self.value_size
+
+    @property
+    def conv_state(self) -> tuple[int, int]:
+        """The shape of what the convolution has to remember: its channels of the tokens before."""
+        return self.conv_size, self.linear_conv_kernel_dim - 1
+
+    @property
+    def recurrent_state(self) -> tuple[int, int, int]:
+        """The shape of what stands for the text so far."""
+        return self.linear_num_value_heads, self.linear_key_head_dim, self.linear_value_head_dim
+
+
+@dataclass(frozen=True)
 class Structure:
     """What a decoder has beside the seven linears and two norms of every layer, each with Llama's answer as default.
 
@@ -88,6 +128,10 @@ class Structure:
     each sublayer too, `gains_from_one` that a norm's gains are 1 and the weight of a checkpoint together. The embedding
     is multiplied by `embedding_scale`. `query_pre_attn_scalar` stands for head_dim in attention's scale, None where
     they are the same. `local_rope_theta` is RoPE's base in layers that slide, None where it is the others'.
+
+    `delta_net` is what layers of linear attention have, None where there are none. Where `output_gate` softmax
+    attention's output is multiplied by the sigmoid of a gate that a linear makes, whose rows a checkpoint has in
+    q_proj: behind those of each head's query.
 
     `num_nextn_predict_layers` is how many layers behind the last a checkpoint may have that predict further tokens
     (DeepSeek-V3, arXiv 2412.19437, section 2.2). `mtp_layer` is None but for a decoder that is one of them, of which it
@@ -103,6 +147,8 @@ class Structure:
     experts: Experts | None = None
     sinks: bool = False
     latent: Latent | None = None
+    delta_net: DeltaNet | None = None
+    output_gate: bool = False
     merged: bool = False
     activation: str = SILU
     output_norms: bool = False

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from toolkit.checkpoint.linears import LinearInput
 from toolkit.checkpoint.scan import Rows
-from toolkit.checkpoint.sublayers import LinearInput
 from toolkit.checkpoint.weights import WeightSource
 from toolkit.names import weight
 

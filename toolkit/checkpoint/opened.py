@@ -8,6 +8,7 @@ from pathlib import Path
 
 from toolkit.checkpoint.config import ModelConfig, read_config
 from toolkit.checkpoint.gains import with_gains
+from toolkit.checkpoint.gated_queries import with_gates_apart
 from toolkit.checkpoint.gguf import GgufModel, is_gguf, open_gguf
 from toolkit.checkpoint.merged_rows import unmerged
 from toolkit.checkpoint.mtp import mtp_config
@@ -71,7 +72,8 @@ def found_checkpoint(
     """The checkpoint that a folder and its tensors are, `download_bytes` of which are not here."""
     side = read_side_files(folder, config.vocab_size)
     notes = (*found.notes, *_dequantized(found.stored_as), *side_notes(side, config.vocab_size))
-    weights = in_halves(unmerged(unstacked(source, config), config, source.by_columns), config)
+    weights = unmerged(unstacked(source, config), config, source.by_columns)
+    weights = in_halves(with_gates_apart(weights, config), config)
     weights = with_gains(weights, config)
     return Checkpoint(folder, config, weights, False, side, notes, download_bytes, found.stored_as)
 

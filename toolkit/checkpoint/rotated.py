@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from toolkit.checkpoint.anatomy import Decoder, decoder_of
 from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.hadamard import Hadamard, is_known
+from toolkit.checkpoint.linears import Norm
 from toolkit.checkpoint.opened import Checkpoint
 from toolkit.checkpoint.scan import Rows, whole_tensors
-from toolkit.checkpoint.sublayers import LatentAttention, Norm
+from toolkit.checkpoint.sublayers import Attention
 from toolkit.checkpoint.weights import WeightSource
 from toolkit.errors import UnsupportedError
 
@@ -43,8 +44,13 @@ def salient_inputs(checkpoint: Checkpoint) -> list[str]:
 
 def can_rotate(config: ModelConfig) -> bool:
     """Whether `rotate` takes a checkpoint of this config."""
-    widths = [config.hidden_size, *([] if config.structure.latent else [config.head_dim])]
+    widths = [config.hidden_size, *([config.head_dim] if _turns_values(config) else [])]
     return not config.tie_word_embeddings and not config.structure.output_norms and all(map(is_known, widths))
+
+
+def _turns_values(config: ModelConfig) -> bool:
+    """Whether values are rotated: neither those made of a latent, nor those whose mean is gated channel by channel."""
+    return config.structure.latent is None and not config.structure.output_gate
 
 
 def rotate(checkpoint: Checkpoint, seed: int = 0) -> Checkpoint:
@@ -74,14 +80,14 @@ class _Turn:
 
 def _turns(decoder: Decoder, stream: Hadamard, values: Hadamard | None) -> dict[str, _Turn]:
     """Returns the turn of every tensor that has one: what writes into the residual stream or reads from it, and, for
-    the values of attention, v_proj and o_proj. Values that are made of a latent stay as they are."""
+    the values of attention, v_proj and o_proj. Where `values` is None they stay as they are."""
     turns = {decoder.embedding.weight: _Turn(columns=stream)}
     turns |= {linear.weight: _Turn(None, decoder.norm.weight, stream) for linear in decoder.head_input.linears}
     for layer in decoder.layers:
         for half in layer.sublayers:
             turns |= {linear.weight: _Turn(None, half.norm.weight, stream) for linear in half.first}
             turns |= {tensor: _Turn(rows=stream) for linear in half.writers for tensor in linear.tensors}
-        if isinstance(layer.attention, LatentAttention):
+        if not isinstance(layer.attention, Attention) or values is None:
             continue
         v, o = layer.attention.v_proj, layer.attention.o_proj
         turns |= {tensor: replace(turns.get(tensor, _Turn()), rows=values) for tensor in v.tensors}
@@ -95,7 +101,7 @@ class RotatedTensors:
     def __init__(self, source: WeightSource, config: ModelConfig, seed: int) -> None:
         decoder = decoder_of(config)
         self._source = source
-        values = None if config.structure.latent else Hadamard(config.head_dim, seed + 1)
+        values = Hadamard(config.head_dim, seed + 1) if _turns_values(config) else None
         self._turns = _turns(decoder, Hadamard(config.hidden_size, seed), values)
         # Their gains stand in the linears behind them.
         self._emptied = {half.norm.weight for layer in decoder.layers for half in layer.sublayers}

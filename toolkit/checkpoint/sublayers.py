@@ -1,4 +1,4 @@
-"""What the two halves of a decoder's layer are made of: linears, norms, and what each linear reads.
+"""What the two halves of a decoder's layer are made of.
 
 A half reads the residual stream through a norm and adds to it. `anatomy.py` gives them their names and sizes.
 D hidden, H heads, K kv heads, Dh head_dim.
@@ -8,87 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from toolkit import names
-from toolkit.checkpoint.family import SILU, Experts, Latent
-
-
-@dataclass(frozen=True)
-class Linear:
-    """A matrix [out_features, in_features] under the checkpoint's name of its module, and perhaps a bias.
-
-    One that is `exact` is never quantized.
-    """
-
-    module: str
-    in_features: int
-    out_features: int
-    has_bias: bool = False
-    exact: bool = False
-
-    @property
-    def weight(self) -> str:
-        """Returns the name of its matrix in the checkpoint."""
-        return names.weight(self.module)
-
-    @property
-    def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Returns the shape of its matrix, and of its bias if there is one, by name."""
-        matrix: dict[str, tuple[int, ...]] = {self.weight: (self.out_features, self.in_features)}
-        return matrix | ({names.bias(self.module): (self.out_features,)} if self.has_bias else {})
-
-
-@dataclass(frozen=True)
-class Norm:
-    """An RMSNorm over `width` channels under the checkpoint's name of its module; `eps` where it is not the config's
-    rms_norm_eps."""
-
-    module: str
-    width: int
-    eps: float | None = None
-
-    @property
-    def weight(self) -> str:
-        """Returns the name of its gains in the checkpoint."""
-        return names.weight(self.module)
-
-    @property
-    def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Returns the shape of its gains by their name."""
-        return {self.weight: (self.width,)}
-
-
-@dataclass(frozen=True)
-class LinearInput:
-    """One activation vector of `width` channels: the linears that read it, and the module that writes its channels.
-
-    A scale moved from a channel's readers to its writer changes no output (AWQ, arXiv 2306.00978, section 3.2).
-    `writer` is None where nothing linear stands before the input alone. Where it is `routed` only some of a text's
-    tokens come here. Under grouped-query attention one row of
-    v_proj makes `shared` channels of o_proj's input, head by head: channel (k * shared + g) * Dh + d comes from row
-    k * Dh + d.
-    """
-
-    linears: tuple[Linear, ...]
-    writer: Norm | Linear | None
-    width: int
-    shared: int = 1
-    head_dim: int = 1
-    routed: bool = False
-
-    @property
-    def name(self) -> str:
-        """The module that reads it first."""
-        return self.linears[0].module
-
-    @property
-    def readers(self) -> tuple[str, ...]:
-        """The modules whose weight columns it meets."""
-        return tuple(linear.module for linear in self.linears)
-
-    @property
-    def writers(self) -> tuple[str, ...]:
-        """The tensors whose rows, or elements, make its channels."""
-        return tuple(self.writer.tensors) if self.writer else ()
+from toolkit.checkpoint.family import SILU, DeltaNet, Experts, Latent
+from toolkit.checkpoint.linears import Linear, LinearInput, Norm
 
 
 @dataclass(frozen=True)
@@ -98,7 +19,8 @@ class Attention:
     `window` is how many tokens a query sees, itself included, None for all; `rope` is whether queries and keys are
     rotated by their position. `qkv_proj` is the module that q, k and v become where a graph stacks their rows. `sinks`
     is the tensor of a logit for each head that stands for no token, None in most families. `output_norm` goes over what
-    is added to the residual stream, in families that have one.
+    is added to the residual stream, in families that have one. Its output is multiplied by the sigmoid of what
+    `gate_proj` makes, in families that have one.
     """
 
     norm: Norm
@@ -115,6 +37,7 @@ class Attention:
     rope: bool
     sinks: str | None = None
     output_norm: Norm | None = None
+    gate_proj: Linear | None = None
 
     @property
     def qkv(self) -> tuple[Linear, Linear, Linear]:
@@ -129,7 +52,7 @@ class Attention:
     @property
     def first(self) -> tuple[Linear, ...]:
         """The linears that read the norm's output."""
-        return self.qkv
+        return self.normed_input.linears
 
     @property
     def last(self) -> Linear:
@@ -228,6 +151,83 @@ class LatentAttention:
     def head_norms(self) -> tuple[Norm, ...]:
         """The norms inside, those over latents."""
         return tuple(norm for norm in (self.q_a_layernorm, self.kv_a_layernorm) if norm)
+
+
+@dataclass(frozen=True)
+class LinearAttention:
+    """The first sublayer where a state stands for the text, by the gated delta rule (Gated DeltaNet).
+
+    `in_proj_qkv` makes queries, keys and values, which the convolution `conv1d` mixes with those of tokens before;
+    `in_proj_b` how much of a value is written, and `in_proj_a`, with `dt_bias` and `A_log`, how much of the state is
+    left. Each head's output goes through an RMSNorm, `gated_norm` its gains, which do not count from 1 where others do,
+    and is multiplied by SiLU of what `in_proj_z` makes.
+    """
+
+    norm: Norm
+    in_proj_qkv: Linear
+    in_proj_z: Linear
+    in_proj_b: Linear
+    in_proj_a: Linear
+    out_proj: Linear
+    conv1d: str
+    dt_bias: str
+    A_log: str
+    gated_norm: str
+    shape: DeltaNet
+    window: int | None = None
+    sinks: str | None = None
+    output_norm: Norm | None = None
+
+    @property
+    def vectors(self) -> dict[str, tuple[int, ...]]:
+        """Returns the shape of every tensor that is neither a linear's nor a norm over the stream's, by name."""
+        heads, shape = self.shape.linear_num_value_heads, self.shape
+        return {
+            self.conv1d: (shape.conv_size, 1, shape.linear_conv_kernel_dim),
+            self.dt_bias: (heads,),
+            self.A_log: (heads,),
+            self.gated_norm: (shape.linear_value_head_dim,),
+        }
+
+    @property
+    def first(self) -> tuple[Linear, ...]:
+        """The linears that read the norm's output."""
+        return self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a
+
+    @property
+    def last(self) -> Linear:
+        """The linear whose output is added to the residual stream."""
+        return self.out_proj
+
+    @property
+    def normed_input(self) -> LinearInput:
+        """Returns the norm's output. It is read by linears too that are never quantized, so nothing is folded."""
+        return LinearInput((self.in_proj_qkv, self.in_proj_z), None, self.norm.width)
+
+    @property
+    def inner_input(self) -> LinearInput:
+        """Returns what `last` reads, a product of two, so that nothing is folded."""
+        return LinearInput((self.out_proj,), None, self.out_proj.in_features)
+
+    @property
+    def inputs(self) -> tuple[LinearInput, ...]:
+        """What its linears read, in the order in which it is computed."""
+        return self.normed_input, self.inner_input
+
+    @property
+    def writers(self) -> tuple[Linear, ...]:
+        """The linears that write into the residual stream."""
+        return (self.out_proj,)
+
+    @property
+    def exact_linears(self) -> tuple[Linear, ...]:
+        """The linears that are never quantized: those of a number a head, whose error every later token would have."""
+        return self.in_proj_b, self.in_proj_a
+
+    @property
+    def head_norms(self) -> tuple[Norm, ...]:
+        """The norms inside that are as those over the stream: none."""
+        return ()
 
 
 @dataclass(frozen=True)
@@ -337,4 +337,6 @@ class Moe:
         return (self.router,)
 
 
-Sublayer = Attention | LatentAttention | Mlp | Moe
+# The first half of a layer, where tokens meet.
+Mixer = Attention | LatentAttention | LinearAttention
+Sublayer = Mixer | Mlp | Moe

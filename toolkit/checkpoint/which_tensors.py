@@ -140,11 +140,15 @@ def without_wrappers(name: str) -> tuple[str, list[str]]:
 def of_the_decoder(stored: Mapping[str, TensorRef], prefixes: Sequence[str]) -> dict[str, TensorRef]:
     """The tensors, those of a decoder inside a model of several kinds of input, under one of the `prefixes` there, by a
     decoder's own names."""
-    found = {}
+    found, has_decoder = {}, any(name.startswith(tuple(prefixes)) for name in stored)
     for name, ref in stored.items():
         prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), "")
         bare = f"model.{name.removeprefix(prefix)}" if prefix else name
-        bare = bare.removeprefix("language_model.") if prefixes else bare
+        if prefixes:
+            bare = bare.removeprefix("language_model.")
+        if not prefix and name.startswith("model.") and has_decoder:
+            # What else such a model has, as Qwen3.5's `model.visual`: not the decoder's, whose names begin so here.
+            bare = name.removeprefix("model.")
         found[bare] = replace(ref, name=bare)
     return found
 

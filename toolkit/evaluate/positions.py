@@ -256,9 +256,13 @@ def _cache_inputs(session: ort.InferenceSession) -> list[Any]:
 
 
 def empty_cache(session: ort.InferenceSession, length: int | None = None) -> dict[str, NDArray[Any]]:
-    """Returns zeros of [1, kv heads, length, head_dim] for each cache input, as long as the graph fixes it for None."""
+    """Returns zeros of [1, kv heads, length, head_dim] for each cache input, as long as the graph fixes it for None,
+    and of a state's own shape."""
     made = {}
     for value in _cache_inputs(session):
+        if names.is_state(value.name):
+            made[value.name] = np.zeros((1, *value.shape[1:]), _NUMPY[value.type])
+            continue
         _, heads, fixed, width = value.shape
         made[value.name] = np.zeros(
             (1, int(heads), fixed if length is None else length, int(width)), _NUMPY[value.type]

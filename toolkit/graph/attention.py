@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from toolkit.checkpoint.anatomy import DecoderLayer, decoder_of
 from toolkit.checkpoint.config import ModelConfig
-from toolkit.checkpoint.sublayers import LatentAttention
+from toolkit.checkpoint.sublayers import Attention
 from toolkit.errors import UnsupportedError
 from toolkit.graph.builder import MS, GraphBuilder
 from toolkit.target import Form
@@ -72,7 +72,7 @@ def check_attention(form: Form, config: ModelConfig, context_length: int) -> Non
 
 def turns(layer: DecoderLayer) -> bool:
     """Whether a layer rotates queries and keys by their position; under latent attention always a part of them."""
-    return isinstance(layer.attention, LatentAttention) or layer.attention.rope
+    return not isinstance(layer.attention, Attention) or layer.attention.rope
 
 
 def chosen_rotary(build: GraphBuilder, rotary: list[ir.Value], switch: int, lengths: Lengths) -> list[ir.Value]:

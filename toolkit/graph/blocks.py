@@ -16,8 +16,9 @@ from toolkit import names
 from toolkit.checkpoint.anatomy import DecoderLayer, decoder_of
 from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.family import GELU_TANH, SILU
+from toolkit.checkpoint.linears import Linear, Norm
 from toolkit.checkpoint.rope_config import RopeConfig
-from toolkit.checkpoint.sublayers import Attention, LatentAttention, Linear, Mlp, Moe, Norm, Sublayer
+from toolkit.checkpoint.sublayers import Attention, LatentAttention, LinearAttention, Mlp, Moe, Sublayer
 from toolkit.errors import UnsupportedError
 from toolkit.graph.attention import (
     Geometry,
@@ -29,10 +30,12 @@ from toolkit.graph.attention import (
     plain_attention,
     turned_by,
 )
-from toolkit.graph.builder import MS, GraphBuilder, declare, value
+from toolkit.graph.builder import MS, GraphBuilder
+from toolkit.graph.cached import CacheShape, given_back, latent_taken, taken_by
 from toolkit.graph.latent import latent_attention
-from toolkit.graph.latent_cache import Seen, cache_row, latent_cache_attention, seen_tokens, spare_value
+from toolkit.graph.latent_cache import Seen, latent_cache_attention, seen_tokens, spare_value
 from toolkit.graph.layout import Unit
+from toolkit.graph.linear_attention import linear_attention
 from toolkit.graph.rope import rotary_caches
 from toolkit.quant.ranges import HEADROOM, ActivationRange
 from toolkit.target import CPU_FORM, Form
@@ -40,17 +43,6 @@ from toolkit.target import CPU_FORM, Form
 _SIGMOID: Final = ActivationRange(0.0, 1.0 / HEADROOM)
 # Beyond any position, as Slice wants it.
 _END: Final = (1 << 63) - 1
-
-
-@dataclass(frozen=True)
-class CacheShape:
-    """The KV cache as graph inputs and outputs: batch, past and total length, each a number or a name, for these
-    layers, all if None."""
-
-    batch: int | str
-    past: int | str
-    total: int | str
-    layers: range | None = None
 
 
 @dataclass(frozen=True)
@@ -121,14 +113,12 @@ def layers(
     for layer in stack:
         i, attention = layer.index, layer.attention
         hidden = build.rounded(f"/model/layers.{i}/attn/input", hidden, names.input_of(attention.first[0].module))
-        given = _cache_inputs(build, config, cache, i)
+        given = taken_by(build, config, cache, layer)
         mixed, made = _attend(build, config, layer, hidden, given, turned[config.rope_of(attention.window)], lengths)
-        present += [
-            _cache_output(build, config, cache, output, taken) for output, taken in zip(made, given, strict=True)
-        ]
+        present += [given_back(build, config, cache, output, taken) for output, taken in zip(made, given, strict=True)]
         past += given
-        mixed = build.rounded(f"/model/layers.{i}/attn/mixed", mixed, names.input_of(attention.o_proj.module))
-        attended = _output_norm(build, config, attention, _linear(build, mixed, attention.o_proj))
+        mixed = build.rounded(f"/model/layers.{i}/attn/mixed", mixed, names.input_of(attention.last.module))
+        attended = _output_norm(build, config, attention, _linear(build, mixed, attention.last))
         hidden, residual = _skip_norm(build, attended, residual, layer.mlp.norm, config)
         product = _output_norm(build, config, layer.mlp, _mlp_of(build, layer, hidden))
         if layer is stack[-1] and layer is not decoder.layers[-1]:
@@ -137,31 +127,10 @@ def layers(
         after = decoder.norm if layer is decoder.layers[-1] else decoder.layers[i + 1].attention.norm
         hidden, residual = _skip_norm(build, product, residual, after, config)
     if build.form.latent_cache and len(stack) % 2:
-        (spare,) = _cache_inputs(build, config, cache, len(stack))
-        present.append(_cache_output(build, config, cache, spare_value(build, present[-1]), spare))
+        spare = latent_taken(build, config, cache, len(stack))
+        present.append(given_back(build, config, cache, spare_value(build, present[-1]), spare))
         past.append(spare)
     return hidden, past, present
-
-
-def _cache_inputs(build: GraphBuilder, config: ModelConfig, cache: CacheShape, index: int) -> list[ir.Value]:
-    """What a layer has of the cache: key and value, or one of another two where latents are kept."""
-    if not build.form.latent_cache:
-        return [_cache_input(build, config, cache, name(index)) for name in (names.past_key, names.past_value)]
-    name = (names.past_key, names.past_value)[index % 2]
-    return [_cache_input(build, config, cache, name(index // 2))]
-
-
-def _cache_input(build: GraphBuilder, config: ModelConfig, cache: CacheShape, name: str) -> ir.Value:
-    heads, width = cache_row(build.form, config)
-    return value(name, build.dtype, (cache.batch, heads, cache.past, width))
-
-
-def _cache_output(
-    build: GraphBuilder, config: ModelConfig, cache: CacheShape, made: ir.Value, taken: ir.Value
-) -> ir.Value:
-    """What a run gives back for what it took."""
-    heads, width = cache_row(build.form, config)
-    return declare(made, names.present_of(str(taken.name)), build.dtype, (cache.batch, heads, cache.total, width))
 
 
 def _rotations(
@@ -285,11 +254,14 @@ def _attend(
     lengths: Lengths,
 ) -> tuple[ir.Value, list[ir.Value]]:
     """[B, S, D] to (what o_proj reads, present key and value)."""
-    if isinstance(layer.attention, LatentAttention):
-        path = f"/model/layers.{layer.index}/attn"
+    path = f"/model/layers.{layer.index}/attn"
 
-        def linear(x: ir.Value, of: Linear) -> ir.Value:
-            return _linear(build, x, of)
+    def linear(x: ir.Value, of: Linear) -> ir.Value:
+        return _linear(build, x, of)
+
+    if isinstance(layer.attention, LinearAttention):
+        return linear_attention(build, config, path, layer.attention, x, pair, linear)
+    if isinstance(layer.attention, LatentAttention):
 
         def norm(x: ir.Value, of: Norm) -> ir.Value:
             return rms_norm(build, _path(of.module), x, of, config.rms_norm_eps)
@@ -305,7 +277,11 @@ def _attend(
     query = _query_key_value(build, config, layer.attention, x)
     if turned.where:
         return plain_attention(build, config, layer, query, pair, turned.where)
-    return group_query_attention(build, config, layer, query, pair, lengths, turned.tables)
+    attended, present = group_query_attention(build, config, layer, query, pair, lengths, turned.tables)
+    if gate := layer.attention.gate_proj:
+        (open_part,) = build.op(f"{path}/gate/Sigmoid", [linear(x, gate)])
+        (attended,) = build.op(f"{path}/gate/Mul", [attended, open_part])
+    return attended, present
 
 
 def _query_key_value(

@@ -9,8 +9,9 @@ from toolkit import names
 from toolkit.checkpoint.anatomy import decoder_of
 from toolkit.checkpoint.config import ModelConfig
 from toolkit.graph.attention import Lengths
-from toolkit.graph.blocks import CacheShape, embedding, last_rows, layers, lm_head
+from toolkit.graph.blocks import embedding, last_rows, layers, lm_head
 from toolkit.graph.builder import GraphBuilder, declare, value
+from toolkit.graph.cached import CacheShape
 from toolkit.graph.layout import Layout
 from toolkit.graph.mtp import hidden_input, hidden_output, mtp_input
 from toolkit.target import Form

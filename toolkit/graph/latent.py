@@ -13,7 +13,8 @@ import numpy as np
 import onnx_ir as ir
 
 from toolkit.checkpoint.config import ModelConfig
-from toolkit.checkpoint.sublayers import LatentAttention, Linear, Norm
+from toolkit.checkpoint.linears import Linear, Norm
+from toolkit.checkpoint.sublayers import LatentAttention
 from toolkit.graph.attention import Lengths
 from toolkit.graph.builder import MS, GraphBuilder
 

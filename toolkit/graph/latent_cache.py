@@ -65,9 +65,19 @@ def check_latent_cache(form: Form, config: ModelConfig, layout: Layout) -> None:
 
 
 def cached_numbers(form: Form, config: ModelConfig) -> int:
-    """Returns how many numbers the cache has for a token: two rows for a layer, or for two layers of latents."""
-    pairs = -(-config.num_hidden_layers // 2) if form.latent_cache else config.num_hidden_layers
+    """Returns how many numbers the cache has for a token: two rows for a layer, or for two layers of latents, none for
+    one of linear attention."""
+    delta_net = config.structure.delta_net
+    layers = config.num_hidden_layers - (len(delta_net.layers) if delta_net else 0)
+    pairs = -(-layers // 2) if form.latent_cache else layers
     return 2 * pairs * math.prod(cache_row(form, config))
+
+
+def state_numbers(config: ModelConfig) -> int:
+    """Returns how many numbers stand for a text of any length, in layers of linear attention."""
+    if (shape := config.structure.delta_net) is None:
+        return 0
+    return len(shape.layers) * (math.prod(shape.conv_state) + math.prod(shape.recurrent_state))
 
 
 def seen_tokens(build: GraphBuilder, config: ModelConfig, lengths: Lengths) -> Seen:

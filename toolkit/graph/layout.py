@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from toolkit import names
 from toolkit.checkpoint.anatomy import decoder_of
 from toolkit.checkpoint.config import ModelConfig
-from toolkit.checkpoint.sublayers import LatentAttention
+from toolkit.checkpoint.sublayers import Attention
 from toolkit.checkpoint.weights import expected_tensors
 from toolkit.quant.blockwise import QuantSpec
 from toolkit.quant.formats import StoredArray, floats_of, planned_specs, stored_arrays
@@ -123,7 +123,7 @@ def _groups(config: ModelConfig, target: Target, specs: Mapping[str, QuantSpec])
     attentions = (layer.attention for layer in decoder_of(config).layers if target.form.packed_qkv)
     for attention in attentions:
         if (
-            isinstance(attention, LatentAttention)
+            not isinstance(attention, Attention)
             or attention.head_norms
             or len({specs.get(linear.weight) for linear in attention.qkv}) > 1
         ):

@@ -14,8 +14,9 @@ import onnx_ir as ir
 from toolkit import names
 from toolkit.checkpoint.config import ModelConfig
 from toolkit.graph.attention import Lengths
-from toolkit.graph.blocks import CacheShape, embedding, layers, lm_head
+from toolkit.graph.blocks import embedding, layers, lm_head
 from toolkit.graph.builder import GraphBuilder, declare, value
+from toolkit.graph.cached import CacheShape
 from toolkit.graph.layout import Layout
 from toolkit.quant.ranges import ActivationRange
 from toolkit.target import Form

@@ -8,7 +8,7 @@ from typing import Final
 
 from toolkit.checkpoint.anatomy import decoder_of
 from toolkit.checkpoint.config import ModelConfig
-from toolkit.checkpoint.sublayers import LinearInput
+from toolkit.checkpoint.linears import LinearInput
 from toolkit.checkpoint.weights import parameter_count
 from toolkit.machine import free_memory_bytes
 from toolkit.names import layer_of, weight

@@ -16,7 +16,7 @@ from toolkit.calibrate.survey import probe_tokens
 from toolkit.calibrate.tuning import TOKENS_A_STEP
 from toolkit.checkpoint.anatomy import decoder_of
 from toolkit.checkpoint.config import ModelConfig
-from toolkit.checkpoint.sublayers import LinearInput
+from toolkit.checkpoint.linears import LinearInput
 from toolkit.names import layer_of, weight
 from toolkit.pipeline.text import LONGEST
 from toolkit.pipeline.work import Work

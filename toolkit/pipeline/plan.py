@@ -10,7 +10,7 @@ from typing import Final
 
 from toolkit import names
 from toolkit.bundle.genai_config import check_switch, genai_type, unasked_length
-from toolkit.bundle.operators import check_experts
+from toolkit.bundle.operators import check_experts, check_linear_attention
 from toolkit.bundle.stop_tokens import StopToken, stop_tokens
 from toolkit.calibrate.tuning import check_tunable
 from toolkit.checkpoint.anatomy import decoder_of
@@ -24,7 +24,7 @@ from toolkit.errors import MachineError, RecipeError, UnsupportedError
 from toolkit.graph.attention import HEAD_DIM_MULTIPLE
 from toolkit.graph.blocks import check_layers
 from toolkit.graph.builder import StageGraph
-from toolkit.graph.latent_cache import cached_numbers, check_latent_cache
+from toolkit.graph.latent_cache import cached_numbers, check_latent_cache, state_numbers
 from toolkit.graph.layout import Layout, plan_layout
 from toolkit.machine import free_disk_bytes, free_memory_bytes, ram_bytes
 from toolkit.partition.pack import CHUNK_BYTES
@@ -150,7 +150,8 @@ def plan_export(recipe: Recipe, checkpoint: Checkpoint, out: Path, precision: st
         bits_per_weight=layout.bits_per_weight(),
         peak_memory_bytes=BASE_BYTES + max(packing, cost.memory_bytes if cost else 0),
         compile_memory_bytes=compile_memory_bytes(largest_part(layers, recipe.parts)) if compiled else 0,
-        kv_cache_bytes=item_bytes * recipe.context_length * cached_numbers(target.form, config),
+        kv_cache_bytes=item_bytes
+        * (recipe.context_length * cached_numbers(target.form, config) + state_numbers(config)),
         calibration_cost=cost,
         salient_inputs=salient,
         tokenizer=tokenizer,
@@ -208,6 +209,7 @@ def _target(recipe: Recipe, precision: str) -> Target:
 def _check_target(target: Target, config: ModelConfig, context_length: int) -> None:
     """Raises UnsupportedError for what a target cannot do with a model of this config."""
     check_experts(target, config)
+    check_linear_attention(target, config)
     check_switch(target, config, context_length)
     check_layers(target.form, config, context_length)
 
@@ -223,6 +225,11 @@ def _check_recipe(recipe: Recipe, checkpoint: Checkpoint) -> None:
         mtp_config(checkpoint.config)
         if recipe.rotate:
             raise RecipeError("rotate turns the hidden states that an MTP head takes: leave rotate out, or speculation")
+    if checkpoint.config.structure.delta_net:
+        raise UnsupportedError(
+            f"{checkpoint.config.model_type} has linear attention, whose state cannot be taken back to before a wrong "
+            f"guess: {leave}"
+        )
     if (switch := checkpoint.config.rope.switch(recipe.context_length)) is not None:
         raise UnsupportedError(
             f"{checkpoint.config.model_type} reads a text anew at {switch} tokens (LongRoPE), and guesses cannot be "

@@ -176,7 +176,8 @@ def check_rules(config: ModelConfig, recipe: Recipe) -> None:
 def _of_other_attention(config: ModelConfig) -> list[str]:
     """The linears that attention would have through a latent if it has none, and without one if it has one."""
     latent = None if config.structure.latent else Latent(1, 1, 1, 1, 1)
-    other = replace(config, structure=replace(config.structure, latent=latent), num_hidden_layers=1)
+    structure = replace(config.structure, latent=latent, delta_net=None)
+    other = replace(config, structure=structure, num_hidden_layers=1)
     return [module for given in decoder_of(other).layers[0].attention.inputs for module in given.readers]
 
 

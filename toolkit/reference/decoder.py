@@ -19,21 +19,13 @@ from toolkit import names
 from toolkit.checkpoint.anatomy import DecoderLayer, decoder_of
 from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.family import GELU_TANH, Experts
-from toolkit.checkpoint.sublayers import (
-    Attention,
-    Expert,
-    LatentAttention,
-    Linear,
-    LinearInput,
-    Mlp,
-    Moe,
-    Norm,
-    Sublayer,
-)
+from toolkit.checkpoint.linears import Linear, LinearInput, Norm
+from toolkit.checkpoint.sublayers import Attention, Expert, LatentAttention, LinearAttention, Mixer, Mlp, Moe, Sublayer
 from toolkit.checkpoint.weights import Tensors
 from toolkit.device.arrays import NUMPY, Device, device_of
 from toolkit.device.fitting import TOGETHER
 from toolkit.reference.attention import attend
+from toolkit.reference.delta_rule import DeltaState, convolved, delta_rule, silu
 from toolkit.reference.rotation import rotate, rotate_neighbours, rotation
 from toolkit.reference.routing import routed, routed_by_groups
 
@@ -209,23 +201,26 @@ class Layer:
             return self.mlp_hidden(half.shared, normed)
         return normed
 
-    def inner(
-        self, half: Attention | LatentAttention | Mlp, normed: Array, lengths: Sequence[int] = (), look: Look = unseen
-    ) -> Array:
+    def inner(self, half: Mixer | Mlp, normed: Array, lengths: Sequence[int] = (), look: Look = unseen) -> Array:
         """[T, D] to what the last linear of a sublayer reads: [T, H * Dh], or [T, intermediate_size]."""
         return self.mlp_hidden(half, normed) if isinstance(half, Mlp) else self.mixed(half, normed, lengths, look)
 
-    def added(self, half: Attention | LatentAttention | Mlp, x: Array, inner: Array) -> Array:
+    def added(self, half: Mixer | Mlp, x: Array, inner: Array) -> Array:
         """The residual stream [T, D] with a sublayer's output added."""
         output, norm = self.linear(half.last, inner), half.output_norm
         return x + (self.rms_norm(norm, output) if norm else output)
 
-    def mixed(
-        self, attention: Attention | LatentAttention, normed: Array, lengths: Sequence[int] = (), look: Look = unseen
-    ) -> Array:
+    def mixed(self, attention: Mixer, normed: Array, lengths: Sequence[int] = (), look: Look = unseen) -> Array:
         """[T, D] to [T, H * Dh], causal, each sequence from position 0."""
         each = [np.arange(length) for length in lengths or (normed.shape[0],)]
         ends = np.cumsum([positions.size for positions in each])
+        if isinstance(attention, LinearAttention):
+            return self.on.concatenate(
+                [
+                    self.recurrent(attention, normed[end - positions.size : end], DeltaState.empty(attention.shape))
+                    for positions, end in zip(each, ends, strict=True)
+                ]
+            )
         together = np.concatenate(each)
         if isinstance(attention, LatentAttention):
             parts = self._project_latent(attention, normed, together, look)
@@ -234,12 +229,34 @@ class Layer:
         pieces = (
             [part[end - positions.size : end] for positions, end in zip(each, ends, strict=True)] for part in parts
         )
-        return self.on.concatenate(
+        mixed = self.on.concatenate(
             [
                 attend(q, k, v, positions, attention.window, self.config.attention_scale, self.sinks)
                 for q, k, v, positions in zip(*pieces, each, strict=True)
             ]
         )
+        return self.gated(normed, mixed)
+
+    def gated(self, normed: Array, mixed: Array) -> Array:
+        """What attention gives, [T, H * Dh], times the sigmoid of its gate where it has one."""
+        gate = self.anatomy.attention.gate_proj if isinstance(self.anatomy.attention, Attention) else None
+        return mixed / (1 + self.on.exp(-self.linear(gate, normed))) if gate else mixed
+
+    def recurrent(self, attention: LinearAttention, normed: Array, state: DeltaState) -> Array:
+        """[T, D] of one text's next tokens to [T, H * Dv] by the gated delta rule, which moves its state on.
+
+        The rule goes from token to token, so it is the host's whatever the device.
+        """
+        host, tensors = self.on.to_host, self.tensors
+        mixed, z, b, a = (host(self.linear(linear, normed)) for linear in attention.first)
+        mixed = convolved(state, mixed, host(tensors[attention.conv1d]))
+        # ln(1 + e^x), which neither overflows nor loses small e^x.
+        steps = np.logaddexp(np.float32(0), a + host(tensors[attention.dt_bias]))
+        decay: Array = np.exp(-np.exp(host(tensors[attention.A_log])) * steps)
+        write: Array = 1 / (1 + np.exp(-b))
+        made = delta_rule(attention.shape, state, mixed, decay, write)
+        normed_heads = rms_norm(made, host(tensors[attention.gated_norm]), self.config.rms_norm_eps)
+        return self.on.from_host(normed_heads.reshape(z.shape) * silu(z))
 
     def experts(self, moe: Moe, normed: Array, look: Look = unseen) -> Array:
         """[T, D] to [T, D]: the outputs of each token's experts, weighed and added up. Experts go by one after the
@@ -299,6 +316,7 @@ class Layer:
         c, attention, T = self.config, self.anatomy.attention, normed.shape[0]
         if isinstance(attention, LatentAttention):
             return self._project_latent(attention, normed, positions)
+        assert isinstance(attention, Attention)
         q, k, v = (self.linear(linear, normed).reshape(T, -1, c.head_dim) for linear in attention.qkv)
         if attention.q_norm:
             q = self.rms_norm(attention.q_norm, q)

@@ -11,10 +11,12 @@ from numpy.typing import NDArray
 
 from toolkit import names
 from toolkit.checkpoint.config import ModelConfig
+from toolkit.checkpoint.sublayers import LinearAttention
 from toolkit.checkpoint.weights import Tensors
 from toolkit.device.arrays import NUMPY, Device
 from toolkit.reference.attention import Array, attend, attend_one
-from toolkit.reference.decoder import embed, head_rows, read_layer, rms_norm
+from toolkit.reference.decoder import Layer, embed, head_rows, read_layer, rms_norm
+from toolkit.reference.delta_rule import DeltaState
 
 
 class Resident:
@@ -82,6 +84,7 @@ class _Decoder:
         shape = (len(prompts), int(self.lengths.max()) + new_tokens, config.num_key_value_heads)
         self.keys = [on.zeros((*shape, config.head_dim)) for _ in self.layers]
         self.values = [on.zeros((*shape, config.v_head_dim)) for _ in self.layers]
+        self.states: dict[tuple[int, int], DeltaState] = {}
 
     def prefill(self, prompts: list[list[int]]) -> NDArray[np.int64]:
         """Fills the caches; returns each prompt's next token [B]."""
@@ -90,10 +93,15 @@ class _Decoder:
             x, positions = self.on.from_host(embed(self.source, prompt)), np.arange(len(prompt))
             for layer, keys, values in zip(self.layers, self.keys, self.values, strict=True):
                 attention = layer.anatomy.attention
-                q, k, v = layer.project(layer.normed(attention, x), positions)
+                normed = layer.normed(attention, x)
+                if isinstance(attention, LinearAttention):
+                    x = layer.finish(x, layer.recurrent(attention, normed, self._state(layer, sequence)))
+                    continue
+                q, k, v = layer.project(normed, positions)
                 keys[sequence, : len(prompt)], values[sequence, : len(prompt)] = k, v
                 scale = self.config.attention_scale
-                x = layer.finish(x, attend(q, k, v, positions, attention.window, scale, layer.sinks))
+                mixed = attend(q, k, v, positions, attention.window, scale, layer.sinks)
+                x = layer.finish(x, layer.gated(normed, mixed))
             last.append(x[-1:])
         return self._next(self.on.concatenate(last))
 
@@ -104,13 +112,28 @@ class _Decoder:
         longest, rows, last = int(positions.max()) + 1, self.on.index(live), self.on.index(positions)
         for layer, keys, values in zip(self.layers, self.keys, self.values, strict=True):
             attention = layer.anatomy.attention
-            q, k, v = layer.project(layer.normed(attention, x), positions)
+            normed = layer.normed(attention, x)
+            if isinstance(attention, LinearAttention):
+                each = [
+                    layer.recurrent(attention, normed[k : k + 1], self._state(layer, int(sequence)))
+                    for k, sequence in enumerate(live)
+                ]
+                x = layer.finish(x, self.on.concatenate(each))
+                continue
+            q, k, v = layer.project(normed, positions)
             keys[rows, last], values[rows, last] = k, v
             seen = keys[rows, :longest], values[rows, :longest]
             scale = self.config.attention_scale
-            x = layer.finish(x, attend_one(q, *seen, positions, attention.window, scale, layer.sinks))
+            mixed = attend_one(q, *seen, positions, attention.window, scale, layer.sinks)
+            x = layer.finish(x, layer.gated(normed, mixed))
         self.lengths[live] += 1
         return self._next(x)
+
+    def _state(self, layer: Layer, sequence: int) -> DeltaState:
+        """What a layer of linear attention remembers of a sequence, nothing at first."""
+        attention, key = layer.anatomy.attention, (layer.anatomy.index, sequence)
+        assert isinstance(attention, LinearAttention)
+        return self.states.setdefault(key, DeltaState.empty(attention.shape))
 
     def _next(self, x: Array) -> NDArray[np.int64]:
         x = rms_norm(x, self.norm, self.config.stream_eps)
