@@ -32,7 +32,7 @@ class DeltaState:
 
 
 def silu(x: Array) -> Array:
-    """Returns x times its sigmoid."""
+    """Returns each element of x times its own sigmoid."""
     return np.asarray(x / (1 + np.exp(-x)))
 
 
