@@ -25,10 +25,10 @@ from toolkit.calibrate.survey import Wish, survey
 from toolkit.checkpoint.anatomy import decoder_of
 from toolkit.checkpoint.config import parse_config, read_config
 from toolkit.checkpoint.family import Experts
+from toolkit.checkpoint.linears import LinearInput
 from toolkit.checkpoint.opened import open_checkpoint, synthetic_checkpoint
 from toolkit.checkpoint.remembered import Remembered
 from toolkit.checkpoint.rotated import rotate
-from toolkit.checkpoint.sublayers import LinearInput
 from toolkit.checkpoint.synthetic import SyntheticWeights
 from toolkit.checkpoint.weights import expected_tensors, open_weights
 from toolkit.errors import CheckpointError, RecipeError, UnsupportedError

@@ -25,11 +25,12 @@ from tests.random_models import greedy_by_transformers
 from toolkit.bundle.lint import lint_bundle
 from toolkit.bundle.operators import bundle_placements, check_linear_attention
 from toolkit.bundle.settings import read_genai_config
+from toolkit.calibrate.tuning import check_tunable
 from toolkit.checkpoint.config import parse_config, read_config
 from toolkit.checkpoint.family import DeltaNet
 from toolkit.checkpoint.opened import open_checkpoint, synthetic_checkpoint
 from toolkit.checkpoint.rotated import rotate
-from toolkit.errors import CheckpointError, UnsupportedError
+from toolkit.errors import CheckpointError, RecipeError, UnsupportedError
 from toolkit.evaluate.positions import open_positions
 from toolkit.partition.stored import StoredTensors
 from toolkit.pipeline.plan import plan_export
@@ -37,7 +38,7 @@ from toolkit.recipe import QuantRule
 from toolkit.reference.decoder import reference_logits
 from toolkit.reference.delta_rule import DeltaState, delta_rule
 from toolkit.reference.greedy import greedy_continuations
-from toolkit.target import TARGETS
+from toolkit.target import CPU_FORM, TARGETS
 
 Floats = NDArray[np.float32]
 IDS = [int(i) for i in np.random.default_rng(3).integers(3, 96, 40)]
@@ -252,6 +253,12 @@ def test_guesses_are_refused(tmp_path: Path) -> None:
         UnsupportedError, match=r"linear attention, whose state cannot be taken back.*leave speculation"
     ):
         plan_export(recipe, synthetic_checkpoint(tmp_path), tmp_path / "bundle", "int4")
+
+
+def test_tuning_is_refused(tmp_path: Path) -> None:
+    _make(tmp_path)
+    with pytest.raises(RecipeError, match="tuning_steps is for models without linear attention.*set it to 0"):
+        check_tunable(read_config(tmp_path), CPU_FORM)
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

@@ -62,6 +62,8 @@ def check_tunable(config: ModelConfig, form: Form) -> None:
     """Raises RecipeError for a model or a form whose stored values have no gradients here."""
     if decoder_of(config).moes:
         raise RecipeError("tuning_steps is for models without experts: set tuning_steps=0")
+    if config.structure.delta_net:
+        raise RecipeError("tuning_steps is for models without linear attention, whose rule is numpy's: set it to 0")
     if form.qdq:
         raise RecipeError(
             "tuning_steps is for blocks with scales of their own, which this target's have not: set it to 0"
