@@ -257,7 +257,7 @@ def test_guesses_are_refused(tmp_path: Path) -> None:
 
 def test_tuning_is_refused(tmp_path: Path) -> None:
     _make(tmp_path)
-    with pytest.raises(RecipeError, match="tuning_steps is for models without linear attention.*set it to 0"):
+    with pytest.raises(RecipeError, match=r"tuning_steps is for models without linear attention.*set it to 0"):
         check_tunable(read_config(tmp_path), CPU_FORM)
 
 
