@@ -76,7 +76,10 @@ def _make(folder: Path, *, tied: bool = False) -> PreTrainedModel:
             parameter.data.add_(torch.randn_like(parameter) * 0.3)
         if "conv1d" in name:
             parameter.data.normal_(0, 0.5)
-    tensors: dict[str, Floats] = {"model.visual.norm.weight": np.ones(4, np.float32), "mtp.fc.weight": np.ones((4, 4))}
+    tensors: dict[str, Floats] = {
+        "model.visual.norm.weight": np.ones(4, np.float32),
+        "mtp.fc.weight": np.ones(4, np.float32),
+    }
     for name, tensor in model.state_dict().items():
         if tied and name == "lm_head.weight":
             continue
@@ -221,6 +224,8 @@ def test_a_whole_bundle_has_no_fault_that_the_linter_knows(tmp_path: Path) -> No
     _make(tmp_path)
     bundle = export_bundle(recipe_for("cpu"), synthetic_checkpoint(tmp_path), tmp_path / "bundle")
     assert lint_bundle(bundle) == []
+    page = (bundle / "README.md").read_text(encoding="utf-8")
+    assert "pip install 'onnxruntime>=1.32' 'onnxruntime-genai>=0.18.0'" in page
     assert [p.problems for p in bundle_placements(bundle, "cpu", 0)] == [()]
     settings = read_genai_config(bundle)
     settings["model"]["decoder"]["inputs"]["past_conv_names"] = "past.%d.conv"

@@ -49,6 +49,8 @@ GENAI_TYPES: Final = (
     "smollm3",
     "qwen3_5_text",
 )
+# The first onnxruntime and onnxruntime-genai that a type was run with, where not every one does.
+_FIRST_RELEASES: Final = {"qwen3_5_text": ("1.32", "0.18.0")}
 _PAST: Final = {"past_key_names": names.past_key("%d"), "past_value_names": names.past_value("%d")}
 _PRESENT: Final = {"present_key_names": names.present_key("%d"), "present_value_names": names.present_value("%d")}
 _PAST_STATES: Final = {"past_conv_names": names.past_conv("%d"), "past_recurrent_names": names.past_recurrent("%d")}
@@ -178,6 +180,11 @@ def genai_type(config: ModelConfig) -> str:
             f"expected one of {', '.join(GENAI_TYPES)}; decoder fits any family"
         )
     return found
+
+
+def first_releases(model_type: str | None) -> tuple[str, str]:
+    """Returns the first onnxruntime and onnxruntime-genai that run a bundle of this `model.type`."""
+    return _FIRST_RELEASES.get(model_type or "", ("1.23", "0.12.2"))
 
 
 def _one_graph(graph: StageGraph) -> Mapping[str, object]:

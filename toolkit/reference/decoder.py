@@ -253,7 +253,7 @@ class Layer:
         # ln(1 + e^x), which neither overflows nor loses small e^x.
         steps = np.logaddexp(np.float32(0), a + host(tensors[attention.dt_bias]))
         decay: Array = np.exp(-np.exp(host(tensors[attention.A_log])) * steps)
-        write: Array = 1 / (1 + np.exp(-b))
+        write = np.asarray(1 / (1 + np.exp(-b)), np.float32)
         made = delta_rule(attention.shape, state, mixed, decay, write)
         normed_heads = rms_norm(made, host(tensors[attention.gated_norm]), self.config.rms_norm_eps)
         return self.on.from_host(normed_heads.reshape(z.shape) * silu(z))

@@ -8,9 +8,10 @@ from typing import Final
 
 from toolkit import names
 from toolkit.bundle.chat_template import shipped_template
+from toolkit.bundle.genai_config import first_releases
 from toolkit.bundle.manifest import Manifest, check_unedited, read_manifest, save_manifest
 from toolkit.bundle.reasoning import Reasoning, read_reasoning
-from toolkit.bundle.settings import Settings, read_settings
+from toolkit.bundle.settings import Settings, config_of, read_genai_config, read_settings
 from toolkit.errors import BundleError, CheckpointError
 from toolkit.figures import FIGURES
 from toolkit.files import file_entry, write_text
@@ -66,7 +67,7 @@ def readme_text(bundle: Path, manifest: Manifest, report: Report) -> str:
         f"# {' '.join(manifest.recipe.name.split())}",
         _what(manifest),
         "## Use it",
-        *_install(manifest),
+        *_install(manifest, first_releases(config_of(read_genai_config(bundle)).model.type)),
         f"```python\n{_program(bundle, manifest, has_words)}\n```",
         _TURNS,
         "## What to know",
@@ -103,10 +104,11 @@ def _what(manifest: Manifest) -> str:
     )
 
 
-def _install(manifest: Manifest) -> Iterator[str]:
-    """What the bundle's execution provider comes with, as a command where pip has it."""
+def _install(manifest: Manifest, first: tuple[str, str]) -> Iterator[str]:
+    """What the bundle's execution provider comes with, as a command where pip has it; `first` are the releases of
+    onnxruntime and onnxruntime-genai from which on it runs."""
     row = TARGETS[manifest.recipe.target].accelerator
-    packages = ["'onnxruntime>=1.23'", "'onnxruntime-genai>=0.12.2'"]
+    packages = [f"'onnxruntime>={first[0]}'", f"'onnxruntime-genai>={first[1]}'"]
     if row.package and " " in row.package:
         yield f"Its execution provider comes with {row.package}."
         packages = []
