@@ -31,6 +31,7 @@ from toolkit.checkpoint.family import DeltaNet
 from toolkit.checkpoint.opened import open_checkpoint, synthetic_checkpoint
 from toolkit.checkpoint.rotated import rotate
 from toolkit.errors import CheckpointError, RecipeError, UnsupportedError
+from toolkit.evaluate.parity import Comparison
 from toolkit.evaluate.positions import open_positions
 from toolkit.partition.stored import StoredTensors
 from toolkit.pipeline.plan import plan_export
@@ -220,9 +221,24 @@ def test_a_graph_computes_its_own_rounded_weights(rule: QuantRule, tmp_path: Pat
     ]
 
 
-def test_a_whole_bundle_has_no_fault_that_the_linter_knows(tmp_path: Path) -> None:
+def test_a_calibrated_bundle_diverges_less_and_has_no_fault_that_the_linter_knows(tmp_path: Path) -> None:
+    """Random weights and a random text, judged by another one; projections are solved by GPTQ as any other linear."""
     _make(tmp_path)
-    bundle = export_bundle(recipe_for("cpu"), synthetic_checkpoint(tmp_path), tmp_path / "bundle")
+    checkpoint = replace(synthetic_checkpoint(tmp_path), source=open_checkpoint(tmp_path).source)
+    config, ids = checkpoint.config, np.random.default_rng(9).integers(3, 96, 150).tolist()
+    (exact,) = reference_logits(config, checkpoint.source, [ids])
+    recipe, found = replace(recipe_for("cpu"), quality="balanced", calibration_tokens=512), []
+    bundle = export_bundle(recipe, checkpoint, tmp_path / "bundle")
+    layout = write_graphs(tmp_path, tmp_path / "fast", recipe=recipe_for("cpu"))
+    for stored in (StoredTensors(layout, bundle), StoredTensors(layout, tmp_path / "fast")):
+        compared = Comparison()
+        compared.add(exact, reference_logits(config, stored, [ids])[0], ids)
+        found.append(compared.figures().mean_kld)
+    assert found[0] < 0.95 * found[1], found
+    report = json.loads((bundle / "report.json").read_text(encoding="utf-8"))
+    algorithms = {row["name"]: row["algorithm"] for row in report["quantization"]["tensors"]}
+    solved = [f"model.layers.0.linear_attn.{name}.weight" for name in ("in_proj_qkv", "in_proj_z", "out_proj")]
+    assert {algorithms[name] for name in [*solved, "model.layers.1.self_attn.q_gate_proj.weight"]} == {"gptq"}
     assert lint_bundle(bundle) == []
     page = (bundle / "README.md").read_text(encoding="utf-8")
     assert "pip install 'onnxruntime>=1.32' 'onnxruntime-genai>=0.18.0'" in page
