@@ -191,9 +191,9 @@ def test_each_turn_is_what_a_fresh_conversation_answers(
     prompts: list[list[int]] = []
     generator = OpenModel.generator
 
-    def noting(opened: OpenModel, prompt: Any, new_tokens: int, **options: Any) -> Any:
+    def noting(opened: OpenModel, prompt: Any, *args: Any, **options: Any) -> Any:
         prompts.append([int(i) for i in prompt])
-        return generator(opened, prompt, new_tokens, **options)
+        return generator(opened, prompt, *args, **options)
 
     monkeypatch.setattr(OpenModel, "generator", noting)
     conversation = Conversation(bundle, 200)
@@ -224,8 +224,8 @@ def test_no_pad_in_an_answer(quantized: dict[str, Path], target: str, monkeypatc
     seen: list[Any] = []
     generator = OpenModel.generator
 
-    def noting(opened: OpenModel, prompt: Any, new_tokens: int, **options: Any) -> Any:
-        seen.append((generator(opened, prompt, new_tokens, **options), len(prompt)))
+    def noting(opened: OpenModel, prompt: Any, *args: Any, **options: Any) -> Any:
+        seen.append((generator(opened, prompt, *args, **options), len(prompt)))
         return seen[-1][0]
 
     monkeypatch.setattr(OpenModel, "generator", noting)

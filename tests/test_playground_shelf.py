@@ -252,7 +252,7 @@ def test_the_catalogue_is_found_by_keyboard_and_fits_narrow_and_dark_pages(idle:
         page.get_by_role("button", name="Models").press("Enter")
         expect(page.get_by_label("Search")).to_be_focused()
         expect(page.get_by_role("button", name="Get tiny-r1")).to_be_visible(timeout=60_000)
-        page.keyboard.type("TINY mit")
+        page.keyboard.type("TINY-R1 mit")
         expect(page.locator("#cards > li h2").first).to_be_visible()
         assert {text.split(" ")[0] for text in page.locator("#cards > li h2").all_inner_texts()} <= MADE_OF_TINY_R1
         for width, scheme in ((320, "dark"), (320, "light"), (1280, "dark")):

@@ -21,11 +21,13 @@ from toolkit.target import CPU_EP, TARGETS
 
 
 def _rounded(source: Tensors, recipe: Recipe) -> RoundedTensors:
-    on_cpu = TARGETS[recipe.target].accelerator.execution_provider == CPU_EP
+    row = TARGETS[recipe.target]
+    on_cpu = row.accelerator.execution_provider == CPU_EP
 
     def spec_of(tensor: str) -> QuantSpec:
         rule = recipe.rule_for(tensor.removesuffix(".weight"))
-        short = on_cpu or tensor in ("model.embed_tokens.weight", "lm_head.weight")
+        outside = tensor in ("model.embed_tokens.weight", "lm_head.weight")
+        short = on_cpu or (outside and row.form.short_outside)
         # What `auto` is without data.
         return QuantSpec(rule.bits, rule.block_size, rule.symmetric, "kquant", short_scales=short)
 
