@@ -26,6 +26,7 @@ from toolkit.bundle.lint import lint_bundle
 from toolkit.bundle.operators import bundle_placements, check_linear_attention
 from toolkit.bundle.settings import read_genai_config
 from toolkit.calibrate.tuning import check_tunable
+from toolkit.checkpoint.adapter import merge_adapter
 from toolkit.checkpoint.config import parse_config, read_config
 from toolkit.checkpoint.family import DeltaNet
 from toolkit.checkpoint.opened import open_checkpoint, synthetic_checkpoint
@@ -274,6 +275,15 @@ def test_guesses_are_refused(tmp_path: Path) -> None:
         UnsupportedError, match=r"linear attention, whose state cannot be taken back.*leave speculation"
     ):
         plan_export(recipe, synthetic_checkpoint(tmp_path), tmp_path / "bundle", "int4")
+
+
+def test_an_adapter_is_refused(tmp_path: Path) -> None:
+    _make(tmp_path)
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}', encoding="utf-8")
+    with pytest.raises(
+        UnsupportedError, match=r"q_proj of a qwen3_5 has gates between its queries.*merge it with PEFT"
+    ):
+        merge_adapter(synthetic_checkpoint(tmp_path), tmp_path)
 
 
 def test_tuning_is_refused(tmp_path: Path) -> None:

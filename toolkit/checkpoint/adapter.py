@@ -81,6 +81,12 @@ def merge_adapter(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
     _check_kind(config, folder)
     path = folder / WEIGHTS_FILE
     shapes = expected_tensors(checkpoint.config)
+    if checkpoint.config.structure.output_gate:
+        # Rows of q_proj and k_proj are handed on in another order (gated_queries.py, partial_rotary.py).
+        raise UnsupportedError(
+            f"{folder}: q_proj of a {checkpoint.config.model_type} has gates between its queries, which an adapter is "
+            f"not cut by: {_MERGE}"
+        )
     if not is_there(path, CheckpointError):
         raise _missing(folder)
     factors, whole = _sorted_out(read_header(path), shapes, path)
