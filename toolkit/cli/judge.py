@@ -103,12 +103,18 @@ def check(bundle: Path, run: bool, as_json: bool) -> None:
         for entry in found.runs:
             taken = "".join(f", {count} nodes on {ep}" for ep, count in entry.nodes.items())
             click.echo(f"{entry.file}: {entry.software} differs from the CPU by {entry.error:.2g}{taken}")
-        well = (
-            "genai_config.json fits the graphs, and genai 0.12.2 and later" if found.stages else "as its host reads it"
-        )
-        click.echo("\n".join(found.problems) or well)
+        click.echo("\n".join(found.problems) or (_reads(bundle) if found.stages else "as its host reads it"))
     if not found.passed:
         sys.exit(1)
+
+
+def _reads(bundle: Path) -> str:
+    """From which onnxruntime-genai on a bundle's settings are read."""
+    from toolkit.bundle.genai_config import first_releases
+    from toolkit.bundle.settings import config_of, read_genai_config
+
+    _, genai = first_releases(config_of(read_genai_config(bundle)).model.type)
+    return f"genai_config.json fits the graphs, and genai {genai} and later"
 
 
 @click.command()
