@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-import pytest
 from playwright.sync_api import Page, expect
 
 from tests.browser import opened
+from tests.npm import npm_or_skip
 from toolkit.evaluate.session import continuations
 from toolkit.evaluate.text_model import TextModel
 
@@ -26,9 +26,7 @@ _A_MINUTE: Final = 60_000
 
 def page_folder() -> Path:
     """The page with its libraries, in a folder of its own; they are installed once and kept."""
-    npm, folder = shutil.which("npm"), ROOT / "build" / "browser-page"
-    if npm is None or shutil.which("node") is None:
-        pytest.skip("Node and npm are not on the path")
+    npm, folder = npm_or_skip(), ROOT / "build" / "browser-page"
     wanted, installed = (EXAMPLE / "package.json").read_text(encoding="utf-8"), folder / "installed"
     leave_out = shutil.ignore_patterns("node_modules", "package-lock.json", "__pycache__")
     shutil.copytree(EXAMPLE, folder, dirs_exist_ok=True, ignore=leave_out)

@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import onnxruntime_genai as og
 import pytest
 import torch
 
+from tests.genai_tokens import greedy_by_genai
 from tests.graphs import export_bundle, recipe_for, write_graphs
 from tests.random_models import CASES, make_checkpoint
 from toolkit.bundle.lint import lint_bundle
@@ -56,19 +56,7 @@ def test_a_cache_of_latents_computes_what_transformers_does(
     for chunk in (search["chunk_size"], 5):
         search["chunk_size"] = chunk
         path.write_text(json.dumps(settings), encoding="utf-8")
-        assert _continued(tmp_path / "bundle", IDS[:9], len(expected)) == expected
-
-
-def _continued(bundle: Path, ids: list[int], length: int) -> list[int]:
-    runtime = og.Model(str(bundle))
-    parameters = og.GeneratorParams(runtime)
-    parameters.set_search_options(max_length=length, do_sample=False)
-    generator, found = og.Generator(runtime, parameters), list(ids)
-    generator.append_tokens(ids)
-    while not generator.is_done():
-        generator.generate_next_token()
-        found.append(int(generator.get_next_tokens()[0]))
-    return found
+        assert greedy_by_genai(tmp_path / "bundle", IDS[:9], len(expected)) == expected
 
 
 @pytest.mark.parametrize("symmetric", [False, True])

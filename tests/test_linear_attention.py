@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime_genai as og
 import pytest
 import torch
 import transformers
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 from transformers import PreTrainedModel
 
+from tests.genai_tokens import greedy_by_genai
 from tests.graphs import export_bundle, recipe_for, write_graphs
 from tests.random_models import greedy_by_transformers
 from toolkit.bundle.lint import lint_bundle
@@ -118,18 +118,6 @@ def _oracle(model: PreTrainedModel) -> Floats:
     return logits
 
 
-def _continued(bundle: Path, ids: list[int], length: int) -> list[int]:
-    runtime = og.Model(str(bundle))
-    parameters = og.GeneratorParams(runtime)
-    parameters.set_search_options(max_length=length, do_sample=False)
-    generator, found = og.Generator(runtime, parameters), list(ids)
-    generator.append_tokens(ids)
-    while not generator.is_done():
-        generator.generate_next_token()
-        found.append(int(generator.get_next_tokens()[0]))
-    return found
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_reference_and_graph_match_transformers(case: str, tmp_path: Path) -> None:
     model = _make(tmp_path, **CASES[case])
@@ -155,7 +143,7 @@ def test_onnxruntime_genai_continues_as_transformers_does(tmp_path: Path) -> Non
     for chunk in (settings["search"]["chunk_size"], 2):
         settings["search"]["chunk_size"] = chunk
         path.write_text(json.dumps(settings), encoding="utf-8")
-        assert _continued(tmp_path / "bundle", IDS[:9], len(expected)) == expected
+        assert greedy_by_genai(tmp_path / "bundle", IDS[:9], len(expected)) == expected
 
 
 def test_the_reference_continues_as_transformers_does(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 import toolkit
 from tests.checkpoint_folders import save_tensors, set_keys, tensors_of
+from tests.genai_tokens import greedy_by_genai
 from tests.graphs import recipe_for
 from tests.quantized_folders import BLOCKS, fp8_blocks, quantize_folder
 from tests.random_models import CASES, make_checkpoint
@@ -189,16 +190,10 @@ def test_the_head_computes_the_paper_s_equations(made: Made, bundle: Path) -> No
 
 @pytest.mark.parametrize("guesses", [1, 3])
 def test_greedy_tokens_are_the_same_with_an_mtp_head(guesses: int, made: Made, bundle: Path, opened: OpenModel) -> None:
-    plain, looked_at, right = og.Model(str(bundle)), 0, 0
+    looked_at = right = 0
     expected_looked_at = expected_right = 0
     for prompt in PROMPTS:
-        params = og.GeneratorParams(plain)
-        params.set_search_options(do_sample=False, max_length=len(prompt) + NEW_TOKENS)
-        alone = og.Generator(plain, params)
-        alone.append_tokens(prompt)
-        while not alone.is_done():
-            alone.generate_next_token()
-        expected = [int(token) for token in alone.get_sequence(0)[len(prompt) :]]
+        expected = greedy_by_genai(bundle, prompt, len(prompt) + NEW_TOKENS)[len(prompt) :]
         params = og.GeneratorParams(opened.model)
         params.set_search_options(do_sample=False, max_length=len(prompt) + NEW_TOKENS)
         params.set_speculative_options(max_draft_tokens=guesses)

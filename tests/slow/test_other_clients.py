@@ -15,6 +15,7 @@ import pytest
 
 import toolkit
 from tests.graphs import export_bundle
+from tests.npm import npm_or_skip
 from tests.own_python import python_with
 from tests.served import Served, served
 from toolkit.checkpoint.opened import open_checkpoint
@@ -114,9 +115,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def vercel() -> Path:
     """A folder with Vercel's AI SDK; made once and kept."""
-    npm, folder = shutil.which("npm"), ROOT / "build" / "vercel-ai"
-    if npm is None or shutil.which("node") is None:
-        pytest.skip("Node and npm are not on the path")
+    npm, folder = npm_or_skip(), ROOT / "build" / "vercel-ai"
     if not (folder / "installed").is_file():
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "package.json").write_text('{"private": true}', encoding="utf-8")
