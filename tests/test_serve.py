@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import os
@@ -16,13 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import openai
+import psutil
 import pytest
 
 import toolkit
 from tests.exports import Exports
 from tests.served import ROOT, Served, one_thread, served, with_tools
+from toolkit.evaluate.text_model import TextOptions
 from toolkit.serve.body import MOST_BODY_BYTES
+from toolkit.serve.engine import Engine, Kept
 from toolkit.serve.guard import Doors
+from toolkit.serve.job import Job
+from toolkit.serve.process import BundleProcess
 
 QUESTIONS = ["Add 4 and 5.", *(f"Add {100 + 37 * k} and {200 + 91 * k}." for k in range(1, 8))]
 # Hundreds of tokens: a short answer could be whole before anybody leaves or stops it.
@@ -412,6 +418,29 @@ def test_a_process_that_dies_is_opened_anew(bundle: Path) -> None:
         child.kill()
         child.wait(10)
         assert _asked(client, QUESTIONS[0]).choices[0].message.content == "9"
+
+
+def test_a_death_that_nobody_has_noticed_costs_no_request(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = Job(0, TextOptions(max_new_tokens=3), prompt="Add 4 and 5.")
+
+    async def ends() -> tuple[list[str], int]:
+        engine, kinds = Engine({"one": bundle}, Kept()), []
+        try:
+            for _ in range(2):
+                kinds.append([event.kind async for event in engine.begin("one", job).events()][-1])
+                for child in psutil.Process().children():
+                    child.kill()
+                # As if the system had not told yet: the process is believed to run.
+                monkeypatch.setattr(BundleProcess, "is_running", True)
+            monkeypatch.undo()
+            # One that dies at once each time is not tried for ever.
+            monkeypatch.setattr("toolkit.serve.process.CHILD", "toolkit.names")
+            kinds.append([event.kind async for event in engine.begin("one", job).events()][-1])
+            return kinds, engine.metrics.loads
+        finally:
+            await engine.close()
+
+    assert asyncio.run(ends()) == (["written", "written", "failed"], 2)
 
 
 def test_metrics_count_tokens(bundle: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from toolkit.errors import ToolkitError
 from toolkit.serve.job import ENDS, FAILED, Event, Job
 from toolkit.serve.metrics import Metrics
-from toolkit.serve.process import BundleProcess
+from toolkit.serve.process import BundleProcess, ProcessEnded
 
 
 class QueueFull(ToolkitError):
@@ -107,6 +107,16 @@ class Engine:
             texting.put(last)
 
     async def _written(self, name: str, texting: Texting) -> Event:
+        # One that died while nobody asked is known to be gone only when it doesn't answer.
+        stood = name in self._open
+        try:
+            return await self._heard(name, texting)
+        except ProcessEnded:
+            if not stood or texting.has_begun:
+                raise
+            return await self._heard(name, texting)
+
+    async def _heard(self, name: str, texting: Texting) -> Event:
         process = await self._process(name)
         event = Event(FAILED)
         try:
@@ -143,6 +153,8 @@ class Texting:
     def __init__(self, job: Job) -> None:
         self.job = job
         self.is_left = False
+        # Whether anything of it was written.
+        self.has_begun = False
         # The task that waits for its turn, which whoever leaves takes back.
         self.waiting: asyncio.Task[None] | None = None
         self._is_told = False
@@ -172,4 +184,5 @@ class Texting:
 
     def put(self, event: Event) -> None:
         """Hands an event on to whoever listens."""
+        self.has_begun = True
         self._events.put_nowait(event)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import sys
 import time
@@ -20,6 +21,10 @@ _LONGEST_LINE: Final = 8 << 20
 _TO_END_S: Final = 5.0
 # The module that a bundle's process runs.
 CHILD: Final = "toolkit.serve.child"
+
+
+class ProcessEnded(BundleError):
+    """A bundle's process ended by itself."""
 
 
 class BundleProcess:
@@ -57,7 +62,7 @@ class BundleProcess:
         return self._process.returncode is None
 
     async def events(self, job: Job) -> AsyncIterator[Event]:
-        """Begins a job and yields its events to the one that ends it. Raises BundleError if the process dies."""
+        """Begins a job and yields its events to the one that ends it. Raises ProcessEnded if the process dies."""
         await self._tell(Told(job))
         while True:
             event = await self._event()
@@ -72,7 +77,8 @@ class BundleProcess:
     async def close(self) -> None:
         """Ends the process, whatever it does."""
         if self.is_running:
-            self._process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
         await asyncio.wait_for(self._process.wait(), _TO_END_S)
 
     async def _tell(self, order: Told) -> None:
@@ -91,5 +97,5 @@ class BundleProcess:
         if not text:
             code = await self._process.wait()
             print(f"error: the process of a bundle ended by itself, exit code {code}", file=sys.stderr)
-            raise BundleError("the process of the bundle ended by itself: ask again, and it is opened anew")
+            raise ProcessEnded("the process of the bundle ended by itself: ask again, and it is opened anew")
         return from_json(Event, json.loads(text), "an event")
