@@ -5,13 +5,16 @@ check --run`, and how many of its greedy tokens are the CPU's. Then shapes of th
 the GPU and on the CPU, and once more without rounding the products' input to int8: what that kernel is worth.
 The table has prefill and decode in tokens/s, medians of three runs, and the tokens that agree with the CPU's.
 
-`--toy` takes tiny-r1 alone, and a few tokens: seconds on any device.
+`--llama-bench PROGRAM` runs that build of llama.cpp beside each, on a file of the same shape in its Q4_0
+(`pip install gguf`). `--toy` takes tiny-r1 alone, and a few tokens: seconds on any device.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
+import statistics
 from pathlib import Path
 from typing import Final
 
@@ -19,6 +22,9 @@ import onnx
 
 import toolkit
 from benchmarks.device import print_row, said
+from benchmarks.peers.gguf_file import write_random_gguf
+from benchmarks.peers.tool import run_tool
+from toolkit.checkpoint.config import read_config
 from toolkit.errors import ToolkitError
 from toolkit.evaluate.parity import matching_prefix
 from toolkit.evaluate.session import continuations
@@ -73,10 +79,24 @@ def row_of(model: str, form: str, bundle: Path, toy: bool) -> list[str]:
     return [model, form, f"{speed.prefill_tokens_per_s:.0f}", f"{speed.decode_tokens_per_s:.0f}", equal]
 
 
+def llama_row(model: str, program: Path) -> list[str]:
+    """Speed of llama.cpp on the same device, by its own benchmark. Raises PeerError if it does not run."""
+    path = WORK / f"{model}-q4_0.gguf"
+    if not path.exists():
+        write_random_gguf(read_config(ROOT / "models" / model), path)
+    words = [str(program), "-m", str(path), "-p", str(PROMPT_TOKENS), "-n", str(NEW_TOKENS), "-r", "3", "-o", "jsonl"]
+    log = path.with_suffix(".log")
+    run_tool(words, log)
+    prompt, new = (json.loads(line) for line in log.read_text(encoding="utf-8").splitlines() if line.startswith("{"))
+    speeds = [f"{statistics.median(run['samples_ts']):.0f}" for run in (prompt, new)]
+    return [model, f"llama.cpp Q4_0, {prompt['backends']}, {prompt['gpu_info']}", *speeds, ""]
+
+
 def main() -> None:
     """Prints a row as each is measured, so that what a card's minutes did not suffice for is all that is lost."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["1.5b", "7b"], help="of the recipes, in this order")
+    parser.add_argument("--llama-bench", type=Path, metavar="PROGRAM", help="llama.cpp's, to run beside ours")
     parser.add_argument("--toy", action="store_true")
     asked = parser.parse_args()
     try:
@@ -92,6 +112,8 @@ def main() -> None:
                 print_row(row_of(model, profile, bundle, asked.toy))
                 if profile == PROFILES[0]:
                     print_row(row_of(model, "gpu-head, products exact", without_rounding(bundle), asked.toy))
+                    if asked.llama_bench:
+                        print_row(llama_row(model, asked.llama_bench))
     except ToolkitError as problem:
         raise SystemExit(f"error: {problem}") from None
 

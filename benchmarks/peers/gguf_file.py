@@ -18,6 +18,7 @@ from toolkit.checkpoint.gguf_names import gguf_form, gguf_name, rotated_heads, t
 from toolkit.checkpoint.opened import Checkpoint
 from toolkit.checkpoint.safetensors import ITEM_BYTES
 from toolkit.checkpoint.weights import FileWeights, expected_tensors
+from toolkit.names import LM_HEAD, weight
 
 
 def gguf_package() -> Any:
@@ -51,6 +52,35 @@ def write_gguf(checkpoint: Checkpoint, path: Path) -> None:
         if heads := rotated_heads(config, name):
             values = to_neighbours(values, heads)
         writer.write_tensor_data(_narrow(values, _stored_dtype(checkpoint, name, shape)))
+    writer.close()
+
+
+def write_random_gguf(config: ModelConfig, path: Path) -> None:
+    """A file of a config's shape that says nothing, for speed alone: matrices as llama-quantize's Q4_0 has them, the
+    head in Q6_K, of random integers under one small scale; norms of ones, biases of zeros."""
+    gguf, random = gguf_package(), np.random.default_rng(0)
+    writer = gguf.GGUFWriter(path, _architecture(config))
+    _add_shape(writer, config)
+    types, shapes = gguf.GGMLQuantizationType, expected_tensors(config)
+    of = {name: _random_type(name, shape) for name, shape in shapes.items()}
+    nbytes = {}
+    for name, shape in shapes.items():
+        values, size = gguf.GGML_QUANT_SIZES[types[of[name]]]
+        nbytes[name] = int(np.prod(shape)) // values * size
+        writer.add_tensor_info(gguf_name(name), shape, np.dtype(np.float32), nbytes[name], raw_dtype=types[of[name]])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for name, shape in shapes.items():
+        if len(shape) == 1:
+            writer.write_tensor_data(np.full(shape, 0 if name.endswith(".bias") else 1, np.float32))
+            continue
+        _, size = gguf.GGML_QUANT_SIZES[types[of[name]]]
+        blocks = random.integers(0, 256, (nbytes[name] // size, size), np.uint8)
+        # The scale is a block's first number in Q4_0, its last in Q6_K.
+        at = slice(0, 2) if of[name] == "Q4_0" else slice(size - 2, size)
+        blocks[:, at] = np.array([2e-4 if of[name] == "Q6_K" else 4e-3], "<f2").view(np.uint8)
+        writer.write_tensor_data(blocks.reshape(-1))
     writer.close()
 
 
@@ -117,6 +147,12 @@ def _add_shape(writer: Any, config: ModelConfig) -> None:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("none")
+
+
+def _random_type(name: str, shape: tuple[int, ...]) -> str:
+    if len(shape) == 1:
+        return "F32"
+    return "Q6_K" if name == weight(LM_HEAD) else "Q4_0"
 
 
 def _stored_dtype(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> str:
