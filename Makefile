@@ -7,7 +7,7 @@ BIN = .venv/bin
 SIDE_BY_SIDE = -n 2 --dist loadfile --no-loadscope-reorder
 EXPORT_OPTIONS = $(if $(CHECKPOINT),--checkpoint $(CHECKPOINT)) $(if $(OUT),--out $(OUT))
 
-.PHONY: help export serve models test test-fast test-real test-slow test-hostile test-tiers check docs validate bench bench-quality bench-real same-bytes
+.PHONY: help export serve models test test-fast test-real test-slow test-hostile test-tiers check docs validate bench bench-quality bench-real bench-speed same-bytes
 
 help:  ## What can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -36,6 +36,9 @@ endif
 
 bench-real: .venv/benched  ## Trained models: every quality beside llama.cpp and genai's builder, with GSM8K [ALL=1, hours]
 	$(BIN)/python -m benchmarks.real $(if $(ALL),smollm2-135m coder-0.5b coder-1.5b)
+
+bench-speed: .venv/benched  ## Trained models: prefill and decode in turns with llama.cpp's files, at equal KLD [ALL=1, the 1.5B too]
+	$(BIN)/python -m benchmarks.speed $(if $(ALL),smollm2-135m coder-0.5b coder-1.5b)
 
 same-bytes: .venv/tested  ## Whether data files and graphs are those of commit BASE
 	$(BIN)/python -m benchmarks.same_bytes --base $(BASE)

@@ -25,27 +25,24 @@ from typing import Final
 
 import numpy as np
 
-from benchmarks.answering import Material, asked_of
+from benchmarks.answering import asked_of
 from benchmarks.candidates import ROOT, Candidate, bundle_of, own_row, rule
 from benchmarks.dequantized import dequantized_folder
+from benchmarks.judged import QUESTIONS, judged_material, judged_texts
 from benchmarks.models import CODER_05B, CODER_15B, SMOLLM2, RealModel, fetch
 from benchmarks.peers.rows import Bench, Row, peer_rows
 from benchmarks.scatter import write_scatter
 from benchmarks.table import table
 from toolkit.errors import ToolkitError
 from toolkit.evaluate.answers import reference_answers
-from toolkit.evaluate.tasks import Task, read_task
+from toolkit.evaluate.tasks import read_task
 from toolkit.files import replacing
-from toolkit.pipeline.text import LONGEST, find_text, token_sequences
+from toolkit.pipeline.text import find_text
 from toolkit.progress import progress_line
 from toolkit.report.sections import Answered
 from toolkit.typed_json import Json, from_json, to_json
 
-QUESTIONS: Final = Path(__file__).parent / "data" / "gsm8k.jsonl"
 FOLDER: Final = ROOT / "build" / "bench-real"
-_JUDGED_TOKENS: Final = 1000
-_IMATRIX_TOKENS: Final = 4096
-_CALIBRATED_ON: Final = slice(300, 400)
 
 
 @dataclass(frozen=True)
@@ -129,8 +126,9 @@ class Table:
 
     def make(self, words: list[str]) -> dict[str, str]:
         """Makes what is lacking of every row that the words name; returns what failed, and why."""
-        text, other = self._texts()
-        material, left_out = self._material(text), dict[str, str]()
+        text, other = judged_texts(self.folder)
+        task = read_task(QUESTIONS, self._questions) if self._questions else None
+        material, left_out = judged_material(self.checkpoint, text, task), dict[str, str]()
         bench = Bench(self.checkpoint, material, self.folder)
         own = {candidate.name: candidate for candidate in candidates(self.checkpoint.config.hidden_size, other)}
         names = [*own, *PEERS, "checkpoint"]
@@ -192,28 +190,6 @@ class Table:
             )
         self.rows[row.name] = row
         self.keep()
-
-    def _texts(self) -> tuple[Path, Path]:
-        """Questions with their answers as conversations: those that are judged, and those that may be calibrated on."""
-        lines = [json.loads(line) for line in QUESTIONS.read_text(encoding="utf-8").splitlines()]
-        paths = self.folder / "judged.jsonl", self.folder / "calibration.jsonl"
-        for path, chosen in zip(paths, (lines[:12], lines[_CALIBRATED_ON]), strict=True):
-            talks = [{"messages": [_turn("user", x["question"]), _turn("assistant", x["answer"])]} for x in chosen]
-            path.write_text("".join(f"{json.dumps(talk)}\n" for talk in talks), encoding="utf-8")
-        return paths
-
-    def _material(self, text: Path) -> Material:
-        sequences = token_sequences(self.checkpoint, text, _JUDGED_TOKENS, shortest=160)
-        calibration_text = find_text("calibration", "cpu", "cpu", self.checkpoint)
-        others = token_sequences(self.checkpoint, calibration_text, _IMATRIX_TOKENS, LONGEST)
-        return Material(sequences, others, self._task())
-
-    def _task(self) -> Task | None:
-        return read_task(QUESTIONS, self._questions) if self._questions else None
-
-
-def _turn(role: str, content: str) -> dict[str, str]:
-    return {"role": role, "content": content}
 
 
 def main() -> int:

@@ -10,23 +10,24 @@ otherwise than one over one token; the table does not tell.
     toolkit export cpu --checkpoint coder-1.5b --draft coder-0.5b --quality fast --no-validate --out build/pair
     python -m benchmarks.speculation build/pair --task gsm8k.jsonl --minutes 8
 
-`--llama PROGRAM MODEL DRAFT` has llama.cpp's own `llama-speculative-simple` continue the same questions.
+`--llama MODEL DRAFT`, two GGUF files, has llama.cpp continue the same questions in turn with ours: by itself, and with
+its own speculation (`llama-speculative-simple`) at each number of guesses. It is built the first time, in six minutes.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
-import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 import onnxruntime_genai as og
 
+from benchmarks.peers.llama_cpp import llama_cpp
+from benchmarks.peers.llama_speculation import LlamaWay
 from toolkit.bundle.speculative import draft_graph, head_settings, read_speculation, speculation_of
 from toolkit.evaluate.guesses import Guesses, MtpText, guesses_of, speculating_config
 from toolkit.evaluate.text_model import TextModel
@@ -34,8 +35,6 @@ from toolkit.speculation import NGRAM, NONE, SPECULATIONS
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 _HEADS: Final = ("guesses", "a round", "right", "tokens a run", "tokens/s", "beside none", "same", "tokens")
-# What llama.cpp's program says of a text.
-_SAID: Final = {"speed": r"decoded.*speed:\s*([\d.]+) t/s", "accept": r"accept\s*=\s*([\d.]+)%"}
 
 
 @dataclass
@@ -74,7 +73,7 @@ class Way:
         rate, beside = tokens / self.seconds, plain.guesses.tokens / plain.seconds
         right = f"{told.acceptance_rate:.0%}" if self.at_once else ""
         cells = (self.word, self.at_once or "", right, f"{told.tokens_per_run:.2f}", f"{rate:.1f}")
-        return "| " + " | ".join(map(str, (*cells, f"{rate / beside:.2f}", f"{self.same} of {asked}", tokens))) + " |"
+        return _line((*cells, f"{rate / beside:.2f}", f"{self.same} of {asked}", tokens))
 
 
 def ways_of(bundle: Path, widths: Sequence[int]) -> list[Way]:
@@ -100,18 +99,14 @@ def questions_of(path: Path, bundle: Path, count: int) -> list[tuple[str, Any]]:
     return [(text, template.tokenizer.encode(text)) for text in texts]
 
 
-def llama(command: Sequence[str], texts: Sequence[str], new_tokens: int, width: int) -> str:
-    """The line of llama.cpp's program, means over the texts."""
-    program, model, draft = command
-    said: dict[str, list[float]] = {key: [] for key in _SAID}
-    for text in texts:
-        told = ["-m", model, "-md", draft, "-p", text, "-n", str(new_tokens), "--temp", "0", "--draft-max", str(width)]
-        done = subprocess.run([program, *told], capture_output=True, text=True, check=True, timeout=600)
-        for key, pattern in _SAID.items():
-            if match := re.search(pattern, done.stdout + done.stderr):
-                said[key].append(float(match.group(1)))
-    speed, accept = (sum(values) / max(len(values), 1) for values in said.values())
-    return f"| llama.cpp's draft | {width} | {accept:.0f}% | | {speed:.1f} | | | |"
+def llama_ways(model: Path, draft: Path, widths: Sequence[int]) -> list[LlamaWay]:
+    """llama.cpp's plain decoding of a file first, then the draft at each width."""
+    tools = llama_cpp(ROOT / "build" / "peers")
+    return [LlamaWay(tools, model), *(LlamaWay(tools, model, draft, width) for width in widths)]
+
+
+def _line(cells: Iterable[object]) -> str:
+    return "| " + " | ".join(map(str, cells)) + " |"
 
 
 def main() -> None:
@@ -123,25 +118,26 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=200)
     parser.add_argument("--guesses", nargs="+", type=int, default=[2, 4, 8])
     parser.add_argument("--minutes", type=float, default=8.0)
-    parser.add_argument("--llama", nargs=3, metavar=("PROGRAM", "MODEL", "DRAFT"))
+    parser.add_argument("--llama", nargs=2, type=Path, metavar=("MODEL", "DRAFT"))
     asked = parser.parse_args()
     questions, ways = questions_of(asked.task, asked.bundle, asked.prompts), ways_of(asked.bundle, asked.guesses)
+    llamas = llama_ways(asked.llama[0], asked.llama[1], asked.guesses) if asked.llama else []
     for way in ways:
         # The first run of a session is slower than all others.
         way.continued(questions[0][1], 8)
         way.seconds, way.guesses = 0.0, Guesses()
     end, done = time.monotonic() + 60 * asked.minutes, 0
-    for _, prompt in questions:
+    for text, prompt in questions:
         made = [way.continued(prompt, asked.new_tokens) for way in ways]
         done += 1
-        for way, text in zip(ways, made, strict=True):
-            way.same += text == made[0]
+        for way, continued in zip(ways, made, strict=True):
+            way.same += continued == made[0]
+        for llama in llamas:
+            llama.continue_text(text, asked.new_tokens)
         if time.monotonic() > end:
             break
-    print("| " + " | ".join(_HEADS) + " |\n|" + "---|" * len(_HEADS))
-    print("\n".join(way.row(ways[0], done) for way in ways), flush=True)
-    if asked.llama:
-        print(llama(asked.llama, [text for text, _ in questions[:done]], asked.new_tokens, asked.guesses[0]))
+    print(_line(_HEADS) + "\n|" + "---|" * len(_HEADS))
+    print("\n".join([*(way.row(ways[0], done) for way in ways), *(_line(x.cells(llamas[0])) for x in llamas)]))
 
 
 if __name__ == "__main__":

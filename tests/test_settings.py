@@ -133,6 +133,10 @@ def test_changed_settings_change_what_they_say_and_nothing_else(bundle: Path) ->
     for name, section in _sections(on_cpu).items():
         was = _sections(settings)[name]
         assert section == {**was, "session_options": {**was["session_options"], "provider_options": []}}
+    threaded = _sections(settings.with_threads(3))
+    for name, section in threaded.items():
+        was = _sections(settings)[name]
+        assert section == {**was, "session_options": {**was["session_options"], "intra_op_num_threads": 3}}
     other = settings.for_soc({"soc_model": "999", "unheard_of": "1"})
     assert other.soc_options() == {**settings.soc_options(), "soc_model": "999"}
     told = settings.with_provider_options(lambda name, given: {"was": name}, {"session.x": "1"})

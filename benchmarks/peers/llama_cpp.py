@@ -6,7 +6,9 @@ T tokens, V vocab.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import statistics
 import subprocess
 import sys
 import tarfile
@@ -23,7 +25,7 @@ from benchmarks.peers.tool import Cost, PeerError, program, run_tool
 
 VERSION: Final = "0.3.36"
 _JOBS: Final = 2
-_PROGRAMS: Final = ("llama-quantize", "llama-logits")
+_PROGRAMS: Final = ("llama-quantize", "llama-logits", "llama-bench", "llama-completion", "llama-speculative-simple")
 _OURS: Final = Path(__file__).parent / "llama_logits"
 # So many questions are answered side by side: each pass reads the weights once for all of them.
 _SEQUENCES: Final = 16
@@ -35,7 +37,7 @@ _OPTIONS: Final = {
     "LLAMA_BUILD_SERVER": "OFF",
     "LLAMA_BUILD_APP": "OFF",
     "LLAMA_BUILD_TESTS": "OFF",
-    "LLAMA_BUILD_EXAMPLES": "OFF",
+    "LLAMA_BUILD_EXAMPLES": "ON",
     "LLAMA_OPENSSL": "OFF",
     "GGML_OPENMP": "OFF",
 }
@@ -61,15 +63,20 @@ LLAMA_TYPES: Final = {
 
 @dataclass(frozen=True)
 class LlamaCpp:
-    """The paths of llama.cpp's quantizer and of the program that runs a file."""
+    """The paths of llama.cpp's quantizer, of the program that runs a file, of its own benchmark, of the one that
+    continues a text, and of its example in which a small model drafts for a large one."""
 
     quantizer: Path
     runner: Path
+    bench: Path
+    completion: Path
+    speculative: Path
 
 
 def llama_cpp(folder: Path) -> LlamaCpp:
     """The programs, built in `folder` the first time (six minutes of one core). Raises PeerError if they cannot be."""
-    ours = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(_OURS.iterdir()))).hexdigest()[:8]
+    sources = b"".join(path.read_bytes() for path in sorted(_OURS.iterdir()))
+    ours = hashlib.sha256(sources + repr((_PROGRAMS, _OPTIONS)).encode()).hexdigest()[:8]
     suffix, made = ".exe" if os.name == "nt" else "", folder / f"llama.cpp-{VERSION}-{ours}"
     tools = LlamaCpp(*(made / f"{name}{suffix}" for name in _PROGRAMS))
     if made.is_dir():
@@ -89,7 +96,7 @@ def llama_cpp(folder: Path) -> LlamaCpp:
     run_tool([cmake, "--build", str(build), *targets], folder / "build.log")
     partial = made.with_suffix(".partial")
     partial.mkdir(exist_ok=True)
-    for tool in (tools.quantizer, tools.runner):
+    for tool in (tools.quantizer, tools.runner, tools.bench, tools.completion, tools.speculative):
         built = next((path for path in sorted(build.rglob(tool.name)) if path.is_file()), None)
         if built is None:
             raise PeerError(f"{build} has no {tool.name} after the build ({folder / 'build.log'})")
@@ -157,11 +164,27 @@ def answers(
     return [made[index] for index in range(len(prompts))]
 
 
-def speed(tools: LlamaCpp, path: Path, prompt_tokens: int, new_tokens: int) -> tuple[float, float]:
-    """Tokens/s of a prompt's one pass, and of `new_tokens` after it. Raises PeerError if llama.cpp gives up."""
-    told = _run(tools, ["speed", str(path), str(prompt_tokens), str(new_tokens)], path, b"")
-    prefill_s, decode_s = np.frombuffer(told, "<f4").tolist()
-    return prompt_tokens / prefill_s, new_tokens / decode_s
+def speed(
+    tools: LlamaCpp, path: Path, prompt_tokens: int, new_tokens: int, repeat: int = 3, threads: int = 0
+) -> tuple[float, float]:
+    """Tokens/s of a prompt, and of `new_tokens` after it, by llama-bench: medians of `repeat` runs behind one that
+    warms up, a thread a core for 0. Raises PeerError if llama.cpp gives up."""
+    asked = [str(tools.bench), "-m", str(path), "-t", str(threads or os.cpu_count() or 1), "-r", str(repeat)]
+    prompt = ["-p", str(prompt_tokens), "-n", "0"]
+    after = ["-p", "0", "-n", str(new_tokens), "-d", str(prompt_tokens)]
+    prefill, decode = (_bench([*asked, *words, "-o", "json"], path) for words in (prompt, after))
+    return prefill, decode
+
+
+def _bench(command: list[str], path: Path) -> float:
+    """The median of the one test that a command of llama-bench asks for."""
+    log = path.with_suffix(".bench.log")
+    with log.open("wb") as output:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=output)
+    if done.returncode:
+        raise PeerError(f"llama-bench does not run it: exit code {done.returncode} ({log})")
+    (test,) = json.loads(done.stdout)
+    return statistics.median(map(float, test["samples_ts"]))
 
 
 def _run(tools: LlamaCpp, arguments: list[str], path: Path, given: bytes) -> bytes:

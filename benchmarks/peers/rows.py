@@ -75,11 +75,13 @@ class _Weights(Tensors, Protocol):
 class Bench:
     """The checkpoint's side of every comparison, computed once: its logits lie in a file of `folder`.
 
-    Speeds are measured where `speeds` says so.
+    Speeds are measured where `speeds` says so; llama.cpp's files stay where `keeps_files` does.
     """
 
-    def __init__(self, checkpoint: Checkpoint, material: Material, folder: Path, speeds: bool = False) -> None:
-        self.checkpoint, self.material, self.speeds = checkpoint, material, speeds
+    def __init__(
+        self, checkpoint: Checkpoint, material: Material, folder: Path, speeds: bool = False, keeps_files: bool = False
+    ) -> None:
+        self.checkpoint, self.material, self.speeds, self.keeps_files = checkpoint, material, speeds, keeps_files
         shapes = expected_tensors(checkpoint.config).values()
         self._weights = sum(shape[0] * shape[1] for shape in shapes if len(shape) == 2)
         self._logits = _reference_logits(checkpoint, material.sequences, folder / "logits.npy")
@@ -166,16 +168,22 @@ def _llama_cpp(bench: Bench, wanted: Sequence[str], folder: Path, work: Path) ->
         kind = kinds[name]
         if kind.imatrix and not sequences:
             raise PeerError("an importance matrix needs calibration text: name one with --calibration")
-        out = work / f"{name.removeprefix('llama.cpp ')}.gguf"
+        out = llama_file(work, name)
         cost = quantize(tools, source, kind, imatrix if kind.imatrix else None, out)
         weights = GGUFWeights(out, checkpoint.config)
         note = ", ".join(f"{count} {stored}" for stored, count in weights.formats().most_common())
         note += calibrated if kind.imatrix else ""
         row = _run_gguf(tools, out, bench, row_of(name, bench, weights, cost, note))
-        out.unlink()
+        if not bench.keeps_files:
+            out.unlink()
         return row
 
     return make
+
+
+def llama_file(work: Path, name: str) -> Path:
+    """Where the file of one of llama.cpp's rows lies while it is measured."""
+    return work / f"{name.removeprefix('llama.cpp ')}.gguf"
 
 
 def _genai(bench: Bench, wanted: Sequence[str], folder: Path, work: Path) -> Callable[[str], Row]:

@@ -180,6 +180,11 @@ class Settings:
         told = {**(session or {}), "provider_options": []}
         return self._changed(lambda _, section: section.setdefault("session_options", {}).update(told))
 
+    def with_threads(self, count: int) -> Settings:
+        """Returns the settings with so many threads for each stage, 0 for one a core."""
+        told = {"intra_op_num_threads": count}
+        return self._changed(lambda _, section: section.setdefault("session_options", {}).update(told))
+
     def with_provider_options(self, wanted: ProviderChange, session: Mapping[str, str] | None = None) -> Settings:
         """Returns the settings with each provider's options as `wanted` makes them, and the options of `session` added
         to the stages that ask for a provider."""

@@ -5,9 +5,7 @@
 //                                               for each prompt a count and its ids, at the end of stdin: for each, in
 //                                               the order they end, its index, a count, and the ids that follow greedily,
 //                                               up to one of STOP, which is among them, or NEW
-//   llama-logits speed MODEL PROMPT NEW         seconds of a prompt's pass, and of NEW tokens after it, one by one
 #include <algorithm>
-#include <chrono>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -105,29 +103,6 @@ static int answers(size_t most, size_t sequences, size_t room, const std::vector
     }
 }
 
-static int speed(int prompt, int room) {
-    using clock = std::chrono::steady_clock;
-    for (int round = 0; round < 2; ++round) {  // the first warms up
-        llama_memory_clear(llama_get_memory(context), true);
-        batch.n_tokens = 0;
-        for (int i = 0; i < prompt; ++i) add(i % 256, i, 0, i + 1 == prompt);
-        const auto begin = clock::now();
-        if (llama_decode(context, batch)) return 6;
-        llama_token token = best(prompt - 1);
-        const auto read = clock::now();
-        for (int i = 0; i < room; ++i) {
-            batch.n_tokens = 0;
-            add(token, prompt + i, 0, true);
-            if (llama_decode(context, batch)) return 6;
-            token = best(0);
-        }
-        const std::chrono::duration<float> seconds[2] = {read - begin, clock::now() - read};
-        const float told[2] = {seconds[0].count(), seconds[1].count()};
-        if (round && std::fwrite(told, sizeof told, 1, stdout) != 1) return 7;
-    }
-    return 0;
-}
-
 int main(int argc, char ** argv) {
     if (argc < 4) return 2;
 #ifdef _WIN32
@@ -135,15 +110,14 @@ int main(int argc, char ** argv) {
     _setmode(_fileno(stdout), _O_BINARY);
 #endif
     const bool of_logits = !std::strcmp(argv[1], "logits"), of_answers = !std::strcmp(argv[1], "answers");
-    const bool of_speed = !std::strcmp(argv[1], "speed");
-    if ((!of_logits && !of_answers && !of_speed) || (of_answers && argc < 6) || (of_speed && argc < 5)) return 2;
+    if ((!of_logits && !of_answers) || (of_answers && argc < 6)) return 2;
     const int tokens = std::atoi(argv[3]), sequences = of_answers ? std::atoi(argv[4]) : 1;
     llama_backend_init();
     llama_model * model = llama_model_load_from_file(argv[2], llama_model_default_params());
     if (!model) return 3;
     llama_context_params params = llama_context_default_params();
     params.n_batch = params.n_ubatch = (uint32_t) std::max(tokens, sequences);
-    params.n_ctx = (uint32_t) ((of_speed ? tokens + std::atoi(argv[4]) : tokens) * sequences);
+    params.n_ctx = (uint32_t) (tokens * sequences);
     params.n_seq_max = (uint32_t) sequences;
     params.n_threads = params.n_threads_batch = (int32_t) std::thread::hardware_concurrency();
     context = llama_init_from_model(model, params);
@@ -151,7 +125,6 @@ int main(int argc, char ** argv) {
     vocab = (size_t) llama_vocab_n_tokens(llama_model_get_vocab(model));
     batch = llama_batch_init((int32_t) params.n_batch, 0, 1);
     if (of_logits) return all_logits((size_t) tokens);
-    if (of_speed) return speed(tokens, std::atoi(argv[4]));
     std::vector<llama_token> stops;
     for (int i = 6; i < argc; ++i) stops.push_back(std::atoi(argv[i]));
     return answers((size_t) tokens, (size_t) sequences, (size_t) std::atoi(argv[5]), stops);
