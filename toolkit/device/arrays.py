@@ -28,7 +28,8 @@ _SUBTRACTED_ROWS: Final = 256
 
 class Device(Protocol):
     """What holds arrays and computes with them. `name` is what `--device` calls it, and `software` whose arithmetic it
-    is, with its version. Where it `rounds_columns`, GPTQ's columns are rounded on the device, else on the host."""
+    is, with its version. Where it `rounds_columns`, GPTQ's columns are rounded on the device, those of all matrices of
+    a format at once, else on the host."""
 
     name: str
     software: str
@@ -86,8 +87,8 @@ class Device(Protocol):
         """Returns for each element the nearest that bfloat16 holds, half to even."""
         ...
 
-    def clip(self, x: Floats, low: float, high: float) -> Floats:
-        """Returns each element, or the bound that it is beyond."""
+    def clip(self, x: Floats, low: float | Floats, high: float | Floats) -> Floats:
+        """Returns each element, or the bound that it is beyond; both bounds are numbers or both arrays."""
         ...
 
     def reciprocal(self, x: Floats) -> Floats:
@@ -152,6 +153,29 @@ class Device(Protocol):
 
     def write_product(self, to: Floats, left: Floats, right: Floats) -> None:
         """Writes left [T, D] right [D, n] to the host's `to` [T, n], which may be columns of a wider array."""
+        ...
+
+    def subtract_outer(self, to: Floats, column: Floats, row: Floats) -> None:
+        """Takes the products of `column` [n] and `row` [N] from `to` [n, N], in place."""
+        ...
+
+    def upper_and_inverse(self, matrix: Floats) -> tuple[Floats, Floats]:
+        """Returns U upper with U U' = a small positive definite matrix, and its inverse, computed in float64. Raises
+        LinAlgError where the matrix is none."""
+        ...
+
+    def inverse_triangles(self, upper: Floats) -> Floats:
+        """Returns the inverse of each of J upper triangles [J, B, B]."""
+        ...
+
+    def bytes_of(self, x: Floats) -> NDArray[np.uint8]:
+        """Returns on the host integers from 0 to 255 as uint8."""
+        ...
+
+    def recorded(self, function: Callable[..., tuple[Floats, ...]], *arrays: Floats) -> tuple[Floats, ...]:
+        """Returns what a function makes of arrays by operations on the device alone. Where the device can launch many
+        as one, it does so from the second call on that has an equal function and arrays of these shapes; what comes
+        back may be overwritten by that."""
         ...
 
     def is_out_of_memory(self, problem: BaseException) -> bool:
@@ -221,8 +245,8 @@ class _Numpy:
         bits = x.view(np.uint32)
         return ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).view(np.float32)
 
-    def clip(self, x: Floats, low: float, high: float) -> Floats:
-        """Returns each element, or the bound that it is beyond."""
+    def clip(self, x: Floats, low: float | Floats, high: float | Floats) -> Floats:
+        """Returns each element, or the bound that it is beyond; both bounds are numbers or both arrays."""
         return np.clip(x, low, high)
 
     def reciprocal(self, x: Floats) -> Floats:
@@ -312,6 +336,27 @@ class _Numpy:
         the distance of rows."""
         np.matmul(left, right, out=to)
 
+    def subtract_outer(self, to: Floats, column: Floats, row: Floats) -> None:
+        """Takes the products of `column` [n] and `row` [N] from `to` [n, N], in place."""
+        to -= column[:, None] * row
+
+    def upper_and_inverse(self, matrix: Floats) -> tuple[Floats, Floats]:
+        """Returns U upper with U U' = a small positive definite matrix, and its inverse, computed in float64. Raises
+        LinAlgError where the matrix is none."""
+        return upper_and_inverse(matrix)
+
+    def inverse_triangles(self, upper: Floats) -> Floats:
+        """Returns the inverse of each of J upper triangles [J, B, B]."""
+        return np.asarray(np.linalg.inv(upper.astype(np.float64)), np.float32)
+
+    def bytes_of(self, x: Floats) -> NDArray[np.uint8]:
+        """Returns on the host integers from 0 to 255 as uint8."""
+        return x.astype(np.uint8)
+
+    def recorded(self, function: Callable[..., tuple[Floats, ...]], *arrays: Floats) -> tuple[Floats, ...]:
+        """Returns what a function makes of arrays; nothing is recorded."""
+        return function(*arrays)
+
     def is_out_of_memory(self, problem: BaseException) -> bool:
         """Whether an exception says that the device's memory is full."""
         return False
@@ -322,6 +367,13 @@ class _Numpy:
 
 
 NUMPY: Final[Device] = _Numpy()
+
+
+def upper_and_inverse(matrix: Floats) -> tuple[Floats, Floats]:
+    """U upper with U U' = a small positive definite matrix, and its inverse, by numpy's float64. Raises LinAlgError."""
+    backwards = np.linalg.cholesky(matrix[::-1, ::-1].astype(np.float64))
+    inverse = np.tril(np.linalg.inv(backwards))[::-1, ::-1]
+    return backwards[::-1, ::-1].astype(np.float32), np.ascontiguousarray(inverse, np.float32)
 
 
 def device_of(x: Floats) -> Device:

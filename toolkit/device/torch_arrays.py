@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from toolkit.device.arrays import upper_and_inverse
+from toolkit.device.recordings import Recordings
 from toolkit.device.words import TORCH
 
 
@@ -20,8 +22,9 @@ class TorchDevice:
         self._on = torch.device(kind)
         # torch calls its own CPU what `--device` calls numpy's.
         self.name = TORCH if self._on.type == "cpu" else kind
-        # A trip to the host costs a CUDA device more than many small steps do; elsewhere compiled loops are faster.
+        # Many small steps are launched as one on CUDA alone; elsewhere compiled loops on the host are faster.
         self.rounds_columns = self._on.type == "cuda"
+        self._recordings = Recordings() if self._on.type == "cuda" else None
         self.software = f"torch {torch.__version__}"
         # Apple's GPUs have no float64: there sums over a row or a column are float32, those over a text are not.
         self._wide = torch.float32 if self._on.type == "mps" else torch.float64
@@ -78,8 +81,8 @@ class TorchDevice:
         """Returns for each element the nearest that bfloat16 holds, half to even."""
         return x.to(torch.bfloat16).to(torch.float32)
 
-    def clip(self, x: Any, low: float, high: float) -> Any:
-        """Returns each element, or the bound that it is beyond."""
+    def clip(self, x: Any, low: Any, high: Any) -> Any:
+        """Returns each element, or the bound that it is beyond; both bounds are numbers or both arrays."""
         return torch.clamp(x, low, high)
 
     def reciprocal(self, x: Any) -> Any:
@@ -144,6 +147,36 @@ class TorchDevice:
         """Takes left [N, n] right [n, T] from `to` [N, T], in place."""
         to.addmm_(left, right, alpha=-1)
 
+    def subtract_outer(self, to: Any, column: Any, row: Any) -> None:
+        """Takes the products of `column` [n] and `row` [N] from `to` [n, N], in place."""
+        to.addr_(column, row, alpha=-1)
+
+    def upper_and_inverse(self, matrix: Any) -> tuple[Any, Any]:
+        """Returns U upper with U U' = a small positive definite matrix, and its inverse, computed in float64: there
+        where columns are rounded there, else on the host. Raises LinAlgError where the matrix is none."""
+        if not self.rounds_columns:
+            upper, inverse = upper_and_inverse(self.to_host(matrix))
+            return self.from_host(upper), self.from_host(inverse)
+        backwards, failed = torch.linalg.cholesky_ex(matrix.flip(0, 1).double())
+        if failed.item():
+            raise np.linalg.LinAlgError("the matrix is not positive definite")
+        unit = torch.eye(matrix.shape[0], dtype=torch.float64, device=self._on)
+        inverse = torch.linalg.solve_triangular(backwards, unit, upper=False)
+        return backwards.flip(0, 1).float(), inverse.flip(0, 1).float()
+
+    def inverse_triangles(self, upper: Any) -> Any:
+        """Returns the inverse of each of J upper triangles [J, B, B]."""
+        unit = torch.eye(upper.shape[-1], device=self._on)
+        return torch.linalg.solve_triangular(upper, unit.expand_as(upper), upper=True)
+
+    def bytes_of(self, x: Any) -> NDArray[np.uint8]:
+        """Returns on the host integers from 0 to 255 as uint8."""
+        return np.asarray(x.to(torch.uint8).cpu().numpy())
+
+    def recorded(self, function: Callable[..., tuple[Any, ...]], *arrays: Any) -> tuple[Any, ...]:
+        """Returns what a function makes of arrays; on CUDA its operations are one launch from the second time on."""
+        return self._recordings.made(function, arrays) if self._recordings else function(*arrays)
+
     def write_product(self, to: NDArray[np.float32], left: Any, right: Any) -> None:
         """Writes left [T, D] right [D, n] to the host's `to` [T, n]."""
         to[...] = self.to_host(left @ right)
@@ -156,6 +189,8 @@ class TorchDevice:
 
     def release(self) -> None:
         """Gives memory that no array needs any more back to the device."""
+        if self._recordings:
+            self._recordings.forget()
         module = getattr(torch, self._on.type)
         if hasattr(module, "empty_cache"):
             module.empty_cache()
@@ -171,9 +206,13 @@ def gpus_here(kinds: Sequence[str]) -> dict[str, int]:
     return counts
 
 
-@cache
 def torch_device(kind: str) -> TorchDevice:
-    """The one device of a torch name, such as `cpu` or `cuda:0`."""
+    """The one device of a torch name, such as `cpu` or `cuda:1`; the first of a kind is the kind's own."""
+    return _device(kind.removesuffix(":0"))
+
+
+@cache
+def _device(kind: str) -> TorchDevice:
     return TorchDevice(kind)
 
 

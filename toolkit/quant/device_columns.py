@@ -2,8 +2,9 @@
 
 It is what `gptq_columns` of quant/kernel.py and `round_signed_columns` of quant/signed_kernel.py do, row by row there
 and all rows at once here. What a block takes from the columns behind it is one product, and so is what its columns
-would be without rounding: beside the compiled loops a last bit may differ.
-N rows, n columns, B columns a block.
+would be without rounding; within a block all is counted in units of its scale. So a last bit may differ from the
+compiled loops'. A stride of columns is hundreds of small steps, always the same ones: the device may record them.
+N rows, n columns of a stride, B columns a block, J = n / B.
 """
 
 from __future__ import annotations
@@ -25,64 +26,95 @@ _BLOCK: Final = 32
 
 
 @dataclass(frozen=True)
-class RoundedColumns:
-    """Levels and what they stand for [N, n] on the device, scales and zero points of each block [N, n / B] on the host;
-    no scales where they stood before."""
+class SearchedStride:
+    """Rounds the columns of a stride, each block by a scale and a zero point that are searched when its turn comes.
 
-    levels: Floats
-    restored: Floats
-    scales: Floats
-    zeros: Floats
+    Called with what is left of columns [N, n], U [n, n], the inverses of its blocks [J, B, B], what an error in each
+    column is worth [n], and the grid of scales [C]; returns integers from 0 and what they stand for [N, n], scales and
+    zero points [N, J]. What is left is used up.
+    """
 
+    bits: int
+    symmetric: bool
+    block_size: int
+    short_scales: bool
 
-def searched_columns(left: Floats, upper: Floats, worth: Floats, spec: QuantSpec) -> RoundedColumns:
-    """Rounds what is left of columns [N, n], in place, each block by a scale and a zero point that are searched when
-    its turn comes; `upper` [n, n] and `worth` [n], which is numpy's, as in the kernel."""
-    on, top, triangle = device_of(left), float((1 << spec.bits) - 1), device_of(upper).to_host(upper)
-    levels, restored = on.empty(left.shape), on.empty(left.shape)
-    scales, zeros = list[Floats](), list[Floats]()
-    for first in range(0, left.shape[1], spec.block_size):
-        some = slice(first, first + spec.block_size)
-        unrounded = np.linalg.inv(triangle[some, some].astype(np.float64)).astype(np.float32)
-        block = left[:, some] @ on.from_host(unrounded)
-        scale, zero = _searched(on, block, on.from_host(worth[some]), top, spec.symmetric)
-        scale = on.nearest_bfloat16(scale) if spec.short_scales else scale
-        inverse = on.reciprocal(scale)
-        for k in range(some.start, some.stop):
-            level = on.clip(on.rint(left[:, k] / float(triangle[k, k]) * inverse) + zero, 0.0, top)
-            value = (level - zero) * scale
-            levels[:, k], restored[:, k] = level, value
-            left[:, k + 1 : some.stop] -= value[:, None] * upper[k, k + 1 : some.stop]
-        left[:, some.stop :] -= restored[:, some] @ upper[some, some.stop :]
-        scales.append(scale[:, None])
-        zeros.append(zero[:, None])
-    found = [on.to_host(on.concatenate(parts, axis=1)) for parts in (scales, zeros)]
-    return RoundedColumns(levels, restored, *found)
-
-
-def signed_columns(left: Floats, upper: Floats, scales: Floats, bits: int) -> RoundedColumns:
-    """The same by scales [N, n] that stand, numpy's, for integers around zero; levels are counted from 0."""
-    on, half, triangle = device_of(left), float(1 << (bits - 1)), device_of(upper).to_host(upper)
-    levels, restored, stood = on.empty(left.shape), on.empty(left.shape), on.from_host(scales)
-    heard, divisors = on.from_host((scales > 0).astype(np.float32)), on.replaced_zeros(stood)
-    for first in range(0, left.shape[1], _BLOCK):
-        some = slice(first, min(first + _BLOCK, left.shape[1]))
-        for k in range(some.start, some.stop):
-            level = on.rint(left[:, k] / float(triangle[k, k]) / divisors[:, k])
-            level = on.clip(level, -half, half - 1) * heard[:, k]
-            value = level * stood[:, k]
-            levels[:, k], restored[:, k] = level + half, value
-            left[:, k + 1 : some.stop] -= value[:, None] * upper[k, k + 1 : some.stop]
-        left[:, some.stop :] -= restored[:, some] @ upper[some, some.stop :]
-    return RoundedColumns(levels, restored, scales[:, :0], scales[:, :0])
+    def __call__(
+        self, left: Floats, upper: Floats, unrounded: Floats, worth: Floats, grid: Floats
+    ) -> tuple[Floats, Floats, Floats, Floats]:
+        on, top, diagonal = device_of(left), float((1 << self.bits) - 1), upper.diagonal()
+        levels, restored = on.empty(left.shape), on.empty(left.shape)
+        scales, zeros = list[Floats](), list[Floats]()
+        for j, first in enumerate(range(0, left.shape[1], self.block_size)):
+            some = slice(first, first + self.block_size)
+            scale, zero = _searched(on, left[:, some] @ unrounded[j], worth[some], grid, top, self.symmetric)
+            scale = on.nearest_bfloat16(scale) if self.short_scales else scale
+            own = upper[some, some] / diagonal[some]
+            waiting = on.contiguous((left[:, some] / diagonal[some] * on.reciprocal(scale)[:, None]).T)
+            steps, low, high = on.empty(waiting.shape), -zero, top - zero
+            for k in range(self.block_size):
+                steps[k] = on.clip(on.rint(waiting[k]), low, high)
+                on.subtract_outer(waiting[k + 1 :], own[k, k + 1 :], steps[k])
+            rounded = steps.T
+            levels[:, some], restored[:, some] = rounded + zero[:, None], rounded * scale[:, None]
+            left[:, some.stop :] -= restored[:, some] @ upper[some, some.stop :]
+            scales.append(scale[:, None])
+            zeros.append(zero[:, None])
+        return levels, restored, on.concatenate(scales, axis=1), on.concatenate(zeros, axis=1)
 
 
-def _searched(on: Device, block: Floats, worth: Floats, top: float, symmetric: bool) -> tuple[Floats, Floats]:
+@dataclass(frozen=True)
+class StandingStride:
+    """The same for integers around zero by scales [N, n] that stand, of each column its own: called with what is left
+    of columns, U and the scales."""
+
+    bits: int
+
+    def __call__(self, left: Floats, upper: Floats, scales: Floats) -> tuple[Floats, Floats]:
+        on, half, diagonal = device_of(left), float(1 << (self.bits - 1)), upper.diagonal()
+        levels, restored = on.empty(left.shape), on.empty(left.shape)
+        inverse = on.reciprocal(scales) / diagonal
+        for first in range(0, left.shape[1], _BLOCK):
+            some = slice(first, min(first + _BLOCK, left.shape[1]))
+            waiting = on.contiguous(left[:, some].T)
+            for k in range(some.stop - first):
+                level = on.clip(on.rint(waiting[k] * inverse[:, first + k]), -half, half - 1)
+                value = level * scales[:, first + k]
+                levels[:, first + k], restored[:, first + k] = level + half, value
+                on.subtract_outer(waiting[k + 1 :], upper[first + k, first + k + 1 : some.stop], value)
+            left[:, some.stop :] -= restored[:, some] @ upper[some, some.stop :]
+        return levels, restored
+
+
+def searched_stride(
+    left: Floats, upper: Floats, worth: Floats, spec: QuantSpec
+) -> tuple[Floats, Floats, Floats, Floats]:
+    """Integers from 0 and what they stand for [N, n], scales and zero points [N, J] of a stride's columns: `left`
+    [N, n], `upper` [n, n], and `worth` [n], which is numpy's, as in the kernel. Valid until the next stride."""
+    on, B = device_of(left), spec.block_size
+    blocks = [upper[None, first : first + B, first : first + B] for first in range(0, left.shape[1], B)]
+    steps = np.float32((1 << spec.bits) / 2 if spec.symmetric else (1 << spec.bits) - 1)
+    grid = np.array([steps / (steps + np.float32(tenths) / np.float32(10)) for tenths in _TENTHS], np.float32)
+    stride = SearchedStride(spec.bits, spec.symmetric, B, spec.short_scales)
+    weights = worth if worth.size else np.ones(left.shape[1], np.float32)
+    given = (on.inverse_triangles(on.concatenate(blocks)), on.from_host(weights), on.from_host(grid))
+    levels, restored, scales, zeros = on.recorded(stride, left, upper, *given)
+    return levels, restored, scales, zeros
+
+
+def standing_stride(left: Floats, upper: Floats, scales: Floats, bits: int) -> tuple[Floats, Floats]:
+    """The same by scales [N, n] that stand, for integers around zero; the integers that come back are counted from
+    0."""
+    levels, restored = device_of(left).recorded(StandingStride(bits), left, upper, scales)
+    return levels, restored
+
+
+def _searched(
+    on: Device, block: Floats, worth: Floats, grid: Floats, top: float, symmetric: bool
+) -> tuple[Floats, Floats]:
     """Scales and zero points [N] of a block [N, B]: a grid of ranges, each scale refitted, the best kept."""
     low, start, start_zero = _of_range(on, block, top, symmetric)
-    steps = np.float32((top + 1) / 2 if symmetric else top)
-    grid = [steps / (steps + np.float32(tenths) / np.float32(10)) for tenths in _TENTHS]
-    candidates = start[None, :] * on.from_host(np.array(grid, np.float32)[:, None])
+    candidates = start[None, :] * grid[:, None]
     inverse = on.reciprocal(candidates)
     zeros = start_zero[None, :] + 0 * candidates if symmetric else on.clip(on.rint(-low * inverse), 0.0, top)
     levels = on.rint(block[None] * inverse[:, :, None])

@@ -10,11 +10,11 @@ With H = U U', U upper in the order of visits, the loss of a row is the sum over
 2307.13304, theorem 6: the same integers as GPTQ's, without the inverse of H). U takes K^3 / 6 multiplications, H^-1 and
 its factor more than K^3.
 
-The loop itself is quant/visits.py.
+The loop itself is quant/in_order.py.
 
 If the input is X~ by the time it arrives, because layers before are quantized already, the target that makes up for
 that is W X'X~ (X~'X~)^-1 (Qronos, arXiv 2505.11695, in closed form), and z = W X'X~ U'^-1: half of that inverse.
-Products are a device's, triangles of _LEAF columns are factorized in float64 on the host.
+Products are a device's; triangles of _LEAF columns are factorized in float64.
 N output features, K input features, Kp = K padded to whole blocks.
 """
 
@@ -29,7 +29,8 @@ from numpy.typing import NDArray
 
 from toolkit.device.arrays import device_of
 from toolkit.quant.blockwise import QuantSpec
-from toolkit.quant.visits import Solved, Visits, round_in_order, visits
+from toolkit.quant.in_order import round_in_order
+from toolkit.quant.visits import Solved, Visits, visits
 
 Floats = NDArray[np.float32]
 DAMPING: Final = 0.01
@@ -136,13 +137,6 @@ def corrected_target(weight: Floats, product: Floats, factor: Factor) -> Floats:
     return on.contiguous(target[:, : weight.shape[1]])
 
 
-def upper_and_inverse(matrix: Floats) -> tuple[Floats, Floats]:
-    """U upper with U U' = a small positive definite matrix, and its inverse, by numpy's float64. Raises LinAlgError."""
-    backwards = np.linalg.cholesky(matrix[::-1, ::-1].astype(np.float64))
-    inverse = np.tril(np.linalg.inv(backwards))[::-1, ::-1]
-    return backwards[::-1, ::-1].astype(np.float32), np.ascontiguousarray(inverse, np.float32)
-
-
 def _factor_in_place(matrix: Floats) -> tuple[Floats, ...]:
     """Replaces H by U upper with U U' = H, from the last _LEAF columns to the first, and returns the inverses of the
     triangles on its diagonal, first one first.
@@ -156,7 +150,7 @@ def _factor_in_place(matrix: Floats) -> tuple[Floats, ...]:
         above = slice(0, leaf.stop)
         if leaf.stop < matrix.shape[0]:
             matrix[above, leaf] -= matrix[above, leaf.stop :] @ matrix[leaf, leaf.stop :].T
-        matrix[leaf, leaf], inverse = map(on.from_host, upper_and_inverse(on.to_host(matrix[leaf, leaf])))
+        matrix[leaf, leaf], inverse = on.upper_and_inverse(matrix[leaf, leaf])
         matrix[leaf.stop :, leaf] = 0
         matrix[: leaf.start, leaf] = matrix[: leaf.start, leaf] @ inverse.T
         leaves.append(inverse)

@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 
 from toolkit.device.arrays import Integers, device_of
 from toolkit.quant.blockwise import QuantSpec
-from toolkit.quant.gptq import DAMPINGS, NotPositiveDefiniteError, damped, padded, upper_and_inverse
-from toolkit.quant.visits import Solved, Visits, round_in_order, visit_strides, visits
+from toolkit.quant.gptq import DAMPINGS, NotPositiveDefiniteError, damped, padded
+from toolkit.quant.in_order import round_in_order
+from toolkit.quant.visits import Solved, Visits, visit_strides, visits
 
 Floats = NDArray[np.float32]
 # Columns for which P, and what the layers before have cost, are updated at once: a pass over either takes as long as
@@ -162,8 +163,7 @@ def _backwards(tokens: Floats, added: Floats, spec: QuantSpec) -> tuple[tuple[_S
         for some in reversed(together):
             own, before = slice(some.start - first, some.stop - first), slice(0, some.start - first)
             here = on.contiguous(seen[:, own])
-            triangles = upper_and_inverse(on.to_host(columns[:, own].T @ here) + np.diag(added[some]))
-            upper, inverse = map(on.from_host, triangles)
+            upper, inverse = on.upper_and_inverse(columns[:, own].T @ here + on.from_host(np.diag(added[some])))
             weighed[:, own] = here @ inverse.T
             found.append(_Stride(some, upper, inverse, here))
             if some.start > first:

@@ -27,7 +27,7 @@ from toolkit.quant.kernel import compiled, nearest_bfloat16, take_share
 Floats = NDArray[np.float32]
 _F: Final = np.float32
 # A refitted scale below this part of the old one, or above as many of it, is another grid, not a better fit.
-_FURTHEST: Final = np.float32(2)
+FURTHEST: Final = np.float32(2)
 
 
 def revisit(
@@ -139,4 +139,4 @@ def _refitted(scale: Any, steps: Any, left: Any, own: Any, first: int, along: An
         return scale
     fitted = scale + slope / curvature
     ratio = fitted / scale
-    return fitted if ratio * _FURTHEST > _F(1) and ratio < _FURTHEST else scale
+    return fitted if ratio * FURTHEST > _F(1) and ratio < FURTHEST else scale
