@@ -57,7 +57,7 @@ class _Kept:
         self.blocks: dict[str, QuantizedBlocks] = {}
         self.commits = 0
 
-    def write(self, tensor: str, start: int, weight: Floats, blocks: QuantizedBlocks) -> None:
+    def write(self, tensor: str, start: int, signal: float, blocks: QuantizedBlocks) -> None:
         assert start == 0 and tensor not in self.blocks
         self.blocks[tensor] = blocks
 
@@ -277,11 +277,11 @@ def test_the_head_is_solved_in_slices_as_in_one(tmp_path: Path, monkeypatch: pyt
     sliced: dict[int, QuantizedBlocks] = {}
 
     class Slices(_Kept):
-        def write(self, tensor: str, start: int, weight: Floats, blocks: QuantizedBlocks) -> None:
+        def write(self, tensor: str, start: int, signal: float, blocks: QuantizedBlocks) -> None:
             if tensor == "lm_head.weight":
                 sliced[start] = blocks
             else:
-                super().write(tensor, start, weight, blocks)
+                super().write(tensor, start, signal, blocks)
 
     monkeypatch.setattr(decoder, "HEAD_ROWS", 40)
     problem = _problem(checkpoint, Rounding.NONE)

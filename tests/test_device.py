@@ -208,8 +208,8 @@ class _Kept:
     def __init__(self) -> None:
         self.blocks: dict[str, QuantizedBlocks] = {}
 
-    def write(self, tensor: str, start: int, weight: Floats, blocks: QuantizedBlocks) -> None:
-        assert start == 0 and isinstance(weight, np.ndarray)
+    def write(self, tensor: str, start: int, signal: float, blocks: QuantizedBlocks) -> None:
+        assert start == 0 and isinstance(signal, float)
         self.blocks[tensor] = blocks
 
     def commit(self) -> None: ...

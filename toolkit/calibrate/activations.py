@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,48 @@ from toolkit.device.arrays import NUMPY, Device, device_of
 from toolkit.files import replacing
 
 Floats = NDArray[np.float32]
+
+
+class Activations(Protocol):
+    """[T, width] float32 of sequences, some at a time: written once, read in order, and removed."""
+
+    def write(self, sequences: Iterable[Floats]) -> Activations:
+        """Takes every sequence in order, one or several at a time; returns itself."""
+        ...
+
+    def __iter__(self) -> Iterator[tuple[Floats, tuple[int, ...]]]:
+        """Each batch of sequences behind each other, and their lengths."""
+        ...
+
+    def remove(self) -> None:
+        """Forgets them."""
+        ...
+
+
+class HeldActivations:
+    """Activations that stay on the device whose work they are part of, in the batches they are written in."""
+
+    def __init__(self, lengths: Sequence[tuple[int, ...]]) -> None:
+        self._lengths, self._held = tuple(lengths), list[Floats]()
+
+    def write(self, sequences: Iterable[Floats]) -> HeldActivations:
+        """Takes every batch in order; returns itself."""
+        self._held = list(sequences)
+        return self
+
+    def __iter__(self) -> Iterator[tuple[Floats, tuple[int, ...]]]:
+        """Each batch of sequences behind each other, and their lengths."""
+        start = 0
+        whole = self._held[0] if len(self._held) == 1 else None
+        for k, lengths in enumerate(self._lengths):
+            # Experts give back the whole text at once.
+            stop = start + sum(lengths)
+            yield (self._held[k] if whole is None else whole[start:stop]), lengths
+            start = stop
+
+    def remove(self) -> None:
+        """Gives their memory back."""
+        self._held = []
 
 
 class ActivationFile:

@@ -8,13 +8,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from toolkit import names
 from toolkit.calibrate.pieces import SharedRows, means_of_products
-from toolkit.calibrate.side_by_side import InputFactor, MatrixRows, RowSource, joined, solve_rows, solve_side_by_side
+from toolkit.calibrate.side_by_side import (
+    InputFactor,
+    MatrixRows,
+    RowSource,
+    joined,
+    rows_of,
+    solve_rows,
+    solve_side_by_side,
+)
 from toolkit.calibrate.statistics import Products
 from toolkit.checkpoint.linears import LinearInput
 from toolkit.device.arrays import Device
@@ -29,6 +38,8 @@ from toolkit.reference.decoder import rows_together
 from toolkit.reference.shared import SharedLayer
 
 Floats = NDArray[np.float32]
+# Elements of matrices that a device solves as one: what it makes of them is some gigabytes.
+_DEVICE_ELEMENTS: Final = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -97,6 +108,8 @@ class InputSolver:
 
     def solved(self, weights: Mapping[str, Floats]) -> dict[str, Solved]:
         """Whole matrices, solved where that was asked for and possible, else rounded."""
+        if self._on.rounds_columns and self._factor and not self._pool:
+            return self._by_format(weights)
         wanted = [tensor for tensor in weights if tensor in self.wanted]
         found = self.side_by_side(self._layer, {tensor: [weights[tensor].shape[0]] for tensor in wanted})
         specs, width = self._problem.specs, self._given.width
@@ -105,6 +118,34 @@ class InputSolver:
             for tensor, blocks in zip(wanted, found, strict=False)
         }
         return made | {tensor: self._whole(tensor, weight) for tensor, weight in weights.items() if tensor not in made}
+
+    def _by_format(self, weights: Mapping[str, Floats]) -> dict[str, Solved]:
+        """The same, matrices of one format as one: a device rounds a column of many rows as soon as one of few."""
+        formats, made = dict[QuantSpec, list[str]](), dict[str, Solved]()
+        for tensor in self.wanted:
+            formats.setdefault(self._problem.specs[tensor], []).append(tensor)
+        for spec, tensors in formats.items():
+            together = self._on.concatenate([weights[tensor] for tensor in tensors])
+            parts = [self._products[tensor] for tensor in tensors if tensor in self._products]
+            product = self._on.concatenate(parts) if parts else None
+            whole, start = self._in_pieces(together, spec, product), 0
+            for tensor in tensors:
+                rows = slice(start, start + weights[tensor].shape[0])
+                noise = self._on.square_sum(whole.restored[rows] - weights[tensor])
+                made[tensor] = Solved(rows_of(whole.blocks, rows, noise), whole.restored[rows])
+                start = rows.stop
+        return made | {t: self._whole(t, weight) for t, weight in weights.items() if t not in made}
+
+    def _in_pieces(self, weight: Floats, spec: QuantSpec, product: Floats | None) -> Solved:
+        assert self._factor is not None
+        shared, step = (
+            InputFactor(self._factor, self._cross, self._problem.revisits),
+            _DEVICE_ELEMENTS // weight.shape[1],
+        )
+        starts = range(0, weight.shape[0], step)
+        some = (slice(start, start + step) for start in starts)
+        made = [solve_rows(shared, weight[s], spec, None if product is None else product[s]) for s in some]
+        return Solved(joined([one.blocks for one in made]), self._on.concatenate([one.restored for one in made]))
 
     def _whole(self, tensor: str, weight: Floats) -> Solved:
         """A matrix, so many rows at a time that what they are made of is less than a large one itself."""

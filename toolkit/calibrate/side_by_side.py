@@ -94,3 +94,9 @@ def joined(parts: Sequence[QuantizedBlocks]) -> QuantizedBlocks:
         np.concatenate(points) if points else None,
         sum(block.noise for block in parts),
     )
+
+
+def rows_of(blocks: QuantizedBlocks, rows: slice, noise: float) -> QuantizedBlocks:
+    """Some rows of a matrix, whose errors are known."""
+    points = None if blocks.zero_points is None else blocks.zero_points[rows]
+    return QuantizedBlocks(blocks.packed[rows], blocks.scales[rows], points, noise)

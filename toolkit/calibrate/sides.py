@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from toolkit.calibrate.activations import ActivationFile
+from toolkit.calibrate.activations import Activations
 from toolkit.calibrate.exact import ExactInputs
 from toolkit.calibrate.pieces import Half, SolvedMatrix, added, each, inner, reading
 from toolkit.checkpoint.linears import LinearInput
@@ -63,29 +63,29 @@ class KeptSide:
 
 
 class ComputedSide:
-    """A stream through a layer; `spill` gives it files for what stands in between, a pool works on sequences side by
+    """A stream through a layer; `spill` gives it places for what stands in between, a pool works on sequences side by
     side. Its processes read what is `shared`, and are sent those of `solved` as they are."""
 
     def __init__(
         self,
         layer: Layer,
-        before: ActivationFile,
-        after: ActivationFile,
-        spill: Callable[[str, int], ActivationFile],
+        before: Activations,
+        after: Activations,
+        spill: Callable[[str, int], Activations],
         pool: Pool | None,
         shared: SharedLayer | None,
         solved: Mapping[str, SolvedMatrix],
     ) -> None:
         self._layer, self._spill, self._stream, self._after, self._pool = layer, spill, before, after, pool
         self._shared, self._solved = shared, solved
-        self._inner: ActivationFile | None = None
+        self._inner: Activations | None = None
 
     def reads(self, half: Sublayer, given: LinearInput) -> Iterator[Floats]:
-        """Yields what the linears there read, as `Side` says. What the last linear of a half reads comes from a file:
+        """Yields what the linears there read, as `Side` says. What the last linear of a half reads is kept:
         what stands behind the half is made of it too."""
         if isinstance(half, Moe) or given != half.inner_input:
             return (self._layer.reads(half, given, x) for x, _ in self._stream)
-        return (y for y, _ in self._inner_file(half))
+        return (y for y, _ in self._inner_values(half))
 
     def step(self, half: Sublayer, look: Look = unseen) -> None:
         """Writes the stream behind a half: between the two to a spill, in the end to the file after the layer."""
@@ -99,10 +99,10 @@ class ComputedSide:
         if isinstance(half, Moe):
             whole = self._layer.on.concatenate([x for x, _ in self._stream])
             return iter([self._layer.through(half, whole, look=look)])
-        pairs = ((x, y) for (x, _), (y, _) in zip(self._stream, self._inner_file(half), strict=True))
+        pairs = ((x, y) for (x, _), (y, _) in zip(self._stream, self._inner_values(half), strict=True))
         return each(self._pool, added, self._reading(half, [half.inner_input]), pairs)
 
-    def _inner_file(self, half: Mixer | Mlp) -> ActivationFile:
+    def _inner_values(self, half: Mixer | Mlp) -> Activations:
         if self._inner is None:
             read = each(self._pool, inner, self._reading(half, half.inputs[:-1]), self._stream)
             self._inner = self._spill(half.inner_input.name, half.inner_input.width).write(read)

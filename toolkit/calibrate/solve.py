@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toolkit import names
-from toolkit.calibrate.activations import ActivationFile
+from toolkit.calibrate.activations import ActivationFile, Activations, HeldActivations
 from toolkit.calibrate.exact import ExactInputs
 from toolkit.calibrate.experts import FEWEST_ROUTED, with_rounded_experts
 from toolkit.calibrate.input_solver import Fallback, InputSolver, Problem
@@ -26,7 +26,7 @@ from toolkit.checkpoint.anatomy import decoder_of
 from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.linears import Linear, LinearInput
 from toolkit.checkpoint.weights import Tensors
-from toolkit.device.arrays import Device
+from toolkit.device.arrays import NUMPY, Device
 from toolkit.device.fitting import ON_NUMPY, Fitting, Pool
 from toolkit.files import read_state, write_state
 from toolkit.quant.blockwise import QuantizedBlocks, dequantize_blocks, quantize_blocks
@@ -51,8 +51,8 @@ class _Solved:
 class Writer(Protocol):
     """Takes rows as they are solved, and keeps them."""
 
-    def write(self, tensor: str, start: int, weight: Floats, blocks: QuantizedBlocks) -> None:
-        """Rows [start, …) of a tensor, as they were and as they are stored."""
+    def write(self, tensor: str, start: int, signal: float, blocks: QuantizedBlocks) -> None:
+        """Rows [start, …) of a tensor, the sum of squares of what they were, and as they are stored."""
         ...
 
     def commit(self) -> None:
@@ -203,15 +203,17 @@ class _LayerPass:
         self._pool = pool
         self._shared = share_layer(config, source, k) if pool else None
         self._packed: dict[str, SolvedMatrix] = {}
-        self._spills: list[ActivationFile] = []
+        self._spills: list[Activations] = []
         self._passing: tuple[str, list[str]] = "", []
 
     def side(self, kind: str, before: ActivationFile, after: ActivationFile) -> Side:
         """One stream through the layer, from file to file."""
 
-        def spill(name: str, width: int) -> ActivationFile:
+        def spill(name: str, width: int) -> Activations:
+            on, path = self._exact.on, self._folder / f"{name}.{kind}.f32"
+            held = on.rounds_columns
             self._spills.append(
-                ActivationFile(self._folder / f"{name}.{kind}.f32", self._lengths, width, self._exact.on)
+                HeldActivations(self._lengths) if held else ActivationFile(path, self._lengths, width, on)
             )
             return self._spills[-1]
 
@@ -235,7 +237,7 @@ class _LayerPass:
             rounded.step(half, self._by_routed)
 
     def finish(self) -> None:
-        """Removes the files that held activations of this layer."""
+        """Forgets the activations inside this layer."""
         for spill in self._spills:
             spill.remove()
 
@@ -268,7 +270,7 @@ class _LayerPass:
             tensor = linear.weight
             weight, solved = weights[tensor], made[tensor]
             if tensor in solver.wanted:
-                self._writer.write(tensor, 0, self._exact.on.to_host(weight), solved.blocks)
+                self._writer.write(tensor, 0, self._exact.on.square_sum(weight), solved.blocks)
             self._rounded.tensors[tensor] = solved.restored
             if pool:
                 self._packed[tensor] = SolvedMatrix(solved.blocks, self._problem.specs[tensor], given.width)
@@ -318,5 +320,6 @@ def _solve_head(
     made = solver.side_by_side(source, {tensor: [*starts[1:], config.vocab_size]})
     for k, start in enumerate(starts):
         weight = source.read_rows(tensor, start, min(config.vocab_size, start + step))
-        writer.write(tensor, start, weight, made[k] if made else solver.rows(tensor, on.from_host(weight)).blocks)
+        blocks = made[k] if made else solver.rows(tensor, on.from_host(weight)).blocks
+        writer.write(tensor, start, NUMPY.square_sum(weight), blocks)
     return solver.fallbacks

@@ -14,6 +14,7 @@ from typing import Final, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from toolkit.device.triangles import upper_and_inverse
 from toolkit.device.words import CPU
 from toolkit.machine import threads
 
@@ -367,13 +368,6 @@ class _Numpy:
 
 
 NUMPY: Final[Device] = _Numpy()
-
-
-def upper_and_inverse(matrix: Floats) -> tuple[Floats, Floats]:
-    """U upper with U U' = a small positive definite matrix, and its inverse, by numpy's float64. Raises LinAlgError."""
-    backwards = np.linalg.cholesky(matrix[::-1, ::-1].astype(np.float64))
-    inverse = np.tril(np.linalg.inv(backwards))[::-1, ::-1]
-    return backwards[::-1, ::-1].astype(np.float32), np.ascontiguousarray(inverse, np.float32)
 
 
 def device_of(x: Floats) -> Device:

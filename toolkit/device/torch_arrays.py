@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from toolkit.device.arrays import upper_and_inverse
 from toolkit.device.recordings import Recordings
+from toolkit.device.triangles import upper_and_inverse
+from toolkit.device.uploads import SMALLEST_SENT, Uploads
 from toolkit.device.words import TORCH
 
 
@@ -25,13 +26,15 @@ class TorchDevice:
         # Many small steps are launched as one on CUDA alone; elsewhere compiled loops on the host are faster.
         self.rounds_columns = self._on.type == "cuda"
         self._recordings = Recordings() if self._on.type == "cuda" else None
+        self._uploads = Uploads(self._on) if self._on.type == "cuda" else None
         self.software = f"torch {torch.__version__}"
         # Apple's GPUs have no float64: there sums over a row or a column are float32, those over a text are not.
         self._wide = torch.float32 if self._on.type == "mps" else torch.float64
 
     def from_host(self, x: NDArray[np.float32]) -> Any:
         """Returns numpy's array on the device; on the CPU it shares its memory where that may be written to."""
-        return torch.from_numpy(np.require(x, np.float32, ["C", "W"])).to(self._on)
+        here = torch.from_numpy(np.require(x, np.float32, ["C", "W"]))
+        return self._uploads.sent(here) if self._uploads and x.size >= SMALLEST_SENT else here.to(self._on)
 
     def to_host(self, x: Any) -> NDArray[np.float32]:
         """Returns an array as numpy's; on the CPU they share their memory."""

@@ -27,14 +27,14 @@ class SolvedWriter:
         self._rows = RowWriter(files)
         self._sums: dict[str, tuple[float, float]] = {}
 
-    def write(self, tensor: str, start: int, weight: Floats, blocks: QuantizedBlocks) -> None:
-        """Rows [start, …) of a tensor, as they were [N, K] and as they are stored. Raises as `RowWriter.write`."""
+    def write(self, tensor: str, start: int, signal: float, blocks: QuantizedBlocks) -> None:
+        """Rows [start, …) of a tensor, the sum of squares of what they were, and as they are stored. Raises as
+        `RowWriter.write`."""
         found = self._rows.unit_rows[tensor]
         for into in found:
             self._rows.write(tensor, start, into, arrays_of(blocks))
-        signal, noise = self._sums.get(tensor, (0.0, 0.0))
-        flat = weight.reshape(-1)
-        self._sums[tensor] = (signal + float(np.vdot(flat, flat)), noise + blocks.noise)
+        so_far, noise = self._sums.get(tensor, (0.0, 0.0))
+        self._sums[tensor] = (so_far + signal, noise + blocks.noise)
 
     def write_floats(self, tensor: str, values: Floats) -> None:
         """A whole tensor of floats. Raises as `RowWriter.write`."""

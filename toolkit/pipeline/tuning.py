@@ -62,7 +62,7 @@ def tune_packed(
             blocks, spec = _rescaled(stored, name, scales)
             weight = plan.checkpoint.source.read(name)
             lost = np.square(dequantize_blocks(blocks, spec, weight.shape[1]) - weight).sum(dtype=np.float64)
-            writer.write(name, 0, weight, replace(blocks, noise=float(lost)))
+            writer.write(name, 0, NUMPY.square_sum(weight), replace(blocks, noise=float(lost)))
         for name, gain in found.gains.items():
             writer.write_floats(name, gain)
         writer.commit()
