@@ -100,3 +100,12 @@ def test_a_plugin_is_registered_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [providers.provider_is_here("WebGPU") for _ in range(3)] == [False] * 3
     assert registered == [row.execution_provider]
     providers._make_known.cache_clear()
+
+
+def test_a_plugin_is_made_known_to_genai_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second bundle of the same process finds it there: onnxruntime-genai refuses a library that it has."""
+    known, genai = list[str](), ModuleType("genai")
+    genai.register_execution_provider_library = lambda name, library: known.append(name)
+    _plugin(monkeypatch, [OrtHardwareDeviceType.GPU], "onnxruntime_ep_webgpu")
+    assert [providers.make_known_to_genai(genai, "WebGPU") for _ in range(2)] == [True, True]
+    assert known == ["WebGpuExecutionProvider"]

@@ -90,9 +90,15 @@ def make_known_to_genai(og: Any, name: str) -> bool:
         return False
     row = _PROVIDERS.get(name.lower())
     if row and row.plugin and row.execution_provider not in _BUILT_IN:
-        library = importlib.import_module(row.plugin).get_library_path()
-        og.register_execution_provider_library(row.execution_provider, str(library))
+        _make_known_there(og, row.plugin, row.execution_provider)
     return True
+
+
+@functools.cache
+def _make_known_there(og: Any, plugin: str, execution_provider: str) -> None:
+    """Registers a plugin with onnxruntime-genai once: it refuses a second bundle's."""
+    library = importlib.import_module(plugin).get_library_path()
+    og.register_execution_provider_library(execution_provider, str(library))
 
 
 def _devices(execution_provider: str) -> set[Any]:
