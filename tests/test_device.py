@@ -25,6 +25,7 @@ from toolkit.calibrate.solve import solve
 from toolkit.calibrate.survey import Survey, Wish, survey
 from toolkit.checkpoint.anatomy import decoder_of
 from toolkit.checkpoint.opened import Checkpoint, open_checkpoint
+from toolkit.device import recordings
 from toolkit.device.arrays import NUMPY, Device, device_of
 from toolkit.device.chosen import chosen_device
 from toolkit.device.fitting import TOGETHER, Fitting
@@ -168,12 +169,12 @@ def test_inputs_are_rounded_to_the_same_bits() -> None:
         QuantSpec(4, 40, True, "gptq", True),
     ],
 )
-@pytest.mark.parametrize("of_tokens", [False, True])
+@pytest.mark.parametrize(("of_tokens", "revisits"), [(True, 0), (False, 0), (False, 2)])
 @pytest.mark.parametrize("on_device", [False, True])
 def test_gptq_rounds_alike_on_torch(
-    spec: QuantSpec, of_tokens: bool, on_device: bool, monkeypatch: pytest.MonkeyPatch
+    spec: QuantSpec, of_tokens: bool, revisits: int, on_device: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the compiled loops, and by operations on whole columns as on a GPU."""
+    """By the compiled loops, and by operations on whole columns as on a GPU; columns visited again too."""
     monkeypatch.setattr(TORCH, "rounds_columns", on_device)
     x, w = _random(300, 200) * np.exp(_random(200, seed=1)), _random(48, 200, seed=2)
     arriving = np.asarray(x + np.float32(0.01) * _random(300, 200, seed=3), np.float32)
@@ -184,7 +185,7 @@ def test_gptq_rounds_alike_on_torch(
             made.append(factorize_tokens(before, after, spec).solved(weights, spec))
         else:
             factor = factorize(after.T @ after / T, spec.block_size, 300)
-            made.append(factor.solved(weights, spec, weights @ (before.T @ after / T)))
+            made.append(factor.solved(weights, spec, weights @ (before.T @ after / T), revisits))
     ours, theirs = made
     # A last bit decides between ranges that are equally good: at 8 bits often, at 4 in some row of the 48, of which the
     # columns behind then differ too.
@@ -200,6 +201,55 @@ def test_gptq_rounds_alike_on_torch(
         np.testing.assert_array_equal(theirs.blocks.scales, NUMPY.nearest_bfloat16(theirs.blocks.scales))
     restored = dequantize_blocks(theirs.blocks, spec, 200)
     np.testing.assert_allclose(TORCH.to_host(theirs.restored), restored, atol=1e-6)
+
+
+class _Graph:
+    """Stands for a CUDA graph: what is recorded while it is entered is done anew by `replay`, on the same arrays."""
+
+    def __init__(self, makes: Callable[[], None]) -> None:
+        self.replay = makes
+
+
+def test_a_recording_reads_what_it_is_given_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No CUDA is needed for what is done around the graph: shapes, functions and arrays that it reads and writes."""
+    recorded = list[tuple[int, ...]]()
+
+    def record(function: Callable[..., tuple[Any, ...]], arrays: tuple[Any, ...]) -> Any:
+        given = tuple(x.clone() for x in arrays)
+        recorded.append(tuple(given[0].shape))
+        made = function(*given)
+
+        def again() -> None:
+            for to, x in zip(made, function(*given), strict=True):
+                to.copy_(x)
+
+        graph: Any = _Graph(again)
+        return recordings._Recording(graph, given, made)
+
+    monkeypatch.setattr(recordings, "_record", record)
+    kept, on = recordings.Recordings(), TORCH
+    for function, size in ((_doubled, 3), (_doubled, 3), (_negated, 3), (_doubled, 3), (_doubled, 4), (_doubled, 4)):
+        x = on.from_host(_random(size, seed=size))
+        (made,) = kept.made(function, (x,))
+        np.testing.assert_array_equal(on.to_host(made), on.to_host(function(x)[0]))
+    assert recorded == [(3,), (4,)]
+
+    def refuse(function: object, arrays: object) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(recordings, "_record", refuse)
+    kept.forget()
+    for _ in range(3):
+        x = on.from_host(_random(5))
+        np.testing.assert_array_equal(on.to_host(kept.made(_doubled, (x,))[0]), on.to_host(x + x))
+
+
+def _doubled(x: Any) -> tuple[Any]:
+    return (x + x,)
+
+
+def _negated(x: Any) -> tuple[Any]:
+    return (-x,)
 
 
 class _Kept:
@@ -241,9 +291,13 @@ def _kld(checkpoint: Checkpoint, blocks: dict[str, QuantizedBlocks], sequences: 
     return float(compared.figures().mean_kld)
 
 
-def test_calibration_comes_to_the_same_on_torch_and_always_to_the_same_bytes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("on_device", [False, True])
+def test_calibration_comes_to_the_same_on_torch_and_always_to_the_same_bytes(
+    on_device: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Within 3% of what there is to win over plain rounding: this model is so small that one row's ties show."""
     checkpoint, ids = _checkpoint("qwen2", tmp_path)
+    monkeypatch.setattr(TORCH, "rounds_columns", on_device)
     found, kept = _calibrated(checkpoint, ids, tmp_path / "numpy", Fitting(NUMPY))
     other, theirs = _calibrated(checkpoint, ids, tmp_path / "torch", Fitting(TORCH))
     for name, facts in found.inputs.items():

@@ -29,7 +29,7 @@ class Activations(Protocol):
         ...
 
     def remove(self) -> None:
-        """Forgets them."""
+        """Gives back the room that they take, whether they were written or not."""
         ...
 
 
@@ -55,7 +55,7 @@ class HeldActivations:
             start = stop
 
     def remove(self) -> None:
-        """Gives their memory back."""
+        """Gives the memory that they take back to the device."""
         self._held = []
 
 

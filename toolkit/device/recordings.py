@@ -27,15 +27,25 @@ class Recordings:
 
     def __init__(self) -> None:
         self._recordings: dict[object, _Recording | None] = {}
+        self._refused = False
 
     def made(self, function: Callable[..., tuple[Any, ...]], arrays: tuple[Any, ...]) -> tuple[Any, ...]:
         """Returns what a function makes of arrays. The first time it is called as it is: what it loads and compiles is
         no part of a recording."""
         key = (function, tuple(tuple(x.shape) for x in arrays))
-        if key not in self._recordings:
+        if self._refused or key not in self._recordings:
             self._keep(key, None)
             return function(*arrays)
-        recording = self._recordings.pop(key) or _record(function, arrays)
+        recording = self._recordings.pop(key)
+        if recording is None:
+            try:
+                recording = _record(function, arrays)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:
+                # A driver or a build of torch that records nothing: slower, and the same.
+                self._refused = True
+                return function(*arrays)
         self._keep(key, recording)
         for to, x in zip(recording.given, arrays, strict=True):
             to.copy_(x)

@@ -36,20 +36,20 @@ class RevisitedStride:
         on, top, diagonal = device_of(left), float((1 << self.bits) - 1), own.diagonal()
         made, values, moved = on.empty(left.shape), on.empty(left.shape), on.empty(left.shape)
         fitted = on.empty(scales.shape)
-        waiting = on.contiguous(left.T)
+        # In units of each column's own part of H: what it waits for, and what the others take from it.
+        waiting, taken = on.contiguous((left / diagonal).T), own / diagonal
         for j, first in enumerate(range(0, left.shape[1], self.block_size)):
             some, scale, zero = slice(first, first + self.block_size), scales[:, j], zeros[:, j]
             steps = on.contiguous((levels[:, some] - zero[:, None]).T)
             before = steps * scale
-            refitted = _refitted(on, scale, steps, waiting[some], own[some, some])
+            refitted = _refitted(on, scale, steps, waiting[some] * diagonal[some, None], own[some, some])
             refitted = on.nearest_bfloat16(refitted) if self.short_scales else refitted
-            waiting -= own[:, some] @ (steps * (refitted - scale))
+            waiting -= taken[some].T @ (steps * (refitted - scale))
             # What a scale of nothing stands for is nothing, and stays.
             inverse, low, high = on.reciprocal(refitted), -zero, top - zero
             for i in range(self.block_size):
-                k = first + i
-                step = on.clip(on.rint(steps[i] + waiting[k] * inverse / diagonal[k]), low, high)
-                on.subtract_outer(waiting, own[k], (step - steps[i]) * refitted)
+                step = on.clip(on.rint(steps[i] + waiting[first + i] * inverse), low, high)
+                on.subtract_outer(waiting, taken[first + i], (step - steps[i]) * refitted)
                 steps[i] = step
             after = steps * refitted
             made[:, some], values[:, some], moved[:, some] = (steps + zero).T, after.T, (after - before).T
