@@ -26,8 +26,10 @@ from toolkit.recipe import QuantRule, Recipe, nearest
 from toolkit.target import Form
 
 _ITEM_BITS: Final = {"float32": 32, "float16": 16, "bfloat16": 16, "uint8": 8, "int8": 8, "int4": 4}
-# Blocks that QNN takes, where the rule's does not divide a width; it computes those of 8 wrongly, in silence (LOG.md).
+# Blocks that QNN takes, where the rule's does not divide a width; it computes those of 8 wrongly, in silence, and so an
+# odd number of blocks of 16 (LOG.md): a width in blocks is a multiple of 32.
 _SIGNED_BLOCKS: Final = (64, 32, 16)
+_SIGNED_WIDTH: Final = 32
 # Blocks that a budget chooses from.
 _BLOCK_SIZES: Final = (32, 64, 128)
 
@@ -243,7 +245,7 @@ def _signed(spec: QuantSpec, columns: int, form: Form) -> QuantSpec:
 
     A row of an odd number of 4-bit values ends in one that is not stored: while it is made, two share a byte.
     """
-    sizes = [size for size in (spec.block_size, *_SIGNED_BLOCKS) if columns % size == 0]
+    sizes = [size for size in (spec.block_size, *_SIGNED_BLOCKS) if columns % max(size, _SIGNED_WIDTH) == 0]
     whole = form.row_scales or spec.bits == 8 or not sizes
     row = columns + columns % 2 if spec.bits == 4 else columns
     return replace(spec, block_size=row if whole else sizes[0], symmetric=True, signed=True, short_scales=False)
