@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,6 +22,14 @@ from toolkit.evaluate.tasks import read_task
 from toolkit.recipe import load_recipe
 
 VOCAB, STOP = 50, 7
+# What a process makes of a denormal number after genai's loop in the simulator ran in it.
+DENORMAL = """
+import sys
+import numpy as np
+from toolkit.evaluate.simulated_loop import _continue
+_continue({"bundle": sys.argv[1], "prompts": [[5]], "new_tokens": 1})
+assert np.float32(1e-40) * np.float32(1) > 0, "lost"
+"""
 
 
 def _next(ids: list[int]) -> int:
@@ -116,3 +126,10 @@ def test_answers_in_the_simulator_are_genais_own_there(small: Path, tiny_r1: Pat
     one = first_of(asked, 1)
     (drafted,) = drafted_answers(one.ids, 3, one.stop_ids, lambda p, n: [[0] * n for _ in p], simulator_judge(small))
     assert made == drafted
+
+
+@needs_compiler
+def test_genais_loop_leaves_the_simulator_its_denormal_numbers(small: Path) -> None:
+    """The bundle asks the CPU to take them for zeros, which holds for a process: the simulator's float16 ones too."""
+    done = subprocess.run([sys.executable, "-c", DENORMAL, str(small)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

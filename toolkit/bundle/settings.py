@@ -177,8 +177,11 @@ class Settings:
     def on_cpu(self, session: Mapping[str, str] | None = None) -> Settings:
         """Returns the settings with no provider asked for, so that every stage runs on the CPU, and the options of
         `session` added to every stage's."""
-        told = {**(session or {}), "provider_options": []}
-        return self._changed(lambda _, section: section.setdefault("session_options", {}).update(told))
+        return self.with_session_options({**(session or {}), "provider_options": []})
+
+    def with_session_options(self, options: Mapping[str, object]) -> Settings:
+        """Returns the settings with `options` among those of every stage's session."""
+        return self._changed(lambda _, section: section.setdefault("session_options", {}).update(options))
 
     def with_threads(self, count: int) -> Settings:
         """Returns the settings with so many threads for each stage, 0 for one a core."""

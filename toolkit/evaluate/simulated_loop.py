@@ -62,6 +62,8 @@ def _continue(raw: Json) -> Json:
     settings = settings.with_provider_options(
         lambda _, given: simulator_options(given, Path(folder.name)), {"session.disable_cpu_ep_fallback": "1"}
     )
+    # On a device they are the host's; here the simulator would lose its own, attention's float16 below 6e-5.
+    settings = settings.with_session_options({"session.set_denormal_as_zero": "0"})
     (Path(folder.name) / names.GENAI_CONFIG_FILE).write_text(settings.text, encoding="utf-8")
     og.register_execution_provider_library(PROVIDER, plugin_library())
     opened = OpenModel(og, og.Model(folder.name), settings, 0.0, 0, folder)
