@@ -109,7 +109,7 @@ def test_the_same_bytes_on_any_number_of_workers(two: DaskPool, kind: str, monke
         cross = np.asarray(x.T @ arriving / 200, np.float32)
         factor = factorize(np.asarray(arriving.T @ arriving / 200, np.float32), 32, 200)
         if kind == "moment":
-            shared = InputFactor(factor, cross, 0, rows)
+            shared = InputFactor(factor, factor.whitening(cross), 0, rows)
         else:
             shared, products = InputFactor(factor, None, 0, rows), {name: w @ cross for name, w in weights.items()}
     matrices = [MatrixRows(name, 0, len(weight), SPEC, products.get(name)) for name, weight in weights.items()]
@@ -120,7 +120,7 @@ def test_the_same_bytes_on_any_number_of_workers(two: DaskPool, kind: str, monke
             np.testing.assert_array_equal(getattr(theirs, found), getattr(ours, found))
         assert theirs.noise == ours.noise
     # And each row is the one that the matrix as a whole has: rows do not depend on each other.
-    product = products.get("gate", None if shared.cross is None else weights["gate"] @ shared.cross)
+    product = products.get("gate", weights["gate"] @ cross if kind == "moment" else None)
     whole = (
         shared.factor.solved(weights["gate"], SPEC)
         if kind == "tokens"

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toolkit import names
-from toolkit.calibrate.pieces import SharedRows, means_of_products
+from toolkit.calibrate.pieces import Moments, SharedRows, factored, means_of_products
 from toolkit.calibrate.side_by_side import (
     InputFactor,
     MatrixRows,
@@ -30,7 +30,7 @@ from toolkit.device.arrays import Device
 from toolkit.device.fitting import Pool
 from toolkit.quant.activations import Rounding, rounded_input
 from toolkit.quant.blockwise import QuantizedBlocks, QuantSpec, dequantize_blocks, quantize_blocks
-from toolkit.quant.gptq import Factor, NotPositiveDefiniteError, factorize
+from toolkit.quant.gptq import Factor, NotPositiveDefiniteError
 from toolkit.quant.gptq_tokens import TokenFactor, factorize_tokens, pays
 from toolkit.quant.ranges import ActivationRange
 from toolkit.quant.visits import Solved
@@ -85,7 +85,7 @@ class InputSolver:
         self._given, self._problem, self._spec, self._on = given, problem, problem.specs[tensors[0]], on
         self._pool, self._layer = pool, shared
         self._factor: Factor | TokenFactor | None = None
-        self._cross: Floats | None = None
+        self._whitening: Floats | None = None
         self._products: dict[str, Floats] = {}
         self.fallbacks: list[Fallback] = []
 
@@ -102,7 +102,7 @@ class InputSolver:
                 exact, arriving = (self._on.concatenate(side) for side in zip(*arrived, strict=True))
                 self._factor = factorize_tokens(exact, arriving, self._spec)
             else:
-                self._factor = self._of_products(arrived, rows)
+                self._factor, self._whitening = self._of_products(arrived, rows)
         except NotPositiveDefiniteError as failed:
             self.fallbacks += [Fallback(tensor, str(failed)) for tensor in self.wanted]
 
@@ -139,7 +139,7 @@ class InputSolver:
     def _in_pieces(self, weight: Floats, spec: QuantSpec, product: Floats | None) -> Solved:
         assert self._factor is not None
         shared, step = (
-            InputFactor(self._factor, self._cross, self._problem.revisits),
+            InputFactor(self._factor, self._whitening, self._problem.revisits),
             _DEVICE_ELEMENTS // weight.shape[1],
         )
         starts = range(0, weight.shape[0], step)
@@ -166,7 +166,7 @@ class InputSolver:
         if tensor not in self.wanted or factor is None:
             blocks = quantize_blocks(self._on.to_host(weight), spec, self._problem.importance.get(tensor))
             return Solved(blocks, self._on.from_host(dequantize_blocks(blocks, spec, weight.shape[1])))
-        shared = InputFactor(factor, self._cross, self._problem.revisits)
+        shared = InputFactor(factor, self._whitening, self._problem.revisits)
         product = self._products.get(tensor)
         own = None if product is None else product[start : start + weight.shape[0]]
         return solve_rows(shared, weight, spec, own)
@@ -176,7 +176,7 @@ class InputSolver:
         none where there is no pool, or nothing to solve by."""
         if not (self._pool and self._factor and source and ends):
             return []
-        shared = InputFactor(self._factor, self._cross, self._problem.revisits, source)
+        shared = InputFactor(self._factor, self._whitening, self._problem.revisits, source)
         specs, products = self._problem.specs, self._products
         wanted = [
             MatrixRows(tensor, start, stop, specs[tensor], products.get(tensor))
@@ -185,7 +185,9 @@ class InputSolver:
         ]
         return solve_side_by_side(self._pool, shared, wanted)
 
-    def _of_products(self, arrived: Iterator[tuple[Floats, Floats]], rows: Mapping[str, Floats] | None) -> Factor:
+    def _of_products(
+        self, arrived: Iterator[tuple[Floats, Floats]], rows: Mapping[str, Floats] | None
+    ) -> tuple[Factor, Floats | None]:
         few = rows is not None and sum(weight.shape[0] for weight in rows.values()) < self._given.width
         if self._pool:
             both = tuple(zip(*arrived, strict=True))
@@ -197,14 +199,14 @@ class InputSolver:
             gathered = Products(self._given.width, together, self._on)
             for exact, arriving in arrived:
                 gathered.add(exact, arriving)
-            (moment, cross), tokens = gathered.result(), gathered.tokens
+            (moment, cross), tokens = ([mean] for mean in gathered.result()), gathered.tokens
         if rows and few:
+            whole = self._on.concatenate(cross)
             ends = np.cumsum([weight.shape[0] for weight in rows.values()])
             self._products = {
-                tensor: cross[end - weight.shape[0] : end]
+                tensor: whole[end - weight.shape[0] : end]
                 for (tensor, weight), end in zip(rows.items(), ends, strict=True)
             }
-        else:
-            self._cross = cross
         # Columns whose scales stand beforehand may be visited in any order.
-        return factorize(moment, self._given.width if self._spec.signed else self._spec.block_size, tokens)
+        block_size = self._given.width if self._spec.signed else self._spec.block_size
+        return factored(self._pool, Moments(moment, None if few else cross, tokens), block_size)

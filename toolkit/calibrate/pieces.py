@@ -1,4 +1,5 @@
-"""What a pool of workers is given beside rows of matrices: sequences through part of a layer, rows of a second moment.
+"""What a pool of workers is given beside rows of matrices: sequences through part of a layer, rows of a second moment,
+the factor of one.
 
 Pieces are of one size whatever the number of workers, so that the same products are computed. A worker is sent where
 the checkpoint's tensors lie and reads those that its part of a layer takes; of matrices that are solved it is sent
@@ -18,8 +19,10 @@ from numpy.typing import NDArray
 
 from toolkit.checkpoint.linears import LinearInput
 from toolkit.checkpoint.sublayers import Mixer, Mlp
+from toolkit.device.arrays import device_of
 from toolkit.device.fitting import Pool
 from toolkit.quant.blockwise import QuantizedBlocks, QuantSpec, dequantize_blocks
+from toolkit.quant.gptq import Factor, factorize
 from toolkit.reference.decoder import Layer
 from toolkit.reference.shared import SharedLayer
 
@@ -126,9 +129,9 @@ class SharedRows:
 
 def means_of_products(
     pool: Pool, exact: Sequence[Floats], arriving: Sequence[Floats], rows: SharedRows | None
-) -> tuple[Floats, Floats]:
+) -> tuple[list[Floats], list[Floats]]:
     """Returns X~'X~ / T [K, K] of what arrives, X~, and with X, the exact input, X'X~ / T [K, K], or W X'X~ / T [N, K]
-    where `rows` are W [N, K]."""
+    where `rows` are W [N, K], some rows of each at a time."""
     left = list(exact) if rows is None else pool.map(_times_rows, rows, exact)
     both = np.concatenate(arriving), np.concatenate(left)
     slices = [
@@ -136,7 +139,7 @@ def means_of_products(
     ]
     made = pool.map(_mean_of_product_rows, both, slices)
     first = -(-both[0].shape[1] // _ROWS)
-    return np.concatenate(made[:first]), np.concatenate(made[first:])
+    return made[:first], made[first:]
 
 
 def _times_rows(rows: SharedRows, x: Floats) -> Floats:
@@ -148,3 +151,25 @@ def _mean_of_product_rows(both: tuple[Floats, Floats], piece: tuple[int, slice])
     product: Floats = both[which][:, some].T @ both[0]
     product /= both[0].shape[0]
     return product
+
+
+@dataclass(frozen=True)
+class Moments:
+    """X~'X~ / T [K, K] of an input as it arrives, and X'X~ / T [K, K] where that is to whiten rows, in pieces of rows;
+    `tokens` is T."""
+
+    arriving: Sequence[Floats]
+    cross: Sequence[Floats] | None
+    tokens: int
+
+
+def factored(pool: Pool | None, moments: Moments, block_size: int) -> tuple[Factor, Floats | None]:
+    """Returns the factor of an input for blocks of `block_size`, and the whitening [K, Kp] of its X'X~ / T; a pool
+    makes both in one of its processes, beside what others do. Raises NotPositiveDefiniteError as `factorize`."""
+    return next(each(pool, _factored, moments, [block_size]))
+
+
+def _factored(moments: Moments, block_size: int) -> tuple[Factor, Floats | None]:
+    on = device_of(moments.arriving[0])
+    factor = factorize(on.concatenate(moments.arriving), block_size, moments.tokens)
+    return factor, None if moments.cross is None else factor.whitening(on.concatenate(moments.cross))

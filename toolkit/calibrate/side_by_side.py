@@ -34,11 +34,11 @@ class RowSource(Protocol):
 
 @dataclass(frozen=True)
 class InputFactor:
-    """What all rows share: the factor of their input, X'X~ / T where their products with it are yet to be made, how
-    often solved columns are visited again, and what rows are read from where others solve them."""
+    """What all rows share: the factor of their input, the whitening of X'X~ / T where their products with that are not
+    known, how often solved columns are visited again, and what rows are read from where others solve them."""
 
     factor: Factor | TokenFactor
-    cross: Floats | None
+    whitening: Floats | None
     revisits: int = 0
     rows: RowSource | None = None
 
@@ -63,7 +63,8 @@ def solve_rows(shared: InputFactor, weight: Floats, spec: QuantSpec, product: Fl
     """Rows [n, K] solved against their input, with their W X'X~ / T where that is known."""
     if isinstance(shared.factor, TokenFactor):
         return shared.factor.solved(weight, spec)
-    product = product if shared.cross is None else weight @ shared.cross
+    if shared.whitening is not None:
+        return shared.factor.solved_by(shared.whitening, weight, spec, shared.revisits)
     return shared.factor.solved(weight, spec, product, shared.revisits)
 
 

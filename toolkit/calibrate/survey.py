@@ -63,6 +63,16 @@ class Wish:
     folds_head: bool = True
 
 
+@dataclass(frozen=True)
+class Surveyed:
+    """What is found after so many `layers`; `step` names what was done for it, and is empty where that was done in an
+    earlier run."""
+
+    step: str
+    layers: int
+    found: Survey
+
+
 def survey(
     config: ModelConfig,
     source: Tensors,
@@ -70,13 +80,31 @@ def survey(
     wish: Wish,
     folder: Path,
     progress: Callable[[str], None] = lambda _: None,
-    after: Callable[[int, Survey], None] = lambda _, __: None,
+    fitting: Fitting = ON_NUMPY,
+) -> Survey:
+    """Runs the text through the model, layer by layer, on a device; `folder` holds what is finished.
+
+    Raises NonFiniteError if an activation is NaN or infinite.
+    """
+    done = Surveyed("", 0, Survey({}, {}, 0))
+    for done in survey_by_layers(config, source, sequences, wish, folder, fitting):
+        if done.step:
+            progress(done.step)
+    return done.found
+
+
+def survey_by_layers(
+    config: ModelConfig,
+    source: Tensors,
+    sequences: Sequence[Sequence[int]],
+    wish: Wish,
+    folder: Path,
     fitting: Fitting = ON_NUMPY,
     kept: ExactInputs | None = None,
-) -> Survey:
-    """Runs the text through the model, layer by layer, on a device; `folder` holds what is finished. `after` is called
-    with the number of layers done and what is found so far, once for those done before and once after each; what their
-    linears read is `kept` where that is asked for.
+    check: Callable[[], None] = lambda: None,
+) -> Iterator[Surveyed]:
+    """Yields what is found so far: once for the layers done before, after each layer, and after the head. What linears
+    of the layers read is `kept` where that is asked for. `check` is called now and then, and may raise to stop it.
 
     Raises NonFiniteError if an activation is NaN or infinite.
     """
@@ -89,18 +117,16 @@ def survey(
         streams[0].write(embed(source, list(ids)) for ids in sequences)
         if wish.probes:
             state.probes = _first_probes(config, source, sequences, wish)
-    pass_over = _Pass(config, source, lengths, wish, kept, fitting.pool)
-    after(start, Survey(state.inputs, {}, sum(lengths)))
+    pass_over = _Pass(config, source, lengths, wish, kept, fitting.pool, check)
+    yield Surveyed("", start, Survey({**state.inputs}, {}, sum(lengths)))
     for k in range(start, config.num_hidden_layers):
         fitting.run(f"layer {k}", partial(pass_over.layer, k, streams[k], streams[k + 1], state))
         save_state(folder, k + 1, state)
         streams[k].remove()
         state_file(folder, k).unlink(missing_ok=True)
-        progress(f"calibrated layer {k}")
-        after(k + 1, Survey(state.inputs, {}, sum(lengths)))
+        yield Surveyed(f"calibrated layer {k}", k + 1, Survey({**state.inputs}, {}, sum(lengths)))
     divergences = fitting.run("the LM head", partial(pass_over.head, streams[-1], state))
-    progress("calibrated head")
-    return Survey(state.inputs, divergences, sum(lengths))
+    yield Surveyed("calibrated head", config.num_hidden_layers, Survey({**state.inputs}, divergences, sum(lengths)))
 
 
 def layers_surveyed(config: ModelConfig, lengths: Sequence[int], folder: Path) -> int:
@@ -149,8 +175,9 @@ class _Pass:
         wish: Wish,
         kept: ExactInputs | None,
         pool: Pool | None,
+        check: Callable[[], None],
     ) -> None:
-        self._pool = pool
+        self._pool, self._check = pool, check
         self._config, self._source, self._lengths, self._wish, self._kept = config, source, lengths, wish, kept
 
     def layer(
@@ -169,12 +196,13 @@ class _Pass:
                 found = self._pool.map(through, share_layer(self._config, self._source, k), list(batches))
                 after.write(_counted(x, values, seen, keep) for x, values in found)
             else:
-                after.write(_through(layer, batches, seen, keep))
+                after.write(_through(layer, batches, seen, keep, self._check))
         searched = dict[str, Searched]()
         for given in (given for given in inputs if not given.routed):
             read = {linear.module: on.to_host(thinned_rows(layer.tensors[linear.weight])) for linear in given.linears}
             sample = seen[given.name].sample(on)
             searched[given.name] = self._searched(given, sample, read, self._wish.rounding)
+        self._check()
         facts = dict(zip(searched, each(self._pool, input_facts, None, searched.values()), strict=True))
         for given in inputs:
             state.inputs[given.name] = facts.get(given.name) or _routed_facts(seen[given.name])
@@ -249,10 +277,12 @@ def _through(
     batches: ActivationFile,
     seen: Mapping[str, InputStatistics],
     keep: Mapping[str, Callable[[Floats], Floats]],
+    check: Callable[[], None],
 ) -> Iterator[Floats]:
-    """Sequences through a layer, each input counted, and kept where all tokens come to it."""
+    """Sequences through a layer, each input counted, and kept where all tokens come to it; `check` before each."""
 
     def looked_at(given: LinearInput, values: Floats) -> Floats:
+        check()
         return seen[given.name].add(values if given.routed else keep[given.name](values))
 
     return by_batches(layer, batches, looked_at)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +22,6 @@ class Remembered:
         self._source = source
         self._whole: dict[str, Floats] = {}
         self._rows: dict[tuple[str, int, int], Floats] = {}
-        self._hands_over = False
 
     def __reduce__(self) -> tuple[type[Remembered], tuple[Tensors]]:
         """What another process is sent: the source, nothing of what is remembered here."""
@@ -37,8 +35,6 @@ class Remembered:
         """Reads a whole tensor as float32, once."""
         if names.is_expert(name):
             return self._source.read(name)
-        if self._hands_over:
-            return self._whole.pop(name) if name in self._whole else self._source.read(name)
         if name not in self._whole:
             self._whole[name] = self._source.read(name)
         return self._whole[name]
@@ -51,18 +47,10 @@ class Remembered:
             self._rows[name, start, stop] = self._source.read_rows(name, start, stop)
         return self._rows[name, start, stop]
 
-    @contextmanager
-    def handing_over(self) -> Iterator[None]:
-        """Whole tensors are forgotten as they are read meanwhile, and belong to their reader alone."""
-        self._hands_over = True
-        try:
-            yield
-        finally:
-            self._hands_over = False
-
     def forget(self) -> None:
         """Frees what was read so far."""
-        self._whole, self._rows = {}, {}
+        self._whole.clear()
+        self._rows.clear()
 
 
 class RememberedWeights(Remembered):
@@ -91,3 +79,26 @@ class RememberedWeights(Remembered):
     def bytes_read(self) -> int:
         """How many bytes the source has read."""
         return self._weights.bytes_read()
+
+
+class LastReader(RememberedWeights):
+    """Weights for who reads them last: what others had read of them is forgotten as it is read here, on any thread, and
+    nothing is remembered."""
+
+    def __init__(self, remembered: RememberedWeights) -> None:
+        super().__init__(remembered._weights)
+        self._whole, self._rows = remembered._whole, remembered._rows
+
+    def __reduce__(self) -> tuple[type[Remembered], tuple[Tensors]]:
+        """What another process is sent: the source for a first reader."""
+        return RememberedWeights, (self._weights,)
+
+    def read(self, name: str) -> Floats:
+        """Returns a whole tensor as float32, which belongs to its reader alone."""
+        found = self._whole.pop(name, None)
+        return self._weights.read(name) if found is None else found
+
+    def read_rows(self, name: str, start: int, stop: int) -> Floats:
+        """Returns rows [start, stop) as float32, which belong to their reader alone."""
+        found = self._rows.pop((name, start, stop), None)
+        return self._weights.read_rows(name, start, stop) if found is None else found

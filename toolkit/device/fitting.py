@@ -28,6 +28,11 @@ class Pool(Protocol):
         """How many processes of this machine work on the pieces."""
         ...
 
+    @property
+    def behind(self) -> Pool:
+        """The same for pieces that are worked on while no other waits."""
+        ...
+
     def map(self, work: Callable[[_Shared, _Piece], _Made], shared: _Shared, pieces: Sequence[_Piece]) -> list[_Made]:
         """What a module's function makes of each piece and of what all pieces share, in the order of the pieces."""
         ...
@@ -40,6 +45,10 @@ class Fitting:
     def __init__(self, on: Device, note: Callable[[str], None] = lambda _: None, pool: Pool | None = None) -> None:
         self.on, self.pool, self._note = on, pool, note
         self.tokens = TOGETHER
+
+    def behind(self) -> Fitting:
+        """Returns the same for work that others do not wait for, on another thread."""
+        return Fitting(self.on, self._note, self.pool and self.pool.behind)
 
     def run(self, what: str, work: Callable[[Device, int], _Made]) -> _Made:
         """Returns what `work` makes on the device with so many tokens at once. It is begun again where memory runs out:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -14,6 +16,7 @@ from numpy.typing import NDArray
 
 from toolkit import names
 from toolkit.bundle.manifest import CalibrationText
+from toolkit.calibrate.ahead import one_ahead
 from toolkit.calibrate.exact import ExactInputs
 from toolkit.calibrate.experts import expert_tokens
 from toolkit.calibrate.facts import Survey
@@ -21,12 +24,13 @@ from toolkit.calibrate.input_solver import Fallback, Problem
 from toolkit.calibrate.ladder import SharedFormat, spend_budget
 from toolkit.calibrate.ranges import activation_ranges
 from toolkit.calibrate.solve import Solver, Writer, solve
-from toolkit.calibrate.survey import Wish, layers_surveyed, shared_formats, survey
+from toolkit.calibrate.survey import Surveyed, Wish, layers_surveyed, shared_formats, survey, survey_by_layers
 from toolkit.checkpoint.anatomy import decoder_of
 from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.folded import FoldedTensors
-from toolkit.checkpoint.remembered import RememberedWeights
+from toolkit.checkpoint.remembered import LastReader, RememberedWeights
 from toolkit.checkpoint.weights import WeightSource, expected_tensors
+from toolkit.device.arrays import NUMPY
 from toolkit.device.fitting import ON_NUMPY, Fitting
 from toolkit.errors import RecipeError
 from toolkit.files import file_sha256
@@ -176,36 +180,51 @@ class _Passes:
 
     def surveyed(self) -> Survey:
         """The survey alone, for what is decided by it."""
-        return self._survey(self._source)
+        folder, fitting = self._work / "survey", self._fitting
+        return survey(self._config, self._source, self._sequences, self._wish, folder, self._progress, fitting)
 
     def together(self) -> tuple[Survey, list[Fallback]]:
         """Each layer surveyed, then solved, so that it is read once; for formats that stand beforehand."""
-        source = RememberedWeights(self._plan.checkpoint.source)
+        source, found = RememberedWeights(self._plan.checkpoint.source), Survey({}, {}, 0)
         with open_solved(Destination(self._plan.layout, self._partial)) as writer:
             kept, solver = self._in_step(writer)
-
-            def solve_up_to(layers: int, found: Survey) -> None:
-                start = time.perf_counter()
-                while solver.layers < layers:
-                    with source.handing_over():
-                        solver.layer(self.folded(source, found), self._problem(self._specs, found))
-                    self._progress(f"solved layer {solver.layers - 1}")
-                source.forget()
-                self.solving_s += time.perf_counter() - start
-
-            found = self._survey(source, solve_up_to, kept)
-            start = time.perf_counter()
+            with self._surveyed_ahead(source, kept) as surveyed:
+                for done in surveyed:
+                    found = done.found
+                    if done.step:
+                        self._progress(done.step)
+                    with self._solving():
+                        while solver.layers < done.layers:
+                            weights = self.folded(LastReader(source), found)
+                            solver.layer(weights, self._problem(self._specs, found))
+                            self._progress(f"solved layer {solver.layers - 1}")
             source.forget()
-            fallbacks = solver.head(self.folded(self._plan.checkpoint.source, found), self._problem(self._specs, found))
-            self._progress("solved head")
-            self.solving_s += time.perf_counter() - start
+            with self._solving():
+                weights = self.folded(self._plan.checkpoint.source, found)
+                fallbacks = solver.head(weights, self._problem(self._specs, found))
+                self._progress("solved head")
         return found, fallbacks
+
+    @contextmanager
+    def _solving(self) -> Iterator[None]:
+        """Counts the seconds to what the solver has taken."""
+        start = time.perf_counter()
+        yield
+        self.solving_s += time.perf_counter() - start
+
+    def _surveyed_ahead(self, source: WeightSource, kept: ExactInputs) -> AbstractContextManager[Iterator[Surveyed]]:
+        """Gives what is found layer by layer; on numpy the next layer is surveyed meanwhile. A GPU does one thing after
+        the other, and has no memory for two layers."""
+        config, texts, wish, folder = self._config, self._sequences, self._wish, self._work / "survey"
+        if self._fitting.on is not NUMPY:
+            return nullcontext(survey_by_layers(config, source, texts, wish, folder, self._fitting, kept))
+        behind = self._fitting.behind()
+        return one_ahead(partial(survey_by_layers, config, source, texts, wish, folder, behind, kept))
 
     def solved(self, plan: ExportPlan, formats: Mapping[str, QuantSpec], found: Survey) -> list[Fallback]:
         """Every matrix of a plan with its final layout, after the survey."""
-        start = time.perf_counter()
-        with open_solved(Destination(plan.layout, self._partial)) as writer:
-            fallbacks = solve(
+        with self._solving(), open_solved(Destination(plan.layout, self._partial)) as writer:
+            return solve(
                 self._config,
                 self.folded(self._source, found),
                 self._sequences,
@@ -215,8 +234,6 @@ class _Passes:
                 self._progress,
                 self._fitting,
             )
-        self.solving_s = time.perf_counter() - start
-        return fallbacks
 
     def _in_step(self, writer: Writer) -> tuple[ExactInputs, Solver]:
         """What the survey keeps, and a solver that it is kept for. Both go on where they were stopped if the solver is
@@ -237,15 +254,6 @@ class _Passes:
         for name in names_of:
             shutil.rmtree(self._work / name, ignore_errors=True)
         return begun()
-
-    def _survey(
-        self,
-        source: WeightSource,
-        after: Callable[[int, Survey], None] = lambda _, __: None,
-        kept: ExactInputs | None = None,
-    ) -> Survey:
-        folder, fitting = self._work / "survey", self._fitting
-        return survey(self._config, source, self._sequences, self._wish, folder, self._progress, after, fitting, kept)
 
     def folded(self, source: WeightSource, found: Survey) -> FoldedTensors:
         """The checkpoint with what is folded so far."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -34,7 +35,7 @@ from toolkit.checkpoint.side_files import (
 from toolkit.errors import CheckpointError
 from toolkit.evaluate.encodes import checked_tokenizer
 from toolkit.evaluate.opens import Words
-from toolkit.evaluate.renders import KNOWN_TOKENS, TemplateJob, checked_template
+from toolkit.evaluate.renders import KNOWN_TOKENS, CheckedTemplate, TemplateJob, checked_template
 from toolkit.files import write_json, write_text
 from toolkit.typed_json import to_json
 
@@ -73,7 +74,12 @@ def plan_tokenizer(checkpoint: Checkpoint) -> TokenizerFiles:
     given = tokenizer_config(folder)
     plain, reasons = _settings(checkpoint, given)
     added = checkpoint.side.vocabulary.elsewhere if checkpoint.side.vocabulary else {}
-    checked = checked_tokenizer(folder / names.TOKENIZER_FILE, plain, added)
+    shipped = shipped_template(folder)
+    job = shipped and TemplateJob(shipped.text, special_tokens(folder), additional_special_tokens(folder))
+    # Each is tried in a child of its own, which takes seconds.
+    with ThreadPoolExecutor(1) as beside:
+        trying = job and beside.submit(checked_template, job)
+        checked = checked_tokenizer(folder / names.TOKENIZER_FILE, plain, added)
     reasons += [*checked.changes, *(f"encoded otherwise even so: {name}" for name in checked.differs)]
     made = TokenizerFiles(
         copied=tuple(name for name in _COPIED if (folder / name).is_file()),
@@ -82,8 +88,8 @@ def plan_tokenizer(checkpoint: Checkpoint) -> TokenizerFiles:
         added=added,
         known_splits=bool(checked.splits),
     )
-    if (shipped := shipped_template(folder)) is not None:
-        made, said = _with_template(made, shipped, folder)
+    if shipped and job and trying:
+        made, said = _with_template(made, shipped, job, trying.result())
         reasons += said
     elif "chat_template" in given:
         reasons.append("a chat template that says nothing is left out")
@@ -111,10 +117,10 @@ def _settings(checkpoint: Checkpoint, given: Mapping[str, Any]) -> tuple[Mapping
     return plain, reasons
 
 
-def _with_template(made: TokenizerFiles, shipped: ShippedTemplate, folder: Path) -> tuple[TokenizerFiles, list[str]]:
+def _with_template(
+    made: TokenizerFiles, shipped: ShippedTemplate, job: TemplateJob, checked: CheckedTemplate
+) -> tuple[TokenizerFiles, list[str]]:
     """The files with a chat template in tokenizer_config.json, and what is otherwise in it."""
-    job = TemplateJob(shipped.text, special_tokens(folder), additional_special_tokens(folder))
-    checked = checked_template(job)
     reasons = [f"chat template: {change}" for change in checked.changes]
     reasons += [f"chat template, not as in jinja2 even so: {name}" for name in checked.differs]
     if shipped.source == PROCESSOR_TEMPLATE_FILE:

@@ -13,7 +13,8 @@ its factor more than K^3.
 The loop itself is quant/in_order.py.
 
 If the input is X~ by the time it arrives, because layers before are quantized already, the target that makes up for
-that is W X'X~ (X~'X~)^-1 (Qronos, arXiv 2505.11695, in closed form), and z = W X'X~ U'^-1: half of that inverse.
+that is W X'X~ (X~'X~)^-1 (Qronos, arXiv 2505.11695, in closed form), and z = W X'X~ U'^-1: half of that inverse. Of
+more rows than there are columns z is one product with X'X~ U'^-1, their `whitening`.
 Products are a device's; triangles of _LEAF columns are factorized in float64.
 N output features, K input features, Kp = K padded to whole blocks.
 """
@@ -64,9 +65,23 @@ class Factor:
     def solved(self, weight: Floats, spec: QuantSpec, product: Floats | None = None, revisits: int = 0) -> Solved:
         """`weight` [N, K] solved; `product` is W C [N, K] with C = X'X~ / T where the input arrives changed. Columns
         are visited again as often as `revisits` says."""
-        target = corrected_target(weight, product, self) if spec.signed and product is not None else weight
-        white = _Whitened(_whitened(weight, product, self), self)
-        return round_in_order(weight, target, white, self.visits, spec, revisits)
+        white = _whitened(weight, product, self)
+        target = _target(white, self, weight.shape[1]) if spec.signed and product is not None else weight
+        return round_in_order(weight, target, _Whitened(white, self), self.visits, spec, revisits)
+
+    def solved_by(self, whitening: Floats, weight: Floats, spec: QuantSpec, revisits: int = 0) -> Solved:
+        """The same of an input that arrives changed, by the `whitening` [K, Kp] of C."""
+        white = weight @ whitening
+        target = _target(white, self, weight.shape[1]) if spec.signed else weight
+        return round_in_order(weight, target, _Whitened(white, self), self.visits, spec, revisits)
+
+    def whitening(self, cross: Floats) -> Floats:
+        """What rows W are multiplied by for their z [N, Kp]: C U'^-1 [K, Kp] of C = X'X~ / T, damped as H is."""
+        on, K = device_of(cross), cross.shape[0]
+        order, own = on.index(self.visits.order), on.index(np.arange(K))
+        given = float(self.damped.kept) * cross
+        given[own, own] += on.from_host(self.damped.added[:K])
+        return _over_upper(on.by_rows(lambda rows: padded(rows, order.shape[0])[:, order], given), self)
 
 
 class _Whitened:
@@ -131,10 +146,15 @@ def factorize(moment: Floats, block_size: int, tokens: float = math.inf) -> Fact
 def corrected_target(weight: Floats, product: Floats, factor: Factor) -> Floats:
     """W' = W C H^-1 [N, K] from `product` = W C [N, K] with C = X'X~ / T, damped alike, so that without an error before
     it W stays W."""
-    on, order = device_of(weight), factor.visits.order
-    target = on.empty((weight.shape[0], order.size))
-    target[:, on.index(order)] = _divided_by_upper(_whitened(weight, product, factor), factor)
-    return on.contiguous(target[:, : weight.shape[1]])
+    return _target(_whitened(weight, product, factor), factor, weight.shape[1])
+
+
+def _target(white: Floats, factor: Factor, channels: int) -> Floats:
+    """W' [N, K] of z [N, Kp]."""
+    on, order = device_of(white), factor.visits.order
+    target = on.empty(white.shape)
+    target[:, on.index(order)] = _divided_by_upper(white, factor)
+    return on.contiguous(target[:, :channels])
 
 
 def _factor_in_place(matrix: Floats) -> tuple[Floats, ...]:
@@ -169,7 +189,11 @@ def _whitened(weight: Floats, product: Floats | None, factor: Factor) -> Floats:
     def ordered(product: Floats, weight: Floats) -> Floats:
         return padded(kept * product + weight * added, order.shape[0])[:, order]
 
-    given = on.by_rows(ordered, product, weight)
+    return _over_upper(on.by_rows(ordered, product, weight), factor)
+
+
+def _over_upper(given: Floats, factor: Factor) -> Floats:
+    """`given` [N, Kp] U'^-1, in its place."""
     for leaf, inverse in zip(reversed(_leaves(given.shape[1])), reversed(factor.leaves), strict=True):
         left = given[:, leaf] - given[:, leaf.stop :] @ factor.upper[leaf, leaf.stop :].T
         given[:, leaf] = left @ inverse.T

@@ -37,10 +37,11 @@ def products_of_tokens(tokens: int, channels: int, rows: int) -> float:
 
 
 def products_of_moment(tokens: int, channels: int, rows: int) -> float:
-    """The same from its second moment: that and W C, U, and two products with it (quant/gptq.py)."""
+    """The same from its second moment: that, W C or C and its whitening, U, and the products with these
+    (quant/gptq.py)."""
     T, K, N = float(tokens), channels, rows
-    cross = 4 * T * N * K if N < K else 2 * T * K**2 + 2 * N * K**2
-    return T * K**2 + cross + K**3 / 3 + 2 * N * K**2
+    white = 4 * T * N * K + N * K**2 if N < K else 2 * T * K**2 + K**3 + 2 * N * K**2
+    return T * K**2 + white + K**3 / 3 + N * K**2
 
 
 def pays(tokens: int, channels: int, rows: int) -> bool:

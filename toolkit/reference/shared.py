@@ -18,14 +18,16 @@ from toolkit.names import is_expert
 from toolkit.reference.decoder import Layer
 
 Array = NDArray[np.float32]
-# What this process read last, by the key of a layer: work comes layer by layer.
+# What this process read last, by the key of a layer: work comes layer by layer, of one that is solved and of the next,
+# which is surveyed meanwhile.
+_LAYERS: Final = 2
 _READ: Final[dict[str, dict[str, Array]]] = {}
 
 
 @dataclass(frozen=True)
 class SharedLayer:
     """A layer that has no experts, by its place in the checkpoint that `source` reads, with the names of its tensors.
-    What a process read of it is kept until the process is asked for a layer of another `key`."""
+    What a process read of it is kept until the process is asked for two layers of other `key`s."""
 
     key: str
     config: ModelConfig
@@ -49,8 +51,8 @@ class SharedLayer:
 
     def kept(self, what: str, make: Callable[[], Array]) -> Array:
         """Returns what `make` makes, the first time that this process asks for it."""
-        if self.key not in _READ:
-            _READ.clear()
+        while self.key not in _READ and len(_READ) >= _LAYERS:
+            _READ.pop(next(iter(_READ)), None)
         found = _READ.setdefault(self.key, {})
         if what not in found:
             found[what] = make()

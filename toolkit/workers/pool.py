@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from copy import copy
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -30,8 +31,9 @@ _LOOK_S: Final = 2.0
 _PATIENCE_S: Final = 30.0
 # How often tasks are given out again whose worker, or what it held, was lost.
 _GIVEN_OUT: Final = 5
-# On a worker: the content of the file that its latest tasks shared.
+# On a worker: the content of the files that its latest tasks shared, of this pool and of the one behind it.
 _SHARED: Final[dict[str, Any]] = {}
+_SHARED_FILES: Final = 2
 # glibc's <malloc.h>; the bytes are the largest that it takes for a mapping of its own (DEFAULT_MMAP_THRESHOLD_MAX).
 _M_TRIM_THRESHOLD: Final = -1
 _M_MMAP_THRESHOLD: Final = -3
@@ -45,6 +47,11 @@ class Here:
     """The pool of no workers: the same pieces, one after the other, in this process."""
 
     here = 1
+
+    @property
+    def behind(self) -> Here:
+        """Itself: one piece comes after the other."""
+        return self
 
     def map(self, work: Callable[[Shared, Piece], Made], shared: Shared, pieces: Sequence[Piece]) -> list[Made]:
         """What `work` makes of each piece, in order."""
@@ -97,10 +104,18 @@ class DaskPool:
 
     def __init__(self, client: Any, name: str, patience_s: float = _PATIENCE_S, folder: Path | None = None) -> None:
         self._client, self._name, self._patience, self._folder = client, name, patience_s, folder
+        self._priority = 0
         self._alone_since: float | None = None
         self._check_versions()
         self.here = len(client.nthreads()) if folder else 0
         self._client.register_worker_callbacks(keep_memory)
+
+    @property
+    def behind(self) -> DaskPool:
+        """Returns the same workers for what they do while nothing of this pool waits."""
+        other = copy(self)
+        other._priority = self._priority - 1
+        return other
 
     def map(self, work: Callable[[Shared, Piece], Made], shared: Shared, pieces: Sequence[Piece]) -> list[Made]:
         """What `work` makes of each piece, in order, wherever it is made. `work` is a function of a module.
@@ -153,7 +168,8 @@ class DaskPool:
                 copies = min(len(pieces), len(self._client.nthreads())) or True
                 (held,) = self._client.scatter([shared], broadcast=copies, hash=False)
             task = partial(_named, work)
-            futures = self._client.map(task, [held] * len(pieces), list(pieces.values()), pure=False)
+            values = list(pieces.values())
+            futures = self._client.map(task, [held] * len(values), values, pure=False, priority=self._priority)
             waiting = dict(zip(futures, pieces, strict=True))
             while waiting:
                 try:
@@ -231,7 +247,8 @@ def _in_files(task: tuple[Callable[[Any, Any], Any], str], pieces: str) -> str:
     beside them."""
     work, shared = task
     if shared not in _SHARED:
-        _SHARED.clear()
+        while len(_SHARED) >= _SHARED_FILES:
+            _SHARED.pop(next(iter(_SHARED)))
         _SHARED[shared] = get(shared)
     return put(Path(pieces).parent, [work(_SHARED[shared], piece) for piece in get(pieces)])
 
