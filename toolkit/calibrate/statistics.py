@@ -88,7 +88,8 @@ class Products:
         return self._moment, self._cross
 
     def _flush(self) -> None:
-        exact, arriving = (self._on.concatenate(side) for side in zip(*self._waiting, strict=True))
+        on = self._on
+        exact, arriving = (on.concatenate(side) for side in zip(*self._waiting, strict=True))
         self._waiting, self._waiting_tokens = [], 0
-        self._moment += arriving.T @ arriving
-        self._cross += (exact if self._rows is None else exact @ self._rows.T).T @ arriving
+        self._moment += on.square(arriving)
+        self._cross += on.product((exact if self._rows is None else on.product(exact, self._rows.T)).T, arriving)

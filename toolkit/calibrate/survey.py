@@ -331,7 +331,7 @@ class _RoundedLayer(Layer):
         if linear.module not in self._rounded:
             return super().product(linear, x)
         weight, arriving = self._rounded[linear.module]
-        y: Floats = arriving(x) @ weight.T
+        y = self.on.product(arriving(x), weight.T)
         return y
 
 

@@ -7,24 +7,22 @@ Products and sums are float32 on every device; what is added up over a whole tex
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Final, Protocol
+from collections.abc import Callable, Iterable, Sequence
+from typing import Final, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from toolkit.device import products
 from toolkit.device.triangles import upper_and_inverse
 from toolkit.device.words import CPU
-from toolkit.machine import threads
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 Integers = NDArray[np.int64]
 # Elements of an array that are worked on at once where each row is treated by itself: 512 KB.
 _CACHED: Final = 1 << 17
-# Rows of a product that are taken from an array at once: enough for a product, and still in the cache when taken.
-_SUBTRACTED_ROWS: Final = 256
+Piece = TypeVar("Piece")
 
 
 class Device(Protocol):
@@ -148,8 +146,24 @@ class Device(Protocol):
         """Returns the sum of the squares of all elements."""
         ...
 
+    def side_by_side(self, work: Callable[[Piece], object], pieces: Iterable[Piece]) -> None:
+        """Does the work of every piece, which asks for no such work itself."""
+        ...
+
+    def product(self, left: Floats, right: Floats) -> Floats:
+        """Returns left [N, K] right [K, T]."""
+        ...
+
+    def square(self, x: Floats) -> Floats:
+        """Returns x' x [K, K] of x [T, K]."""
+        ...
+
     def subtract_product(self, to: Floats, left: Floats, right: Floats) -> None:
         """Takes left [N, n] right [n, T] from `to` [N, T], in place."""
+        ...
+
+    def subtract_square(self, to: Floats, left: Floats) -> None:
+        """Takes left [N, n] left' from a symmetric `to` [N, N], in place."""
         ...
 
     def write_product(self, to: Floats, left: Floats, right: Floats) -> None:
@@ -298,8 +312,7 @@ class _Numpy:
         def fill(start: int) -> None:
             made[start : start + step] = function(*(x[start : start + step] for x in arrays))
 
-        with ThreadPoolExecutor(threads()) as pool:
-            list(pool.map(fill, range(step, T, step)))
+        products.side_by_side(fill, range(step, T, step))
         return made
 
     def column_squares(self, x: Floats) -> Floats:
@@ -322,20 +335,31 @@ class _Numpy:
         """Returns the sum of the squares of all elements."""
         return float(np.vdot(x, x))
 
-    def subtract_product(self, to: Floats, left: Floats, right: Floats) -> None:
-        """Takes left [N, n] right [n, T] from `to` [N, T], some rows at a time.
+    def side_by_side(self, work: Callable[[Piece], object], pieces: Iterable[Piece]) -> None:
+        """Does the work of every piece on several threads; it asks for no such work itself."""
+        products.side_by_side(work, pieces)
 
-        The whole product would be memory that the system clears first, and one of an array with itself numpy's syrk,
-        which copies one triangle to the other element by element: longer than the product itself.
-        """
-        for start in range(0, to.shape[0], _SUBTRACTED_ROWS):
-            some = slice(start, start + _SUBTRACTED_ROWS)
-            to[some] -= left[some] @ right
+    def product(self, left: Floats, right: Floats) -> Floats:
+        """Returns left [N, K] right [K, T]."""
+        made = np.empty((left.shape[0], right.shape[1]), np.float32)
+        products.write_product(made, left, right)
+        return made
+
+    def square(self, x: Floats) -> Floats:
+        """Returns x' x [K, K] of x [T, K]."""
+        return products.square(x)
+
+    def subtract_product(self, to: Floats, left: Floats, right: Floats) -> None:
+        """Takes left [N, n] right [n, T] from `to` [N, T], in place."""
+        products.subtract_product(to, left, right)
+
+    def subtract_square(self, to: Floats, left: Floats) -> None:
+        """Takes left [N, n] left' from a symmetric `to` [N, N], in place."""
+        products.subtract_square(to, left)
 
     def write_product(self, to: Floats, left: Floats, right: Floats) -> None:
-        """Writes left [T, D] right [D, n] to `to` [T, n], columns of a wider array or not, without a copy: BLAS takes
-        the distance of rows."""
-        np.matmul(left, right, out=to)
+        """Writes left [T, D] right [D, n] to `to` [T, n], columns of a wider array or not, without a copy."""
+        products.write_product(to, left, right)
 
     def subtract_outer(self, to: Floats, column: Floats, row: Floats) -> None:
         """Takes the products of `column` [n] and `row` [N] from `to` [n, N], in place."""

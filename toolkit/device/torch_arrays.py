@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import Any
 
@@ -145,6 +145,23 @@ class TorchDevice:
     def square_sum(self, x: Any) -> float:
         """Returns the sum of the squares of all elements."""
         return float((x * x).sum(dtype=self._wide))
+
+    def side_by_side(self, work: Callable[[Any], object], pieces: Iterable[Any]) -> None:
+        """Does the work of every piece, one after the other: torch has threads of its own."""
+        for piece in pieces:
+            work(piece)
+
+    def product(self, left: Any, right: Any) -> Any:
+        """Returns left [N, K] right [K, T]."""
+        return left @ right
+
+    def square(self, x: Any) -> Any:
+        """Returns x' x [K, K] of x [T, K]."""
+        return x.T @ x
+
+    def subtract_square(self, to: Any, left: Any) -> None:
+        """Takes left [N, n] left' from a symmetric `to` [N, N], in place."""
+        to.addmm_(left, left.T, alpha=-1)
 
     def subtract_product(self, to: Any, left: Any, right: Any) -> None:
         """Takes left [N, n] right [n, T] from `to` [N, T], in place."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from toolkit.device.blas import one_blas_thread
 from toolkit.device.chosen import chosen_device
 from toolkit.device.fitting import Fitting
 from toolkit.device.words import CPU
@@ -22,5 +23,5 @@ def computing(device: str, workers: str | None, note: Callable[[str], None]) -> 
     on = chosen_device(device)
     if workers is not None and on.name != CPU:
         raise UnsupportedError("--workers compute on numpy: leave --device out, or --workers")
-    with open_pool(workers) as pool:
+    with open_pool(workers) as pool, one_blas_thread():
         yield Fitting(on, note, pool)

@@ -74,7 +74,7 @@ def speed_with(speed: MachineSpeed, on: Device) -> MachineSpeed:
         return speed
     square = on.from_host(np.ones((_LARGE, _LARGE), np.float32))
     # What comes back to the host is known to be done.
-    products = _per_second(lambda: on.to_host((square @ square)[:1]), 2.0 * _LARGE**3)
+    products = _per_second(lambda: on.to_host(on.product(square, square)[:1]), 2.0 * _LARGE**3)
     return replace(speed, products_per_s=products)
 
 
@@ -83,7 +83,7 @@ def measure_speed() -> MachineSpeed:
     a, b = np.ones((512, 1024), np.float32), np.ones((1024, 1024), np.float32)
     row, few, wide = np.ones(1 << 17, np.float32), np.ones(8, np.float32), np.ones(1 << 24, np.uint8)
     return MachineSpeed(
-        products_per_s=_per_second(lambda: a @ b, 2.0 * 512 * 1024 * 1024),
+        products_per_s=_per_second(lambda: NUMPY.product(a, b), 2.0 * 512 * 1024 * 1024),
         elements_per_s=_per_second(lambda: np.exp(row), float(row.size)),
         steps_per_s=_per_second(lambda: few + few, 1 / _SMALL_CALLS, batch=1000),
         bytes_per_s=_per_second(wide.copy, float(wide.size)),

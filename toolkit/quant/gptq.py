@@ -71,7 +71,7 @@ class Factor:
 
     def solved_by(self, whitening: Floats, weight: Floats, spec: QuantSpec, revisits: int = 0) -> Solved:
         """The same of an input that arrives changed, by the `whitening` [K, Kp] of C."""
-        white = weight @ whitening
+        white = device_of(weight).product(weight, whitening)
         target = _target(white, self, weight.shape[1]) if spec.signed else weight
         return round_in_order(weight, target, _Whitened(white, self), self.visits, spec, revisits)
 
@@ -94,7 +94,7 @@ class _Whitened:
         """Returns z [N, n] and U [n, n] of some columns, as `Columns` asks."""
         on = device_of(self._white)
         # A copy: what is left of columns is used up where they are rounded.
-        left = self._white[:, some] - (visited @ self._upper[: some.start, some] if some.start else 0)
+        left = self._white[:, some] - (on.product(visited, self._upper[: some.start, some]) if some.start else 0)
         return on.contiguous(left), on.contiguous(self._upper[some, some])
 
     def whole(self) -> tuple[Floats, Floats]:
@@ -169,10 +169,10 @@ def _factor_in_place(matrix: Floats) -> tuple[Floats, ...]:
     for leaf in reversed(_leaves(matrix.shape[0])):
         above = slice(0, leaf.stop)
         if leaf.stop < matrix.shape[0]:
-            matrix[above, leaf] -= matrix[above, leaf.stop :] @ matrix[leaf, leaf.stop :].T
+            on.subtract_product(matrix[above, leaf], matrix[above, leaf.stop :], matrix[leaf, leaf.stop :].T)
         matrix[leaf, leaf], inverse = on.upper_and_inverse(matrix[leaf, leaf])
         matrix[leaf.stop :, leaf] = 0
-        matrix[: leaf.start, leaf] = matrix[: leaf.start, leaf] @ inverse.T
+        matrix[: leaf.start, leaf] = on.product(matrix[: leaf.start, leaf], inverse.T)
         leaves.append(inverse)
     return tuple(reversed(leaves))
 
@@ -182,8 +182,7 @@ def _whitened(weight: Floats, product: Floats | None, factor: Factor) -> Floats:
     on, K = device_of(weight), weight.shape[1]
     order = on.index(factor.visits.order)
     if product is None:
-        white: Floats = on.by_rows(lambda rows: padded(rows, order.shape[0])[:, order], weight) @ factor.upper
-        return white
+        return on.product(on.by_rows(lambda rows: padded(rows, order.shape[0])[:, order], weight), factor.upper)
     kept, added = float(factor.damped.kept), on.from_host(factor.damped.added[:K])
 
     def ordered(product: Floats, weight: Floats) -> Floats:
@@ -194,9 +193,11 @@ def _whitened(weight: Floats, product: Floats | None, factor: Factor) -> Floats:
 
 def _over_upper(given: Floats, factor: Factor) -> Floats:
     """`given` [N, Kp] U'^-1, in its place."""
+    on = device_of(given)
     for leaf, inverse in zip(reversed(_leaves(given.shape[1])), reversed(factor.leaves), strict=True):
-        left = given[:, leaf] - given[:, leaf.stop :] @ factor.upper[leaf, leaf.stop :].T
-        given[:, leaf] = left @ inverse.T
+        if leaf.stop < given.shape[1]:
+            on.subtract_product(given[:, leaf], given[:, leaf.stop :], factor.upper[leaf, leaf.stop :].T)
+        given[:, leaf] = on.product(given[:, leaf], inverse.T)
     return given
 
 
@@ -208,10 +209,11 @@ def padded(rows: Floats, width: int) -> Floats:
 
 def _divided_by_upper(white: Floats, factor: Factor) -> Floats:
     """z U^-1 [N, Kp]."""
-    target = device_of(white).empty(white.shape)
+    on = device_of(white)
+    target = on.empty(white.shape)
     for leaf, inverse in zip(_leaves(white.shape[1]), factor.leaves, strict=True):
-        left = white[:, leaf] - target[:, : leaf.start] @ factor.upper[: leaf.start, leaf]
-        target[:, leaf] = left @ inverse
+        before = on.product(target[:, : leaf.start], factor.upper[: leaf.start, leaf])
+        target[:, leaf] = on.product(white[:, leaf] - before, inverse)
     return target
 
 

@@ -73,14 +73,14 @@ class TokenFactor:
 
     def solved(self, weight: Floats, spec: QuantSpec) -> Solved:
         """`weight` [N, K] solved against what arrives."""
-        behind = weight @ self.moved.T
+        behind = device_of(weight).product(weight, self.moved.T)
         target = self._target(weight, behind) if spec.signed else weight
         return round_in_order(weight, target, _Residual(weight, behind, self), self.visits, spec)
 
     def _target(self, weight: Floats, behind: Floats) -> Floats:
         """W' [N, K]: the best that is not rounded."""
         on = device_of(weight)
-        moved = (behind @ self.whole) @ self.tokens / on.from_host(self.added)
+        moved = on.product(on.product(behind, self.whole), self.tokens) / on.from_host(self.added)
         target = on.empty(moved.shape)
         target[:, on.index(self.visits.order)] = moved
         return on.contiguous(weight - target[:, : weight.shape[1]])
@@ -105,11 +105,11 @@ class _Residual:
         if some.start - self._counted >= _UPDATED_TOGETHER:
             on.subtract_product(self._behind, errors, tokens[:, fresh].T)
             self._counted, fresh = some.start, slice(some.start, some.start)
-        behind = self._behind @ stride.seen
+        behind = on.product(self._behind, stride.seen)
         if fresh.stop > fresh.start:
-            behind -= errors @ (tokens[:, fresh].T @ stride.seen)
-        left = self._weight[:, some] @ stride.upper
-        left -= behind @ stride.inverse.T
+            on.subtract_product(behind, errors, on.product(tokens[:, fresh].T, stride.seen))
+        left = on.product(self._weight[:, some], stride.upper)
+        on.subtract_product(left, behind, stride.inverse.T)
         return on.contiguous(left), stride.upper
 
     def whole(self) -> None:
@@ -160,14 +160,16 @@ def _backwards(tokens: Floats, added: Floats, spec: QuantSpec) -> tuple[tuple[_S
         strides = strides[: -len(together)]
         first = together[0].start
         columns = on.contiguous(tokens[:, first : together[-1].stop])
-        seen, weighed = whole @ columns, on.empty(columns.shape)
+        seen, weighed = on.product(whole, columns), on.empty(columns.shape)
         for some in reversed(together):
             own, before = slice(some.start - first, some.stop - first), slice(0, some.start - first)
             here = on.contiguous(seen[:, own])
-            upper, inverse = on.upper_and_inverse(columns[:, own].T @ here + on.from_host(np.diag(added[some])))
-            weighed[:, own] = here @ inverse.T
+            common = on.product(columns[:, own].T, here)
+            upper, inverse = on.upper_and_inverse(common + on.from_host(np.diag(added[some])))
+            weighed[:, own] = on.product(here, inverse.T)
             found.append(_Stride(some, upper, inverse, here))
             if some.start > first:
-                seen[:, before] -= weighed[:, own] @ (weighed[:, own].T @ columns[:, before])
-        on.subtract_product(whole, weighed, weighed.T)
+                passed = on.product(weighed[:, own].T, columns[:, before])
+                on.subtract_product(seen[:, before], weighed[:, own], passed)
+        on.subtract_square(whole, weighed)
     return tuple(reversed(found)), whole

@@ -50,8 +50,8 @@ def revisit(
     with ThreadPoolExecutor(workers) as pool:
         for some in [*strides] * times:
             rows = upper[some, some.start :]
-            left = on.to_host(on.contiguous(white[:, some.start :] @ rows.T))
-            own = on.to_host(on.contiguous(rows @ rows.T))
+            left = on.to_host(on.contiguous(on.product(white[:, some.start :], rows.T)))
+            own = on.to_host(on.contiguous(on.square(rows.T)))
             values, moved = on.to_host(visited[:, some]).copy(), np.zeros_like(left)
             blocks = slice(some.start // spec.block_size, some.stop // spec.block_size)
             done = [

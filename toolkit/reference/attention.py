@@ -36,7 +36,8 @@ def attend(
     turned, width = on.transpose((q * scale).reshape(T, K, G, Dh), (1, 2, 0, 3)), v.shape[-1]
     keys, values = on.transpose(k, (1, 2, 0)), on.contiguous(on.transpose(v, (1, 0, 2)))
     mixed = on.empty((T, K, G, width))
-    for start in range(0, T, _QUERIES):
+
+    def mix(start: int) -> None:
         some = slice(start, min(start + _QUERIES, T))
         count, seen = some.stop - start, int(positions[some].max()) + 1
         scores = (turned[:, :, some].reshape(K, G * count, Dh) @ keys[:, :, :seen]).reshape(K, G, count, seen)
@@ -50,6 +51,8 @@ def attend(
         over_keys = on.contiguous(terms[..., :seen]).reshape(K, G * count, seen)
         weighted = (over_keys @ values[:, :seen]).reshape(K, G, count, width)
         mixed[some] = on.transpose(weighted / terms.sum(axis=-1, keepdims=True), (2, 0, 1, 3))
+
+    on.side_by_side(mix, range(0, T, _QUERIES))
     return mixed.reshape(T, -1)
 
 

@@ -368,8 +368,7 @@ class Layer:
 
     def product(self, linear: Linear, x: Array) -> Array:
         """A linear's output [T, out_features] before its bias."""
-        y: Array = x @ self.tensors[linear.weight].T
-        return y
+        return self.on.product(x, self.tensors[linear.weight].T)
 
 
 def read_layer(config: ModelConfig, source: Tensors, layer_index: int, on: Device = NUMPY) -> Layer:

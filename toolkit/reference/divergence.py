@@ -67,10 +67,10 @@ def mean_divergences(
     exact, moved = on.from_host(exact), {name: on.from_host(other.hidden) for name, other in others.items()}
     for rows in head_rows(config, source):
         head = on.from_host(rows)
-        logits = exact @ head.T
+        logits = on.product(exact, head.T)
         terms, shrunk = own.add(logits)
         for name, other in others.items():
-            changed = moved[name] @ (head if other.head is None else on.from_host(other.head(rows))).T
+            changed = on.product(moved[name], (head if other.head is None else on.from_host(other.head(rows))).T)
             theirs[name].add(changed)
             differences[name] = differences[name] * shrunk + on.row_dots(terms, logits - changed)
     return {name: float(np.mean(own.mean(differences[name]) - own.value() + theirs[name].value())) for name in others}

@@ -137,5 +137,5 @@ class _Decoder:
 
     def _next(self, x: Array) -> NDArray[np.int64]:
         x = rms_norm(x, self.norm, self.config.stream_eps)
-        logits = [self.on.to_host(x @ rows.T) for rows in self.head]
+        logits = [self.on.to_host(self.on.product(x, rows.T)) for rows in self.head]
         return np.asarray(np.concatenate(logits, axis=1).argmax(axis=-1))

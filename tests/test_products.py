@@ -1,0 +1,106 @@
+"""numpy's products in pieces: beside float64, whatever the shape, and the same bits on any number of threads."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from toolkit.device import blas, products
+from toolkit.device.arrays import NUMPY
+from toolkit.device.blas import one_blas_thread
+
+Floats = NDArray[np.float32]
+# The last two of more pieces than one, by columns and by rows.
+SHAPES = [(5, 7, 9), (130, 64, 100), (90, 70, 700), (700, 70, 90)]
+
+
+def _random(*shape: int) -> Floats:
+    return np.random.default_rng(shape).standard_normal(shape).astype(np.float32)
+
+
+def _all(left: Floats, right: Floats) -> list[Floats]:
+    """What products there are make of two matrices."""
+    symmetric = _random(len(left), len(left))
+    symmetric += symmetric.T
+    wide = np.zeros((len(left), right.shape[1] + 3), np.float32)
+    NUMPY.subtract_product(wide[:, 2:-1], left, right)
+    NUMPY.subtract_square(symmetric, left)
+    return [
+        NUMPY.product(left, right),
+        NUMPY.product(left, np.asfortranarray(right)),
+        wide,
+        NUMPY.square(left),
+        symmetric,
+    ]
+
+
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_FEW", 1 << 18)
+    monkeypatch.setattr(products, "_LEAST", 48)
+    monkeypatch.setattr(products, "_SUBTRACTED_ROWS", 80)
+
+
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize("shape", SHAPES)
+def test_products_are_those_of_float64(shape: tuple[int, int, int]) -> None:
+    N, K, T = shape
+    left, right = _random(N, K), _random(K, T)
+    symmetric = _random(N, N)
+    symmetric += symmetric.T
+    whole = left.astype(np.float64) @ right
+    taken = np.pad(-whole, ((0, 0), (2, 1)))
+    square, less = left.T.astype(np.float64) @ left, symmetric - left.astype(np.float64) @ left.T
+    for found, expected in zip(_all(left, right), [whole, whole, taken, square, less], strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+    for found in _all(left, right)[3:]:
+        np.testing.assert_allclose(found, found.T, atol=1e-6 * np.abs(found).max())
+
+
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_bits_do_not_depend_on_how_many_threads_there_are(
+    shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    N, K, T = shape
+    left, right, made = _random(N, K), _random(K, T), []
+    for count in (1, 2, 5):
+        monkeypatch.setattr(products, "threads", lambda count=count: count)
+        products._pool.cache_clear()
+        made.append(_all(left, right))
+    products._pool.cache_clear()
+    for others in made[1:]:
+        for ours, theirs in zip(made[0], others, strict=True):
+            np.testing.assert_array_equal(theirs, ours)
+
+
+def test_pieces_are_worked_on_side_by_side_and_say_what_goes_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "threads", lambda: 2)
+    products._pool.cache_clear()
+    both = threading.Barrier(2, timeout=5)
+    NUMPY.side_by_side(lambda _: both.wait(), range(2))
+
+    def wrong(piece: int) -> None:
+        raise ValueError(f"piece {piece}")
+
+    with pytest.raises(ValueError, match="piece 0"):
+        NUMPY.side_by_side(wrong, range(2))
+    products._pool.cache_clear()
+
+
+def test_numpys_blas_is_held_to_a_thread_and_let_go() -> None:
+    found = blas._openblas()
+    if found is None:
+        pytest.skip("numpy's BLAS here is not OpenBLAS")
+    asked, say = found
+    before = asked()
+    say(2)
+    try:
+        with one_blas_thread():
+            assert asked() == 1
+        assert asked() == 2
+    finally:
+        say(before)

@@ -1,0 +1,106 @@
+"""numpy's matrix products, cut into pieces for several threads.
+
+Which pieces there are follows from the shapes alone, so that the bits of a product do not depend on how many threads
+there are, where each piece has one (device/blas.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Final, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from toolkit.machine import threads
+
+Floats = NDArray[np.float32]
+Piece = TypeVar("Piece")
+# A product of fewer operations takes about as long as waking a thread.
+_FEW: Final = 1 << 26
+# At most so many pieces, each at least so many rows or columns: BLAS copies the other side for every piece.
+_PIECES: Final = 16
+_LEAST: Final = 256
+# Rows of what is taken from an array at once: their product is no memory that the system has to clear first.
+_SUBTRACTED_ROWS: Final = 640
+
+
+def side_by_side(work: Callable[[Piece], object], pieces: Iterable[Piece]) -> None:
+    """Does the work of every piece, on as many threads as this process may keep busy. It asks for no such work
+    itself."""
+    pieces = list(pieces)
+    if threads() == 1 or len(pieces) == 1:
+        for piece in pieces:
+            work(piece)
+        return
+    for done in [_pool().submit(work, piece) for piece in pieces]:
+        done.result()
+
+
+def write_product(to: Floats, left: Floats, right: Floats) -> None:
+    """Writes left [N, K] right [K, T] to `to` [N, T], columns of a wider array or not, without a copy: BLAS takes the
+    distance of rows."""
+    (N, K), T = left.shape, right.shape[1]
+    if 2 * N * K * T < _FEW:
+        np.matmul(left, right, out=to)
+    elif T >= N:
+        side_by_side(lambda some: np.matmul(left, right[:, some], out=to[:, some]), pieces_of(T))
+    else:
+        side_by_side(lambda some: np.matmul(left[some], right, out=to[some]), pieces_of(N))
+
+
+def square(x: Floats) -> Floats:
+    """Returns x' x [K, K] of x [T, K]. numpy's own copies one triangle to the other element by element."""
+    made = np.empty((x.shape[1], x.shape[1]), np.float32)
+
+    def below(some: slice) -> None:
+        np.matmul(x[:, some].T, x[:, : some.stop], out=made[some, : some.stop])
+
+    side_by_side(below, reversed(pieces_of(x.shape[1])))
+    _mirror(made)
+    return made
+
+
+def subtract_product(to: Floats, left: Floats, right: Floats) -> None:
+    """Takes left [N, n] right [n, T] from `to` [N, T]."""
+
+    def subtract(some: slice) -> None:
+        to[some] -= left[some] @ right
+
+    side_by_side(subtract, _rows(to.shape[0]))
+
+
+def subtract_square(to: Floats, left: Floats) -> None:
+    """Takes left [N, n] left' from a symmetric `to` [N, N]: half of a product, and its copy."""
+
+    def below(some: slice) -> None:
+        to[some, : some.stop] -= left[some] @ left[: some.stop].T
+
+    side_by_side(below, reversed(pieces_of(to.shape[0])))
+    _mirror(to)
+
+
+def _mirror(matrix: Floats) -> None:
+    """Copies what is left of each piece's square on the diagonal [N, N] to above it."""
+
+    def above(some: slice) -> None:
+        matrix[: some.start, some] = matrix[some, : some.start].T
+
+    side_by_side(above, pieces_of(matrix.shape[0])[1:])
+
+
+def pieces_of(count: int) -> list[slice]:
+    """Returns slices of so many rows or columns that are worked on at once."""
+    step = max(_LEAST, -(-count // (64 * _PIECES)) * 64)
+    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
+
+
+def _rows(count: int) -> list[slice]:
+    return [slice(start, min(start + _SUBTRACTED_ROWS, count)) for start in range(0, count, _SUBTRACTED_ROWS)]
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads(), "product")
