@@ -20,8 +20,6 @@ from toolkit.device.words import CPU
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 Integers = NDArray[np.int64]
-# Elements of an array that are worked on at once where each row is treated by itself: 512 KB.
-_CACHED: Final = 1 << 17
 Piece = TypeVar("Piece")
 
 
@@ -300,20 +298,7 @@ class _Numpy:
     def by_rows(self, function: Callable[..., Floats], *arrays: Floats) -> Floats:
         """Some rows after the other, as many as stay in a core's cache, on every core: numpy's own passes over a whole
         array run on one, and at the pace of memory."""
-        T, width = arrays[0].shape[0], max(x[:1].size for x in arrays)
-        step = max(1, _CACHED // max(width, 1))
-        if step >= T:
-            whole: Floats = function(*arrays)
-            return whole
-        first = function(*(x[:step] for x in arrays))
-        made = np.empty((T, *first.shape[1:]), first.dtype)
-        made[:step] = first
-
-        def fill(start: int) -> None:
-            made[start : start + step] = function(*(x[start : start + step] for x in arrays))
-
-        products.side_by_side(fill, range(step, T, step))
-        return made
+        return products.by_rows(function, *arrays)
 
     def column_squares(self, x: Floats) -> Floats:
         """Returns on the host the sum of squares of each column of [T, K]."""
