@@ -58,7 +58,8 @@ def test_the_simulator_computes_what_transformers_does_at_far_positions(tmp_path
     windows = enumerate(Pipeline(bundle, exact=True).stage_runs(ids))
     fed = {k * WINDOW: run for k, (run, _) in windows if k * WINDOW in FIRST}
     for first, run in fed.items():
-        np.savez(tmp_path / f"given-{first:05d}.npz", **run.feeds)
+        feeds: dict[str, Any] = run.feeds
+        np.savez(tmp_path / f"given-{first:05d}.npz", **feeds)
     subprocess.run([sys.executable, "-c", SIMULATED, str(bundle), str(tmp_path)], check=True)
     for first, run in fed.items():
         made = np.load(tmp_path / f"made-{first:05d}.npy")
