@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,9 @@ os.environ.setdefault("TOOLKIT_CACHE", str(Path(__file__).resolve().parent.paren
 # The models are small: threads of BLAS would wait for each other longer than they work, and last bits depend on them.
 for threads in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(threads, "1")
+# Containers often say that no bytecode is written: hundreds of processes would compile the toolkit anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -144,7 +144,7 @@ def test_other_errors_of_the_system_are_no_faults_of_ours(
         def refuse(_: Path) -> None:
             raise OSError(number, os.strerror(number), "some.json")
 
-        monkeypatch.setattr("toolkit.library.verify_bundle", refuse)
+        monkeypatch.setattr("toolkit.report.intact.verify_bundle", refuse)
         monkeypatch.setattr("sys.argv", ["toolkit", "verify", str(tmp_path)])
         commands.main()
 

@@ -28,7 +28,7 @@ def _break(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ValueError("a list\nof two lines")
 
     monkeypatch.setattr("toolkit.bundle.manifest.verify_manifest", verify_manifest)
-    monkeypatch.setattr("toolkit.library.verify_bundle", verify_manifest)
+    monkeypatch.setattr("toolkit.report.intact.verify_bundle", verify_manifest)
 
 
 def test_a_bad_request_is_2_and_one_line(

@@ -1,43 +1,27 @@
-"""The verbs of `import toolkit`: each is one call that the command line parses for and prints the result of."""
+"""The verbs of `import toolkit`: each is one call that the command line parses for and prints the result of.
+
+What a verb needs is imported when it is called: all of it together takes longer than most of them do.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from toolkit.bundle.manifest import read_manifest
-from toolkit.checkpoint.any_decoder import open_any_decoder
-from toolkit.checkpoint.download import hub_file, is_hub_id, resolve_checkpoint
-from toolkit.checkpoint.opened import Checkpoint
-from toolkit.checkpoint.remote import open_headers
-from toolkit.errors import RecipeError
-from toolkit.evaluate.conversation import Answer, Conversation
-from toolkit.evaluate.speed import measure_speed
-from toolkit.files import check_writable, disk_errors
-from toolkit.hosts.installation import DescribedInstallation, remove_installed
-from toolkit.pipeline.catalogue import Search, search_catalogue
-from toolkit.pipeline.catalogue_row import CatalogueRow
-from toolkit.pipeline.check import CheckResult, check_bundle
-from toolkit.pipeline.compile import compile_bundle, compile_exported
-from toolkit.pipeline.computing import computing
-from toolkit.pipeline.doctor import Diagnosis, diagnose
-from toolkit.pipeline.draft import attach_drafts, plan_draft
-from toolkit.pipeline.export import Order, export_planned, plan_exports
-from toolkit.pipeline.get import choose_target
-from toolkit.pipeline.inspect import BundleFacts, CheckpointFacts, inspect_checkpoint, inspect_path
-from toolkit.pipeline.install import install_bundles
-from toolkit.pipeline.judge import Effort, judge_bundle
-from toolkit.pipeline.opening import open_for_recipe, open_place, open_place_or_shapes
-from toolkit.pipeline.place import followed, held
-from toolkit.pipeline.plan import ExportPlan, shorten_context
-from toolkit.recipe import Recipe, load_recipe, meant_recipe
-from toolkit.report.compare import ComparedReports, compare_reports
-from toolkit.report.intact import verify_bundle
-from toolkit.report.sections import PartitionRow, Report, Speed
-from toolkit.report.summary import load_report_at
-from toolkit.speculation import DRAFT
-from toolkit.target import TARGETS
+if TYPE_CHECKING:
+    from toolkit.checkpoint.opened import Checkpoint
+    from toolkit.evaluate.conversation import Answer
+    from toolkit.hosts.installation import DescribedInstallation
+    from toolkit.pipeline.catalogue_row import CatalogueRow
+    from toolkit.pipeline.check import CheckResult
+    from toolkit.pipeline.doctor import Diagnosis
+    from toolkit.pipeline.inspect import BundleFacts, CheckpointFacts
+    from toolkit.pipeline.judge import Effort
+    from toolkit.pipeline.plan import ExportPlan
+    from toolkit.report.compare import ComparedReports
+    from toolkit.report.sections import PartitionRow, Report, Speed
 
 Progress = Callable[[str], None]
 
@@ -61,6 +45,8 @@ def open_checkpoint(
     enough for a plan, and reading one is an error. `adapter` is the folder of a LoRA adapter to merge into the weights.
     Raises CheckpointError for what is incomplete, damaged or no checkpoint.
     """
+    from toolkit.pipeline.opening import open_place
+
     return open_place(str(place), synthetic, headers_alone, revision, adapter)
 
 
@@ -96,6 +82,14 @@ def plan(
     Raises RecipeError or CheckpointError for what does not exist or does not belong together, UnsupportedError for what
     the target cannot do.
     """
+    from toolkit.pipeline.draft import plan_draft
+    from toolkit.pipeline.export import Order, plan_exports
+    from toolkit.pipeline.opening import open_for_recipe
+    from toolkit.pipeline.plan import shorten_context
+    from toolkit.recipe import check_one_checkpoint, load_recipe, meant_recipe
+    from toolkit.speculation import DRAFT
+    from toolkit.target import TARGETS
+
     asked = {
         "quality": quality or ("fast" if synthetic or trace else None),
         "calibration": str(Path(calibration).resolve()) if calibration else None,
@@ -108,7 +102,7 @@ def plan(
         if (meant := meant_recipe(name, place)) != name:
             note(f"{place if name in TARGETS else name} has a recipe of its own: {meant}")
     loaded = [load_recipe(name, changes, place) for name in names]
-    _check_one_checkpoint(loaded, place)
+    check_one_checkpoint(loaded, place)
     opened = open_for_recipe(loaded[0], place, synthetic, shapes_alone, revision, adapter, trace)
     for line in opened.notes:
         note(line)
@@ -145,6 +139,13 @@ def export(
     `progress` is called with the name of each finished step. Raises ToolkitError before anything is written if
     checkpoint or machine will not do.
     """
+    from toolkit.files import disk_errors
+    from toolkit.pipeline.compile import compile_exported
+    from toolkit.pipeline.computing import computing
+    from toolkit.pipeline.draft import attach_drafts
+    from toolkit.pipeline.export import export_planned
+    from toolkit.pipeline.place import held
+
     with computing(device, workers, note) as fitting:
         plans = plan(plans) if isinstance(plans, str) else plans
         for draft in (each.draft for each in plans):
@@ -177,6 +178,13 @@ def validate(
     `export`; `note` is told in a line where its memory is full.
     Raises BundleError or CheckpointError if either cannot be read or they do not belong together.
     """
+    from toolkit.checkpoint.opened import Checkpoint
+    from toolkit.files import check_writable, disk_errors
+    from toolkit.pipeline.computing import computing
+    from toolkit.pipeline.judge import Effort, judge_bundle
+    from toolkit.pipeline.opening import made_from
+    from toolkit.pipeline.place import held
+
     bundle = Path(bundle)
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = made_from(bundle, checkpoint)
@@ -190,6 +198,8 @@ def check(bundle: str | Path, *, run: bool = False) -> CheckResult:
 
     `passed` and `problems` say what was found; `run` also runs the stages in their vendor's software, if it is here.
     """
+    from toolkit.pipeline.check import check_bundle
+
     return check_bundle(Path(bundle), run)
 
 
@@ -198,6 +208,10 @@ def compile(bundle: str | Path, soc: str | None = None, *, progress: Progress = 
 
     Raises UnsupportedError for a target without such a compiler, MachineError if the compiler is not installed.
     """
+    from toolkit.files import disk_errors
+    from toolkit.pipeline.compile import compile_bundle
+    from toolkit.pipeline.place import followed, held
+
     # Binaries are made beside the folder itself, not beside a link to it.
     bundle = followed(Path(bundle))
     with disk_errors(bundle), held([bundle]):
@@ -210,6 +224,8 @@ def generate(bundle: str | Path, prompt: str, max_new_tokens: int = 400, *, on_c
     `on_cpu` runs every stage on the CPU whatever the bundle is made for. For several turns, or text as it arrives, use
     `Conversation`. Raises BundleError or MachineError if the bundle cannot be run here.
     """
+    from toolkit.evaluate.conversation import Conversation
+
     conversation = Conversation(Path(bundle), max_new_tokens, on_cpu)
     for _ in conversation.ask(prompt):
         pass
@@ -223,6 +239,8 @@ def verify(bundle: str | Path, *, note: Progress = _silent) -> list[str]:
     `note` is told in a line of files that hosts of models put beside. Raises BundleError if there is no readable
     manifest.
     """
+    from toolkit.report.intact import verify_bundle
+
     found = verify_bundle(Path(bundle))
     for line in found.notes:
         note(line)
@@ -236,6 +254,8 @@ def bench(
 
     Raises BundleError or MachineError if the bundle cannot be run here.
     """
+    from toolkit.evaluate.speed import measure_speed
+
     return measure_speed(Path(bundle), prompt_tokens, new_tokens, repeat, on_cpu)
 
 
@@ -244,6 +264,10 @@ def inspect(path: str | Path, *, revision: str | None = None) -> CheckpointFacts
 
     `revision` is a branch, tag or commit of a hub id. Raises CheckpointError for what is neither.
     """
+    from toolkit.checkpoint.download import hub_file, is_hub_id
+    from toolkit.checkpoint.remote import open_headers
+    from toolkit.pipeline.inspect import inspect_checkpoint, inspect_path
+
     place = path.as_posix() if isinstance(path, Path) else path
     if is_hub_id(place) or hub_file(place):
         return inspect_checkpoint(open_headers(place, revision))
@@ -267,6 +291,8 @@ def install(
     them. With `dry_run` nothing is written. Raises RecipeError for a place that is somebody else's, BundleError for a
     bundle that would not run, UnsupportedError for what the program does not run.
     """
+    from toolkit.pipeline.install import install_bundles
+
     place = None if root is None else Path(root)
     made = install_bundles([Path(bundle) for bundle in bundles], to, name, place, base_url, license, dry_run)
     return [installation.described() for installation in made]
@@ -277,6 +303,8 @@ def uninstall(folder: str | Path) -> list[str]:
 
     Raises BundleError for a folder that `install` did not make.
     """
+    from toolkit.hosts.installation import remove_installed
+
     return remove_installed(Path(folder))
 
 
@@ -299,6 +327,8 @@ def recipes(
     `bundles` are looked for at and below folders, `hub_ids` from the headers of their weights, for `target` or the CPU.
     Raises RecipeError if no row is left.
     """
+    from toolkit.pipeline.catalogue import Search, search_catalogue
+
     places = tuple(map(Path, bundles)), tuple(hub_ids)
     return search_catalogue(Search(words, model, target, license, max_bytes, min_context, runs_here, *places))
 
@@ -321,6 +351,8 @@ def get(
     `note` is told which was chosen and why. Raises RecipeError for a model that is not known, MachineError where
     nothing fits.
     """
+    from toolkit.pipeline.get import choose_target
+
     chosen = choose_target(model, target, revision)
     note(f"{chosen.target}: {chosen.why}")
     plans = plan(chosen.recipe, checkpoint=chosen.checkpoint, out=out, quality=quality, revision=revision, note=note)
@@ -334,6 +366,8 @@ def doctor(*folders: str | Path, fix: bool = False, progress: Progress = _silent
     It says what is installed, what each bundle would run on, what is wrong with it since the software changed, and the
     command that mends it. With `fix` binaries that no longer fit are compiled anew from the graphs beside them.
     """
+    from toolkit.pipeline.doctor import diagnose
+
     return diagnose([Path(folder) for folder in folders] or [Path("build")], fix, progress)
 
 
@@ -343,37 +377,10 @@ def compare(a: str | Path, b: str | Path, *, tolerances: Mapping[str, str] | Non
     `tolerances` say by the name of a figure how much worse it may be: `0.005`, `5%` of the earlier, or `any`. Raises
     BundleError where there is no report to read, RecipeError for a figure or an amount that is none.
     """
+    from toolkit.report.compare import compare_reports
+    from toolkit.report.summary import load_report_at
+
     return compare_reports(load_report_at(Path(a)), load_report_at(Path(b)), tolerances)
-
-
-def made_from(
-    bundle: str | Path, place: str | Path | None = None, revision: str | None = None, adapter: str | Path | None = None
-) -> Checkpoint:
-    """Opens the checkpoint that a bundle's manifest names, or the same one at another place or hub revision.
-
-    `adapter` is the folder of the LoRA adapter that was merged into it, if one was.
-    """
-    manifest = read_manifest(Path(bundle))
-    recipe, synthetic = manifest.recipe, manifest.synthetic
-    # Random weights need the shapes alone: the model's facts have them, or the model itself where it is a folder.
-    named = recipe.model if Path(recipe.model).exists() or not synthetic else None
-    if place:
-        named = str(place)
-    if manifest.traced:
-        return open_any_decoder(resolve_checkpoint(str(place or recipe.model), revision))
-    return open_place_or_shapes(named, recipe.facts(), synthetic, False, revision, adapter)
-
-
-def _check_one_checkpoint(recipes: Sequence[Recipe], place: str | None) -> None:
-    """Raises RecipeError for recipes that are for several checkpoints, or named twice."""
-    if not recipes:
-        raise RecipeError("no recipe is named: expected a name, a path or a bare target")
-    if not place and len({recipe.model for recipe in recipes}) > 1:
-        models = ", ".join(f"{recipe.name} of {recipe.model}" for recipe in recipes)
-        raise RecipeError(f"one export reads one checkpoint, and these are {models}: name them one by one")
-    named = [recipe.name for recipe in recipes]
-    if len(set(named)) < len(named):
-        raise RecipeError(f"a recipe is named twice: {', '.join(named)}")
 
 
 def _place(out: Path | None, name: str, count: int) -> Path:

@@ -37,11 +37,10 @@ def validate(
     **effort: Any,
 ) -> None:
     """Compare BUNDLE with its checkpoint, token by token and answer by answer; rewrite its report."""
-    from toolkit import library
+    from toolkit.pipeline.opening import made_from
 
     wanted = effort_of(effort)
-    made_from = library.made_from(bundle, checkpoint, revision, adapter)
-    validate_bundles([bundle], made_from, wanted, as_json, device, workers)
+    validate_bundles([bundle], made_from(bundle, checkpoint, revision, adapter), wanted, as_json, device, workers)
 
 
 def validate_bundles(

@@ -1,4 +1,7 @@
-"""What a graph file takes and gives, and the nodes it is made of; its weights are not read."""
+"""What a graph file takes and gives, and the nodes it is made of; its weights are not read.
+
+onnx_ir is imported where a graph is read: it takes half a second, and most who ask for a bundle's settings read none.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,15 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
-import onnx_ir as ir
 from numpy.typing import NDArray
 
 from toolkit.errors import BundleError
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 _TO_BOOL: Final = ("And", "Equal", "Greater", "GreaterOrEqual", "IsNaN", "Less", "LessOrEqual", "Not")
 _TO_INT64: Final = ("ArgMax", "Shape")
@@ -80,6 +85,8 @@ def interface_of(model: ir.Model) -> GraphInterface:
 def external_bytes(path: Path) -> int:
     """Returns how many bytes of its data file a graph's initializers are. Raises BundleError if the file is not a
     graph."""
+    import onnx_ir as ir
+
     tensors = [value.const_value for value in load_graph(path).graph.initializers.values()]
     return sum(int(tensor.length or 0) for tensor in tensors if isinstance(tensor, ir.ExternalTensor))
 
@@ -90,6 +97,8 @@ def constant_values(tensor: ir.TensorProtocol, folder: Path) -> NDArray[Any]:
     onnx_ir refuses files with several names, which bundles made in one pass are. Raises BundleError for a data file
     that is not in the folder, or too short.
     """
+    import onnx_ir as ir
+
     if not isinstance(tensor, ir.ExternalTensor):
         return np.asarray(tensor.numpy())
     location, nbytes = str(tensor.location), int(tensor.length or 0)
@@ -110,6 +119,8 @@ def constant_values(tensor: ir.TensorProtocol, folder: Path) -> NDArray[Any]:
 def save_with_data_at(graph: Path, place: Path, renamed: Callable[[str], str]) -> None:
     """Writes a graph to `place`, where the data files it was made beside have other names. Raises BundleError if the
     file is not an ONNX graph."""
+    import onnx_ir as ir
+
     model = load_graph(graph)
     for value in model.graph.initializers.values():
         if isinstance(tensor := value.const_value, ir.ExternalTensor):
@@ -127,6 +138,8 @@ def save_with_data_at(graph: Path, place: Path, renamed: Callable[[str], str]) -
 def load_graph(path: Path) -> ir.Model:
     """Returns the graph itself, its weights left where they are. Raises BundleError if the file is not an ONNX
     graph."""
+    import onnx_ir as ir
+
     try:
         return ir.load(path)
     except Exception as problem:  # protobuf's errors have no common root short of Exception
@@ -141,6 +154,8 @@ def _type(value: ir.Value) -> ValueType:
 
 def _nodes(graph: ir.Graph) -> list[NodeFacts]:
     """Every node, dtypes carried from inputs and initializers through the graph."""
+    import onnx_ir as ir
+
     given = [*graph.inputs, *graph.initializers.values()]
     dtypes = {str(value.name): _dtype(value) for value in given}
     facts = []

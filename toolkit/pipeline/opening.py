@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from toolkit.bundle.manifest import read_manifest
 from toolkit.checkpoint.adapter import merge_adapter
+from toolkit.checkpoint.any_decoder import open_any_decoder
 from toolkit.checkpoint.download import resolve_checkpoint
 from toolkit.checkpoint.opened import Checkpoint, open_checkpoint, synthetic_checkpoint
 from toolkit.checkpoint.remote import open_headers
 from toolkit.errors import RecipeError
-from toolkit.pipeline.traced import open_to_trace
 from toolkit.recipe import Recipe
 
 
@@ -38,6 +39,9 @@ def open_for_recipe(
     """The checkpoint at `place`, or else the recipe's own: its published shapes where no numbers are needed, unless the
     model itself is on this machine. One to `trace` is opened as far as that needs."""
     if trace:
+        # Imports what makes graphs.
+        from toolkit.pipeline.traced import open_to_trace
+
         return open_to_trace(recipe, place or recipe.model, synthetic, revision, adapter)
     facts, model = recipe.facts(), recipe.model
     if facts is None or revision or Path(model).exists() or not (synthetic or shapes_alone):
@@ -61,3 +65,21 @@ def open_place_or_shapes(
     if facts is None:
         raise RecipeError("--synthetic needs the shapes: name a folder with a config.json with --checkpoint")
     return synthetic_checkpoint(facts)
+
+
+def made_from(
+    bundle: str | Path, place: str | Path | None = None, revision: str | None = None, adapter: str | Path | None = None
+) -> Checkpoint:
+    """Opens the checkpoint that a bundle's manifest names, or the same one at another place or hub revision.
+
+    `adapter` is the folder of the LoRA adapter that was merged into it, if one was.
+    """
+    manifest = read_manifest(Path(bundle))
+    recipe, synthetic = manifest.recipe, manifest.synthetic
+    # Random weights need the shapes alone: the model's facts have them, or the model itself where it is a folder.
+    named = recipe.model if Path(recipe.model).exists() or not synthetic else None
+    if place:
+        named = str(place)
+    if manifest.traced:
+        return open_any_decoder(resolve_checkpoint(str(place or recipe.model), revision))
+    return open_place_or_shapes(named, recipe.facts(), synthetic, False, revision, adapter)

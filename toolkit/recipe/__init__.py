@@ -1,6 +1,6 @@
 """A YAML recipe, read into a frozen `Recipe`: one model for one target, and how its weights are quantized."""
 
-from toolkit.recipe.check import BITS, BLOCK_SIZES, FIGURES, RULE_ALGORITHMS
+from toolkit.recipe.check import BITS, BLOCK_SIZES, FIGURES, RULE_ALGORITHMS, check_one_checkpoint
 from toolkit.recipe.matrix import Matrix, MatrixCell, read_matrix
 from toolkit.recipe.read import REQUIRED_KEYS, load_recipe, parse_recipe
 from toolkit.recipe.recipe import QuantRule, Recipe
@@ -17,6 +17,7 @@ __all__ = [
     "MatrixCell",
     "QuantRule",
     "Recipe",
+    "check_one_checkpoint",
     "data_folder",
     "is_path",
     "known_license",

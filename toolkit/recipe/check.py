@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -188,3 +189,15 @@ def _check_speculation(recipe: Recipe, where: str) -> None:
             f"{where}: speculation is {word}, and a cache of latents is copied at every token, guessed ones too: leave "
             f"speculation or profile {recipe.profile} out"
         )
+
+
+def check_one_checkpoint(recipes: Sequence[Recipe], place: str | None) -> None:
+    """Raises RecipeError for recipes that are for several checkpoints, or named twice."""
+    if not recipes:
+        raise RecipeError("no recipe is named: expected a name, a path or a bare target")
+    if not place and len({recipe.model for recipe in recipes}) > 1:
+        models = ", ".join(f"{recipe.name} of {recipe.model}" for recipe in recipes)
+        raise RecipeError(f"one export reads one checkpoint, and these are {models}: name them one by one")
+    named = [recipe.name for recipe in recipes]
+    if len(set(named)) < len(named):
+        raise RecipeError(f"a recipe is named twice: {', '.join(named)}")
