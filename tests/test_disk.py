@@ -59,7 +59,9 @@ def test_a_full_disk_while_a_report_is_written(
         return write(path, text, **how)
 
     monkeypatch.setattr(Path, "write_text", full)
-    monkeypatch.setattr(library, "judge_bundle", lambda where, *_: write_report(where, load_report(where)))
+    monkeypatch.setattr(
+        "toolkit.pipeline.judge.judge_bundle", lambda where, *_: write_report(where, load_report(where))
+    )
     with pytest.raises(MachineError, match="cannot be written: No space left on device; free space"):
         library.validate(bundle, open_checkpoint(tiny_r1))
     assert (bundle / "report.json").read_bytes() == before and not list(bundle.glob("*.new"))

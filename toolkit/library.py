@@ -17,9 +17,11 @@ if TYPE_CHECKING:
     from toolkit.pipeline.catalogue_row import CatalogueRow
     from toolkit.pipeline.check import CheckResult
     from toolkit.pipeline.doctor import Diagnosis
+    from toolkit.pipeline.export import Order
     from toolkit.pipeline.inspect import BundleFacts, CheckpointFacts
     from toolkit.pipeline.judge import Effort
     from toolkit.pipeline.plan import ExportPlan
+    from toolkit.recipe import Recipe
     from toolkit.report.compare import ComparedReports
     from toolkit.report.sections import PartitionRow, Report, Speed
 
@@ -83,10 +85,9 @@ def plan(
     the target cannot do.
     """
     from toolkit.pipeline.draft import plan_draft
-    from toolkit.pipeline.export import Order, plan_exports
+    from toolkit.pipeline.export import plan_exports
     from toolkit.pipeline.opening import open_for_recipe
     from toolkit.pipeline.plan import shorten_context
-    from toolkit.recipe import check_one_checkpoint, load_recipe, meant_recipe
     from toolkit.speculation import DRAFT
     from toolkit.target import TARGETS
 
@@ -98,11 +99,7 @@ def plan(
     }
     changes = [*changes, *(f"{key}={json.dumps(value)}" for key, value in asked.items() if value)]
     place = None if checkpoint is None else str(checkpoint)
-    for name in names:
-        if (meant := meant_recipe(name, place)) != name:
-            note(f"{place if name in TARGETS else name} has a recipe of its own: {meant}")
-    loaded = [load_recipe(name, changes, place) for name in names]
-    check_one_checkpoint(loaded, place)
+    loaded = _loaded(names, changes, place, note)
     opened = open_for_recipe(loaded[0], place, synthetic, shapes_alone, revision, adapter, trace)
     for line in opened.notes:
         note(line)
@@ -111,11 +108,9 @@ def plan(
             shorten_context(recipe, opened.config) if name in TARGETS else recipe
             for name, recipe in zip(names, loaded, strict=True)
         ]
-    where = None if out is None else Path(out)
-    orders = [Order(recipe, _place(where, recipe.name, len(loaded))) for recipe in loaded]
     return [
         plan_draft(each, lambda recipe: open_for_recipe(recipe, None, synthetic, shapes_alone))
-        for each in plan_exports(orders, opened, precision)
+        for each in plan_exports(_orders(loaded, out), opened, precision)
     ]
 
 
@@ -383,8 +378,23 @@ def compare(a: str | Path, b: str | Path, *, tolerances: Mapping[str, str] | Non
     return compare_reports(load_report_at(Path(a)), load_report_at(Path(b)), tolerances)
 
 
-def _place(out: Path | None, name: str, count: int) -> Path:
-    """Where a bundle goes: `out` itself for one, a folder of its own there for several."""
-    if out is None:
-        return Path("build") / name
-    return out if count == 1 else out / name
+def _loaded(names: Sequence[str], changes: Sequence[str], place: str | None, note: Progress) -> list[Recipe]:
+    """The recipes that are meant, all of one checkpoint; `note` is told which one a hub id means."""
+    from toolkit.recipe import check_one_checkpoint, load_recipe, meant_recipe
+    from toolkit.target import TARGETS
+
+    for name in names:
+        if (meant := meant_recipe(name, place)) != name:
+            note(f"{place if name in TARGETS else name} has a recipe of its own: {meant}")
+    loaded = [load_recipe(name, changes, place) for name in names]
+    check_one_checkpoint(loaded, place)
+    return loaded
+
+
+def _orders(recipes: Sequence[Recipe], out: str | Path | None) -> list[Order]:
+    """Each recipe with where its bundle goes: `out` itself for one, a folder of its own there for several."""
+    from toolkit.pipeline.export import Order
+
+    if out is not None and len(recipes) == 1:
+        return [Order(recipes[0], Path(out))]
+    return [Order(recipe, Path(out or "build") / recipe.name) for recipe in recipes]
