@@ -129,12 +129,12 @@ def test_export_killed_anywhere_resumes_to_the_same_bytes(bundles: dict[str, Pat
     export = [sys.executable, "-m", "toolkit", "export", "tiny-r1-cpu", "--no-validate", *SET_EIGHT_BITS, "--out"]
     command = [*export, str(out)]
     quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    subprocess.run([*export, str(tmp_path / "whole")], cwd=ROOT, check=True, **quiet)
+    assert called(*export[3:], str(tmp_path / "whole")).returncode == 0
     files = len(list((tmp_path / "whole").iterdir()))
     kills = 0
     # Each kill is on what the one before left behind: at the first file, and once more of them are there.
     # (tests/hostile/kills.py stops exports at every event; this is the true signal, in a process as users start it.)
-    for written in (1, 2, 4, files // 2, files - 1):
+    for written in (1, files // 2, files - 1):
         child = subprocess.Popen(command, cwd=ROOT, **quiet)
         while child.poll() is None and len(list((tmp_path / "killed.partial").glob("*"))) < written:
             time.sleep(0.001)

@@ -98,6 +98,19 @@ def test_the_import_is_lazy_and_quick() -> None:
     assert float(took) < 0.5  # 0.1 on a quiet machine
 
 
+def test_a_verb_waits_for_no_import_that_it_does_not_need(bundle: Path) -> None:
+    """What compiles loops and what reads graphs takes a second together, which a look or an answer needs not."""
+    code = (
+        "import sys, toolkit; bundle, checkpoint = sys.argv[1:]\n"
+        "def heavy(): print(*sorted({'numba', 'onnx_ir', 'onnxruntime', 'tokenizers', 'jinja2'} & set(sys.modules)))\n"
+        "assert toolkit.verify(bundle) == [] and toolkit.inspect(checkpoint).dtypes; heavy()\n"
+        "toolkit.generate(bundle, 'Add 4 and 5.', 2); print('numba' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code, str(bundle), str(ROOT / "models" / "tiny-r1")]
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
+    assert done.stdout.splitlines() == ["", "False"], done.stdout + done.stderr
+
+
 def test_wheels_tell_type_checkers() -> None:
     assert (Path(toolkit.__file__).parent / "py.typed").is_file()
 

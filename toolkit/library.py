@@ -397,4 +397,4 @@ def _orders(recipes: Sequence[Recipe], out: str | Path | None) -> list[Order]:
 
     if out is not None and len(recipes) == 1:
         return [Order(recipes[0], Path(out))]
-    return [Order(recipe, Path(out or "build") / recipe.name) for recipe in recipes]
+    return [Order(recipe, Path("build" if out is None else out) / recipe.name) for recipe in recipes]
