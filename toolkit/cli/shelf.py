@@ -47,12 +47,19 @@ def recipes(
 
     Tokens a second are at most what the memory of this machine allows, measured once, or what a bundle's report has.
     """
-    # Not `library.recipes`, the same call: the library imports all that exports, longer than a look takes.
-    from toolkit.pipeline.catalogue import Search, search_catalogue
+    from toolkit import library
 
-    max_bytes = None if max_gib is None else int(max_gib * 2**30)
-    wanted = Search(words, model, target, license, max_bytes, min_context, runs_here, bundles, hub_ids)
-    rows = search_catalogue(wanted)
+    rows = library.recipes(
+        *words,
+        model=model,
+        target=target,
+        license=license,
+        max_bytes=None if max_gib is None else int(max_gib * 2**30),
+        min_context=min_context,
+        runs_here=runs_here,
+        bundles=bundles,
+        hub_ids=hub_ids,
+    )
     if as_json:
         click.echo(json.dumps(to_json(rows), indent=2, ensure_ascii=False))
         return
