@@ -90,7 +90,7 @@ def calibration_cost(recipe: Recipe, config: ModelConfig, form: Form) -> Calibra
         tokens=tokens,
         work=work,
         memory_bytes=max(
-            tuned, int(_layers_held(recipe, bool(solved)) * layer_bytes) + factors + wide, _head_bytes(config, solved)
+            tuned, int(_layers_held(recipe, config, form) * layer_bytes) + factors + wide, _head_bytes(config, solved)
         )
         + kept,
         # The survey's stream and the rounded one before and behind a layer, and in its middle; twice what linears read.
@@ -125,10 +125,12 @@ def _factor_bytes(given: LinearInput, tokens: int) -> int:
     return 18 * given.width**2
 
 
-def _layers_held(recipe: Recipe, solves: bool) -> float:
+def _layers_held(recipe: Recipe, config: ModelConfig, form: Form) -> float:
     """Layers' worth of float32 weights: the exact one and half of one on its way in; with probes or GPTQ a rounded one
-    and what it is made of, and a folded one."""
-    if solves:
+    and what it is made of, and a folded one; the next one too where that is surveyed meanwhile."""
+    if solves_in_step(recipe, config, form):
+        return 5.0
+    if _solved(recipe, config, form):
         return 4.0
     return 2.5 if recipe.bits_per_weight else 1.5
 
