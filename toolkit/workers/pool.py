@@ -6,7 +6,6 @@ bits would be others.
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import tempfile
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from toolkit.device.fitting import Pool
+from toolkit.device.memory import keep_memory
 from toolkit.errors import CheckpointError, MachineError
 from toolkit.files import FULL_DISK
 from toolkit.machine import package_versions
@@ -34,10 +34,6 @@ _GIVEN_OUT: Final = 5
 # On a worker: the content of the files that its latest tasks shared, of this pool and of the one behind it.
 _SHARED: Final[dict[str, Any]] = {}
 _SHARED_FILES: Final = 2
-# glibc's <malloc.h>; the bytes are the largest that it takes for a mapping of its own (DEFAULT_MMAP_THRESHOLD_MAX).
-_M_TRIM_THRESHOLD: Final = -1
-_M_MMAP_THRESHOLD: Final = -3
-_KEPT_BYTES: Final = 32 << 20
 # Versions that decide last bits.
 _DECIDING: Final = ("toolkit", "numpy")
 _AGAIN: Final = "finished layers are kept, the same command goes on"
@@ -108,6 +104,7 @@ class DaskPool:
         self._alone_since: float | None = None
         self._check_versions()
         self.here = len(client.nthreads()) if folder else 0
+        # Dask tells malloc to give back whatever is free beyond 64 KB (MALLOC_TRIM_THRESHOLD_).
         self._client.register_worker_callbacks(keep_memory)
 
     @property
@@ -251,20 +248,6 @@ def _in_files(task: tuple[Callable[[Any, Any], Any], str], pieces: str) -> str:
             _SHARED.pop(next(iter(_SHARED)))
         _SHARED[shared] = get(shared)
     return put(Path(pieces).parent, [work(_SHARED[shared], piece) for piece in get(pieces)])
-
-
-def keep_memory() -> None:
-    """On a worker: lets the C library keep freed memory as it does elsewhere.
-
-    Dask tells glibc's malloc to give back whatever is free beyond 64 KB (MALLOC_TRIM_THRESHOLD_), which also makes it
-    map, and the system clear, each array anew (mallopt(3)).
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return
-    mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
-    mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)
 
 
 def worker_versions() -> dict[str, str]:
