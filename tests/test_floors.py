@@ -61,7 +61,7 @@ DEPENDENCIES: Final[dict[str, set[str]]] = {
     "jinja2": {"bundle", "report"},
     "lm_eval": {"evaluate"},
     "numba": {"jit"},
-    "onnx": {"epcontext", "evaluate"},
+    "onnx": {"epcontext", "evaluate", "graph"},
     "onnx_ir": {"graph", "trace"},
     "onnxruntime": {"epcontext", "evaluate"},
     "onnxruntime_genai": {"evaluate"},

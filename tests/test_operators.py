@@ -8,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import onnx
 import onnx_ir as ir
 import pytest
 
@@ -17,7 +18,7 @@ from toolkit import names
 from toolkit.bundle import operators
 from toolkit.bundle.operators import Placement, bundle_placements, placement_of, support_of
 from toolkit.errors import BundleError
-from toolkit.graph.interface import GraphInterface, ValueType, interface_of, read_interface
+from toolkit.graph.interface import GraphInterface, ValueType, interface_of, read_inputs, read_interface
 from toolkit.target import CPU_EP, TARGETS, Stage
 
 FAMILIES = ("qwen2", "llama", "qwen3")
@@ -394,6 +395,23 @@ def test_comparisons_make_bools(operator: str) -> None:
     first = _node(operator, [x] if operator == "Not" else [x, x])
     _, after = interface_of(_graph([x], [first, _node("Cast", [first.outputs[0]], to=1)])).nodes
     assert after.dtype == "bool"
+
+
+def test_inputs_alone_are_those_of_the_interface(made: Path, tmp_path: Path) -> None:
+    paths = [*made.rglob("*.onnx"), tmp_path / "odd.onnx"]
+    odd = [
+        onnx.helper.make_tensor_value_info("past.key", onnx.TensorProto.FLOAT16, (None, 2, "length", 0)),
+        onnx.helper.make_tensor_value_info("scalar", onnx.TensorProto.INT64, ()),
+        onnx.helper.make_tensor_value_info("shapeless", onnx.TensorProto.UINT8, None),
+    ]
+    onnx.save(onnx.helper.make_model(onnx.helper.make_graph([], "g", odd, [])), paths[-1])
+    assert len(paths) > 10
+    for path in paths:
+        assert read_inputs(path) == read_interface(path).inputs != {}, path
+    for content in (b"no graph at all", paths[0].read_bytes()[:-1]):
+        (tmp_path / "bad.onnx").write_bytes(content)
+        with pytest.raises(BundleError, match="is not an ONNX graph"):
+            read_inputs(tmp_path / "bad.onnx")
 
 
 def test_an_interface_tells_types_shapes_and_nodes(flow: GraphInterface) -> None:

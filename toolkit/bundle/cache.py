@@ -9,7 +9,7 @@ from typing import Final
 from toolkit import names
 from toolkit.bundle.settings import Settings
 from toolkit.errors import BundleError
-from toolkit.graph.interface import read_interface
+from toolkit.graph.interface import read_inputs
 
 _ITEM_BYTES: Final = {"FLOAT": 4, "FLOAT16": 2, "UINT8": 1, "INT8": 1}
 
@@ -25,7 +25,7 @@ def cache_bytes(bundle: Path, settings: Settings, length: int) -> int:
 
 def graph_cache_bytes(path: Path, length: int) -> int:
     """Returns the same of one graph."""
-    cache = [value for name, value in read_interface(path).inputs.items() if names.is_past(name)]
+    cache = [value for name, value in read_inputs(path).items() if names.is_past(name)]
     if odd := {value.dtype for value in cache} - _ITEM_BYTES.keys():
         raise BundleError(f"{path} has a KV cache of {min(odd)}, expected one of {', '.join(_ITEM_BYTES)}")
     shapes = [[length if isinstance(d, str) and k == 2 else d for k, d in enumerate(v.shape)] for v in cache]

@@ -70,6 +70,24 @@ def read_interface(path: Path) -> GraphInterface:
         raise BundleError(f"{path} has a node that is not as ONNX defines it: {str(problem)[:120]!r}") from None
 
 
+def read_inputs(path: Path) -> dict[str, ValueType]:
+    """Returns the inputs alone, for who answers from a bundle and would wait for onnx_ir. Raises BundleError if the
+    file is not an ONNX graph."""
+    import onnx
+
+    try:
+        inputs = onnx.load(path, load_external_data=False).graph.input
+    except Exception as problem:  # protobuf's errors have no common root short of Exception
+        raise _not_a_graph(path, problem) from None
+    found = {}
+    for value in inputs:
+        tensor = value.type.tensor_type
+        dims = (d.dim_value if d.HasField("dim_value") else d.dim_param or "None" for d in tensor.shape.dim)
+        dtype = onnx.TensorProto.DataType.Name(tensor.elem_type) if tensor.elem_type else "?"
+        found[value.name] = ValueType(dtype, tuple(dims))
+    return found
+
+
 def interface_of(model: ir.Model) -> GraphInterface:
     """Returns the same of a graph in memory."""
     graph = model.graph
@@ -142,8 +160,12 @@ def load_graph(path: Path) -> ir.Model:
 
     try:
         return ir.load(path)
-    except Exception as problem:  # protobuf's errors have no common root short of Exception
-        raise BundleError(f"{path} is not an ONNX graph: {str(problem)[:120]!r}") from None
+    except Exception as problem:  # as above, and onnx_ir's own
+        raise _not_a_graph(path, problem) from None
+
+
+def _not_a_graph(path: Path, problem: Exception) -> BundleError:
+    return BundleError(f"{path} is not an ONNX graph: {str(problem)[:120]!r}")
 
 
 def _type(value: ir.Value) -> ValueType:
