@@ -16,7 +16,7 @@ from toolkit.checkpoint.weights import expected_tensors
 from toolkit.cli.printing import one_document
 from toolkit.pipeline.calibration_work import forward_work, solving_work, survey_work
 from toolkit.pipeline.described import described_with_costs
-from toolkit.pipeline.forecast import forecast
+from toolkit.pipeline.forecast import compile_seconds, forecast
 from toolkit.pipeline.judge import Effort
 from toolkit.pipeline.judge.answers import questions_left_out
 from toolkit.pipeline.judge.work import FEWEST_QUESTIONS, FEWEST_TOKENS, sample
@@ -105,6 +105,38 @@ def test_the_default_takes_what_whole_exports_took(
     )
     seconds = sum(phase.forecast_s for phase in forecast(plan, TYPICAL, None))
     assert seconds == pytest.approx(took, rel=0.15)
+
+
+@pytest.mark.parametrize(("recipe", "took"), [("1.5b-qnn", 232), ("14b-qnn", 1718)])
+def test_compiling_takes_what_it_took_at_4096_tokens(recipe: str, took: float, tmp_path: Path) -> None:
+    """In 2 parts on a quiet machine, and in 12 on a busy one (LOG.md)."""
+    assert compile_seconds(_plan(recipe, tmp_path), TYPICAL, 4096) == pytest.approx(took, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("model", "layers", "took"), [("1.5b", 1, 4.1), ("1.5b", 2, 5.9), ("14b", 1, 9.9)], ids=["1.5B", "two", "14B"]
+)
+def test_a_longer_context_takes_the_compiler_longer(model: str, layers: int, took: float, tmp_path: Path) -> None:
+    """CPU seconds of layers of those widths in one part, 16,384 tokens less 4,096 (LOG.md, 2026-11-28)."""
+    raw = json.loads((MODELS / model / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps({**raw, "num_hidden_layers": layers}), encoding="utf-8")
+    recipe = load_recipe("qnn", ["quality=fast"], str(tmp_path))
+    plan = plan_export(recipe, synthetic_checkpoint(tmp_path), tmp_path / "bundle", "int4")
+    longer = compile_seconds(plan, TYPICAL, 16384) - compile_seconds(plan, TYPICAL, 4096)
+    assert longer == pytest.approx(took, rel=0.15)
+
+
+def test_a_plan_has_the_compilers_time_for_each_context(tmp_path: Path) -> None:
+    plan = _plan("1.5b-qnn", tmp_path)
+    (shown,) = described_with_costs([plan], None)
+    contexts = shown.npu_contexts or ()
+    (phase,) = [row for row in shown.forecast or () if row.phase == "compile"]
+    assert [row.context_length for row in contexts] == [4096, 8192, 16384]
+    (asked,) = [row for row in contexts if row.is_asked]
+    assert asked.compile_s == phase.forecast_s
+    assert [row.compile_s for row in contexts] == sorted({row.compile_s or 0.0 for row in contexts})
+    (left,) = described_with_costs([plan], None, compiles=False)
+    assert [row.compile_s for row in left.npu_contexts or ()] == [None] * 3
 
 
 def test_a_sample_is_what_fits_and_the_same_everywhere() -> None:

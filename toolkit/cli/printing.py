@@ -100,7 +100,10 @@ def _print_plan(plan: DescribedPlan) -> None:
     for context in plan.npu_contexts or ():
         how = "" if context.is_asked else f" (--set context_length={context.context_length})"
         memory, cache = _mebibytes(context.npu_memory_bytes), _mebibytes(context.kv_cache_bytes)
-        click.echo(f"NPU memory at {context.context_length} tokens{how}: about {memory}, of which cache {cache}")
+        compiled = "" if context.compile_s is None else f"; compiled in about {rough_time(context.compile_s)}"
+        click.echo(
+            f"NPU memory at {context.context_length} tokens{how}: about {memory}, of which cache {cache}{compiled}"
+        )
     click.echo(f"peak memory of the export: about {_mebibytes(plan.peak_memory_bytes)}")
     if plan.compile_memory_bytes:
         click.echo(f"peak memory of compiling a part: about {_mebibytes(plan.compile_memory_bytes)}")

@@ -9,7 +9,7 @@ from typing import Final
 from toolkit.checkpoint.stored_as import StoredAs
 from toolkit.device.arrays import NUMPY, Device
 from toolkit.partition.parts import BINARY_SHARE, layer_bytes
-from toolkit.pipeline.forecast import Phase, forecast
+from toolkit.pipeline.forecast import Phase, compile_seconds, forecast
 from toolkit.pipeline.judge.effort import Effort
 from toolkit.pipeline.plan import ExportPlan
 from toolkit.pipeline.work import measure_speed, speed_with
@@ -50,13 +50,15 @@ class PlannedCalibration:
 
 @dataclass(frozen=True)
 class PlannedContext:
-    """What a context of an NPU costs: its cache, allocated whole, and that with the transformer's weights as the NPU
-    has them. `is_asked` is the recipe's own; the others are what `--set context_length=` may choose instead."""
+    """What a context of an NPU costs: its cache, allocated whole, that with the transformer's weights as the NPU has
+    them, and compiling for it, where costs are asked for. `is_asked` is the recipe's own; the others are what `--set
+    context_length=` may choose instead."""
 
     context_length: int
     kv_cache_bytes: int
     npu_memory_bytes: int
     is_asked: bool
+    compile_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,14 @@ def described_with_costs(
     for plan in plans:
         phases = forecast(plan, speed, effort, compiles, calibrating)
         rows = tuple(replace(phase, forecast_s=round(phase.forecast_s, 2)) for phase in phases)
-        shown.append(replace(describe(plan), forecast=rows))
+        described = describe(plan)
+        if plan.compile_memory_bytes and compiles and described.npu_contexts:
+            contexts = tuple(
+                replace(row, compile_s=round(compile_seconds(plan, speed, row.context_length), 2))
+                for row in described.npu_contexts
+            )
+            described = replace(described, npu_contexts=contexts)
+        shown.append(replace(described, forecast=rows))
     return shown
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from toolkit.checkpoint.weights import parameter_count
+from toolkit.partition.parts import layer_bytes
 from toolkit.pipeline.calibration_work import PASSES_TO_SEARCH
 from toolkit.pipeline.judge.effort import Effort
 from toolkit.pipeline.judge.simulator import SIMULATED_BYTES
@@ -24,9 +25,12 @@ from toolkit.target import CPU_EP
 
 # Bytes a second of a download: 200 megabits.
 _DOWNLOAD_RATE: Final = 25e6
-# Qualcomm's compiler, on a typical machine: seconds a part, and a byte of weights (LOG.md).
+# Qualcomm's compiler, on a typical machine: seconds a part, a byte of weights, a row of RoPE's tables in a part, and a
+# head's score of one cached token (LOG.md).
 _COMPILE_PART: Final = 5.0
-_COMPILE_BYTE: Final = 3.3e-7
+_COMPILE_BYTE: Final = 2.6e-7
+_COMPILE_ROW: Final = 1.8e-4
+_COMPILE_SCORE: Final = 1.5e-5
 # The simulator of a small transformer: two windows and some tokens of it.
 _SIMULATED_SECONDS: Final = 40.0
 
@@ -62,14 +66,23 @@ def forecast(
     written = sum(plan.files.values())
     phases.append(Phase("pack", _packing(plan).seconds(speed), plan.peak_memory_bytes, written))
     if plan.compile_memory_bytes and compiles:
-        slower = TYPICAL.elements_per_s / speed.elements_per_s
-        seconds = (_COMPILE_PART * plan.recipe.parts + _COMPILE_BYTE * plan.layout.nbytes) * slower
+        seconds = compile_seconds(plan, speed, plan.recipe.context_length)
         phases.append(Phase("compile", seconds, plan.compile_memory_bytes, plan.layout.nbytes, "rates in LOG.md"))
     if effort is not None and plan.traced is not None:
         phases.append(_traced_validation(plan, speed, effort))
     elif effort is not None:
         phases.append(_validation(plan, speed, effort))
     return phases
+
+
+def compile_seconds(plan: ExportPlan, speed: MachineSpeed, context_length: int) -> float:
+    """Returns what compiling every part takes for a context, whichever the recipe's own is."""
+    config = plan.checkpoint.config
+    weights = sum(layer_bytes(plan.layout, config.num_hidden_layers))
+    scores = config.num_hidden_layers * config.num_attention_heads * context_length
+    parts = (_COMPILE_PART + _COMPILE_ROW * context_length) * plan.recipe.parts
+    seconds = parts + _COMPILE_BYTE * weights + _COMPILE_SCORE * scores
+    return seconds * TYPICAL.elements_per_s / speed.elements_per_s
 
 
 def _packing(plan: ExportPlan) -> Work:
