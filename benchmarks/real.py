@@ -64,7 +64,7 @@ PEERS: Final = (*(f"llama.cpp {kind}" for kind in _LLAMA_TYPES), "genai default"
 WIDE_KEYS: Final[Json] = {"match": "*.k_proj|*.v_proj", "bits": 8, "block_size": 32}
 _EMBEDDING: Final[Json] = {"match": "model.embed_tokens", "block_size": 32}
 # Some minutes a step for a 1.5B on a CPU: for the smallest model, or where torch has a GPU.
-_TUNED: Final[dict[str, Json]] = {"tuning_steps": 64, "calibration_tokens": 16384}
+TUNED: Final[dict[str, Json]] = {"tuning_steps": 64, "calibration_tokens": 16384}
 # Rows that answer questions.
 _ASKED: Final = frozenset(
     ["fast", "balanced", "best", "llama.cpp q4_0", "llama.cpp iq4_xs+imatrix", "llama.cpp q4_k_m+imatrix"]
@@ -95,7 +95,7 @@ def candidates(hidden_size: int, other_text: Path) -> Iterator[Candidate]:
     yield Candidate("best, budget 4.9", {"quality": "best", "bits_per_weight": 4.9})
     yield Candidate("best, budget 5.3", {"quality": "best", "bits_per_weight": 5.3})
     yield Candidate("best, blocks of 16", {"quality": "best", "quantize": [WIDE_KEYS, rule(16)]})
-    tuned: dict[str, Json] = {"quality": "best", "quantize": [WIDE_KEYS, _EMBEDDING, rule(16)], **_TUNED}
+    tuned: dict[str, Json] = {"quality": "best", "quantize": [WIDE_KEYS, _EMBEDDING, rule(16)], **TUNED}
     yield Candidate("best, blocks of 16, tuned", tuned)
     yield Candidate("rtn 32 symmetric", {"quantize": [rule(32, "rtn", symmetric=True)], "rotate": False})
     for block_size in (size for size in (64, 128) if hidden_size % size == 0):

@@ -34,7 +34,7 @@ from benchmarks.judged import judged_material, judged_texts
 from benchmarks.models import fetch
 from benchmarks.peers.llama_cpp import LlamaCpp, llama_cpp, speed
 from benchmarks.peers.rows import Bench, Row, llama_file, peer_rows
-from benchmarks.real import MODELS, WIDE_KEYS, Rows, candidates
+from benchmarks.real import MODELS, TUNED, WIDE_KEYS, Rows, candidates
 from toolkit.bundle.settings import read_settings
 from toolkit.errors import ToolkitError
 from toolkit.evaluate.linked import linked_copy
@@ -43,7 +43,7 @@ from toolkit.files import replacing
 from toolkit.machine import physical_cores
 from toolkit.pipeline.text import find_text
 from toolkit.progress import progress_line
-from toolkit.typed_json import from_json, to_json
+from toolkit.typed_json import Json, from_json, to_json
 
 FOLDER: Final = ROOT / "build" / "bench-speed"
 OURS: Final = ("balanced", "best")
@@ -123,10 +123,15 @@ def _lacking(name: str, words: Sequence[str]) -> Iterator[Row]:
 
 
 def _wider(hidden_size: int) -> Iterator[Candidate]:
-    """Yields the default's formats in larger blocks, which this CPU multiplies faster."""
-    for block_size in (size for size in (64, 128) if hidden_size % size == 0):
-        rules = [WIDE_KEYS, rule(block_size)]
-        yield Candidate(f"balanced, {block_size} but k and v", {"quality": "balanced", "quantize": rules})
+    """Yields formats in larger blocks, which take fewer bytes of a session and are multiplied faster."""
+    for size in (size for size in (64, 128) if hidden_size % size == 0):
+        rules: list[Json] = [WIDE_KEYS, rule(size)]
+        yield Candidate(f"balanced, {size} but k and v", {"quality": "balanced", "quantize": rules})
+        yield Candidate(f"best, {size} but k and v, tuned", {"quality": "best", "quantize": rules, **TUNED})
+        attention: Json = {"match": "*.q_proj|*.k_proj|*.v_proj|*.o_proj", "bits": 8, "block_size": size}
+        mixed: list[Json] = [attention, {"match": "*.gate_proj|*.up_proj", "block_size": size}, rule(32)]
+        name = f"balanced, {size} but down, 8 bits in attention"
+        yield Candidate(name, {"quality": "balanced", "quantize": mixed})
 
 
 def _place(name: str, word: str) -> Path:
