@@ -112,14 +112,16 @@ def _lacking(name: str, words: Sequence[str]) -> Iterator[Row]:
     own = {candidate.name: candidate for candidate in (*candidates(hidden_size, other), *_wider(hidden_size))}
     calibration_text = find_text("calibration", "cpu", "cpu", checkpoint)
     with progress_line(None) as progress:
-        if theirs := [word for word in words if word not in own]:
-            rows, left_out = peer_rows(bench, peers, folder, theirs, progress)
-            yield from rows
-            for word, reason in left_out.items():
-                raise ToolkitError(f"{word}: {reason}")
-        for word in (word for word in words if word in own):
+        for word in words:
             progress(f"{name}: {word}")
-            yield own_row(own[word], bench, calibration_text, folder)
+            if word in own:
+                yield own_row(own[word], bench, calibration_text, folder)
+                continue
+            # One at a time, so that each is kept when it is there.
+            rows, left_out = peer_rows(bench, peers, folder, [word], progress)
+            if left_out:
+                raise ToolkitError(f"{word}: {left_out[word]}")
+            yield rows[0]
 
 
 def _wider(hidden_size: int) -> Iterator[Candidate]:
