@@ -9,9 +9,9 @@ from typing import Any
 
 import httpx
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Browser, Page, expect
 
-from tests.browser import opened
+from tests.browser import browser, page_in
 from tests.exports import Exports
 from tests.served import Served, one_thread, served
 
@@ -26,9 +26,15 @@ def server(exports: Exports, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         yield running
 
 
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Browser]:
+    with browser() as started:
+        yield started
+
+
 @pytest.fixture
-def page(server: Served) -> Iterator[Page]:
-    with opened(server.url) as page:
+def page(server: Served, chromium: Browser) -> Iterator[Page]:
+    with page_in(chromium, server.url) as page:
         expect(page.get_by_label("Bundle")).to_be_visible()
         yield page
 
