@@ -59,11 +59,12 @@ class Way:
         head = self.head
         generator = og.Generator(self.model, params) if head is None else MtpText(og, self.model, head, params)
         generator.append_tokens(prompt)
-        begun = time.perf_counter()
+        begun, made = time.perf_counter(), list[int]()
         while not generator.is_done():
             generator.generate_next_token()
+            # Not the generator's sequence: an MTP head's has the guesses behind the last token too.
+            made.append(int(generator.get_next_tokens()[0]))
         self.seconds += time.perf_counter() - begun
-        made = [int(token) for token in generator.get_sequence(0)[len(prompt) :]]
         self.guesses += guesses_of(generator, len(made)) if self.at_once else Guesses(0, 0, len(made), len(made))
         return made
 

@@ -1,4 +1,4 @@
-"""Trains DeepSeek-V3 in miniature on the traces of tiny-r1: train.py MINUTES [FOLDER [SEED]].
+"""Trains DeepSeek-V3 in miniature, with its head for one token more, on the traces of tiny-r1: train.py MINUTES [FOLDER [SEED]].
 
 MINUTES are CPU time of one thread; FOLDER, this one by default, holds config.json and tokenizer.json and gets
 model.safetensors. With a SEED, of traces not seen yet, training goes on from the weights that are there.
@@ -18,7 +18,12 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch.nn import functional as F
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
-from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE, DeepseekV3TopkRouter
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
+    DeepseekV3DecoderLayer,
+    DeepseekV3MoE,
+    DeepseekV3RMSNorm,
+    DeepseekV3TopkRouter,
+)
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "tiny-r1"))
@@ -28,6 +33,8 @@ ROWS, LENGTH = 8, 256
 # How much a token of a question counts: nothing tells which numbers will be asked.
 ASKED = 0.1
 BIAS_STEP = 0.002
+# How much the loss of the token after the next counts beside the next one's.
+FURTHER = 0.3
 
 
 def choose(self, scores):
@@ -101,10 +108,46 @@ class Text:
         return torch.tensor(ids), torch.tensor(counts)
 
 
-def losses(model, ids):
-    """The loss [rows, LENGTH] of each token but the first."""
-    logits = model(input_ids=ids[:, :-1], use_cache=False).logits
-    return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(len(ids), -1)
+class Head(torch.nn.Module):
+    """Predicts the token after the next from a state and the next token's embedding, by the names of a published head."""
+
+    def __init__(self, config):
+        super().__init__()
+        width, eps = config.hidden_size, config.rms_norm_eps
+        self.enorm, self.hnorm = DeepseekV3RMSNorm(width, eps), DeepseekV3RMSNorm(width, eps)
+        self.eh_proj = torch.nn.Linear(2 * width, width, bias=False)
+        self.layer = DeepseekV3DecoderLayer(config, config.num_hidden_layers)
+        self.shared_head = torch.nn.ModuleDict({"norm": DeepseekV3RMSNorm(width, eps)})
+        for p in self.parameters():
+            if p.dim() == 2:
+                torch.nn.init.normal_(p, std=config.initializer_range)
+
+    def forward(self, model, states, ids):
+        """The states [rows, T, D] that make the logits, of the model's states [rows, T, D] and the tokens after them."""
+        x = self.eh_proj(torch.cat([self.enorm(model.model.embed_tokens(ids)), self.hnorm(states)], -1))
+        positions = torch.arange(ids.shape[1])[None]
+        mask = torch.full((ids.shape[1],) * 2, -math.inf).triu(1)[None, None]
+        turned = model.model.rotary_emb(x, positions)
+        x = self.layer(x, attention_mask=mask, position_ids=positions, position_embeddings=turned)
+        return self.shared_head["norm"](x[0] if isinstance(x, tuple) else x)
+
+    def tensors(self, layer):
+        """What it is saved as, behind the model's layers."""
+        own = ((name.removeprefix("layer."), value) for name, value in self.state_dict().items())
+        return {f"model.layers.{layer}.{name}": value for name, value in own}
+
+
+def cross_entropy(model, states, ids):
+    """The loss of each of `ids` [rows, T] by the states that predict them."""
+    logits = model.lm_head(states)
+    return F.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none").view(len(ids), -1)
+
+
+def losses(model, head, ids, begin):
+    """The loss [rows, LENGTH] of each token but the first, and the head's of those two behind `begin` and later."""
+    states = model.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
+    further = head(model, states[:, begin:-1], ids[:, begin + 1 : -1])
+    return cross_entropy(model, states, ids[:, 1:]), cross_entropy(model, further, ids[:, begin + 2 :])
 
 
 @torch.no_grad()
@@ -120,10 +163,22 @@ def right(model, tokenizer, count=64):
     return done / count
 
 
-def save(model, folder):
+@torch.no_grad()
+def guessed(model, head, tokenizer, count=32):
+    """The share of a trace's tokens that the head guesses, having seen nothing of the question."""
+    r, done, seen = random.Random(7), 0, 0
+    for e in [example(r) for _ in range(count)]:
+        whole, asked = (tokenizer.encode(f(e), add_special_tokens=False).ids for f in (text, prompt))
+        states = model.model(input_ids=torch.tensor([whole[:-1]]), use_cache=False).last_hidden_state[:, len(asked) - 1 : -1]
+        best = model.lm_head(head(model, states, torch.tensor([whole[len(asked) : -1]]))).argmax(-1)[0]
+        done, seen = done + int((best == torch.tensor(whole[len(asked) + 1 :])).sum()), seen + len(best)
+    return done / seen
+
+
+def save(model, head, folder):
     """Writes matrices in bfloat16 and the choosing biases as they are, none of them negative."""
     tensors = {}
-    for name, value in model.state_dict().items():
+    for name, value in {**model.state_dict(), **head.tensors(model.config.num_hidden_layers)}.items():
         bias = name.endswith("e_score_correction_bias")
         tensors[name] = (value - value.min()).contiguous() if bias else value.to(torch.bfloat16).contiguous()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -138,10 +193,15 @@ def main():
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     DeepseekV3TopkRouter.get_topk_indices, DeepseekV3MoE.moe = torch.no_grad()(choose), experts
     model = DeepseekV3ForCausalLM(DeepseekV3Config.from_pretrained(folder)).float()
+    head = Head(model.config)
     if resumed:
-        model.load_state_dict({name: value.float() for name, value in load_file(folder / "model.safetensors").items()})
-    routers = [m for m in model.modules() if isinstance(m, DeepseekV3TopkRouter)]
-    named = dict(model.named_parameters())
+        stored = {name: value.float() for name, value in load_file(folder / "model.safetensors").items()}
+        own = {name: stored.pop(name) for name in head.tensors(model.config.num_hidden_layers) if name in stored}
+        model.load_state_dict(stored)
+        if own:
+            head.load_state_dict(dict(zip(head.state_dict(), own.values())))
+    routers = [m for both in (model, head) for m in both.modules() if isinstance(m, DeepseekV3TopkRouter)]
+    named = {**dict(model.named_parameters()), **{f"head.{name}": p for name, p in head.named_parameters()}}
     turned = [p for name, p in named.items() if p.dim() == 2 and not any(w in name for w in ("embed", "lm_head", "mlp.gate.weight"))]
     others = [p for p in named.values() if all(p is not q for q in turned)]
     muon, adam = Muon(turned), torch.optim.AdamW(others, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
@@ -151,8 +211,10 @@ def main():
     while (done := (time.process_time() - start) / 60 / minutes) < 1:
         rate = min(1, (step + 1) / 100) * min(1, (1 - done) / 0.6)
         ids, counts = source.rows(ROWS)
-        each, counts = losses(model, ids), counts[:, 1:]
-        loss = (each * counts).sum() / counts.sum()
+        begin = source.random.randrange(LENGTH // 2) if step % 2 else 0
+        (each, further), counts = losses(model, head, ids, begin), counts[:, 1:]
+        behind = counts[:, begin + 1 :]
+        loss = (each * counts).sum() / counts.sum() + FURTHER * (further * behind).sum() / behind.sum()
         loss.backward()
         muon.step(0.02 * rate)
         adam.param_groups[0]["lr"] = 4e-3 * rate
@@ -168,12 +230,14 @@ def main():
         if done - saved > 0.1:
             saved = done
             busiest = max(float(r.tokens.max() / r.tokens.float().mean()) for r in routers)
-            print(f"right {right(model, tokenizer):.0%}, busiest expert {busiest:.2f} of its share", flush=True)
-            save(model, folder)
-    save(model, folder)
+            found = f"right {right(model, tokenizer):.0%}, guessed {guessed(model, head, tokenizer):.0%}"
+            print(f"{found}, busiest expert {busiest:.2f} of its share", flush=True)
+            save(model, head, folder)
+    save(model, head, folder)
     for p in named.values():
         p.data = p.data.to(torch.bfloat16).float()
-    print(f"{step} steps, loss {mean:.4f}, right {right(model, tokenizer, 256):.1%}", flush=True)
+    found = f"right {right(model, tokenizer, 256):.1%}, guessed {guessed(model, head, tokenizer, 64):.1%}"
+    print(f"{step} steps, loss {mean:.4f}, {found}", flush=True)
 
 
 if __name__ == "__main__":
