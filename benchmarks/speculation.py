@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ import onnxruntime_genai as og
 from benchmarks.peers.llama_cpp import llama_cpp
 from benchmarks.peers.llama_speculation import LlamaWay
 from toolkit.bundle.speculative import draft_graph, head_settings, read_speculation, speculation_of
+from toolkit.errors import ToolkitError
 from toolkit.evaluate.guesses import Guesses, MtpText, guesses_of, speculating_config
 from toolkit.evaluate.text_model import TextModel
 from toolkit.speculation import NGRAM, NONE, SPECULATIONS
@@ -142,4 +144,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ToolkitError as problem:
+        sys.exit(f"error: {problem}")

@@ -16,6 +16,7 @@ from benchmarks.peers.llama_speculation import LlamaWay
 from benchmarks.peers.rows import Row
 from benchmarks.peers.tool import PeerError
 from benchmarks.speed import Turn
+from toolkit.checkpoint.opened import open_checkpoint
 from toolkit.report.sections import Divergence, Histogram
 
 
@@ -95,6 +96,23 @@ def test_what_this_process_and_its_children_took_is_not_others(monkeypatch: pyte
     told = SimpleNamespace(user=1.0, system=0.5, children_user=60.0, children_system=10.0, elapsed=5000.0)
     monkeypatch.setattr(speed.os, "times", lambda: told)
     assert speed._others_s() == 51.5
+
+
+def test_rows_and_models_that_are_not_are_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], stories260k: Path
+) -> None:
+    monkeypatch.setattr(speed, "FOLDER", tmp_path)
+    monkeypatch.setattr(speed, "fetch", lambda model: stories260k)
+    monkeypatch.setattr(speed, "dequantized_folder", lambda path, folder: open_checkpoint(path))
+    (tmp_path / "smollm2-135m").mkdir()
+    for words, told in (
+        (["smollm2-135m", "--files", "balanced;llama.cpp q3"], "error: no row 'llama.cpp q3', expected some of fast, "),
+        (["nobody"], "error: no model 'nobody', expected some of smollm2-135m, "),
+    ):
+        monkeypatch.setattr(speed.sys, "argv", ["speed", *words])
+        assert speed.main() == 2
+        said = capsys.readouterr().err
+        assert said.startswith(told) and said.count("\n") == 1
 
 
 class Said:
