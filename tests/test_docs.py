@@ -75,9 +75,14 @@ def reader(exports: Exports, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_programs_run(page: Path, reader: Path, tmp_path: Path) -> None:
     shutil.copytree(reader, tmp_path, dirs_exist_ok=True)
     (tmp_path / "program.py").write_text("\n".join(_blocks(page, "python")), encoding="utf-8")
+    # Sessions with one thread, as everywhere here: a second would spin beside the other process of the tests.
+    one_thread = (
+        "import runpy; from tests.in_process import single_threads\n"
+        "with single_threads(): runpy.run_path('program.py', run_name='__main__')"
+    )
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, "program.py"],
+        [sys.executable, "-c", one_thread],
         cwd=tmp_path,
         capture_output=True,
         text=True,

@@ -25,17 +25,22 @@ from toolkit.checkpoint.weights import find_tensors
 from toolkit.errors import CheckpointError
 
 
-@pytest.fixture
-def hub(tiny_r1: Path, tmp_path: Path) -> Iterator[Hub]:
+@pytest.fixture(scope="module")
+def repository(tiny_r1: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     # 41 MB: huggingface_hub keeps what it has in pieces of 10.
-    folder = tmp_path / "hub"
+    folder = tmp_path_factory.mktemp("repository") / "hub"
     make_checkpoint("Qwen2", {"vocab_size": 20000, "hidden_size": 256}, folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "train.py", "arithmetic.jsonl"):
         shutil.copy(tiny_r1 / name, folder)
     # Other formats of the same weights, and files of training, as repositories hold them.
     (folder / "consolidated.safetensors").write_bytes(b"not asked for")
     (folder / "trainer_state.json").write_text("{}", encoding="utf-8")
-    with loopback_hub(folder) as server:
+    return folder
+
+
+@pytest.fixture
+def hub(repository: Path, tmp_path: Path) -> Iterator[Hub]:
+    with loopback_hub(Path(shutil.copytree(repository, tmp_path / "hub"))) as server:
         yield server
 
 

@@ -7,7 +7,8 @@ import ast
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Final
 
@@ -109,9 +110,14 @@ def room_of(path: str) -> str:
     return PurePosixPath(path).parts[0].removesuffix(".py")
 
 
-def imported(path: str, text: str) -> Iterator[str]:
+@cache
+def imported(path: str, text: str) -> tuple[str, ...]:
     """The dotted name of everything a module imports, wherever it does so: at its top, in functions, for types alone,
     relatively, or by `import_module` of a constant."""
+    return tuple(_imported(path, text))
+
+
+def _imported(path: str, text: str) -> Iterator[str]:
     package = ("toolkit", *PurePosixPath(path).parts[:-1])
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
@@ -171,7 +177,7 @@ def circles(sources: Sources) -> list[str]:
     return sorted(" ".join(sorted(circle)) for circle in together if circle)
 
 
-def _modules_of(names: Iterator[str], modules: set[str]) -> Iterator[str]:
+def _modules_of(names: Iterable[str], modules: set[str]) -> Iterator[str]:
     """The module each imported name is or comes from."""
     for name in names:
         origin = name.rpartition(".")[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import MISSING, asdict, fields, replace
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,7 @@ def test_recipe_plans_every_tensor_of_its_model_once(name: str, tmp_path: Path) 
     assert layout.weights() == pytest.approx(PARAMETERS[name.removesuffix(f"-{recipe.target}")], rel=0.01)
 
 
+@cache
 def _schema() -> dict[str, Any]:
     return json.loads((RECIPES / "recipe.schema.json").read_text(encoding="utf-8"))
 
