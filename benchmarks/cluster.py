@@ -1,6 +1,6 @@
 """What calibrating takes on a cluster, on paper.
 
-    OPENBLAS_NUM_THREADS=1 python -m benchmarks.cluster [MODEL …] [--workers 8,64] [--threads 8]
+    OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 python -m benchmarks.cluster [MODEL …] [--workers 8,64] [--threads 8]
 
 Of each model's true shape the work of a layer is counted as a forecast counts it, split into what goes to workers, in
 as many pieces as there are (calibrate/pieces.py, calibrate/side_by_side.py), and what stays in the process that
@@ -82,28 +82,27 @@ def parts(config: ModelConfig, tokens: int) -> Iterator[Part]:
 
 
 def _solving(given: LinearInput, tokens: int) -> Iterator[Part]:
-    """The second moment of an input, and the matrices that read it."""
+    """The second moment of an input, its factor, and the matrices that read it."""
     rows, width = _rows(given), given.width
     other = min(rows, width)
     both, back = _FLOAT * tokens * (width + other), _FLOAT * width * (width + other)
     slices = math.ceil(width / ROWS) + math.ceil(other / ROWS)
     yield Part(slices, Work(products=2.0 * tokens * width * (width + other)), both, back)
-    factor = _FLOAT * width * width * (2 if other == width else 1)
-    work = Work(products=4.0 * rows * width * width, elements=PASSES_TO_SOLVE * rows * width)
+    whitened = other == width
+    factor = _FLOAT * width * width * (2 if whitened else 1)
+    yield Part(1, Work(products=width**3 * (4 / 3 if whitened else 1 / 3)), to_one=2.0 * factor)
+    work = Work(products=(3.0 if whitened else 2.0) * rows * width**2, elements=PASSES_TO_SOLVE * rows * width)
     yield Part(math.ceil(rows / ROWS), work, factor, _BLOCKS * rows * width, _STORED * rows * width * ROWS / rows)
 
 
 def alone(config: ModelConfig, tokens: int) -> Work:
-    """Returns what the exporting process does: factors, layers with experts, and packing what is not solved."""
+    """Returns what the exporting process does: layers with experts, and packing what is not solved."""
     decoder = decoder_of(config)
     length = min(LONGEST, tokens)
     forward = forward_work(config, tokens, length, tokens / length) * (1 / config.num_hidden_layers)
     done = Work()
     for layer in decoder.layers:
         routed = [given for given in layer.inputs if given.routed]
-        for given in layer.inputs:
-            if not given.routed:
-                done += Work(products=given.width**3 / 3)
         experts = sum(_rows(given) * given.width for given in routed)
         if routed:
             # Read in both passes, and rounded in the second.

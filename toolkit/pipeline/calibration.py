@@ -32,6 +32,7 @@ from toolkit.checkpoint.remembered import LastReader, RememberedWeights
 from toolkit.checkpoint.weights import WeightSource, expected_tensors
 from toolkit.device.arrays import NUMPY
 from toolkit.device.fitting import ON_NUMPY, Fitting
+from toolkit.device.memory import kept_memory
 from toolkit.errors import RecipeError
 from toolkit.files import file_sha256
 from toolkit.graph.layout import plan_layout
@@ -99,7 +100,8 @@ def calibrate(
     """
     specs = planned_specs(plan.checkpoint.config, plan.recipe, plan.target.form)
     passes = _Passes(plan, text.sequences, specs, partial, work, progress, fitting)
-    return _weights(plan, specs, passes, _read_text(plan, text))
+    with kept_memory():
+        return _weights(plan, specs, passes, _read_text(plan, text))
 
 
 def stored_ranges(
