@@ -1,14 +1,15 @@
 """How much there is to do when a recipe's text goes through its checkpoint, counted from shapes.
 
 Counts of elements are passes of numpy or of a compiled loop over an array, in units of what `np.exp` takes for one
-value (pipeline/work.py). They were set by profiles of tiny-r1 and of two layers of the 1.5B, those of solving by
-Qwen2.5-Coder-0.5B and 1.5B, whole exports on a quiet machine (LOG.md).
+value (pipeline/work.py). They were set by profiles of tiny-r1 and of two layers of the 1.5B; those of solving, and
+what cores do beside each other, by whole exports of Qwen2.5-Coder-0.5B and 1.5B on a quiet machine (LOG.md).
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Final
 
 from toolkit.calibrate.statistics import InputStatistics
@@ -28,7 +29,7 @@ from toolkit.quant.gptq_tokens import pays, products_of_moment, products_of_toke
 # Passes over a weight: to search its scale and round it, to restore it, to solve its column.
 PASSES_TO_SEARCH: Final = 26.0
 PASSES_TO_RESTORE: Final = 6.0
-PASSES_TO_SOLVE: Final = 360.0
+PASSES_TO_SOLVE: Final = 60.0
 # To refit its scale and look at its integer again.
 _REVISITED: Final = 190.0
 # Over a value of an input: to round it as the bundle does, and what a survey keeps of it.
@@ -39,6 +40,9 @@ _TUNED: Final = 4.0
 # Calls of numpy in a layer's forward, and in judging a scale.
 _LAYER_STEPS: Final = 150.0
 _SCALE_STEPS: Final = 45.0
+# Passes by rows take every core, and the next layer's survey takes what solving leaves idle: the seconds of several
+# cores, as a share of what one takes, times their number.
+_SHARED: Final = 0.8
 # A stream of GPTQ goes through some of a layer's steps twice.
 _STREAM: Final = 1.6
 
@@ -99,7 +103,7 @@ def survey_work(config: ModelConfig, specs: dict[str, QuantSpec], tokens: int, f
         tried = ((FIRST_CANDIDATES if solved else CANDIDATES) if folds and given.writers else 0) + formats
         for linear in given.linears:
             done += _judged(thinned_count(linear.out_features), given.width, sampled) * tried
-    return done + _probes(config, tokens) if probes else done
+    return _by_cores(done + _probes(config, tokens) if probes else done)
 
 
 def solving_work(
@@ -108,7 +112,7 @@ def solving_work(
     """GPTQ: one stream through the layers, or two, the products of each input, its columns one after the other, and
     again as often as `revisits` says."""
     length = min(LONGEST, tokens)
-    done = forward_work(config, tokens, length, tokens / length) * (_STREAM * streams)
+    done = _by_cores(forward_work(config, tokens, length, tokens / length) * (_STREAM * streams))
     experts = config.structure.experts
     to_one = int(tokens * experts.per_token / experts.count) if experts else tokens
     for given in solved:
@@ -118,10 +122,10 @@ def solving_work(
         factored = (products_of_tokens if by_tokens else products_of_moment)(seen, given.width, rows)
         done += Work(
             products=factored + 2.0 * weights * given.width * (again + (again > 0)),
-            elements=(PASSES_TO_SOLVE + _REVISITED * again) * weights / (os.cpu_count() or 1)
-            + 2 * PASSES_TO_RESTORE * weights
-            + _ROUNDED * given.width * seen * (1 + len(given.readers)),
+            elements=(PASSES_TO_SOLVE + _REVISITED * again) * weights / (os.cpu_count() or 1),
         )
+        passed = 2 * PASSES_TO_RESTORE * weights + _ROUNDED * given.width * seen * (1 + len(given.readers))
+        done += _by_cores(Work(elements=passed))
     return done
 
 
@@ -132,6 +136,11 @@ def ranges_work(config: ModelConfig, tokens: int) -> Work:
     return forward_work(config, tokens, length, tokens / length) + Work(
         elements=2 * PASSES_TO_RESTORE * layer_weights(config) + 4 * _KEPT * widths * tokens
     )
+
+
+def _by_cores(work: Work) -> Work:
+    """The same work where every core passes over its part of the elements."""
+    return replace(work, elements=work.elements * min(1.0, _SHARED / (os.cpu_count() or 1)))
 
 
 def _judged(rows: int, width: int, sampled: int) -> Work:
