@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import pickle
-import platform
 import shutil
 import time
 from collections.abc import Iterator
@@ -19,6 +17,7 @@ from numpy.typing import NDArray
 
 import toolkit
 from tests.command_line import called
+from tests.mapped_memory import ON_GLIBC, mapped_for_an_array
 from toolkit.calibrate import pieces, side_by_side
 from toolkit.calibrate.side_by_side import InputFactor, MatrixRows, solve_side_by_side
 from toolkit.checkpoint.opened import open_checkpoint
@@ -76,20 +75,7 @@ def wrong(shared: None, piece: int) -> int:
     raise ValueError(f"piece {piece}")
 
 
-def mapped_for_an_array(nbytes: int, _: int) -> int:
-    """Counts the bytes that glibc's malloc maps from the system for one array of so many (mallinfo(3))."""
-
-    class Mallinfo(ctypes.Structure):
-        _fields_ = (("before", ctypes.c_int * 4), ("hblkhd", ctypes.c_int), ("after", ctypes.c_int * 5))
-
-    mallinfo = ctypes.CDLL(None).mallinfo
-    mallinfo.restype = Mallinfo
-    before = mallinfo().hblkhd
-    array = np.ones(nbytes, np.uint8)
-    return int(mallinfo().hblkhd - before) + 0 * int(array[0])
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="what Dask tells the C library is glibc's")
+@ON_GLIBC
 def test_a_worker_keeps_the_memory_of_arrays_that_are_gone(two: DaskPool) -> None:
     """What is mapped for an array alone goes back to the system with it, and is cleared anew for the next."""
     assert two.map(mapped_for_an_array, 16 << 20, [0]) == [0]
