@@ -138,12 +138,8 @@ class InputSolver:
 
     def _in_pieces(self, weight: Floats, spec: QuantSpec, product: Floats | None) -> Solved:
         assert self._factor is not None
-        shared, step = (
-            InputFactor(self._factor, self._whitening, self._problem.revisits),
-            _DEVICE_ELEMENTS // weight.shape[1],
-        )
-        starts = range(0, weight.shape[0], step)
-        some = (slice(start, start + step) for start in starts)
+        shared, step = self._input_factor(self._factor), max(1, _DEVICE_ELEMENTS // weight.shape[1])
+        some = (slice(start, start + step) for start in range(0, weight.shape[0], step))
         made = [solve_rows(shared, weight[s], spec, None if product is None else product[s]) for s in some]
         return Solved(joined([one.blocks for one in made]), self._on.concatenate([one.restored for one in made]))
 
@@ -166,7 +162,7 @@ class InputSolver:
         if tensor not in self.wanted or factor is None:
             blocks = quantize_blocks(self._on.to_host(weight), spec, self._problem.importance.get(tensor))
             return Solved(blocks, self._on.from_host(dequantize_blocks(blocks, spec, weight.shape[1])))
-        shared = InputFactor(factor, self._whitening, self._problem.revisits)
+        shared = self._input_factor(factor)
         product = self._products.get(tensor)
         own = None if product is None else product[start : start + weight.shape[0]]
         return solve_rows(shared, weight, spec, own)
@@ -176,7 +172,7 @@ class InputSolver:
         none where there is no pool, or nothing to solve by."""
         if not (self._pool and self._factor and source and ends):
             return []
-        shared = InputFactor(self._factor, self._whitening, self._problem.revisits, source)
+        shared = self._input_factor(self._factor, source)
         specs, products = self._problem.specs, self._products
         wanted = [
             MatrixRows(tensor, start, stop, specs[tensor], products.get(tensor))
@@ -184,6 +180,9 @@ class InputSolver:
             for start, stop in pairwise([0, *stops])
         ]
         return solve_side_by_side(self._pool, shared, wanted)
+
+    def _input_factor(self, factor: Factor | TokenFactor, rows: RowSource | None = None) -> InputFactor:
+        return InputFactor(factor, self._whitening, self._problem.revisits, rows)
 
     def _of_products(
         self, arrived: Iterator[tuple[Floats, Floats]], rows: Mapping[str, Floats] | None
