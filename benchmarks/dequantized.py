@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks.shuffled import Order, shuffled_orders
 from toolkit import names
+from toolkit.checkpoint.anatomy import decoder_of
 from toolkit.checkpoint.opened import Checkpoint, open_checkpoint
 from toolkit.checkpoint.weights import expected_tensors
 from toolkit.files import replacing
@@ -16,9 +19,10 @@ from toolkit.files import replacing
 _WEIGHTS = "model.safetensors"
 
 
-def dequantized_folder(path: Path, folder: Path) -> Checkpoint:
-    """The checkpoint of a folder that is written unless it is there: every tensor rounded to float16, the files beside
-    them as the toolkit rebuilds them from the metadata. One tensor is in memory at a time."""
+def dequantized_folder(path: Path, folder: Path, shuffled: bool = False) -> Checkpoint:
+    """The checkpoint of a folder that is written unless it is there: every tensor rounded to float16, its channels in
+    another order where it is to be `shuffled`, and the files beside them as the toolkit rebuilds them from the
+    metadata. One tensor is in memory at a time."""
     if not (folder / _WEIGHTS).is_file():
         checkpoint = open_checkpoint(path)
         folder.mkdir(parents=True, exist_ok=True)
@@ -28,11 +32,11 @@ def dequantized_folder(path: Path, folder: Path) -> Checkpoint:
         config = json.loads((folder / names.CONFIG_FILE).read_text(encoding="utf-8"))
         (folder / names.CONFIG_FILE).write_text(json.dumps({**config, "torch_dtype": "float16"}), encoding="utf-8")
         with replacing(folder / _WEIGHTS) as fresh:
-            _write_safetensors(checkpoint, fresh)
+            _write_safetensors(checkpoint, fresh, shuffled_orders(decoder_of(checkpoint.config)) if shuffled else {})
     return open_checkpoint(folder)
 
 
-def _write_safetensors(checkpoint: Checkpoint, path: Path) -> None:
+def _write_safetensors(checkpoint: Checkpoint, path: Path, orders: Mapping[str, Order]) -> None:
     """The format of huggingface/safetensors: a header's length, the header, the tensors."""
     header, end = dict[str, dict[str, object]](), 0
     for name, shape in expected_tensors(checkpoint.config).items():
@@ -42,4 +46,5 @@ def _write_safetensors(checkpoint: Checkpoint, path: Path) -> None:
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in header:
-            file.write(checkpoint.source.read(name).astype("<f2").tobytes())
+            values = orders.get(name, Order()).applied(checkpoint.source.read(name))
+            file.write(values.astype("<f2").tobytes())

@@ -5,7 +5,8 @@
 Judged on GSM8K (benchmarks/data/gsm8k.jsonl, its first 400 test questions): KLD on conversations of the first of them,
 greedy answers to as many as the model's row says, none of which is calibrated on. Calibration is the product's own
 default, and once conversations of the last hundred. The checkpoint is what the file dequantizes to, in float16: its
-weights stand on that file's grid, which flatters formats of the same blocks (llama.cpp's Q4_K_M, Q5_K_M).
+weights stand on that file's grid, which flatters formats of the same blocks, llama.cpp's and ours. MODEL-shuffled is
+the same function with its channels in another order, so that its weights stand on no grid (benchmarks/shuffled.py).
 
 A row that an earlier run made is kept, in build/bench-real/MODEL/rows.json, so that what was stopped goes on; what it
 lacks is made up for. Answers are questions of hours, so only the rows that users choose between are asked. Quality can
@@ -33,6 +34,7 @@ from benchmarks.models import CODER_05B, CODER_15B, SMOLLM2, RealModel, fetch
 from benchmarks.peers.rows import Bench, Row, peer_rows
 from benchmarks.scatter import write_scatter
 from benchmarks.table import table
+from toolkit.checkpoint.opened import Checkpoint
 from toolkit.errors import ToolkitError
 from toolkit.evaluate.answers import reference_answers
 from toolkit.evaluate.tasks import read_task
@@ -48,16 +50,24 @@ FOLDER: Final = ROOT / "build" / "bench-real"
 @dataclass(frozen=True)
 class Judged:
     """A model, and how many questions it answers: enough for a standard error that tells files apart, and no more,
-    since every answer is hundreds of passes."""
+    since every answer is hundreds of passes. `shuffled` puts its channels in another order."""
 
     model: RealModel
-    questions: int
+    questions: int = 0
+    shuffled: bool = False
+
+    def checkpoint(self, folder: Path) -> Checkpoint:
+        """The model's checkpoint, which is fetched and written into `folder` unless it is there."""
+        return dequantized_folder(fetch(self.model), folder, self.shuffled)
 
 
 MODELS: Final = {
-    "smollm2-135m": Judged(SMOLLM2, 0),
+    "smollm2-135m": Judged(SMOLLM2),
     "coder-0.5b": Judged(CODER_05B, 300),
     "coder-1.5b": Judged(CODER_15B, 150),
+    "smollm2-135m-shuffled": Judged(SMOLLM2, shuffled=True),
+    "coder-0.5b-shuffled": Judged(CODER_05B, shuffled=True),
+    "coder-1.5b-shuffled": Judged(CODER_15B, shuffled=True),
 }
 _LLAMA_TYPES: Final = ("q4_0", "iq4_xs+imatrix", "q4_k_m", "q4_k_m+imatrix", "q5_k_m")
 PEERS: Final = (*(f"llama.cpp {kind}" for kind in _LLAMA_TYPES), "genai default", "genai k_quant_mixed")
@@ -86,6 +96,11 @@ def wanted(name: str, words: list[str], names: list[str]) -> bool:
     return any(word == name if word in names else word in name for word in words)
 
 
+def larger_blocks(hidden_size: int) -> list[int]:
+    """Returns the block sizes beyond 32 that divide a model's rows."""
+    return [size for size in (64, 128) if hidden_size % size == 0]
+
+
 def candidates(hidden_size: int, other_text: Path) -> Iterator[Candidate]:
     """Yields the target's own rules at every quality, then other sizes. `other_text` is text of the judged kind."""
     yield Candidate("fast", {"quality": "fast"})
@@ -98,7 +113,7 @@ def candidates(hidden_size: int, other_text: Path) -> Iterator[Candidate]:
     tuned: dict[str, Json] = {"quality": "best", "quantize": [WIDE_KEYS, _EMBEDDING, rule(16)], **TUNED}
     yield Candidate("best, blocks of 16, tuned", tuned)
     yield Candidate("rtn 32 symmetric", {"quantize": [rule(32, "rtn", symmetric=True)], "rotate": False})
-    for block_size in (size for size in (64, 128) if hidden_size % size == 0):
+    for block_size in larger_blocks(hidden_size):
         yield Candidate(f"balanced, blocks of {block_size}", {"quantize": [rule(block_size)], "quality": "balanced"})
     yield Candidate("balanced, calibrated on GSM8K", {"quality": "balanced", "calibration": str(other_text)})
 
@@ -109,7 +124,7 @@ class Table:
     def __init__(self, name: str, again: list[str], questions: bool, speeds: bool) -> None:
         self.name, self.judged, self.folder = name, MODELS[name], FOLDER / name
         self._questions, self._speeds = self.judged.questions if questions else 0, speeds
-        self.checkpoint = dequantized_folder(fetch(self.judged.model), self.folder / "checkpoint")
+        self.checkpoint = self.judged.checkpoint(self.folder / "checkpoint")
         self._path = self.folder / "rows.json"
         found = Rows()
         if self._path.is_file():

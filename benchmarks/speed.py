@@ -8,8 +8,9 @@ took more than a tenth of a core is taken again, and marked with ~ where it neve
 
 The verdict is that of llama.cpp's cheapest file, by bits, whose KLD is not above the bundle's; where none is as good
 (`best` on SmolLM2), that of the best there is: add "llama.cpp q5_k_m" to --files. Where the checkpoint was dequantized
-from the same kind of file (Coder's are Q4_K_M), that stands on its own grid, and its KLD is flattered; SmolLM2's is
-Q4_1. On two quiet cores the two small models take about 25 minutes the first time and 12 after that; the 1.5B as long.
+from the same kind of file (Coder's are Q4_K_M), that stands on its own grid, and its KLD is flattered: MODEL-shuffled
+stands on none. On two quiet cores the two small models take about 25 minutes the first time and 12 after that; the 1.5B
+as long.
 """
 
 from __future__ import annotations
@@ -29,13 +30,12 @@ from typing import Final
 import psutil
 
 from benchmarks.candidates import ROOT, Candidate, bundle_of, own_row, rule
-from benchmarks.dequantized import dequantized_folder
 from benchmarks.judged import judged_material, judged_texts
-from benchmarks.models import fetch
 from benchmarks.peers.llama_cpp import LLAMA_TYPES, LlamaCpp, llama_cpp, speed
 from benchmarks.peers.rows import Bench, Row, llama_file, peer_rows
-from benchmarks.real import MODELS, TUNED, WIDE_KEYS, Rows, candidates
+from benchmarks.real import MODELS, TUNED, WIDE_KEYS, Rows, candidates, larger_blocks
 from toolkit.bundle.settings import read_settings
+from toolkit.checkpoint.opened import Checkpoint
 from toolkit.errors import ToolkitError
 from toolkit.evaluate.linked import linked_copy
 from toolkit.evaluate.speed import measure_speed_apart
@@ -47,8 +47,6 @@ from toolkit.typed_json import Json, from_json, to_json
 
 FOLDER: Final = ROOT / "build" / "bench-speed"
 LLAMA: Final = ("llama.cpp q4_0", "llama.cpp iq4_xs+imatrix", "llama.cpp q4_k_m")
-# The largest blocks that divide a model's rows.
-_LARGEST: Final = {"smollm2-135m": 64, "coder-0.5b": 128, "coder-1.5b": 128}
 PREFILL_AIM: Final = 1.3
 DECODE_AIM: Final = 1.15
 _REPEAT: Final = 3
@@ -106,7 +104,7 @@ def _lacking(name: str, words: Sequence[str]) -> Iterator[Row]:
     if not words:
         return
     folder, peers = FOLDER / name, ROOT / "build" / "peers"
-    checkpoint = dequantized_folder(fetch(MODELS[name].model), folder / "checkpoint")
+    checkpoint = _checkpoint(name)
     text, other = judged_texts(folder)
     hidden_size = checkpoint.config.hidden_size
     own = {candidate.name: candidate for candidate in (*candidates(hidden_size, other), *_wider(hidden_size))}
@@ -128,11 +126,16 @@ def _lacking(name: str, words: Sequence[str]) -> Iterator[Row]:
             yield rows[0]
 
 
+def _checkpoint(name: str) -> Checkpoint:
+    return MODELS[name].checkpoint(FOLDER / name / "checkpoint")
+
+
 def _wider(hidden_size: int) -> Iterator[Candidate]:
     """Yields formats in larger blocks, which take fewer bytes of a session and are multiplied faster."""
-    for size in (size for size in (64, 128) if hidden_size % size == 0):
+    for size in larger_blocks(hidden_size):
         rules: list[Json] = [WIDE_KEYS, rule(size)]
         yield Candidate(f"balanced, {size} but k and v", {"quality": "balanced", "quantize": rules})
+        yield Candidate(f"best, {size} but k and v", {"quality": "best", "quantize": rules})
         yield Candidate(f"best, {size} but k and v, tuned", {"quality": "best", "quantize": rules, **TUNED})
         attention: Json = {"match": "*.q_proj|*.k_proj|*.v_proj|*.o_proj", "bits": 8, "block_size": size}
         mixed: list[Json] = [attention, {"match": "*.gate_proj|*.up_proj", "block_size": size}, rule(32)]
@@ -267,7 +270,7 @@ def main() -> int:
 
 def _judged(name: str, asked: argparse.Namespace) -> bool:
     """Prints a model's tables; whether no bundle misses the aims."""
-    usual = ("balanced", f"balanced, {_LARGEST[name]} but k and v", *LLAMA)
+    usual = ("balanced", f"balanced, {larger_blocks(_checkpoint(name).config.hidden_size)[-1]} but k and v", *LLAMA)
     rows = made(name, asked.files.split(";") if asked.files else usual)
     if asked.no_speed:
         return True

@@ -15,6 +15,7 @@ from benchmarks.peers.llama_cpp import LlamaCpp
 from benchmarks.peers.llama_speculation import LlamaWay
 from benchmarks.peers.rows import Row
 from benchmarks.peers.tool import PeerError
+from benchmarks.real import Judged
 from benchmarks.speed import Turn
 from toolkit.checkpoint.opened import open_checkpoint
 from toolkit.report.sections import Divergence, Histogram
@@ -102,8 +103,7 @@ def test_rows_and_models_that_are_not_are_one_line(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], stories260k: Path
 ) -> None:
     monkeypatch.setattr(speed, "FOLDER", tmp_path)
-    monkeypatch.setattr(speed, "fetch", lambda model: stories260k)
-    monkeypatch.setattr(speed, "dequantized_folder", lambda path, folder: open_checkpoint(path))
+    monkeypatch.setattr(Judged, "checkpoint", lambda self, folder: open_checkpoint(stories260k))
     (tmp_path / "smollm2-135m").mkdir()
     for words, told in (
         (["smollm2-135m", "--files", "balanced;llama.cpp q3"], "error: no row 'llama.cpp q3', expected some of fast, "),
