@@ -43,8 +43,17 @@ def _plan(recipe_name: str, tmp_path: Path) -> ExportPlan:
     return plan_export(recipe, synthetic_checkpoint(facts), tmp_path / "bundle", "int4")
 
 
+def _changed(model: str, changes: dict[str, int], quality: str, tmp_path: Path) -> ExportPlan:
+    raw = json.loads((MODELS / model / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps({**raw, **changes}), encoding="utf-8")
+    recipe = load_recipe("cpu", [f"quality={quality}"], str(tmp_path))
+    return plan_export(recipe, synthetic_checkpoint(tmp_path), tmp_path / "bundle", "int4")
+
+
 # Qwen2.5-Coder-0.5B beside the 1.5B, and what the machine that converted both said of itself.
 SMALLER = {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14}
+# One layer of V3 at its true widths.
+OF_V3 = {"num_hidden_layers": 1, "first_k_dense_replace": 0, "n_routed_experts": 16, "vocab_size": 4096}
 THEN = MachineSpeed(products_per_s=1.71e11, elements_per_s=2.06e9, steps_per_s=7.9e5, bytes_per_s=2.4e10)
 
 
@@ -91,16 +100,25 @@ def test_an_export_takes_what_whole_exports_took(
 ) -> None:
     """Coder-0.5B and Coder-1.5B on two quiet cores, packing included (LOG.md, 2026-11-28)."""
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    raw = json.loads((MODELS / "1.5b" / "config.json").read_text(encoding="utf-8"))
-    (tmp_path / "config.json").write_text(json.dumps({**raw, **changes}), encoding="utf-8")
-    plan = plan_export(
-        load_recipe("cpu", [f"quality={quality}"], str(tmp_path)),
-        synthetic_checkpoint(tmp_path),
-        tmp_path / "b",
-        "int4",
-    )
-    seconds = sum(phase.forecast_s for phase in forecast(plan, THEN, None))
+    seconds = sum(phase.forecast_s for phase in forecast(_changed("1.5b", changes, quality, tmp_path), THEN, None))
     assert seconds == pytest.approx(took, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "quality", "held"),
+    [
+        ("1.5b", SMALLER, "balanced", 0.874e9),
+        ("1.5b", SMALLER, "best", 0.916e9),
+        ("1.5b", {}, "balanced", 1.472e9),
+        ("deepseek-v3", OF_V3, "balanced", 3.17e9),
+    ],
+    ids=["0.5B", "0.5B best", "1.5B", "a layer of V3"],
+)
+def test_memory_is_little_more_than_was_held(
+    model: str, changes: dict[str, int], quality: str, held: float, tmp_path: Path
+) -> None:
+    """Whole exports, and a layer of V3, two cores (LOG.md, 2026-11-28)."""
+    assert held < _changed(model, changes, quality, tmp_path).peak_memory_bytes < 1.2 * held
 
 
 @pytest.mark.parametrize(("recipe", "took"), [("1.5b-qnn", 232), ("14b-qnn", 1718)])

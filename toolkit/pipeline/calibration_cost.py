@@ -12,14 +12,21 @@ from toolkit.checkpoint.linears import LinearInput
 from toolkit.checkpoint.weights import parameter_count
 from toolkit.machine import free_memory_bytes
 from toolkit.names import layer_of, weight
-from toolkit.pipeline.calibration_work import held_weights, ranges_work, solving_work, survey_work, tuning_work
+from toolkit.pipeline.calibration_work import (
+    held_weights,
+    input_weights,
+    ranges_work,
+    solving_work,
+    survey_work,
+    tuning_work,
+)
 from toolkit.pipeline.text import LONGEST
 from toolkit.pipeline.work import Work
 from toolkit.quality import QUALITIES
 from toolkit.quant.formats import planned_specs
 from toolkit.quant.gptq_tokens import pays
 from toolkit.recipe import Recipe
-from toolkit.reference.decoder import head_step
+from toolkit.reference.decoder import head_step, rows_together
 from toolkit.target import Form
 
 # What the ranges of activations are taken from where nothing else needs text.
@@ -27,6 +34,8 @@ _RANGE_TOKENS: Final = 1024
 # Of a head's rows in float32 while they are solved: the matrix, its target, what is left of it, what it is restored to,
 # and those of the rows before. 7.3 were measured with a vocabulary of 151,936 and 2,048 channels.
 _HEAD_COPIES: Final = 8
+# The same of a matrix in a layer, beside the layer's own weights and what is made of those that read its input.
+_MATRIX_COPIES: Final = 6
 
 
 @dataclass(frozen=True)
@@ -80,8 +89,6 @@ def calibration_cost(recipe: Recipe, config: ModelConfig, form: Form) -> Calibra
     tuned = _tuned_bytes(config) if recipe.tuning_steps else 0
     if recipe.tuning_steps:
         work += tuning_work(config, tokens, recipe.tuning_steps)
-    layer_bytes = 4 * held_weights(config)
-    factors = max((_factor_bytes(given, tokens) for given in solved), default=0)
     kept = 4 * parameter_count(config) if remembers(recipe, config, form) else 0
     wide = 4 * LONGEST * config.intermediate_size * 4
     streams = 4 * tokens * config.hidden_size
@@ -89,10 +96,7 @@ def calibration_cost(recipe: Recipe, config: ModelConfig, form: Form) -> Calibra
     return CalibrationCost(
         tokens=tokens,
         work=work,
-        memory_bytes=max(
-            tuned, int(_layers_held(recipe, config, form) * layer_bytes) + factors + wide, _head_bytes(config, solved)
-        )
-        + kept,
+        memory_bytes=max(tuned, _layers_bytes(recipe, config, form, tokens) + wide, _head_bytes(config, solved)) + kept,
         # The survey's stream and the rounded one before and behind a layer, and in its middle; twice what linears read.
         disk_bytes=5 * streams + 2 * spills if solved else 2 * streams,
     )
@@ -125,14 +129,25 @@ def _factor_bytes(given: LinearInput, tokens: int) -> int:
     return 18 * given.width**2
 
 
-def _layers_held(recipe: Recipe, config: ModelConfig, form: Form) -> float:
-    """Layers' worth of float32 weights: the exact one and half of one on its way in; with probes or GPTQ a rounded one
-    and what it is made of, and a folded one; the next one too where that is surveyed meanwhile."""
+def _layers_bytes(recipe: Recipe, config: ModelConfig, form: Form, tokens: int) -> int:
+    """Returns the float32 weights of layers that are held, and what is made of an input and of those that read it."""
+    held, solved = [held_weights(layer) for layer in decoder_of(config).layers], _solved(recipe, config, form)
     if solves_in_step(recipe, config, form):
-        return 5.0
-    if _solved(recipe, config, form):
-        return 4.0
-    return 2.5 if recipe.bits_per_weight else 1.5
+        # A layer, exact as far as it is not solved yet, and the next one, which is surveyed meanwhile.
+        together = max(a + b for a, b in zip(held, [*held[1:], 0], strict=True))
+        return 4 * together + max(_solving_bytes(given, tokens) for given in solved if layer_of(given.name) is not None)
+    # The exact one and half of one on its way in; with probes or GPTQ a rounded one and what it is made of, and a
+    # folded one.
+    layers = 4.0 if solved else 2.5 if recipe.bits_per_weight else 1.5
+    return int(layers * 4 * max(held)) + max((_factor_bytes(given, tokens) for given in solved), default=0)
+
+
+def _solving_bytes(given: LinearInput, tokens: int) -> int:
+    """Returns what GPTQ holds of an input in a layer: its factor, all that read it once more, and some rows of one in
+    all the states they go through."""
+    largest = max(linear.out_features for linear in given.linears)
+    rows = min(largest, rows_together(given.width))
+    return _factor_bytes(given, tokens) + 4 * input_weights(given) + _MATRIX_COPIES * 4 * rows * given.width
 
 
 def _solved(recipe: Recipe, config: ModelConfig, form: Form) -> list[LinearInput]:

@@ -15,7 +15,7 @@ from typing import Final
 from toolkit.calibrate.statistics import InputStatistics
 from toolkit.calibrate.survey import probe_tokens
 from toolkit.calibrate.tuning import TOKENS_A_STEP
-from toolkit.checkpoint.anatomy import decoder_of
+from toolkit.checkpoint.anatomy import DecoderLayer, decoder_of
 from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.linears import LinearInput
 from toolkit.names import layer_of, weight
@@ -69,7 +69,7 @@ def tuning_work(config: ModelConfig, tokens: int, steps: int) -> Work:
 
 def layer_weights(config: ModelConfig) -> int:
     """The weights of all layers' matrices."""
-    return sum(_weights(given) for layer in decoder_of(config).layers for given in layer.inputs)
+    return sum(input_weights(given) for layer in decoder_of(config).layers for given in layer.inputs)
 
 
 def active_weights(config: ModelConfig) -> int:
@@ -77,15 +77,13 @@ def active_weights(config: ModelConfig) -> int:
     experts = config.structure.experts
     chosen = experts.per_token / experts.count if experts else 1.0
     inputs = [given for layer in decoder_of(config).layers for given in layer.inputs]
-    return int(sum(_weights(given) * (chosen if given.routed else 1.0) for given in inputs))
+    return int(sum(input_weights(given) * (chosen if given.routed else 1.0) for given in inputs))
 
 
-def held_weights(config: ModelConfig) -> int:
-    """The weights of the largest layer that are in memory together: of its experts one at a time."""
-    return max(
-        sum(_weights(given) for given in layer.inputs if not given.routed)
-        + max((_weights(given) for given in layer.inputs if given.routed), default=0)
-        for layer in decoder_of(config).layers
+def held_weights(layer: DecoderLayer) -> int:
+    """The weights of a layer that are in memory together: of its experts one at a time."""
+    return sum(input_weights(given) for given in layer.inputs if not given.routed) + max(
+        (input_weights(given) for given in layer.inputs if given.routed), default=0
     )
 
 
@@ -116,7 +114,8 @@ def solving_work(
     experts = config.structure.experts
     to_one = int(tokens * experts.per_token / experts.count) if experts else tokens
     for given in solved:
-        rows, weights, seen = _weights(given) // given.width, _weights(given), to_one if given.routed else tokens
+        weights, seen = input_weights(given), to_one if given.routed else tokens
+        rows = weights // given.width
         by_tokens = layer_of(given.name) is not None and pays(seen, given.width, rows)
         again = 0 if by_tokens else revisits
         factored = (products_of_tokens if by_tokens else products_of_moment)(seen, given.width, rows)
@@ -168,5 +167,6 @@ def _probes(config: ModelConfig, tokens: int) -> Work:
     )
 
 
-def _weights(given: LinearInput) -> int:
+def input_weights(given: LinearInput) -> int:
+    """The weights of the matrices that read an input."""
     return sum(linear.out_features for linear in given.linears) * given.width
