@@ -34,7 +34,7 @@ else
 	$(BIN)/python -m benchmarks.quality tests/data/stories260k --budgets 4.9,7.4,8.1 --peers
 endif
 
-bench-real: .venv/benched  ## Trained models: every quality beside llama.cpp and genai's builder, with GSM8K [ALL=1, hours]
+bench-real: .venv/benched  ## Trained models: every quality beside llama.cpp, genai's builder and AutoRound, with GSM8K [ALL=1, hours]
 	$(BIN)/python -m benchmarks.real $(if $(ALL),smollm2-135m coder-0.5b coder-1.5b)
 
 bench-speed: .venv/benched  ## Trained models: prefill and decode in turns with llama.cpp's files, at equal KLD [ALL=1, the 1.5B too]

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 
@@ -17,6 +18,8 @@ from toolkit.checkpoint.weights import expected_tensors
 from toolkit.files import replacing
 
 _WEIGHTS = "model.safetensors"
+# What onnxruntime-genai's builder goes by, where a GGUF file names no class of transformers.
+_CLASSES: Final = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 
 
 def dequantized_folder(path: Path, folder: Path, shuffled: bool = False) -> Checkpoint:
@@ -30,7 +33,8 @@ def dequantized_folder(path: Path, folder: Path, shuffled: bool = False) -> Chec
             if beside.is_file():
                 shutil.copyfile(beside, folder / beside.name)
         config = json.loads((folder / names.CONFIG_FILE).read_text(encoding="utf-8"))
-        (folder / names.CONFIG_FILE).write_text(json.dumps({**config, "torch_dtype": "float16"}), encoding="utf-8")
+        config |= {"architectures": [_CLASSES[config["model_type"]]], "torch_dtype": "float16"}
+        (folder / names.CONFIG_FILE).write_text(json.dumps(config), encoding="utf-8")
         with replacing(folder / _WEIGHTS) as fresh:
             _write_safetensors(checkpoint, fresh, shuffled_orders(decoder_of(checkpoint.config)) if shuffled else {})
     return open_checkpoint(folder)

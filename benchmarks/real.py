@@ -1,4 +1,4 @@
-"""One table a trained model: this toolkit's qualities and sizes beside llama.cpp and onnxruntime-genai's builder.
+"""One table a trained model: qualities and sizes beside llama.cpp, onnxruntime-genai's builder and AutoRound.
 
     python -m benchmarks.real [MODEL …] [--only NAME;WORD] [--again NAME;WORD] [--no-questions] [--no-speed]
 
@@ -70,7 +70,7 @@ MODELS: Final = {
     "coder-1.5b-shuffled": Judged(CODER_15B, shuffled=True),
 }
 _LLAMA_TYPES: Final = ("q4_0", "iq4_xs+imatrix", "q4_k_m", "q4_k_m+imatrix", "q5_k_m")
-PEERS: Final = (*(f"llama.cpp {kind}" for kind in _LLAMA_TYPES), "genai default", "genai k_quant_mixed")
+PEERS: Final = (*(f"llama.cpp {kind}" for kind in _LLAMA_TYPES), "genai default", "genai k_quant_mixed", "auto-round")
 WIDE_KEYS: Final[Json] = {"match": "*.k_proj|*.v_proj", "bits": 8, "block_size": 32}
 _EMBEDDING: Final[Json] = {"match": "model.embed_tokens", "block_size": 32}
 # Some minutes a step for a 1.5B on a CPU: for the smallest model, or where torch has a GPU.

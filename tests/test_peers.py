@@ -10,10 +10,13 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
+import transformers
 from onnx import helper, numpy_helper
 
 from benchmarks.answering import Material
-from benchmarks.peers import llama_cpp
+from benchmarks.dequantized import dequantized_folder
+from benchmarks.peers import autoround, llama_cpp
 from benchmarks.peers.imatrix import second_moments, write_imatrix
 from benchmarks.peers.onnx_model import ONNXWeights
 from benchmarks.peers.rows import Row
@@ -21,6 +24,9 @@ from benchmarks.peers.sampled import sampled_sequences
 from benchmarks.peers.tool import PeerError, run_tool
 from benchmarks.real import wanted
 from benchmarks.table import table
+from tests.gguf_files import from_checkpoint
+from tests.quantized_folders import gptq, quantize_folder
+from tests.random_models import make_checkpoint
 from toolkit.checkpoint.gguf_names import gguf_name, rotated_heads, to_halves, to_neighbours
 from toolkit.checkpoint.opened import open_checkpoint
 from toolkit.checkpoint.weights import expected_tensors
@@ -118,6 +124,56 @@ def test_a_matrix_the_builder_did_not_write_is_missed(tmp_path: Path, stories260
     _write_builder_model(tmp_path / "model.onnx", left_out="/model/layers.2/mlp/down_proj/MatMul_Q4")
     with pytest.raises(PeerError, match=r"model\.layers\.2\.mlp\.down_proj"):
         ONNXWeights(tmp_path / "model.onnx", open_checkpoint(stories260k))
+
+
+@pytest.mark.parametrize("folder", ["stories260k", "tiny_r1"])
+def test_a_dequantized_folder_names_the_class_that_transformers_makes_of_it(
+    folder: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """onnxruntime-genai's builder goes by it."""
+    file = from_checkpoint(request.getfixturevalue(folder)).write(tmp_path / "model.gguf")
+    made = dequantized_folder(file, tmp_path / "folder").folder
+    config = transformers.AutoConfig.from_pretrained(made)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    assert config.architectures == [type(model).__name__]
+
+
+GPTQ_4 = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True}
+WIDE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32}
+
+
+def test_autorounds_matrices_are_read_and_all_that_stands_beside_their_codes_is_counted(tmp_path: Path) -> None:
+    plain, out = tmp_path / "plain", tmp_path / "out"
+    for folder in (plain, out / "checkpoint-w4g32"):
+        make_checkpoint("Qwen2", WIDE, folder)
+    floats = quantize_folder(out / "checkpoint-w4g32", gptq(4, 32), GPTQ_4)
+    checkpoint = open_checkpoint(plain)
+    weights = autoround.AutoRoundWeights(autoround.written(out), checkpoint)
+    for name, value in floats.items():
+        assert np.array_equal(weights.read(name), value.numpy()), name
+    down = "model.layers.1.mlp.down_proj.weight"
+    assert np.array_equal(weights.read_rows(down, 3, 7), floats[down].numpy()[3:7])
+    shapes = [shape for name, shape in expected_tensors(checkpoint.config).items() if ".layers." in name]
+    linears = [shape for shape in shapes if len(shape) == 2]
+    # Codes of half a byte; a float16 scale and a zero point of four bits a group; the group of each column in int32.
+    nbytes = sum(rows * columns // 2 + rows * columns // 32 * 2.5 + 4 * columns for rows, columns in linears)
+    count = sum(rows * columns for rows, columns in linears)
+    assert weights.linear_bits_per_weight() == 8 * nbytes / count
+    embedding = checkpoint.source.read("model.embed_tokens.weight")
+    tables = 1 if checkpoint.config.tie_word_embeddings else 2
+    assert weights.matrix_bytes() == nbytes + tables * 4 * embedding.size
+    assert "F32 model.embed_tokens" in weights.floats()
+
+
+def test_a_linear_that_autoround_left_alone_is_said(tmp_path: Path) -> None:
+    make_checkpoint("Qwen2", WIDE, tmp_path / "checkpoint-w4g32")
+    plain = open_checkpoint(tmp_path / "checkpoint-w4g32")
+    quantize_folder(tmp_path / "checkpoint-w4g32", gptq(4, 32), GPTQ_4, left=("up_proj",))
+    with pytest.raises(PeerError, match=r"model\.layers\.0\.mlp\.up_proj\.weight in floats"):
+        autoround.AutoRoundWeights(autoround.written(tmp_path), plain)
+    with pytest.raises(PeerError, match="holds no folder"):
+        autoround.written(tmp_path / "checkpoint-w4g32")
 
 
 def test_a_tool_is_measured_and_its_complaint_is_the_reason_it_failed(tmp_path: Path) -> None:

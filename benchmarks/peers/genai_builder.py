@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
 from typing import Final
 
-from benchmarks.peers.tool import Cost, run_tool
+from benchmarks.peers.tool import Cost, own_python, run_tool
 
 VERSION: Final = "0.18.0"
 _PACKAGES: Final = (
@@ -30,15 +28,7 @@ ALGORITHMS: Final = {
 
 def builder_python(folder: Path) -> Path:
     """The Python of the environment, made in `folder` the first time. Raises PeerError if it cannot be."""
-    environment = folder / f"genai-{VERSION}"
-    python = environment / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    whole = environment / "installed"
-    if not whole.exists():
-        run_tool([sys.executable, "-m", "venv", "--clear", str(environment)], folder / "genai-venv.log")
-        install = [str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check", *_PACKAGES]
-        run_tool(install, folder / "genai-install.log")
-        whole.touch()
-    return python
+    return own_python(folder, f"genai-{VERSION}", _PACKAGES)
 
 
 def build(python: Path, checkpoint: Path, algorithm: str, out: Path) -> Cost:

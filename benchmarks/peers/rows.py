@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.answering import Material, asked_of, graph_answers, machine_load
-from benchmarks.peers import genai_builder
+from benchmarks.peers import autoround, genai_builder
 from benchmarks.peers.gguf_file import GGUFWeights, gguf_package, write_gguf
 from benchmarks.peers.imatrix import second_moments, write_imatrix
 from benchmarks.peers.llama_cpp import LLAMA_TYPES, LlamaCpp, answers, llama_cpp, open_logits, quantize, speed
@@ -29,7 +29,7 @@ from toolkit.evaluate.speed import measure_speed_apart
 from toolkit.reference.decoder import head_logits, reference_hidden
 from toolkit.report.sections import Answered, Divergence
 
-PEERS: Final = (*(f"llama.cpp {kind}" for kind in LLAMA_TYPES), *genai_builder.ALGORITHMS)
+PEERS: Final = (*(f"llama.cpp {kind}" for kind in LLAMA_TYPES), *genai_builder.ALGORITHMS, *autoround.SYMMETRIC)
 Progress = Callable[[str], None]
 
 
@@ -131,7 +131,7 @@ def peer_rows(
     files.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
     left_out: dict[str, str] = {}
-    for group, prepare in (("llama.cpp ", _llama_cpp), ("genai ", _genai)):
+    for group, prepare in (("llama.cpp ", _llama_cpp), ("genai ", _genai), ("auto-round", _auto_round)):
         wanted = [name for name in only if name.startswith(group)]
         if not wanted:
             continue
@@ -197,6 +197,24 @@ def _genai(bench: Bench, wanted: Sequence[str], folder: Path, work: Path) -> Cal
         formats = ", ".join(f"{count} {stored}" for stored, count in weights.formats().most_common())
         note = f"{formats}; {weights.linear_bits_per_weight():.2f} bits a weight without the embedding"
         return _run_onnx(out, bench, row_of(name, bench, weights, cost, note))
+
+    return make
+
+
+def _auto_round(bench: Bench, wanted: Sequence[str], folder: Path, work: Path) -> Callable[[str], Row]:
+    """The maker of AutoRound's rows, once it is installed."""
+    python = autoround.autoround_python(folder)
+    sequences = bench.material.calibration_sequences
+
+    def make(name: str) -> Row:
+        if not sequences:
+            raise PeerError("AutoRound needs calibration text: name one with --calibration")
+        out = work / name.replace(" ", "-")
+        cost = autoround.quantize(python, bench.checkpoint.folder, sequences, autoround.SYMMETRIC[name], out)
+        weights = autoround.AutoRoundWeights(autoround.written(out), bench.checkpoint)
+        note = f"{weights.linear_bits_per_weight():.2f} bits a weight without {weights.floats()}"
+        note += f"; {autoround.ITERATIONS} iterations of {autoround.BATCH_SIZE} sequences, of {len(sequences)}"
+        return row_of(name, bench, weights, cost, f"{note}; not run: it has no runtime of its own for a CPU")
 
     return make
 

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -35,6 +35,20 @@ class Cost:
 def program(name: str) -> str | None:
     """The path of a program beside this Python or on PATH."""
     return shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+
+
+def own_python(folder: Path, name: str, packages: Sequence[str]) -> Path:
+    """The Python of an environment with these packages, made in `folder` the first time. Raises PeerError if it cannot
+    be."""
+    environment = folder / name
+    python = environment / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    whole = environment / "installed"
+    if not whole.exists():
+        run_tool([sys.executable, "-m", "venv", "--clear", str(environment)], folder / f"{name}-venv.log")
+        install = [str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check", *packages]
+        run_tool(install, folder / f"{name}-install.log")
+        whole.touch()
+    return python
 
 
 def run_tool(command: list[str], log: Path, environment: Mapping[str, str] | None = None) -> Cost:
