@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -89,6 +91,40 @@ def test_pieces_are_worked_on_side_by_side_and_say_what_goes_wrong(monkeypatch: 
     with pytest.raises(ValueError, match="piece 0"):
         NUMPY.side_by_side(wrong, range(2))
     products._pool.cache_clear()
+
+
+def test_what_works_behind_waits_for_what_others_ask_for_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "threads", lambda: 2)
+    products._pool.cache_clear()
+    order, busy, opened = list[str](), threading.Barrier(3), (threading.Event(), threading.Event())
+
+    def hold(k: int) -> None:
+        busy.wait(10)
+        opened[k].wait(10)
+
+    def ask_behind() -> None:
+        products.work_behind()
+        products.side_by_side(order.append, ("behind 1", "behind 2"))
+
+    def asked(ask: Callable[..., None], *arguments: object, waiting: int = 0) -> threading.Thread:
+        thread = threading.Thread(target=ask, args=arguments)
+        thread.start()
+        while len(products._NEXT) + len(products._BEHIND) < waiting:
+            time.sleep(0.001)
+        return thread
+
+    holding = asked(products.side_by_side, hold, range(2))
+    busy.wait(10)
+    behind = asked(ask_behind, waiting=2)
+    before = asked(products.side_by_side, order.append, ("next 1", "next 2"), waiting=4)
+    # One thread of the pool goes on, so that pieces are done in the order they are taken.
+    opened[0].set()
+    for thread in (before, behind):
+        thread.join(10)
+    opened[1].set()
+    holding.join(10)
+    products._pool.cache_clear()
+    assert order == ["next 1", "next 2", "behind 1", "behind 2"]
 
 
 def test_numpys_blas_is_held_to_a_thread_and_let_go() -> None:

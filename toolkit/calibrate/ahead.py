@@ -1,4 +1,4 @@
-"""The survey of a layer while the one before it is solved: neither waits for what the other does on one core."""
+"""The survey of a layer while the one before it is solved: it takes what that leaves idle."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
+
+from toolkit.device.products import work_behind
 
 Item = TypeVar("Item")
 
@@ -29,7 +31,7 @@ def one_ahead(making: Callable[[Callable[[], None]], Iterator[Item]]) -> Iterato
             raise NotWantedError
 
     items = making(check)
-    with ThreadPoolExecutor(1, "one ahead") as thread:
+    with ThreadPoolExecutor(1, "one ahead", initializer=work_behind) as thread:
         try:
             yield _waited_for(thread, items)
         finally:

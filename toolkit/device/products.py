@@ -6,9 +6,11 @@ there are, where each piece has one (device/blas.py).
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache, partial
+from threading import local
 from typing import Final, TypeVar
 
 import numpy as np
@@ -27,6 +29,16 @@ _PIECES: Final = 16
 _LEAST: Final = 256
 # Rows of what is taken from an array at once: their product is no memory that the system has to clear first.
 _SUBTRACTED_ROWS: Final = 640
+# Pieces that no thread has taken yet: those that somebody waits for, and those that wait behind them.
+_NEXT: Final[deque[Callable[[], None]]] = deque()
+_BEHIND: Final[deque[Callable[[], None]]] = deque()
+_asking: Final = local()
+
+
+def work_behind() -> None:
+    """Lets the pieces that this thread asks for from now on wait while there are others: they fill the gaps in which
+    these leave a core idle."""
+    _asking.behind = True
 
 
 def side_by_side(work: Callable[[Piece], object], pieces: Iterable[Piece]) -> None:
@@ -37,7 +49,7 @@ def side_by_side(work: Callable[[Piece], object], pieces: Iterable[Piece]) -> No
         for piece in pieces:
             work(piece)
         return
-    for done in [_pool().submit(work, piece) for piece in pieces]:
+    for done in [_submitted(partial(work, piece)) for piece in pieces]:
         done.result()
 
 
@@ -119,6 +131,30 @@ def pieces_of(count: int) -> list[slice]:
 
 def _rows(count: int) -> list[slice]:
     return [slice(start, min(start + _SUBTRACTED_ROWS, count)) for start in range(0, count, _SUBTRACTED_ROWS)]
+
+
+def _submitted(work: Callable[[], object]) -> Future[object]:
+    """Has a thread of the pool do some work when its turn comes."""
+    done: Future[object] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as problem:
+            done.set_exception(problem)
+
+    (_BEHIND if getattr(_asking, "behind", False) else _NEXT).append(run)
+    _pool().submit(_take)
+    return done
+
+
+def _take() -> None:
+    """Does the work that is next; there is some for each time that this is called."""
+    try:
+        work = _NEXT.popleft()
+    except IndexError:
+        work = _BEHIND.popleft()
+    work()
 
 
 @cache
