@@ -33,6 +33,27 @@ def test_the_next_item_is_made_while_one_is_in_use() -> None:
     assert seen == [0, 1, 2]
 
 
+def test_the_next_item_may_wait_until_it_is_begun() -> None:
+    begun = [threading.Event() for _ in range(4)]
+
+    def making(_: Callable[[], None]) -> Iterator[int]:
+        for k in range(3):
+            begun[k].set()
+            yield k
+        begun[3].set()
+
+    with one_ahead(making, waits=True) as items:
+        for k in items:
+            assert not begun[k + 1].wait(0.1), "the next item is begun before it is told to"
+            if k == 1:
+                continue  # the next one is made once it is asked for
+            items.begin_next()
+            assert begun[k + 1].wait(5)
+            items.begin_next()
+            assert not any(later.is_set() for later in begun[k + 2 :])
+    assert begun[3].is_set()
+
+
 def test_what_nobody_wants_any_more_ends_at_its_next_check() -> None:
     ends, left = list[BaseException](), threading.Event()
 
@@ -47,7 +68,7 @@ def test_what_nobody_wants_any_more_ends_at_its_next_check() -> None:
             raise
 
     with pytest.raises(KeyboardInterrupt), one_ahead(making) as items:
-        assert next(items) == 0
+        assert next(iter(items)) == 0
         left.set()
         raise KeyboardInterrupt
     assert len(ends) == 1 and not any(thread.name.startswith("one ahead") for thread in threading.enumerate())

@@ -20,7 +20,7 @@ from tests.command_line import called
 from tests.graphs import export_bundle
 from tests.random_models import CASES, make_checkpoint
 from tests.sources import Changed
-from toolkit.calibrate import input_solver, pieces
+from toolkit.calibrate import input_solver
 from toolkit.calibrate.input_solver import InputSolver, Problem
 from toolkit.calibrate.solve import solve
 from toolkit.calibrate.survey import Survey, Wish, survey
@@ -364,7 +364,7 @@ def test_a_moment_that_cannot_be_factored_falls_back(tmp_path: Path, monkeypatch
     def refuse(moment: Floats, block_size: int, tokens: float) -> None:
         raise input_solver.NotPositiveDefiniteError("the second moment of the input is not positive definite")
 
-    monkeypatch.setattr(pieces, "factorize", refuse)
+    monkeypatch.setattr(input_solver, "factorize", refuse)
     kept, fallbacks = _solved(checkpoint, sequences * 3, tmp_path / "work")
     assert len(fallbacks) == len(kept.blocks) == 7 * 2 + 1
     assert {fallback.reason for fallback in fallbacks} == {"the second moment of the input is not positive definite"}

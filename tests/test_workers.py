@@ -19,6 +19,7 @@ import toolkit
 from tests.command_line import called
 from tests.mapped_memory import ON_GLIBC, mapped_for_an_array
 from toolkit.calibrate import pieces, side_by_side
+from toolkit.calibrate.pieces import SharedRows, factored
 from toolkit.calibrate.side_by_side import InputFactor, MatrixRows, solve_side_by_side
 from toolkit.checkpoint.opened import open_checkpoint
 from toolkit.checkpoint.remembered import RememberedWeights
@@ -70,6 +71,12 @@ def slow(shared: float, piece: int) -> int:
     return piece
 
 
+def process(shared: float, piece: int) -> int:
+    """Takes its time, and tells who did."""
+    time.sleep(shared)
+    return os.getpid()
+
+
 def wrong(shared: None, piece: int) -> int:
     """Fails as work itself may."""
     raise ValueError(f"piece {piece}")
@@ -115,6 +122,29 @@ def test_the_same_bytes_on_any_number_of_workers(two: DaskPool, kind: str, monke
     assert np.mean(whole.blocks.packed != here[0].packed) < 0.01
     # What the other processes make of blocks is what the solver made, to the bit.
     np.testing.assert_array_equal(dequantize_blocks(whole.blocks, SPEC, 64), whole.restored)
+
+
+@pytest.mark.parametrize("few", [False, True])
+def test_a_factor_made_in_pieces_is_that_of_the_whole_moment(
+    two: DaskPool, tiny_r1: Path, few: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pieces, "_ROWS", 48)
+    opened, generator, called = open_checkpoint(tiny_r1), np.random.default_rng(5), list[int]()
+    tensor = "model.layers.0.mlp.down_proj.weight"
+    weight = opened.source.read(tensor)
+    x = generator.standard_normal((300, weight.shape[1])).astype(np.float32)
+    arriving = x + 0.1 * generator.standard_normal(x.shape).astype(np.float32)
+    rows = SharedRows(share_layer(opened.config, opened.source, 0), {tensor: weight.shape[0]}) if few else None
+    given = [x[:170], x[170:]], [arriving[:170], arriving[170:]], rows, 32
+    factor, made = factored(two, *given, lambda: called.append(1))
+    alone, same = factored(Here(), *given, lambda: None)
+    assert called == [1] and np.array_equal(made, same) and np.array_equal(factor.upper, alone.upper)
+    exact, other = x.astype(np.float64), arriving.astype(np.float64)
+    whole = factorize(np.asarray(other.T @ other / 300, np.float32), 32, 300)
+    np.testing.assert_allclose(factor.upper, whole.upper, atol=1e-4)
+    cross = exact.T @ other / 300
+    expected = weight @ cross if few else whole.whitening(cross.astype(np.float32))
+    np.testing.assert_allclose(made, expected, atol=1e-3)
 
 
 def test_an_export_has_the_same_bytes_and_figures_on_any_number_of_workers(
@@ -188,9 +218,28 @@ def test_a_lost_worker_costs_its_tasks(two: DaskPool, tmp_path: Path) -> None:
     assert (tmp_path / "died").exists()
 
 
+def test_what_is_begun_has_a_worker_to_itself(two: DaskPool) -> None:
+    two._client.wait_for_workers(2, timeout=30)
+    everyone = set(two.map(process, 0.1, range(8)))
+    ended = two.begin(process, 1.0, 0)
+    others = set(two.map(process, 0.01, range(8)))
+    assert len(everyone) == 2 and others == everyone - {ended()}
+    # And afterwards it is one of them again.
+    assert set(two.map(process, 0.1, range(8))) == everyone
+
+
+def test_what_is_begun_by_the_only_worker_comes_first() -> None:
+    with open_pool("1") as pool:
+        assert pool
+        ended = pool.begin(process, 0.1, 0)
+        assert pool.map(process, 0.0, [1]) == [ended()]
+
+
 def test_what_the_work_itself_raises_is_raised(two: DaskPool) -> None:
     with pytest.raises(ValueError, match="piece 0"):
         two.map(wrong, None, [0])
+    with pytest.raises(ValueError, match="piece 1"):
+        two.begin(wrong, None, 1)()
 
 
 def test_a_worker_of_another_version_is_one_line(two: DaskPool, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ T tokens, N output features, K input features.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toolkit import names
-from toolkit.calibrate.pieces import Moments, SharedRows, factored, means_of_products
+from toolkit.calibrate.pieces import SharedRows, factored
 from toolkit.calibrate.side_by_side import (
     InputFactor,
     MatrixRows,
@@ -30,7 +30,7 @@ from toolkit.device.arrays import Device
 from toolkit.device.fitting import Pool
 from toolkit.quant.activations import Rounding, rounded_input
 from toolkit.quant.blockwise import QuantizedBlocks, QuantSpec, dequantize_blocks, quantize_blocks
-from toolkit.quant.gptq import Factor, NotPositiveDefiniteError
+from toolkit.quant.gptq import Factor, NotPositiveDefiniteError, factorize
 from toolkit.quant.gptq_tokens import TokenFactor, factorize_tokens, pays
 from toolkit.quant.ranges import ActivationRange
 from toolkit.quant.visits import Solved
@@ -90,10 +90,15 @@ class InputSolver:
         self.fallbacks: list[Fallback] = []
 
     def gather(
-        self, pairs: Iterator[tuple[Floats, Floats]], tokens: int, rows: Mapping[str, Floats] | None = None
+        self,
+        pairs: Iterator[tuple[Floats, Floats]],
+        tokens: int,
+        rows: Mapping[str, Floats] | None = None,
+        meanwhile: Callable[[], None] = lambda: None,
     ) -> None:
         """The factor and what the targets need, from every sequence's exact and arriving input, `tokens` in all; `rows`
-        are the matrices where they are at hand."""
+        are the matrices where they are at hand. `meanwhile` may give a pool more to do, of which most processes wait
+        while one makes the factor."""
         arrived = ((x, self._problem.arriving(self._given, self._given.name, arriving)) for x, arriving in pairs)
         try:
             outputs = sum(weight.shape[0] for weight in rows.values()) if rows else 0
@@ -102,7 +107,7 @@ class InputSolver:
                 exact, arriving = (self._on.concatenate(side) for side in zip(*arrived, strict=True))
                 self._factor = factorize_tokens(exact, arriving, self._spec)
             else:
-                self._factor, self._whitening = self._of_products(arrived, rows)
+                self._factor, self._whitening = self._of_products(arrived, rows, meanwhile)
         except NotPositiveDefiniteError as failed:
             self.fallbacks += [Fallback(tensor, str(failed)) for tensor in self.wanted]
 
@@ -185,27 +190,28 @@ class InputSolver:
         return InputFactor(factor, self._whitening, self._problem.revisits, rows)
 
     def _of_products(
-        self, arrived: Iterator[tuple[Floats, Floats]], rows: Mapping[str, Floats] | None
+        self, arrived: Iterator[tuple[Floats, Floats]], rows: Mapping[str, Floats] | None, meanwhile: Callable[[], None]
     ) -> tuple[Factor, Floats | None]:
-        few = rows is not None and sum(weight.shape[0] for weight in rows.values()) < self._given.width
+        # Columns whose scales stand beforehand may be visited in any order.
+        block_size = self._given.width if self._spec.signed else self._spec.block_size
+        counts = {tensor: weight.shape[0] for tensor, weight in (rows or {}).items()}
+        few = 0 < sum(counts.values()) < self._given.width
         if self._pool:
-            both = tuple(zip(*arrived, strict=True))
-            tokens = sum(x.shape[0] for x in both[0])
-            named = SharedRows(self._layer, tuple(rows)) if self._layer and rows and few else None
-            moment, cross = means_of_products(self._pool, both[0], both[1], named)
+            exact, arriving = zip(*arrived, strict=True)
+            named = SharedRows(self._layer, counts) if self._layer and few else None
+            factor, made = factored(self._pool, exact, arriving, named, block_size, meanwhile)
         else:
             together = self._on.concatenate(list(rows.values())) if rows and few else None
             gathered = Products(self._given.width, together, self._on)
-            for exact, arriving in arrived:
-                gathered.add(exact, arriving)
-            (moment, cross), tokens = ([mean] for mean in gathered.result()), gathered.tokens
-        if rows and few:
-            whole = self._on.concatenate(cross)
-            ends = np.cumsum([weight.shape[0] for weight in rows.values()])
-            self._products = {
-                tensor: whole[end - weight.shape[0] : end]
-                for (tensor, weight), end in zip(rows.items(), ends, strict=True)
-            }
-        # Columns whose scales stand beforehand may be visited in any order.
-        block_size = self._given.width if self._spec.signed else self._spec.block_size
-        return factored(self._pool, Moments(moment, None if few else cross, tokens), block_size)
+            for one, other in arrived:
+                gathered.add(one, other)
+            moment, made = gathered.result()
+            factor = factorize(moment, block_size, gathered.tokens)
+            made = made if few else factor.whitening(made)
+        if not few:
+            return factor, made
+        ends = np.cumsum(list(counts.values()))
+        self._products = {
+            tensor: made[end - count : end] for (tensor, count), end in zip(counts.items(), ends, strict=True)
+        }
+        return factor, None

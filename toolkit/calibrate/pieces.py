@@ -1,5 +1,5 @@
 """What a pool of workers is given beside rows of matrices: sequences through part of a layer, rows of a second moment,
-the factor of one.
+the factor of one, which one process makes while the others have the rest.
 
 Pieces are of one size whatever the number of workers, so that the same products are computed. A worker is sent where
 the checkpoint's tensors lie and reads those that its part of a layer takes; of matrices that are solved it is sent
@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 
 from toolkit.checkpoint.linears import LinearInput
 from toolkit.checkpoint.sublayers import Mixer, Mlp
-from toolkit.device.arrays import device_of
 from toolkit.device.fitting import Pool
 from toolkit.quant.blockwise import QuantizedBlocks, QuantSpec, dequantize_blocks
 from toolkit.quant.gptq import Factor, factorize
@@ -121,55 +120,90 @@ def through(shared: SharedLayer, piece: Sequences) -> tuple[Floats, dict[str, Fl
 
 @dataclass(frozen=True)
 class SharedRows:
-    """Matrices of a shared layer, one below the other."""
+    """Matrices of a shared layer, one below the other: the name of each, and how many rows it has."""
 
     shared: SharedLayer
-    tensors: tuple[str, ...]
+    tensors: Mapping[str, int]
+
+    def pieces(self) -> list[tuple[str, slice]]:
+        """Returns rows of the matrices in order, some of one at a time."""
+        return [(tensor, some) for tensor, count in self.tensors.items() for some in _slices(count)]
 
 
-def means_of_products(
-    pool: Pool, exact: Sequence[Floats], arriving: Sequence[Floats], rows: SharedRows | None
-) -> tuple[list[Floats], list[Floats]]:
-    """Returns X~'X~ / T [K, K] of what arrives, X~, and with X, the exact input, X'X~ / T [K, K], or W X'X~ / T [N, K]
-    where `rows` are W [N, K], some rows of each at a time."""
-    left = list(exact) if rows is None else pool.map(_times_rows, rows, exact)
-    both = np.concatenate(arriving), np.concatenate(left)
-    slices = [
-        (which, slice(start, start + _ROWS)) for which in (0, 1) for start in range(0, both[which].shape[1], _ROWS)
-    ]
-    made = pool.map(_mean_of_product_rows, both, slices)
-    first = -(-both[0].shape[1] // _ROWS)
-    return made[:first], made[first:]
+def factored(
+    pool: Pool,
+    exact: Sequence[Floats],
+    arriving: Sequence[Floats],
+    rows: SharedRows | None,
+    block_size: int,
+    meanwhile: Callable[[], None],
+) -> tuple[Factor, Floats]:
+    """Returns the factor of an input for blocks of `block_size`, by what arrives, X~, and of C = X'X~ / T, with the
+    exact input X, either W C [N, K], where `rows` are W, or its whitening [K, Kp].
+
+    One process makes the factor while the others make C, and what was begun by `meanwhile`. Raises
+    NotPositiveDefiniteError as `factorize`.
+    """
+    arrives = np.concatenate(arriving)
+    moment = _moment(pool, arrives)
+    ended = pool.begin(_factor, (moment, arrives.shape[0]), block_size)
+    meanwhile()
+    if rows:
+        given = rows.shared, np.concatenate(exact), arrives
+        products = pool.map(_mean_of_rows_products, given, rows.pieces())
+        return ended(), np.concatenate(products)
+    slices = _slices(arrives.shape[1])
+    cross = pool.map(_mean_of_product_rows, (np.concatenate(exact), arrives), slices)
+    factor = ended()
+    starts = [(some.start, part) for some, part in zip(slices, cross, strict=True)]
+    return factor, np.concatenate(pool.map(_whitened_rows, factor, starts))
 
 
-def _times_rows(rows: SharedRows, x: Floats) -> Floats:
-    return np.concatenate([x @ rows.shared.read(tensor).T for tensor in rows.tensors], axis=1)
+def _moment(pool: Pool, x: Floats) -> list[Floats]:
+    """Returns X'X / T in pieces of rows, each up to its square on the diagonal."""
+    slices = _slices(x.shape[1])
+    # Those far down are the long ones: one of each kind after the other, whoever takes how many of them.
+    turns = sorted(range(len(slices)), key=lambda k: min(k, len(slices) - 1 - k))
+    made = dict(zip(turns, pool.map(_mean_of_square_rows, x, [slices[k] for k in turns]), strict=True))
+    return [made[k] for k in range(len(slices))]
 
 
-def _mean_of_product_rows(both: tuple[Floats, Floats], piece: tuple[int, slice]) -> Floats:
-    which, some = piece
-    product: Floats = both[which][:, some].T @ both[0]
-    product /= both[0].shape[0]
+def _slices(count: int) -> list[slice]:
+    return [slice(start, min(start + _ROWS, count)) for start in range(0, count, _ROWS)]
+
+
+def _mean_of_square_rows(x: Floats, some: slice) -> Floats:
+    product: Floats = x[:, some].T @ x[:, : some.stop]
+    product /= x.shape[0]
     return product
 
 
-@dataclass(frozen=True)
-class Moments:
-    """X~'X~ / T [K, K] of an input as it arrives, and X'X~ / T [K, K] where that is to whiten rows, in pieces of rows;
-    `tokens` is T."""
-
-    arriving: Sequence[Floats]
-    cross: Sequence[Floats] | None
-    tokens: int
+def _mean_of_product_rows(both: tuple[Floats, Floats], some: slice) -> Floats:
+    exact, arriving = both
+    product: Floats = exact[:, some].T @ arriving
+    product /= arriving.shape[0]
+    return product
 
 
-def factored(pool: Pool | None, moments: Moments, block_size: int) -> tuple[Factor, Floats | None]:
-    """Returns the factor of an input for blocks of `block_size`, and the whitening [K, Kp] of its X'X~ / T; a pool
-    makes both in one of its processes, beside what others do. Raises NotPositiveDefiniteError as `factorize`."""
-    return next(each(pool, _factored, moments, [block_size]))
+def _mean_of_rows_products(given: tuple[SharedLayer, Floats, Floats], piece: tuple[str, slice]) -> Floats:
+    (shared, exact, arriving), (tensor, some) = given, piece
+    weight = shared.read_rows(tensor, some.start, some.stop)
+    left: Floats = exact @ weight.T
+    product: Floats = left.T @ arriving
+    product /= arriving.shape[0]
+    return product
 
 
-def _factored(moments: Moments, block_size: int) -> tuple[Factor, Floats | None]:
-    on = device_of(moments.arriving[0])
-    factor = factorize(on.concatenate(moments.arriving), block_size, moments.tokens)
-    return factor, None if moments.cross is None else factor.whitening(on.concatenate(moments.cross))
+def _factor(moment: tuple[Sequence[Floats], int], block_size: int) -> Factor:
+    parts, tokens = moment
+    whole: Floats = np.empty((parts[-1].shape[1], parts[-1].shape[1]), np.float32)
+    for part in parts:
+        rows, stop = part.shape
+        some = slice(stop - rows, stop)
+        whole[some, :stop], whole[: some.start, some] = part, part[:, : some.start].T
+    return factorize(whole, block_size, tokens)
+
+
+def _whitened_rows(factor: Factor, piece: tuple[int, Floats]) -> Floats:
+    start, cross = piece
+    return factor.whitening(cross, start)

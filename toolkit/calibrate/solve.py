@@ -81,8 +81,9 @@ class Solver:
         self.layers, self._fallbacks = (state.layers, list(state.fallbacks)) if whole else (0, [])
         self._begun = whole
 
-    def layer(self, source: Tensors, problem: Problem) -> None:
-        """Writes the next layer's matrices. `source` holds the weights as they are to be stored, folded if they are."""
+    def layer(self, source: Tensors, problem: Problem, meanwhile: Callable[[], None] = lambda: None) -> None:
+        """Writes the next layer's matrices. `source` holds the weights as they are to be stored, folded if they are.
+        `meanwhile` is called when most of a pool would wait: while the factor of the widest input is made."""
         if not self._begun:
             embedding = {_EXACT: lambda ids: embed(source, ids), _ROUNDED: _rounded_embedding(source, problem)}
             for kind, stream in self._streams(0).items():
@@ -98,9 +99,9 @@ class Solver:
             before, after = (self._read_by(n, on, lengths) for n in (k, k + 1))
             rounded = layer.side(_ROUNDED, before[_ROUNDED], after[_ROUNDED])
             if kept := self._kept_side(problem, on, lengths):
-                layer.run(kept, rounded, forgets=True)
+                layer.run(kept, rounded, meanwhile, forgets=True)
             else:
-                layer.run(layer.side(_EXACT, before[_EXACT], after[_EXACT]), rounded)
+                layer.run(layer.side(_EXACT, before[_EXACT], after[_EXACT]), rounded, meanwhile)
             return layer
 
         layer = self._fitting.run(f"layer {k}", solved)
@@ -220,17 +221,21 @@ class _LayerPass:
         layer, solved = (self._exact, {}) if kind == _EXACT else (self._rounded, self._packed)
         return ComputedSide(layer, before, after, spill, self._pool, self._shared, solved)
 
-    def run(self, exact: Side, rounded: Side, forgets: bool = False) -> None:
-        """Solves the layer's matrices in the order they are used, and takes both streams through it. Where nothing is
+    def run(self, exact: Side, rounded: Side, meanwhile: Callable[[], None], forgets: bool = False) -> None:
+        """Solves the layer's matrices in the order they are used, `meanwhile` called while the factor of the widest
+        input is made, and takes both streams through it. Where nothing is
         computed with the exact ones any more, each `forgets` itself once it is solved: both together are a layer's
         weights once, and not twice."""
+        inputs = [given for given in self._exact.anatomy.inputs if not given.routed]
+        widest = max(inputs, key=lambda given: given.width, default=None)
         for half in self._exact.anatomy.sublayers:
             for given in half.inputs:
                 if given.routed:
                     self._rounded.solved |= {linear.module: given for linear in given.linears}
                 else:
                     pairs = zip(exact.reads(half, given), rounded.reads(half, given), strict=True)
-                    self._solve(given, pairs, sum(map(sum, self._lengths)), self._pool)
+                    others = meanwhile if given == widest else (lambda: None)
+                    self._solve(given, pairs, sum(map(sum, self._lengths)), self._pool, others)
                     for linear in given.linears if forgets else ():
                         self._exact.tensors.pop(linear.weight)
             exact.step(half)
@@ -257,13 +262,18 @@ class _LayerPass:
         return arrived
 
     def _solve(
-        self, given: LinearInput, pairs: Iterator[tuple[Floats, Floats]], tokens: int, pool: Pool | None
+        self,
+        given: LinearInput,
+        pairs: Iterator[tuple[Floats, Floats]],
+        tokens: int,
+        pool: Pool | None,
+        meanwhile: Callable[[], None] = lambda: None,
     ) -> None:
         """Solves the matrices that read an input, of which `pairs` have the exact and the arriving values."""
         solver = InputSolver(given, self._problem, self._exact.on, pool, self._shared if pool else None)
         weights = {linear.weight: self._exact.tensors[linear.weight] for linear in given.linears}
         if solver.wanted:
-            solver.gather(pairs, tokens, {tensor: weights[tensor] for tensor in solver.wanted})
+            solver.gather(pairs, tokens, {tensor: weights[tensor] for tensor in solver.wanted}, meanwhile)
         self.fallbacks += solver.fallbacks
         made = solver.solved(weights)
         for linear in given.linears:

@@ -37,6 +37,11 @@ class Pool(Protocol):
         """What a module's function makes of each piece and of what all pieces share, in the order of the pieces."""
         ...
 
+    def begin(self, work: Callable[[_Shared, _Piece], _Made], shared: _Shared, piece: _Piece) -> Callable[[], _Made]:
+        """Gives one piece, which takes its time, to one process, and returns what waits for it and gives what it makes.
+        What is mapped meanwhile goes to the others."""
+        ...
+
 
 class Fitting:
     """A device, and how many tokens at once its memory has held so far; `note` is told in a line where it is full.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from toolkit import names
 from toolkit.bundle.manifest import CalibrationText
-from toolkit.calibrate.ahead import one_ahead
+from toolkit.calibrate.ahead import Ahead, one_ahead
 from toolkit.calibrate.exact import ExactInputs
 from toolkit.calibrate.experts import expert_tokens
 from toolkit.calibrate.facts import Survey
@@ -191,6 +191,7 @@ class _Passes:
         with open_solved(Destination(self._plan.layout, self._partial)) as writer:
             kept, solver = self._in_step(writer)
             with self._surveyed_ahead(source, kept) as surveyed:
+                begin_next = surveyed.begin_next if isinstance(surveyed, Ahead) else _nothing
                 for done in surveyed:
                     found = done.found
                     if done.step:
@@ -198,7 +199,7 @@ class _Passes:
                     with self._solving():
                         while solver.layers < done.layers:
                             weights = self.folded(LastReader(source), found)
-                            solver.layer(weights, self._problem(self._specs, found))
+                            solver.layer(weights, self._problem(self._specs, found), begin_next)
                             self._progress(f"solved layer {solver.layers - 1}")
             source.forget()
             with self._solving():
@@ -214,14 +215,15 @@ class _Passes:
         yield
         self.solving_s += time.perf_counter() - start
 
-    def _surveyed_ahead(self, source: WeightSource, kept: ExactInputs) -> AbstractContextManager[Iterator[Surveyed]]:
-        """Gives what is found layer by layer; on numpy the next layer is surveyed meanwhile. A GPU does one thing after
-        the other, and has no memory for two layers."""
+    def _surveyed_ahead(self, source: WeightSource, kept: ExactInputs) -> AbstractContextManager[Iterable[Surveyed]]:
+        """Gives what is found layer by layer; on numpy the next layer is surveyed meanwhile, by a pool once most of it
+        would wait. A GPU does one thing after the other, and has no memory for two layers."""
         config, texts, wish, folder = self._config, self._sequences, self._wish, self._work / "survey"
         if self._fitting.on is not NUMPY:
             return nullcontext(survey_by_layers(config, source, texts, wish, folder, self._fitting, kept))
         behind = self._fitting.behind()
-        return one_ahead(partial(survey_by_layers, config, source, texts, wish, folder, behind, kept))
+        making = partial(survey_by_layers, config, source, texts, wish, folder, behind, kept)
+        return one_ahead(making, waits=self._fitting.pool is not None)
 
     def solved(self, plan: ExportPlan, formats: Mapping[str, QuantSpec], found: Survey) -> list[Fallback]:
         """Every matrix of a plan with its final layout, after the survey."""
@@ -266,6 +268,10 @@ class _Passes:
         importance = _importance(self._config, found)
         wish, revisits = self._wish, QUALITIES[self._plan.recipe.quality].revisits
         return Problem(formats, importance, wish.rounding, wish.head_rounding, values, found.scales(), revisits)
+
+
+def _nothing() -> None:
+    """Begins nothing: what comes next is made when it is asked for."""
 
 
 def _solves(formats: Mapping[str, QuantSpec]) -> bool:

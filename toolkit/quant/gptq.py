@@ -75,12 +75,13 @@ class Factor:
         target = _target(white, self, weight.shape[1]) if spec.signed else weight
         return round_in_order(weight, target, _Whitened(white, self), self.visits, spec, revisits)
 
-    def whitening(self, cross: Floats) -> Floats:
-        """What rows W are multiplied by for their z [N, Kp]: C U'^-1 [K, Kp] of C = X'X~ / T, damped as H is."""
-        on, K = device_of(cross), cross.shape[0]
-        order, own = on.index(self.visits.order), on.index(np.arange(K))
+    def whitening(self, cross: Floats, start: int = 0) -> Floats:
+        """What rows W are multiplied by for their z [N, Kp]: C U'^-1 [K, Kp] of C = X'X~ / T, damped as H is; or its
+        rows from `start` on, of as many rows of C."""
+        on, own = device_of(cross), np.arange(cross.shape[0])
+        order = on.index(self.visits.order)
         given = float(self.damped.kept) * cross
-        given[own, own] += on.from_host(self.damped.added[:K])
+        given[on.index(own), on.index(start + own)] += on.from_host(self.damped.added[start : start + own.size])
         return _over_upper(on.by_rows(lambda rows: padded(rows, order.shape[0])[:, order], given), self)
 
 

@@ -10,6 +10,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from copy import copy
 from functools import partial
@@ -34,6 +35,12 @@ _GIVEN_OUT: Final = 5
 # On a worker: the content of the files that its latest tasks shared, of this pool and of the one behind it.
 _SHARED: Final[dict[str, Any]] = {}
 _SHARED_FILES: Final = 2
+_SETTLED: Final = {
+    "distributed.admin.tick.interval": "1s",
+    "distributed.admin.system-monitor.interval": "5s",
+    "distributed.admin.system-monitor.gil.enabled": False,
+    "distributed.worker.profile.enabled": False,
+}
 # Versions that decide last bits.
 _DECIDING: Final = ("toolkit", "numpy")
 _AGAIN: Final = "finished layers are kept, the same command goes on"
@@ -52,6 +59,11 @@ class Here:
     def map(self, work: Callable[[Shared, Piece], Made], shared: Shared, pieces: Sequence[Piece]) -> list[Made]:
         """What `work` makes of each piece, in order."""
         return [work(shared, piece) for piece in pieces]
+
+    def begin(self, work: Callable[[Shared, Piece], Made], shared: Shared, piece: Piece) -> Callable[[], Made]:
+        """Makes what `work` makes of a piece at once, and returns what gives it."""
+        made = work(shared, piece)
+        return lambda: made
 
 
 @contextmanager
@@ -72,6 +84,7 @@ def open_pool(word: str | None, patience_s: float = _PATIENCE_S) -> Iterator[Poo
     logging.getLogger("distributed").setLevel(logging.CRITICAL)
     if word.isdecimal():
         with (
+            _settled(),
             distributed.LocalCluster(
                 n_workers=int(word),
                 threads_per_worker=1,
@@ -94,6 +107,16 @@ def open_pool(word: str | None, patience_s: float = _PATIENCE_S) -> Iterator[Poo
         yield DaskPool(client, word, patience_s)
 
 
+@contextmanager
+def _settled() -> Iterator[None]:
+    """Holds Dask, here and in the workers that it starts, to looking after itself once in seconds: a tenth of a core
+    went into its looks at how its loops fare."""
+    import dask
+
+    with dask.config.set(_SETTLED):
+        yield
+
+
 class DaskPool:
     """The workers of one Dask scheduler, all of which compute with this process' versions. Those of this machine read
     and write their arrays in files of `folder`; others are sent them."""
@@ -101,6 +124,8 @@ class DaskPool:
     def __init__(self, client: Any, name: str, patience_s: float = _PATIENCE_S, folder: Path | None = None) -> None:
         self._client, self._name, self._patience, self._folder = client, name, patience_s, folder
         self._priority = 0
+        # Addresses of workers that are at a piece which was begun; of this pool and of the one behind it.
+        self._taken = set[str]()
         self._alone_since: float | None = None
         self._check_versions()
         self.here = len(client.nthreads()) if folder else 0
@@ -123,12 +148,31 @@ class DaskPool:
             return self._map_files(self._folder, work, shared, pieces)
         return self._map(work, shared, pieces)
 
+    def begin(self, work: Callable[[Shared, Piece], Made], shared: Shared, piece: Piece) -> Callable[[], Made]:
+        """Gives one piece to one worker, which maps leave alone meanwhile where there are others; returns what waits
+        for it. That raises as `map` does."""
+        alone = copy(self)
+        alone._taken = set(sorted(self._client.nthreads())[1:])
+        taken = sorted(self._client.nthreads())[:1]
+        self._taken.update(taken)
+
+        def made() -> Made:
+            try:
+                return alone.map(work, shared, [piece])[0]
+            finally:
+                self._taken.difference_update(taken)
+
+        with_it = ThreadPoolExecutor(1, "begun")
+        begun = with_it.submit(made)
+        with_it.shutdown(wait=False)
+        return begun.result
+
     def _map_files(
         self, folder: Path, work: Callable[[Shared, Piece], Made], shared: Shared, pieces: Sequence[Piece]
     ) -> list[Made]:
         """The same through files: tasks and what they give back are paths. A task costs Dask's loops milliseconds,
         however little it has to do: each worker has two at most."""
-        count = min(len(pieces), 2 * len(self._client.nthreads()))
+        count = min(len(pieces), 2 * max(1, len(self._client.nthreads())))
         groups = [pieces[k * len(pieces) // count : (k + 1) * len(pieces) // count] for k in range(count)]
         given = [put(folder, content) for content in (shared, *groups)]
         made = self._map(_in_files, (work, given[0]), given[1:])
@@ -166,20 +210,29 @@ class DaskPool:
                 (held,) = self._client.scatter([shared], broadcast=copies, hash=False)
             task = partial(_named, work)
             values = list(pieces.values())
-            futures = self._client.map(task, [held] * len(values), values, pure=False, priority=self._priority)
+            free = sorted(self._client.nthreads().keys() - self._taken) or None
+            futures = self._client.map(
+                task,
+                [held] * len(values),
+                values,
+                pure=False,
+                priority=self._priority,
+                workers=free,
+                allow_other_workers=free is not None,
+            )
             waiting = dict(zip(futures, pieces, strict=True))
             while waiting:
                 try:
-                    done = wait(list(waiting), timeout=_LOOK_S, return_when="FIRST_COMPLETED").done
+                    done = wait(list(waiting), timeout=_LOOK_S).done
                 except TimeoutError:
                     done = {future for future in waiting if future.done()}
                     self._check_alive()
-                for future in done:
-                    k = waiting.pop(future)
-                    if future.status == "finished":
-                        made[k] = future.result()
-                    elif future.status == "error" and not isinstance(future.exception(), KilledWorker):
+                finished = {waiting.pop(future): future for future in done}
+                for future in finished.values():
+                    if future.status == "error" and not isinstance(future.exception(), KilledWorker):
                         raise future.exception()
+                whole = {k: future for k, future in finished.items() if future.status == "finished"}
+                made.update(zip(whole, self._client.gather(list(whole.values())), strict=True))
         except (CommClosedError, OSError, TimeoutError):
             self._check_alive()
             time.sleep(_LOOK_S)
