@@ -54,6 +54,7 @@ FLOORS: Final = (
 # Each package that is not of the standard library, and the rooms that may import it.
 DEPENDENCIES: Final[dict[str, set[str]]] = {
     "click": {"cli"},
+    "dask": {"workers"},
     "distributed": {"workers"},
     "filelock": {"pipeline"},
     "fsspec": {"checkpoint"},
