@@ -2,13 +2,13 @@
 
     OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 python -m benchmarks.cluster [MODEL …] [--workers 8,64] [--threads 8]
 
-Of each model's true shape the work of a layer is counted as a forecast counts it, split into what goes to workers, in
-as many pieces as there are (calibrate/pieces.py, calibrate/side_by_side.py), and what stays in the process that
-exports. Seconds are those divided by what a thread of this machine does in a second: a worker that has no piece waits,
-and so does everybody for the last piece. Bytes are those that the exporting process sends and is sent, and those that
-workers read of the checkpoint through a shared path. What several workers are sent goes out as a tree, as Dask's
-scatter does it: it costs a copy, and one more for each doubling. Nothing overlaps here: a bound from above for that,
-and from below for stragglers and for what loops of Python take.
+Of each model's true shape the work of a layer is counted as a forecast counts it, split into the pieces that workers
+are given (calibrate/pieces.py, calibrate/side_by_side.py, calibrate/expert_pieces.py). Seconds are those divided by
+what a thread of this machine does in a second: a worker that has no piece waits, and so does everybody for the last
+piece. Bytes are those that the exporting process sends and is sent, and those that workers read of the checkpoint
+through a shared path. What several workers are sent goes out as a tree, as Dask's scatter does it: it costs a copy,
+and one more for each doubling. Nothing overlaps here: a bound from above for that, and from below for stragglers and
+for what loops of Python take.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Final
 
 from toolkit.calibrate.side_by_side import ROWS
-from toolkit.checkpoint.anatomy import decoder_of
+from toolkit.checkpoint.anatomy import DecoderLayer, decoder_of
 from toolkit.checkpoint.config import ModelConfig, read_config
 from toolkit.checkpoint.linears import LinearInput
+from toolkit.checkpoint.sublayers import Moe
 from toolkit.device.fitting import TOGETHER
 from toolkit.pipeline.calibration_work import PASSES_TO_SEARCH, PASSES_TO_SOLVE, forward_work
 from toolkit.pipeline.text import LONGEST
@@ -42,13 +43,14 @@ _GIGA: Final = 1e9
 @dataclass(frozen=True)
 class Part:
     """Work of workers in so many equal pieces; bytes that each of them is sent which has a piece, and those that all
-    pieces together send and are sent; and what each reads of the checkpoint."""
+    pieces together send and are sent; and what each reads of the checkpoint, and all together, each its share."""
 
     pieces: int
     work: Work
     to_each: float = 0.0
     to_one: float = 0.0
     read: float = 0.0
+    read_in_all: float = 0.0
 
     def seconds(self, thread: MachineSpeed, workers: int, threads: int) -> float:
         """Returns how long the workers take: as many rounds of pieces as there are for the busiest."""
@@ -60,10 +62,14 @@ class Part:
 
     def read_by(self, workers: int) -> float:
         """Returns the bytes that workers together read of the checkpoint."""
-        return self.read * min(workers, self.pieces)
+        return self.read * min(workers, self.pieces) + self.read_in_all
+
+    def read_by_each(self, workers: int) -> float:
+        """Returns the bytes that one of so many workers reads of the checkpoint."""
+        return self.read + self.read_in_all / min(workers, self.pieces)
 
 
-def parts(config: ModelConfig, tokens: int) -> Iterator[Part]:
+def parts(config: ModelConfig, tokens: int, solves_experts: bool) -> Iterator[Part]:
     """Yields the parts of a model's layers when its text goes through them twice, exact and rounded, and they are
     solved."""
     decoder = decoder_of(config)
@@ -77,8 +83,21 @@ def parts(config: ModelConfig, tokens: int) -> Iterator[Part]:
         if len(solved) == len(layer.inputs):
             # Once in the survey; in the solver solved matrices come as their blocks.
             yield Part(batches, forward * 2, _BLOCKS * weights, moved, 2.0 * _STORED * weights)
+        else:
+            yield _experts(config, layer, tokens, forward, solves_experts)
         for given in solved:
             yield from _solving(given, tokens)
+
+
+def _experts(config: ModelConfig, layer: DecoderLayer, tokens: int, forward: Work, solves: bool) -> Part:
+    """A layer's experts in both passes, rounded in the second. What stands before them is counted as theirs."""
+    moe = layer.mlp
+    assert isinstance(moe, Moe)
+    weights = sum(_rows(given) * given.width for given in layer.inputs if given.routed)
+    read = _FLOAT * tokens * config.hidden_size
+    rounding = Work(elements=(PASSES_TO_SOLVE if solves else PASSES_TO_SEARCH) * weights)
+    back = 2.0 * read * moe.routing.per_token + (_BLOCKS * weights if solves else 0.0)
+    return Part(len(moe.experts), forward * 2 + rounding, 2.0 * read, back, read_in_all=2.0 * _STORED * weights)
 
 
 def _solving(given: LinearInput, tokens: int) -> Iterator[Part]:
@@ -95,21 +114,6 @@ def _solving(given: LinearInput, tokens: int) -> Iterator[Part]:
     yield Part(math.ceil(rows / ROWS), work, factor, _BLOCKS * rows * width, _STORED * rows * width * ROWS / rows)
 
 
-def alone(config: ModelConfig, tokens: int) -> Work:
-    """Returns what the exporting process does: layers with experts, and packing what is not solved."""
-    decoder = decoder_of(config)
-    length = min(LONGEST, tokens)
-    forward = forward_work(config, tokens, length, tokens / length) * (1 / config.num_hidden_layers)
-    done = Work()
-    for layer in decoder.layers:
-        routed = [given for given in layer.inputs if given.routed]
-        experts = sum(_rows(given) * given.width for given in routed)
-        if routed:
-            # Read in both passes, and rounded in the second.
-            done += forward * 2 + Work(elements=PASSES_TO_SEARCH * experts, nbytes=2.0 * _STORED * experts)
-    return done
-
-
 def _rows(given: LinearInput) -> int:
     return sum(linear.out_features for linear in given.linears)
 
@@ -119,7 +123,7 @@ def main(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", default=["70b", "deepseek-v3"])
     parser.add_argument("--workers", default="1,8,64")
-    parser.add_argument("--threads", type=int, default=8, help="of each worker, and of the exporting process")
+    parser.add_argument("--threads", type=int, default=8, help="of each worker")
     parser.add_argument(
         "--gigabytes", type=float, default=1.25, help="of each machine's network in a second (10 Gbit/s)"
     )
@@ -128,20 +132,19 @@ def main(words: Sequence[str]) -> int:
     thread = measure_speed()
     products, elements = thread.products_per_s / _GIGA, thread.elements_per_s / _GIGA
     print(f"one thread here: {products:.0f} GFLOP/s, {elements:.2f} G elements/s\n")
-    print("| model | quality | workers | workers' h | exporting process h | network h | checkpoint h | all h |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("| model | quality | workers | workers' h | network h | checkpoint h | all h |")
+    print("|---|---|---|---|---|---|---|")
     for model in asked.models:
         config = read_config(ROOT / "models" / model)
         for quality in ("balanced", "best"):
             tokens = QUALITIES[quality].tokens
-            found, own = list(parts(config, tokens)), alone(config, tokens).seconds(thread) / asked.threads
+            found = list(parts(config, tokens, QUALITIES[quality].experts != QUALITIES["balanced"].experts))
             for workers in map(int, asked.workers.split(",")):
                 seconds = (
                     sum(part.seconds(thread, workers, asked.threads) for part in found),
-                    own,
                     sum(part.sent(workers) for part in found) / (asked.gigabytes * _GIGA),
                     sum(
-                        max(part.read / asked.gigabytes, part.read_by(workers) / asked.storage) / _GIGA
+                        max(part.read_by_each(workers) / asked.gigabytes, part.read_by(workers) / asked.storage) / _GIGA
                         for part in found
                     ),
                 )

@@ -12,9 +12,11 @@ from numpy.typing import NDArray
 from toolkit import names
 from toolkit.calibrate.expert_tokens import ExpertTokens
 from toolkit.calibrate.facts import InputFacts
+from toolkit.calibrate.statistics import InputStatistics
 from toolkit.checkpoint.sublayers import Moe
 from toolkit.checkpoint.weights import Tensors
 from toolkit.device.arrays import Device
+from toolkit.quant.awq import FoldChoice
 from toolkit.quant.blockwise import QuantSpec, dequantize_blocks, quantize_blocks
 from toolkit.reference.decoder import Layer, LayerTensors
 
@@ -33,6 +35,13 @@ def expert_tokens(inputs: Mapping[str, InputFacts]) -> ExpertTokens | None:
     each = [count for name, count in counts.items() if names.role_of(name) == "gate_proj"]
     few = sum(count < FEWEST_ROUTED for count in each)
     return ExpertTokens(len(each), min(each), int(statistics.median(each)), max(each), FEWEST_ROUTED, few)
+
+
+def routed_facts(seen: InputStatistics) -> InputFacts:
+    """Returns what an expert's input looks like by the tokens that came there; too few say nothing of its channels."""
+    sample = seen.sample()
+    moments = sample.moments if seen.seen >= FEWEST_ROUTED else np.zeros_like(sample.moments)
+    return InputFacts(moments, sample.values(), FoldChoice(), {}, seen.seen)
 
 
 def with_rounded_experts(

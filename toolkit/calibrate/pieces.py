@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toolkit.checkpoint.linears import LinearInput
-from toolkit.checkpoint.sublayers import Mixer, Mlp
+from toolkit.checkpoint.sublayers import Mixer, Mlp, Moe
 from toolkit.device.fitting import Pool
 from toolkit.quant.blockwise import QuantizedBlocks, QuantSpec, dequantize_blocks
 from toolkit.quant.gptq import Factor, factorize
@@ -88,7 +88,7 @@ def reading(
     kept = {linear.weight for given in inputs for linear in given.linears}
     left_out = {linear.weight for other in layer.anatomy.inputs for linear in other.linears} - kept
     bare = copy(layer)
-    bare.tensors = {}
+    bare.tensors, bare.elsewhere = {}, None
     packed = {name: matrix for name, matrix in solved.items() if name in kept}
     return Half(bare, half, shared, frozenset(left_out), packed)
 
@@ -106,7 +106,8 @@ def added(half: Half, piece: tuple[Floats, Floats]) -> Floats:
 
 
 def through(shared: SharedLayer, piece: Sequences) -> tuple[Floats, dict[str, Floats]]:
-    """Returns some sequences [T, D] behind a layer, and what its linears read, by the name of the input."""
+    """Returns some sequences [T, D] behind a layer, or behind what stands before its experts, and what its linears
+    read, by the name of the input."""
     (x, lengths), found, layer = piece, dict[str, Floats](), shared.opened()
 
     def look(given: LinearInput, values: Floats) -> Floats:
@@ -114,7 +115,7 @@ def through(shared: SharedLayer, piece: Sequences) -> tuple[Floats, dict[str, Fl
         return values
 
     for half in layer.anatomy.sublayers:
-        x = layer.through(half, x, lengths, look)
+        x = x if isinstance(half, Moe) else layer.through(half, x, lengths, look)
     return x, found
 
 

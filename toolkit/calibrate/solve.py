@@ -8,7 +8,7 @@ pass goes on after it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -18,19 +18,19 @@ from numpy.typing import NDArray
 from toolkit import names
 from toolkit.calibrate.activations import ActivationFile, Activations, HeldActivations
 from toolkit.calibrate.exact import ExactInputs
-from toolkit.calibrate.experts import FEWEST_ROUTED, with_rounded_experts
+from toolkit.calibrate.expert_pieces import rounded_elsewhere
 from toolkit.calibrate.input_solver import Fallback, InputSolver, Problem
-from toolkit.calibrate.pieces import SolvedMatrix
+from toolkit.calibrate.layer_matrices import LayerMatrices, RowsWriter
 from toolkit.calibrate.sides import ComputedSide, KeptSide, Side
 from toolkit.checkpoint.anatomy import decoder_of
 from toolkit.checkpoint.config import ModelConfig
-from toolkit.checkpoint.linears import Linear, LinearInput
+from toolkit.checkpoint.sublayers import Moe
 from toolkit.checkpoint.weights import Tensors
 from toolkit.device.arrays import NUMPY, Device
 from toolkit.device.fitting import ON_NUMPY, Fitting, Pool
 from toolkit.files import read_state, write_state
-from toolkit.quant.blockwise import QuantizedBlocks, dequantize_blocks, quantize_blocks
-from toolkit.reference.decoder import Layer, batched, embed, head_step, read_layer, rms_norm
+from toolkit.quant.blockwise import dequantize_blocks, quantize_blocks
+from toolkit.reference.decoder import batched, embed, head_step, read_layer, rms_norm
 from toolkit.reference.shared import share_layer
 
 Floats = NDArray[np.float32]
@@ -48,12 +48,8 @@ class _Solved:
     fallbacks: tuple[Fallback, ...]
 
 
-class Writer(Protocol):
+class Writer(RowsWriter, Protocol):
     """Takes rows as they are solved, and keeps them."""
-
-    def write(self, tensor: str, start: int, signal: float, blocks: QuantizedBlocks) -> None:
-        """Rows [start, …) of a tensor, the sum of squares of what they were, and as they are stored."""
-        ...
 
     def commit(self) -> None:
         """Everything written so far is on disk and stays when this returns."""
@@ -197,15 +193,15 @@ class _LayerPass:
         on: Device,
         pool: Pool | None,
     ) -> None:
-        self._problem, self._writer, self._folder, self._lengths = problem, writer, folder, lengths
-        self._exact = read_layer(config, source, k, on)
-        self._rounded = _ArrivingLayer(self._exact, source, problem)
-        self.fallbacks: list[Fallback] = []
+        self._folder, self._lengths = folder, lengths
         self._pool = pool
         self._shared = share_layer(config, source, k) if pool else None
-        self._packed: dict[str, SolvedMatrix] = {}
+        self._exact = read_layer(config, source, k, on)
+        self._matrices = LayerMatrices(self._exact, source, problem, writer, pool, self._shared)
+        self._rounded, self.fallbacks = self._matrices.rounded, self._matrices.fallbacks
+        if pool and self._shared and isinstance(self._exact.anatomy.mlp, Moe):
+            self._rounded.elsewhere = rounded_elsewhere(pool, self._shared, problem, writer, self.fallbacks)
         self._spills: list[Activations] = []
-        self._passing: tuple[str, list[str]] = "", []
 
     def side(self, kind: str, before: ActivationFile, after: ActivationFile) -> Side:
         """One stream through the layer, from file to file."""
@@ -218,7 +214,7 @@ class _LayerPass:
             )
             return self._spills[-1]
 
-        layer, solved = (self._exact, {}) if kind == _EXACT else (self._rounded, self._packed)
+        layer, solved = (self._exact, {}) if kind == _EXACT else (self._rounded, self._matrices.packed)
         return ComputedSide(layer, before, after, spill, self._pool, self._shared, solved)
 
     def run(self, exact: Side, rounded: Side, meanwhile: Callable[[], None], forgets: bool = False) -> None:
@@ -235,74 +231,16 @@ class _LayerPass:
                 else:
                     pairs = zip(exact.reads(half, given), rounded.reads(half, given), strict=True)
                     others = meanwhile if given == widest else (lambda: None)
-                    self._solve(given, pairs, sum(map(sum, self._lengths)), self._pool, others)
+                    self._matrices.solve(given, pairs, sum(map(sum, self._lengths)), others)
                     for linear in given.linears if forgets else ():
                         self._exact.tensors.pop(linear.weight)
             exact.step(half)
-            rounded.step(half, self._by_routed)
+            rounded.step(half, self._matrices.by_routed)
 
     def finish(self) -> None:
         """Forgets the activations inside this layer."""
         for spill in self._spills:
             spill.remove()
-
-    def _by_routed(self, given: LinearInput, arrived: Floats) -> Floats:
-        """Solves what reads an input of an expert from the tokens that come there, if they are enough, and gives these
-        back. The expert before it is forgotten: together they would be the layer's memory many times over."""
-        expert = given.name.rpartition(".")[0]
-        if expert != self._passing[0]:
-            for tensor in self._passing[1]:
-                self._rounded.tensors.pop(tensor)
-            self._passing = expert, []
-        solves = given.routed and any(self._problem.specs[linear.weight].rounded_by.solves for linear in given.linears)
-        if solves and arrived.shape[0] >= FEWEST_ROUTED:
-            # What it would have read in the exact stream is not kept; what rounding its input costs is made up for.
-            self._solve(given, iter([(arrived, arrived)]), arrived.shape[0], None)
-            self._passing[1].extend(linear.weight for linear in given.linears)
-        return arrived
-
-    def _solve(
-        self,
-        given: LinearInput,
-        pairs: Iterator[tuple[Floats, Floats]],
-        tokens: int,
-        pool: Pool | None,
-        meanwhile: Callable[[], None] = lambda: None,
-    ) -> None:
-        """Solves the matrices that read an input, of which `pairs` have the exact and the arriving values."""
-        solver = InputSolver(given, self._problem, self._exact.on, pool, self._shared if pool else None)
-        weights = {linear.weight: self._exact.tensors[linear.weight] for linear in given.linears}
-        if solver.wanted:
-            solver.gather(pairs, tokens, {tensor: weights[tensor] for tensor in solver.wanted}, meanwhile)
-        self.fallbacks += solver.fallbacks
-        made = solver.solved(weights)
-        for linear in given.linears:
-            tensor = linear.weight
-            weight, solved = weights[tensor], made[tensor]
-            if tensor in solver.wanted:
-                self._writer.write(tensor, 0, self._exact.on.square_sum(weight), solved.blocks)
-            self._rounded.tensors[tensor] = solved.restored
-            if pool:
-                self._packed[tensor] = SolvedMatrix(solved.blocks, self._problem.specs[tensor], given.width)
-            self._rounded.solved[linear.module] = given
-
-
-class _ArrivingLayer(Layer):
-    """A layer whose linears see their input as the bundle's will once they are solved: `solved` has that input by
-    module."""
-
-    def __init__(self, exact: Layer, source: Tensors, problem: Problem) -> None:
-        tensors = with_rounded_experts(exact, source, problem.specs, problem.importance)
-        super().__init__(exact.config, exact.anatomy, tensors, exact.on)
-        self.solved: dict[str, LinearInput] = {}
-        # What workers are not sent: the importance and the scales of a whole model.
-        self._problem = replace(problem, importance={}, scales={})
-
-    def product(self, linear: Linear, x: Floats) -> Floats:
-        """Returns the product [T, out_features] of the input as the bundle rounds it."""
-        if linear.module in self.solved:
-            x = self._problem.arriving(self.solved[linear.module], linear.module, x)
-        return super().product(linear, x)
 
 
 def _solve_head(

@@ -23,7 +23,8 @@ from toolkit import names
 from toolkit.algorithms import MatrixUse
 from toolkit.calibrate.activations import ActivationFile
 from toolkit.calibrate.exact import ExactInputs
-from toolkit.calibrate.experts import FEWEST_ROUTED
+from toolkit.calibrate.expert_pieces import seen_elsewhere
+from toolkit.calibrate.experts import routed_facts
 from toolkit.calibrate.facts import InputFacts, State, Survey, load_state, save_state, state_file
 from toolkit.calibrate.ladder import SharedFormat
 from toolkit.calibrate.pieces import each, through
@@ -41,7 +42,7 @@ from toolkit.quant.awq import FoldChoice, Reader, thinned_rows
 from toolkit.quant.blockwise import QuantSpec, dequantize_blocks, quantize_blocks
 from toolkit.quant.formats import other_formats, use_of
 from toolkit.quant.ranges import ActivationRange
-from toolkit.reference.decoder import Layer, batched, by_batches, embed, read_layer, rms_norm, through_layer
+from toolkit.reference.decoder import Layer, Look, batched, by_batches, embed, read_layer, rms_norm, through_layer
 from toolkit.reference.divergence import Diverging, mean_divergences
 from toolkit.reference.shared import share_layer
 
@@ -191,10 +192,8 @@ class _Pass:
         batches = before.read_by(on, batched(self._lengths, tokens))
         with ExitStack() as files:
             keep = {given.name: self._keeping(given, files) for given in inputs if not given.routed}
-            # Experts are read one at a time, here.
-            if self._pool and not isinstance(layer.anatomy.mlp, Moe):
-                found = self._pool.map(through, share_layer(self._config, self._source, k), list(batches))
-                after.write(_counted(x, values, seen, keep) for x, values in found)
+            if self._pool:
+                after.write(self._by_workers(layer, k, batches, seen, keep))
             else:
                 after.write(_through(layer, batches, seen, keep, self._check))
         searched = dict[str, Searched]()
@@ -205,7 +204,7 @@ class _Pass:
         self._check()
         facts = dict(zip(searched, each(self._pool, input_facts, None, searched.values()), strict=True))
         for given in inputs:
-            state.inputs[given.name] = facts.get(given.name) or _routed_facts(seen[given.name])
+            state.inputs[given.name] = facts.get(given.name) or routed_facts(seen[given.name])
         if not self._wish.probes:
             return
         exact = state.probes[""]
@@ -216,6 +215,25 @@ class _Pass:
                 rounded.round(linear, self._wish.specs[linear.weight], state.inputs[given.name], self._wish.rounding)
             fresh[given.name] = through_layer(rounded, exact, tokens)
         state.probes = {name: through_layer(layer, x, tokens) for name, x in state.probes.items()} | fresh
+
+    def _by_workers(
+        self,
+        layer: Layer,
+        k: int,
+        batches: ActivationFile,
+        seen: dict[str, InputStatistics],
+        keep: Mapping[str, Callable[[Floats], Floats]],
+    ) -> Iterator[Floats]:
+        """Sequences that workers take through a layer, or as far as its experts, which they have with the tokens of the
+        whole text."""
+        assert self._pool
+        shared, moe = share_layer(self._config, self._source, k), layer.anatomy.mlp
+        found = self._pool.map(through, shared, list(batches))
+        passed = (_counted(x, values, seen, keep) for x, values in found)
+        if not isinstance(moe, Moe):
+            return passed
+        layer.elsewhere = seen_elsewhere(self._pool, shared, seen)
+        return iter([layer.through(moe, np.concatenate(list(passed)), look=_looking(seen, keep, self._check))])
 
     def head(self, before: ActivationFile, state: State, on: Device, tokens: int) -> dict[str, float]:
         """The head's facts; the divergence of every probe."""
@@ -280,12 +298,19 @@ def _through(
     check: Callable[[], None],
 ) -> Iterator[Floats]:
     """Sequences through a layer, each input counted, and kept where all tokens come to it; `check` before each."""
+    return by_batches(layer, batches, _looking(seen, keep, check))
+
+
+def _looking(
+    seen: Mapping[str, InputStatistics], keep: Mapping[str, Callable[[Floats], Floats]], check: Callable[[], None]
+) -> Look:
+    """What counts an input, and keeps it where all tokens come to it; `check` before each."""
 
     def looked_at(given: LinearInput, values: Floats) -> Floats:
         check()
         return seen[given.name].add(values if given.routed else keep[given.name](values))
 
-    return by_batches(layer, batches, looked_at)
+    return looked_at
 
 
 def _counted(
@@ -298,13 +323,6 @@ def _counted(
     for name, values in found.items():
         seen[name].add(keep[name](values))
     return x
-
-
-def _routed_facts(seen: InputStatistics) -> InputFacts:
-    """What an expert's input looks like by the tokens that came there; too few say nothing of its channels."""
-    sample = seen.sample()
-    moments = sample.moments if seen.seen >= FEWEST_ROUTED else np.zeros_like(sample.moments)
-    return InputFacts(moments, sample.values(), FoldChoice(), {}, seen.seen)
 
 
 class _RoundedLayer(Layer):

@@ -27,7 +27,7 @@ from toolkit.device.fitting import TOGETHER
 from toolkit.reference.attention import attend
 from toolkit.reference.delta_rule import DeltaState, convolved, delta_rule, silu
 from toolkit.reference.rotation import rotate, rotate_neighbours, rotation
-from toolkit.reference.routing import routed, routed_by_groups
+from toolkit.reference.routing import Chosen, Elsewhere, chosen_experts, routed, routed_by_groups
 
 Array = NDArray[np.float32]
 # Of a head at once, at most so many rows and so many weights; who remembers rows has them if it asks for as many.
@@ -161,7 +161,9 @@ class LayerTensors(dict[str, Array]):
 
 class Layer:
     """One decoder layer with its weights on a device: whole, or step by step for who looks at what linears read. All
-    that goes in and comes out is that device's too."""
+    that goes in and comes out is that device's too. Where `elsewhere` is set, it is asked for what experts make."""
+
+    elsewhere: Elsewhere | None = None
 
     def __init__(
         self, config: ModelConfig, anatomy: DecoderLayer, tensors: dict[str, Array], on: Device = NUMPY
@@ -270,15 +272,20 @@ class Layer:
         if shared := moe.shared:
             hidden = self.mlp_hidden(shared, look(shared.normed_input, normed))
             made += self.linear(shared.down_proj, look(shared.inner_input, hidden))
-        for k, expert in enumerate(moe.experts):
-            (tokens,) = np.nonzero(weights[:, k])
-            if not tokens.size:
-                continue
-            rows = self.on.index(tokens)
-            hidden = self.expert_hidden(moe.routing, expert, look(expert.normed_input, normed[rows]))
-            output = self.linear(expert.down_proj, look(expert.inner_input, hidden))
-            made[rows] += output * self.on.from_host(weights[tokens, k, None])
+        chosen = chosen_experts(weights)
+        outputs = self.elsewhere(normed, chosen) if self.elsewhere else self._one_by_one(moe, normed, chosen, look)
+        for one, output in zip(chosen, outputs, strict=True):
+            made[self.on.index(one.tokens)] += output * self.on.from_host(weights[one.tokens, one.expert, None])
         return made
+
+    def _one_by_one(self, moe: Moe, normed: Array, chosen: Sequence[Chosen], look: Look) -> Iterator[Array]:
+        return (self.expert(moe, one.expert, normed[self.on.index(one.tokens)], look) for one in chosen)
+
+    def expert(self, moe: Moe, k: int, normed: Array, look: Look = unseen) -> Array:
+        """An expert's output [T, D] of the tokens [T, D] that chose it."""
+        expert = moe.experts[k]
+        hidden = self.expert_hidden(moe.routing, expert, look(expert.normed_input, normed))
+        return self.linear(expert.down_proj, look(expert.inner_input, hidden))
 
     def expert_hidden(self, routing: Experts, expert: Expert, normed: Array) -> Array:
         """An expert's activations [T, intermediate_size] of its normed input [T, D]."""

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
 from toolkit.checkpoint.family import Experts
 
 Array = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """An expert by its place, and the places of the tokens that chose it."""
+
+    expert: int
+    tokens: NDArray[np.int64]
+
+
+# Gives the output [T, D] of each expert in order, for the tokens of the normed input [T, D] that chose it.
+Elsewhere = Callable[[Array, Sequence[Chosen]], Iterator[Array]]
 
 
 def routed(routing: Experts, logits: Array) -> Array:
@@ -35,3 +50,9 @@ def routed_by_groups(routing: Experts, logits: Array, bias: Array) -> Array:
     np.put_along_axis(chosen, order, np.take_along_axis(affinity, order, axis=-1), axis=-1)
     shares: Array = chosen / chosen.sum(axis=-1, keepdims=True)
     return shares * np.float32(routing.scaling)
+
+
+def chosen_experts(shares: Array) -> list[Chosen]:
+    """Returns the experts that some token takes from, by how much each does, [T, E]."""
+    places = (np.flatnonzero(shares[:, expert]) for expert in range(shares.shape[1]))
+    return [Chosen(expert, tokens) for expert, tokens in enumerate(places) if tokens.size]

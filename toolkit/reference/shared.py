@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from toolkit.checkpoint.anatomy import decoder_of
 from toolkit.checkpoint.config import ModelConfig
 from toolkit.checkpoint.weights import Tensors
+from toolkit.device.arrays import NUMPY
 from toolkit.names import is_expert
-from toolkit.reference.decoder import Layer
+from toolkit.reference.decoder import Layer, LayerTensors
 
 Array = NDArray[np.float32]
 # What this process read last, by the key of a layer: work comes layer by layer, of one that is solved and of the next,
@@ -26,7 +27,7 @@ _READ: Final[dict[str, dict[str, Array]]] = {}
 
 @dataclass(frozen=True)
 class SharedLayer:
-    """A layer that has no experts, by its place in the checkpoint that `source` reads, with the names of its tensors.
+    """A layer by its place in the checkpoint that `source` reads, with the names of its tensors but experts'.
     What a process read of it is kept until the process is asked for two layers of other `key`s."""
 
     key: str
@@ -39,6 +40,11 @@ class SharedLayer:
         """Returns the layer with its tensors, but for those that are named."""
         anatomy = decoder_of(self.config).layers[self.index]
         return Layer(self.config, anatomy, {name: self.read(name) for name in self.tensors if name not in without})
+
+    def experts(self) -> Layer:
+        """Returns the layer for who computes with its experts: their tensors are read when they are used, and not
+        kept."""
+        return Layer(self.config, decoder_of(self.config).layers[self.index], LayerTensors(self.source, NUMPY, ()))
 
     def read(self, name: str) -> Array:
         """Returns a tensor of the layer as float32."""
