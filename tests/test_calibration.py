@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -313,6 +313,30 @@ def test_rows_of_a_tall_matrix_are_solved_some_at_a_time_as_all_at_once(
         assert (made.blocks.packed == whole[name].blocks.packed).mean() > 0.99
         assert made.blocks.noise == pytest.approx(whole[name].blocks.noise, rel=0.01)
         assert np.isclose(made.restored, whole[name].restored, atol=1e-6).mean() > 0.99
+
+
+@pytest.mark.parametrize(("tokens", "taken"), [(24, [0, 3, 5, 8, 10, 13, 15, 18, 20, 23]), (40, range(40))])
+def test_a_wide_input_is_solved_from_some_tokens_evenly_spaced(
+    tokens: int, taken: Sequence[int], tmp_path: Path
+) -> None:
+    """One of more than twice as many channels as there are tokens; they come in sequences of 7."""
+    checkpoint, _ = _checkpoint("qwen3", tmp_path)
+    given, random = decoder_of(checkpoint.config).layers[0].attention.normed_input, np.random.default_rng(4)
+    assert 2 * 24 < given.width <= 2 * 40
+    exact = random.standard_normal((tokens, given.width)).astype(np.float32)
+    arriving = exact + 0.1 * random.standard_normal(exact.shape).astype(np.float32)
+    weights = {linear.weight: checkpoint.source.read(linear.weight) for linear in given.linears}
+
+    def solved(most: int, pairs: list[tuple[Floats, Floats]]) -> dict[str, Solved]:
+        problem = replace(_problem(checkpoint, Rounding.NONE), wide_tokens=most)
+        solver = InputSolver(given, problem, NUMPY, None, None)
+        solver.gather(iter(pairs), sum(x.shape[0] for x, _ in pairs), weights)
+        return solver.solved(weights)
+
+    found = solved(10, [(exact[k : k + 7], arriving[k : k + 7]) for k in range(0, tokens, 7)])
+    alone = solved(0, [(exact[list(taken)], arriving[list(taken)])])
+    for name, made in found.items():
+        assert (made.blocks.packed == alone[name].blocks.packed).all()
 
 
 def test_a_tied_embedding_is_solved_as_the_head_that_it_is(tmp_path: Path) -> None:

@@ -32,6 +32,10 @@ from toolkit.quant.activations import Rounding, rounded_input
 from toolkit.quant.blockwise import QuantizedBlocks, QuantSpec, dequantize_blocks, quantize_blocks
 from toolkit.quant.gptq import Factor, NotPositiveDefiniteError, factorize
 from toolkit.quant.gptq_tokens import TokenFactor, factorize_tokens, pays
+=======
+from toolkit.quant.gptq import Factor, NotPositiveDefiniteError
+from toolkit.quant.gptq_tokens import TokenFactor, factorize_tokens, pays, tokens_taken
+>>>>>>> a5e8328 (GPTQ takes at most 1,536 tokens of a text of an input of more than twice as many channels, at balanced)
 from toolkit.quant.ranges import ActivationRange
 from toolkit.quant.visits import Solved
 from toolkit.reference.decoder import rows_together
@@ -55,7 +59,7 @@ class Problem:
     """What to solve. `specs` has the format of every matrix; `importance` by tensor serves where GPTQ cannot.
     `rounding` is what the bundle does to the input of a linear in a layer, `head_rounding` to the head's, `values` has
     the range of each input by its name, and `scales` what is folded into it, if anything is. Solved columns are visited
-    again as often as `revisits` says."""
+    again as often as `revisits` says; of a wide input at most `wide_tokens` are taken, 0 for all."""
 
     specs: Mapping[str, QuantSpec]
     importance: Mapping[str, Floats]
@@ -64,6 +68,7 @@ class Problem:
     values: Mapping[str, ActivationRange]
     scales: Mapping[str, Floats]
     revisits: int = 0
+    wide_tokens: int = 0
 
     def arriving(self, given: LinearInput, reader: str, x: Floats) -> Floats:
         """An input [T, K] as the bundle's product with one of its readers sees it."""
@@ -97,13 +102,17 @@ class InputSolver:
         meanwhile: Callable[[], None] = lambda: None,
     ) -> None:
         """The factor and what the targets need, from every sequence's exact and arriving input, `tokens` in all; `rows`
+<<<<<<< HEAD
         are the matrices where they are at hand. `meanwhile` may give a pool more to do, of which most processes wait
         while one makes the factor."""
-        arrived = ((x, self._problem.arriving(self._given, self._given.name, arriving)) for x, arriving in pairs)
+        outputs, width = sum(weight.shape[0] for weight in rows.values()) if rows else 0, self._given.width
+        taken = tokens_taken(tokens, width, self._problem.wide_tokens)
+        # P of all tokens is one product after the other: nothing for several workers.
+        by_tokens = bool(rows) and not self._pool and pays(taken, width, outputs)
+        some = _evenly(pairs, tokens, taken, self._on) if by_tokens and taken < tokens else pairs
+        arrived = ((x, self._problem.arriving(self._given, self._given.name, arriving)) for x, arriving in some)
         try:
-            outputs = sum(weight.shape[0] for weight in rows.values()) if rows else 0
-            # P of all tokens is one product after the other: nothing for several workers.
-            if rows and not self._pool and pays(tokens, self._given.width, outputs):
+            if by_tokens:
                 exact, arriving = (self._on.concatenate(side) for side in zip(*arrived, strict=True))
                 self._factor = factorize_tokens(exact, arriving, self._spec)
             else:
@@ -203,6 +212,7 @@ class InputSolver:
         else:
             together = self._on.concatenate(list(rows.values())) if rows and few else None
             gathered = Products(self._given.width, together, self._on)
+<<<<<<< HEAD
             for one, other in arrived:
                 gathered.add(one, other)
             moment, made = gathered.result()
@@ -215,3 +225,31 @@ class InputSolver:
             tensor: made[end - count : end] for (tensor, count), end in zip(counts.items(), ends, strict=True)
         }
         return factor, None
+=======
+            for exact, arriving in arrived:
+                gathered.add(exact, arriving)
+            (moment, cross), tokens = ([mean] for mean in gathered.result()), gathered.tokens
+        if rows and few:
+            whole = self._on.concatenate(cross)
+            ends = np.cumsum([weight.shape[0] for weight in rows.values()])
+            self._products = {
+                tensor: whole[end - weight.shape[0] : end]
+                for (tensor, weight), end in zip(rows.items(), ends, strict=True)
+            }
+        # Columns whose scales stand beforehand may be visited in any order.
+        block_size = self._given.width if self._spec.signed else self._spec.block_size
+        return factored(self._pool, Moments(moment, None if few else cross, tokens), block_size)
+
+
+def _evenly(
+    pairs: Iterator[tuple[Floats, Floats]], tokens: int, taken: int, on: Device
+) -> Iterator[tuple[Floats, Floats]]:
+    """Yields, of the exact and arriving values [T, K] of sequences of so many tokens in all, those that are `taken`,
+    evenly spaced over the text."""
+    chosen, start = np.linspace(0, tokens - 1, taken).round().astype(np.int64), 0
+    for exact, arriving in pairs:
+        stop = start + arriving.shape[0]
+        rows = on.index(chosen[(chosen >= start) & (chosen < stop)] - start)
+        yield exact[rows], arriving[rows]
+        start = stop
+>>>>>>> a5e8328 (GPTQ takes at most 1,536 tokens of a text of an input of more than twice as many channels, at balanced)

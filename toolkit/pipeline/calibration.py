@@ -266,8 +266,17 @@ class _Passes:
     def _problem(self, formats: Mapping[str, QuantSpec], found: Survey) -> Problem:
         values = {name: facts.values for name, facts in found.inputs.items()}
         importance = _importance(self._config, found)
-        wish, revisits = self._wish, QUALITIES[self._plan.recipe.quality].revisits
-        return Problem(formats, importance, wish.rounding, wish.head_rounding, values, found.scales(), revisits)
+        wish, quality = self._wish, QUALITIES[self._plan.recipe.quality]
+        return Problem(
+            formats,
+            importance,
+            wish.rounding,
+            wish.head_rounding,
+            values,
+            found.scales(),
+            quality.revisits,
+            quality.wide_tokens,
+        )
 
 
 def _nothing() -> None:

@@ -24,18 +24,16 @@ from toolkit.pipeline.text import LONGEST
 from toolkit.pipeline.work import Work
 from toolkit.quality import QUALITIES
 from toolkit.quant.formats import planned_specs
-from toolkit.quant.gptq_tokens import pays
+from toolkit.quant.gptq_tokens import pays, tokens_taken
 from toolkit.recipe import Recipe
 from toolkit.reference.decoder import head_step, rows_together
 from toolkit.target import Form
 
 # What the ranges of activations are taken from where nothing else needs text.
 _RANGE_TOKENS: Final = 1024
-# Of a head's rows in float32 while they are solved: the matrix, its target, what is left of it, what it is restored to,
-# and those of the rows before. 7.3 were measured with a vocabulary of 151,936 and 2,048 channels.
-_HEAD_COPIES: Final = 8
-# The same of a matrix in a layer, beside the layer's own weights and what is made of those that read its input.
-_MATRIX_COPIES: Final = 6
+# Of a matrix' rows in float32 while they are solved: these, their target, what is left of them, what they are restored
+# to, and those of the rows before. 7.3 were measured of a head with a vocabulary of 151,936 and 2,048 channels.
+_COPIES: Final = 8
 
 
 @dataclass(frozen=True)
@@ -84,8 +82,8 @@ def calibration_cost(recipe: Recipe, config: ModelConfig, form: Form) -> Calibra
         specs = planned_specs(config, recipe, form)
         work += survey_work(config, specs, tokens, recipe.fold, recipe.bits_per_weight > 0)
     if solved:
-        streams, revisits = 1 if solves_in_step(recipe, config, form) else 2, QUALITIES[recipe.quality].revisits
-        work += solving_work(config, solved, tokens, streams, revisits)
+        streams, quality = 1 if solves_in_step(recipe, config, form) else 2, QUALITIES[recipe.quality]
+        work += solving_work(config, solved, tokens, streams, quality.revisits, quality.wide_tokens)
     tuned = _tuned_bytes(config) if recipe.tuning_steps else 0
     if recipe.tuning_steps:
         work += tuning_work(config, tokens, recipe.tuning_steps)
@@ -117,7 +115,7 @@ def _head_bytes(config: ModelConfig, solved: Sequence[LinearInput]) -> int:
     given = decoder_of(config).head_input
     if given not in solved:
         return 0
-    return _factor_bytes(given, 0) + _HEAD_COPIES * 4 * min(head_step(config), config.vocab_size) * given.width
+    return _factor_bytes(given, 0) + _COPIES * 4 * min(head_step(config), config.vocab_size) * given.width
 
 
 def _factor_bytes(given: LinearInput, tokens: int) -> int:
@@ -135,7 +133,9 @@ def _layers_bytes(recipe: Recipe, config: ModelConfig, form: Form, tokens: int) 
     if solves_in_step(recipe, config, form):
         # A layer, exact as far as it is not solved yet, and the next one, which is surveyed meanwhile.
         together = max(a + b for a, b in zip(held, [*held[1:], 0], strict=True))
-        return 4 * together + max(_solving_bytes(given, tokens) for given in solved if layer_of(given.name) is not None)
+        most = QUALITIES[recipe.quality].wide_tokens
+        inside = (given for given in solved if layer_of(given.name) is not None)
+        return 4 * together + max(_solving_bytes(given, tokens_taken(tokens, given.width, most)) for given in inside)
     # The exact one and half of one on its way in; with probes or GPTQ a rounded one and what it is made of, and a
     # folded one.
     layers = 4.0 if solved else 2.5 if recipe.bits_per_weight else 1.5
@@ -147,7 +147,7 @@ def _solving_bytes(given: LinearInput, tokens: int) -> int:
     all the states they go through."""
     largest = max(linear.out_features for linear in given.linears)
     rows = min(largest, rows_together(given.width))
-    return _factor_bytes(given, tokens) + 4 * input_weights(given) + _MATRIX_COPIES * 4 * rows * given.width
+    return _factor_bytes(given, tokens) + 4 * input_weights(given) + _COPIES * 4 * rows * given.width
 
 
 def _solved(recipe: Recipe, config: ModelConfig, form: Form) -> list[LinearInput]:

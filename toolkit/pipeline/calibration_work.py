@@ -24,7 +24,7 @@ from toolkit.pipeline.work import Work
 from toolkit.quant.awq import CANDIDATES, FIRST_CANDIDATES, thinned_count
 from toolkit.quant.blockwise import QuantSpec
 from toolkit.quant.formats import other_formats
-from toolkit.quant.gptq_tokens import pays, products_of_moment, products_of_tokens
+from toolkit.quant.gptq_tokens import pays, products_of_moment, products_of_tokens, tokens_taken
 
 # Passes over a weight: to search its scale and round it, to restore it, to solve its column.
 PASSES_TO_SEARCH: Final = 26.0
@@ -105,10 +105,15 @@ def survey_work(config: ModelConfig, specs: dict[str, QuantSpec], tokens: int, f
 
 
 def solving_work(
-    config: ModelConfig, solved: Sequence[LinearInput], tokens: int, streams: int, revisits: int = 0
+    config: ModelConfig,
+    solved: Sequence[LinearInput],
+    tokens: int,
+    streams: int,
+    revisits: int = 0,
+    wide_tokens: int = 0,
 ) -> Work:
     """GPTQ: one stream through the layers, or two, the products of each input, its columns one after the other, and
-    again as often as `revisits` says."""
+    again as often as `revisits` says; of wide inputs at most `wide_tokens` are taken, 0 for all."""
     length = min(LONGEST, tokens)
     done = _by_cores(forward_work(config, tokens, length, tokens / length) * (_STREAM * streams))
     experts = config.structure.experts
@@ -116,9 +121,13 @@ def solving_work(
     for given in solved:
         weights, seen = input_weights(given), to_one if given.routed else tokens
         rows = weights // given.width
-        by_tokens = layer_of(given.name) is not None and pays(seen, given.width, rows)
+        taken = tokens_taken(seen, given.width, wide_tokens)
+        by_tokens = layer_of(given.name) is not None and pays(taken, given.width, rows)
         again = 0 if by_tokens else revisits
-        factored = (products_of_tokens if by_tokens else products_of_moment)(seen, given.width, rows)
+        if by_tokens:
+            factored = products_of_tokens(taken, given.width, rows)
+        else:
+            factored = products_of_moment(seen, given.width, rows)
         done += Work(
             products=factored + 2.0 * weights * given.width * (again + (again > 0)),
             elements=(PASSES_TO_SOLVE + _REVISITED * again) * weights / (os.cpu_count() or 1),

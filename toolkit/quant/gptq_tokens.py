@@ -44,6 +44,12 @@ def products_of_moment(tokens: int, channels: int, rows: int) -> float:
     return T * K**2 + white + K**3 / 3 + N * K**2
 
 
+def tokens_taken(tokens: int, channels: int, most: int) -> int:
+    """How many of a text's tokens GPTQ takes of an input: at most so many, unless that is 0, where the channels are
+    more than twice as many as the text has tokens."""
+    return min(tokens, most) if most and channels > 2 * tokens else tokens
+
+
 def pays(tokens: int, channels: int, rows: int) -> bool:
     """Whether an input's tokens are fewer operations than its second moment."""
     return products_of_tokens(tokens, channels, rows) < products_of_moment(tokens, channels, rows)
