@@ -33,7 +33,6 @@ from toolkit.device.words import CPU
 from toolkit.machine import peak_rss_bytes
 from toolkit.pipeline.described import described_with_costs
 from toolkit.pipeline.plan import ExportPlan
-from toolkit.quality import QUALITIES
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 WORK: Final = ROOT / "build" / "device"
@@ -116,7 +115,7 @@ def shape_of(model: str, layers: int, toy: bool) -> Path:
 
 def planned(model: str, quality: str, layers: int, toy: bool) -> list[ExportPlan]:
     """The plan of an export of so many layers."""
-    changes = [f"calibration_tokens={_TOY_TOKENS if toy else QUALITIES[quality].tokens}", "context_length=512"]
+    changes = ["context_length=512", *([f"calibration_tokens={_TOY_TOKENS}"] if toy else [])]
     folder, out = shape_of(model, layers, toy), WORK / "bundle"
     return toolkit.plan("cpu", checkpoint=folder, out=out, synthetic=True, quality=quality, changes=changes)
 

@@ -43,10 +43,10 @@ def _plan(recipe_name: str, tmp_path: Path) -> ExportPlan:
     return plan_export(recipe, synthetic_checkpoint(facts), tmp_path / "bundle", "int4")
 
 
-def _changed(model: str, changes: dict[str, int], quality: str, tmp_path: Path) -> ExportPlan:
+def _changed(model: str, changes: dict[str, int], quality: str, tmp_path: Path, *said: str) -> ExportPlan:
     raw = json.loads((MODELS / model / "config.json").read_text(encoding="utf-8"))
     (tmp_path / "config.json").write_text(json.dumps({**raw, **changes}), encoding="utf-8")
-    recipe = load_recipe("cpu", [f"quality={quality}"], str(tmp_path))
+    recipe = load_recipe("cpu", [f"quality={quality}", *said], str(tmp_path))
     return plan_export(recipe, synthetic_checkpoint(tmp_path), tmp_path / "bundle", "int4")
 
 
@@ -104,12 +104,23 @@ def test_an_export_takes_what_whole_exports_took(
     assert seconds == pytest.approx(took, rel=0.15)
 
 
+def test_a_text_whose_length_is_asked_for_is_taken_whole_in_wide_inputs_too(tmp_path: Path) -> None:
+    """down_proj of the 1.5B: 8,960 channels, 1,536 rows, 1,536 or 2,560 tokens (quant/gptq_tokens.py)."""
+    left, whole = (
+        plan.calibration_cost.work.products
+        for said in ((), ("calibration_tokens=2560",))
+        if (plan := _changed("1.5b", {}, "balanced", tmp_path, *said)).calibration_cost
+    )
+    some, every = (4 * tokens**2 * 8960 + 6 * tokens * 1536 * 8960 for tokens in (1536, 2560))
+    assert whole - left == pytest.approx(28 * (every - some))
+
+
 @pytest.mark.parametrize(
     ("model", "changes", "quality", "held"),
     [
         ("1.5b", SMALLER, "balanced", 0.874e9),
         ("1.5b", SMALLER, "best", 0.916e9),
-        ("1.5b", {}, "balanced", 1.472e9),
+        ("1.5b", {}, "balanced", 1.47e9),
         ("deepseek-v3", OF_V3, "balanced", 3.17e9),
     ],
     ids=["0.5B", "0.5B best", "1.5B", "a layer of V3"],
@@ -117,7 +128,7 @@ def test_an_export_takes_what_whole_exports_took(
 def test_memory_is_little_more_than_was_held(
     model: str, changes: dict[str, int], quality: str, held: float, tmp_path: Path
 ) -> None:
-    """Whole exports, and a layer of V3, two cores (LOG.md, 2026-11-28)."""
+    """Whole exports, and a layer of V3, two cores (LOG.md, 2026-11-28 and 29)."""
     assert held < _changed(model, changes, quality, tmp_path).peak_memory_bytes < 1.2 * held
 
 

@@ -27,7 +27,7 @@ class Quality:
 QUALITIES: Final[dict[str, Quality]] = {
     "fast": Quality("kquant", "kquant", 0),
     # From so few tokens solving experts gained nothing, and takes ten times what searching does (LOG.md).
-    # What a wide input takes grows with the square of its tokens: 1,536 cost it a thirtieth more error (LOG.md).
+    # What a wide input takes grows with the square of its tokens: 1,536 cost it 2 to 5% more error (LOG.md).
     "balanced": Quality("gptq", "imatrix", 2560, wide_tokens=1536),
     "best": Quality("gptq", "gptq", 8192, revisits=2),
 }

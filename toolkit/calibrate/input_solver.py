@@ -31,11 +31,7 @@ from toolkit.device.fitting import Pool
 from toolkit.quant.activations import Rounding, rounded_input
 from toolkit.quant.blockwise import QuantizedBlocks, QuantSpec, dequantize_blocks, quantize_blocks
 from toolkit.quant.gptq import Factor, NotPositiveDefiniteError, factorize
-from toolkit.quant.gptq_tokens import TokenFactor, factorize_tokens, pays
-=======
-from toolkit.quant.gptq import Factor, NotPositiveDefiniteError
 from toolkit.quant.gptq_tokens import TokenFactor, factorize_tokens, pays, tokens_taken
->>>>>>> a5e8328 (GPTQ takes at most 1,536 tokens of a text of an input of more than twice as many channels, at balanced)
 from toolkit.quant.ranges import ActivationRange
 from toolkit.quant.visits import Solved
 from toolkit.reference.decoder import rows_together
@@ -102,7 +98,6 @@ class InputSolver:
         meanwhile: Callable[[], None] = lambda: None,
     ) -> None:
         """The factor and what the targets need, from every sequence's exact and arriving input, `tokens` in all; `rows`
-<<<<<<< HEAD
         are the matrices where they are at hand. `meanwhile` may give a pool more to do, of which most processes wait
         while one makes the factor."""
         outputs, width = sum(weight.shape[0] for weight in rows.values()) if rows else 0, self._given.width
@@ -212,7 +207,6 @@ class InputSolver:
         else:
             together = self._on.concatenate(list(rows.values())) if rows and few else None
             gathered = Products(self._given.width, together, self._on)
-<<<<<<< HEAD
             for one, other in arrived:
                 gathered.add(one, other)
             moment, made = gathered.result()
@@ -225,20 +219,6 @@ class InputSolver:
             tensor: made[end - count : end] for (tensor, count), end in zip(counts.items(), ends, strict=True)
         }
         return factor, None
-=======
-            for exact, arriving in arrived:
-                gathered.add(exact, arriving)
-            (moment, cross), tokens = ([mean] for mean in gathered.result()), gathered.tokens
-        if rows and few:
-            whole = self._on.concatenate(cross)
-            ends = np.cumsum([weight.shape[0] for weight in rows.values()])
-            self._products = {
-                tensor: whole[end - weight.shape[0] : end]
-                for (tensor, weight), end in zip(rows.items(), ends, strict=True)
-            }
-        # Columns whose scales stand beforehand may be visited in any order.
-        block_size = self._given.width if self._spec.signed else self._spec.block_size
-        return factored(self._pool, Moments(moment, None if few else cross, tokens), block_size)
 
 
 def _evenly(
@@ -252,4 +232,3 @@ def _evenly(
         rows = on.index(chosen[(chosen >= start) & (chosen < stop)] - start)
         yield exact[rows], arriving[rows]
         start = stop
->>>>>>> a5e8328 (GPTQ takes at most 1,536 tokens of a text of an input of more than twice as many channels, at balanced)

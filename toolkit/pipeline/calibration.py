@@ -39,7 +39,7 @@ from toolkit.graph.layout import plan_layout
 from toolkit.partition.data_files import Destination
 from toolkit.partition.solved import open_solved
 from toolkit.partition.stored import StoredTensors
-from toolkit.pipeline.calibration_cost import calibration_tokens, remembers, solves_in_step
+from toolkit.pipeline.calibration_cost import calibration_tokens, remembers, solves_in_step, wide_tokens
 from toolkit.pipeline.plan import ExportPlan
 from toolkit.pipeline.text import LONGEST, find_text, token_sequences
 from toolkit.quality import QUALITIES
@@ -266,7 +266,7 @@ class _Passes:
     def _problem(self, formats: Mapping[str, QuantSpec], found: Survey) -> Problem:
         values = {name: facts.values for name, facts in found.inputs.items()}
         importance = _importance(self._config, found)
-        wish, quality = self._wish, QUALITIES[self._plan.recipe.quality]
+        wish, recipe = self._wish, self._plan.recipe
         return Problem(
             formats,
             importance,
@@ -274,8 +274,8 @@ class _Passes:
             wish.head_rounding,
             values,
             found.scales(),
-            quality.revisits,
-            quality.wide_tokens,
+            QUALITIES[recipe.quality].revisits,
+            wide_tokens(recipe),
         )
 
 

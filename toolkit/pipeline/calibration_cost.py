@@ -55,6 +55,12 @@ def calibration_tokens(recipe: Recipe) -> int:
     return QUALITIES[recipe.quality].tokens or QUALITIES["balanced"].tokens
 
 
+def wide_tokens(recipe: Recipe) -> int:
+    """How many tokens at most GPTQ takes of a wide input, as its quality says; 0, which is all, of a text whose length
+    the recipe says."""
+    return 0 if recipe.calibration_tokens else QUALITIES[recipe.quality].wide_tokens
+
+
 def remembers(recipe: Recipe, config: ModelConfig, form: Form) -> bool:
     """Whether the weights stay in memory between the survey, which a budget waits for, and the solver: so they are read
     once for both, where they fit twice into what is free."""
@@ -82,8 +88,8 @@ def calibration_cost(recipe: Recipe, config: ModelConfig, form: Form) -> Calibra
         specs = planned_specs(config, recipe, form)
         work += survey_work(config, specs, tokens, recipe.fold, recipe.bits_per_weight > 0)
     if solved:
-        streams, quality = 1 if solves_in_step(recipe, config, form) else 2, QUALITIES[recipe.quality]
-        work += solving_work(config, solved, tokens, streams, quality.revisits, quality.wide_tokens)
+        streams, revisits = 1 if solves_in_step(recipe, config, form) else 2, QUALITIES[recipe.quality].revisits
+        work += solving_work(config, solved, tokens, streams, revisits, wide_tokens(recipe))
     tuned = _tuned_bytes(config) if recipe.tuning_steps else 0
     if recipe.tuning_steps:
         work += tuning_work(config, tokens, recipe.tuning_steps)
@@ -133,7 +139,7 @@ def _layers_bytes(recipe: Recipe, config: ModelConfig, form: Form, tokens: int) 
     if solves_in_step(recipe, config, form):
         # A layer, exact as far as it is not solved yet, and the next one, which is surveyed meanwhile.
         together = max(a + b for a, b in zip(held, [*held[1:], 0], strict=True))
-        most = QUALITIES[recipe.quality].wide_tokens
+        most = wide_tokens(recipe)
         inside = (given for given in solved if layer_of(given.name) is not None)
         return 4 * together + max(_solving_bytes(given, tokens_taken(tokens, given.width, most)) for given in inside)
     # The exact one and half of one on its way in; with probes or GPTQ a rounded one and what it is made of, and a
