@@ -58,15 +58,15 @@ _HEADS: Final = (
 
 @dataclass(frozen=True)
 class Measured:
-    """One export and its validation; seconds of the survey and the solver are those of a layer, `whole_s` is what both
-    take of all the model's layers and the small head, and `announced_s` and `announced_bytes` what that was foreseen to
-    take."""
+    """One export and its validation; seconds of the survey and the solver are those of a layer, both in `solve_s` where
+    they go on side by side. `whole_s` is what both take of all the model's layers and the small head, and `announced_s`
+    and `announced_bytes` what that was foreseen to take."""
 
     device: str
     model: str
     quality: str
     tokens: int
-    survey_s: float
+    survey_s: float | None
     solve_s: float
     whole_s: float
     announced_s: float
@@ -80,7 +80,8 @@ class Measured:
         """The row of the table."""
         plain = "" if self.rounded_kld is None else f"{self.rounded_kld:.4f}"
         minutes = [f"{seconds / 60:.1f}" for seconds in (self.whole_s, self.announced_s)]
-        seconds = [f"{self.survey_s:.2f}", f"{self.solve_s:.2f}", *minutes, f"{self.validate_s:.1f}"]
+        survey = "beside" if self.survey_s is None else f"{self.survey_s:.2f}"
+        seconds = [survey, f"{self.solve_s:.2f}", *minutes, f"{self.validate_s:.1f}"]
         found = [f"{self.peak_bytes / 1e9:.1f}", f"{self.announced_bytes / 1e9:.1f}", f"{self.mean_kld:.4f}", plain]
         return [self.device, self.model, self.quality, str(self.tokens), *seconds, *found]
 
@@ -136,11 +137,8 @@ def measured(model: str, quality: str, device: str, layers: int, toy: bool) -> M
     whole = _config(model)["num_hidden_layers"]
     fewer = exported(model, quality, device, layers - 1, toy) if device == CPU else None
     made = exported(model, quality, device, layers, toy)
-    steps = [f"{step} layer" for step in ("calibrated", "solved")]
-    if fewer:
-        survey_s, solve_s = (made.seconds[step] - fewer.seconds[step] for step in steps)
-    else:
-        survey_s, solve_s = (made.seconds[step] / layers for step in steps)
+    survey_s, solve_s = (made.seconds[f"{step} layer"] / layers for step in ("calibrated", "solved"))
+    layer_s = made.whole_s - fewer.whole_s if fewer else survey_s + solve_s
     start = time.perf_counter()
     effort = toolkit.Effort(tokens=512, tasks=False, speed=False, baseline=True)
     report = toolkit.validate(made.bundle, made.plan.opened, effort, device=device, progress=said, note=said)
@@ -154,9 +152,9 @@ def measured(model: str, quality: str, device: str, layers: int, toy: bool) -> M
         model,
         quality,
         calibration.tokens,
-        survey_s,
-        solve_s,
-        made.whole_s + (whole - layers) * (survey_s + solve_s),
+        None if fewer else survey_s,
+        layer_s if fewer else solve_s,
+        made.whole_s + (whole - layers) * layer_s,
         sum(phase.forecast_s for phase in shown.forecast or () if phase.phase == "calibrate"),
         validate_s,
         made.peak_bytes,
