@@ -73,6 +73,8 @@ _LLAMA_TYPES: Final = ("q4_0", "iq4_xs+imatrix", "q4_k_m", "q4_k_m+imatrix", "q5
 PEERS: Final = (*(f"llama.cpp {kind}" for kind in _LLAMA_TYPES), "genai default", "genai k_quant_mixed", "auto-round")
 WIDE_KEYS: Final[Json] = {"match": "*.k_proj|*.v_proj", "bits": 8, "block_size": 32}
 _EMBEDDING: Final[Json] = {"match": "model.embed_tokens", "block_size": 32}
+# Beside peers that leave the embedding in floats: a model of 135M has a fifth of its weights there.
+_WIDE_EMBEDDING: Final[Json] = {"match": "lm_head|model.embed_tokens", "bits": 8, "block_size": 32}
 # Some minutes a step for a 1.5B on a CPU: for the smallest model, or where torch has a GPU.
 TUNED: Final[dict[str, Json]] = {"tuning_steps": 64, "calibration_tokens": 16384}
 # Rows that answer questions.
@@ -106,6 +108,8 @@ def candidates(hidden_size: int, other_text: Path) -> Iterator[Candidate]:
     yield Candidate("fast", {"quality": "fast"})
     yield Candidate("balanced", {"quality": "balanced"})
     yield Candidate("best", {"quality": "best"})
+    wide: list[Json] = [WIDE_KEYS, _WIDE_EMBEDDING, rule(32)]
+    yield Candidate("balanced, 8-bit embedding", {"quality": "balanced", "quantize": wide})
     yield Candidate("balanced, budget 4.9", {"quality": "balanced", "bits_per_weight": 4.9})
     yield Candidate("best, budget 4.9", {"quality": "best", "bits_per_weight": 4.9})
     yield Candidate("best, budget 5.3", {"quality": "best", "bits_per_weight": 5.3})

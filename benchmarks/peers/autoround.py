@@ -24,7 +24,7 @@ VERSION: Final = "0.16.1"
 _PACKAGES: Final = (f"auto-round=={VERSION}", "torch==2.13.0", "transformers==5.24.0")
 # Whether codes stand around the middle of their range, by the name of the row.
 SYMMETRIC: Final = {"auto-round": True, "auto-round asymmetric": False}
-# Its own default is 200 with 8 sequences each: a 135M would take hours on a core, where this is twenty minutes.
+# Its own default is 200 with 8 sequences each: a 135M would take two hours of a core, where this is a quarter of one.
 ITERATIONS: Final = 100
 BATCH_SIZE: Final = 2
 _GROUP_SIZE: Final = 32
