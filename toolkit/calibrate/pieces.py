@@ -126,9 +126,17 @@ class SharedRows:
     shared: SharedLayer
     tensors: Mapping[str, int]
 
-    def pieces(self) -> list[tuple[str, slice]]:
-        """Returns rows of the matrices in order, some of one at a time."""
-        return [(tensor, some) for tensor, count in self.tensors.items() for some in _slices(count)]
+
+@dataclass(frozen=True)
+class ProductRows:
+    """Rows of X~'X~, up to their square on the diagonal, of X'X~, or of W X'X~ for the matrix W of a name."""
+
+    of: str
+    rows: slice
+
+
+_ARRIVING: Final = "arriving"
+_EXACT: Final = "exact"
 
 
 def factored(
@@ -142,55 +150,46 @@ def factored(
     """Returns the factor of an input for blocks of `block_size`, by what arrives, X~, and of C = X'X~ / T, with the
     exact input X, either W C [N, K], where `rows` are W, or its whitening [K, Kp].
 
-    One process makes the factor while the others make C, and what was begun by `meanwhile`. Raises
-    NotPositiveDefiniteError as `factorize`.
+    One process makes the factor while the others do what was begun by `meanwhile`. Raises NotPositiveDefiniteError as
+    `factorize`.
     """
-    arrives = np.concatenate(arriving)
-    moment = _moment(pool, arrives)
-    ended = pool.begin(_factor, (moment, arrives.shape[0]), block_size)
+    both = np.concatenate(exact), np.concatenate(arriving)
+    T, K = both[1].shape
+    squares = _product_rows({_ARRIVING: K})
+    # Those far down are the long ones: one of each kind after the other, whoever takes how many of them.
+    turns = sorted(range(len(squares)), key=lambda k: min(k, len(squares) - 1 - k))
+    others = _product_rows(rows.tensors if rows else {_EXACT: K})
+    given = rows.shared if rows else None, *both
+    made = pool.map(_mean_of_products, given, [*(squares[k] for k in turns), *others])
+    by_place = dict(zip(turns, made, strict=False))
+    moment, cross = [by_place[k] for k in range(len(squares))], made[len(squares) :]
+    ended = pool.begin(_factor, (moment, T), block_size)
     meanwhile()
-    if rows:
-        given = rows.shared, np.concatenate(exact), arrives
-        products = pool.map(_mean_of_rows_products, given, rows.pieces())
-        return ended(), np.concatenate(products)
-    slices = _slices(arrives.shape[1])
-    cross = pool.map(_mean_of_product_rows, (np.concatenate(exact), arrives), slices)
     factor = ended()
-    starts = [(some.start, part) for some, part in zip(slices, cross, strict=True)]
+    if rows:
+        return factor, np.concatenate(cross)
+    starts = [(product.rows.start, part) for product, part in zip(others, cross, strict=True)]
     return factor, np.concatenate(pool.map(_whitened_rows, factor, starts))
 
 
-def _moment(pool: Pool, x: Floats) -> list[Floats]:
-    """Returns X'X / T in pieces of rows, each up to its square on the diagonal."""
-    slices = _slices(x.shape[1])
-    # Those far down are the long ones: one of each kind after the other, whoever takes how many of them.
-    turns = sorted(range(len(slices)), key=lambda k: min(k, len(slices) - 1 - k))
-    made = dict(zip(turns, pool.map(_mean_of_square_rows, x, [slices[k] for k in turns]), strict=True))
-    return [made[k] for k in range(len(slices))]
+def _product_rows(counts: Mapping[str, int]) -> list[ProductRows]:
+    return [
+        ProductRows(of, slice(start, min(start + _ROWS, count)))
+        for of, count in counts.items()
+        for start in range(0, count, _ROWS)
+    ]
 
 
-def _slices(count: int) -> list[slice]:
-    return [slice(start, min(start + _ROWS, count)) for start in range(0, count, _ROWS)]
-
-
-def _mean_of_square_rows(x: Floats, some: slice) -> Floats:
-    product: Floats = x[:, some].T @ x[:, : some.stop]
-    product /= x.shape[0]
-    return product
-
-
-def _mean_of_product_rows(both: tuple[Floats, Floats], some: slice) -> Floats:
-    exact, arriving = both
-    product: Floats = exact[:, some].T @ arriving
-    product /= arriving.shape[0]
-    return product
-
-
-def _mean_of_rows_products(given: tuple[SharedLayer, Floats, Floats], piece: tuple[str, slice]) -> Floats:
-    (shared, exact, arriving), (tensor, some) = given, piece
-    weight = shared.read_rows(tensor, some.start, some.stop)
-    left: Floats = exact @ weight.T
-    product: Floats = left.T @ arriving
+def _mean_of_products(given: tuple[SharedLayer | None, Floats, Floats], piece: ProductRows) -> Floats:
+    (shared, exact, arriving), some = given, piece.rows
+    product: Floats
+    if piece.of == _ARRIVING:
+        product = arriving[:, some].T @ arriving[:, : some.stop]
+    elif shared:
+        left: Floats = exact @ shared.read_rows(piece.of, some.start, some.stop).T
+        product = left.T @ arriving
+    else:
+        product = exact[:, some].T @ arriving
     product /= arriving.shape[0]
     return product
 

@@ -35,6 +35,8 @@ from toolkit.reference.shared import share_layer
 
 Floats = NDArray[np.float32]
 _PROGRESS_FILE: Final = "progress.json"
+# Floats inside a layer that stay in memory where workers make them: the process that exports has little else there.
+_HELD: Final = 1 << 26
 # The two streams through the layers.
 _EXACT: Final = "exact"
 _ROUNDED: Final = "rounded"
@@ -208,7 +210,7 @@ class _LayerPass:
 
         def spill(name: str, width: int) -> Activations:
             on, path = self._exact.on, self._folder / f"{name}.{kind}.f32"
-            held = on.rounds_columns
+            held = on.rounds_columns or (self._pool and width * sum(map(sum, self._lengths)) <= _HELD)
             self._spills.append(
                 HeldActivations(self._lengths) if held else ActivationFile(path, self._lengths, width, on)
             )
