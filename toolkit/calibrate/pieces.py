@@ -156,13 +156,13 @@ def factored(
     both = np.concatenate(exact), np.concatenate(arriving)
     T, K = both[1].shape
     squares = _product_rows({_ARRIVING: K})
-    # Those far down are the long ones: one of each kind after the other, whoever takes how many of them.
-    turns = sorted(range(len(squares)), key=lambda k: min(k, len(squares) - 1 - k))
     others = _product_rows(rows.tensors if rows else {_EXACT: K})
     given = rows.shared if rows else None, *both
-    made = pool.map(_mean_of_products, given, [*(squares[k] for k in turns), *others])
-    by_place = dict(zip(turns, made, strict=False))
-    moment, cross = [by_place[k] for k in range(len(squares))], made[len(squares) :]
+    order = _dealt(len(squares), len(others))
+    made = dict(zip(order, pool.map(_mean_of_products, given, [[*squares, *others][k] for k in order]), strict=True))
+    moment, cross = (
+        [made[start + k] for k in range(n)] for start, n in ((0, len(squares)), (len(squares), len(others)))
+    )
     ended = pool.begin(_factor, (moment, T), block_size)
     meanwhile()
     factor = ended()
@@ -170,6 +170,14 @@ def factored(
         return factor, np.concatenate(cross)
     starts = [(product.rows.start, part) for product, part in zip(others, cross, strict=True)]
     return factor, np.concatenate(pool.map(_whitened_rows, factor, starts))
+
+
+def _dealt(squares: int, others: int) -> list[int]:
+    """Returns the places of pieces in an order in which any run of them is about as much work as one of as many
+    elsewhere: squares' rows far down are long, and the others take longer still."""
+    turns = sorted(range(squares), key=lambda k: min(k, squares - 1 - k))
+    places = [((k + 0.5) / squares, turn) for k, turn in enumerate(turns)]
+    return [place for _, place in sorted(places + [((k + 0.5) / others, squares + k) for k in range(others)])]
 
 
 def _product_rows(counts: Mapping[str, int]) -> list[ProductRows]:
