@@ -34,7 +34,8 @@ def _rounded(source: Tensors, recipe: Recipe) -> RoundedTensors:
     def spec_of(tensor: str) -> QuantSpec:
         rule = recipe.rule_for(tensor.removesuffix(".weight"))
         short = outside if tensor in ("model.embed_tokens.weight", "lm_head.weight") else inside
-        # What `auto` is without data.
+        assert isinstance(rule.block_size, int)
+        # What the algorithm `auto` is without data.
         return QuantSpec(rule.bits, rule.block_size, rule.symmetric, "kquant", short_scales=short)
 
     return RoundedTensors(source, spec_of)

@@ -116,7 +116,7 @@ def test_schema_says_what_the_code_takes() -> None:
     assert schema["properties"]["target"]["enum"] == list(TARGETS)
     assert sorted(rule["properties"]["algorithm"]["enum"]) == sorted(RULE_ALGORITHMS)
     assert rule["properties"]["bits"]["enum"] == list(BITS)
-    assert rule["properties"]["block_size"]["enum"] == list(BLOCK_SIZES)
+    assert rule["properties"]["block_size"]["enum"] == [*BLOCK_SIZES, "auto"]
 
 
 def test_hub_id_that_is_not_cached_is_refused_offline() -> None:
@@ -169,11 +169,12 @@ def test_what_a_recipe_does_not_say_is_its_targets(target: str, tmp_path: Path) 
 
 @pytest.mark.parametrize("target", ["cpu", "cpu-split"])
 def test_the_best_quality_has_narrower_blocks_and_what_is_asked_for_goes_before(target: str) -> None:
-    def rules(*changes: str) -> list[tuple[str, int]]:
+    def rules(*changes: str) -> list[tuple[str, int | str]]:
         return [(rule.match, rule.block_size) for rule in load_recipe(f"1.5b-{target}", changes).quantize]
 
     keys, less = ("*.k_proj|*.v_proj|*.kv_a_proj_with_mqa|*.kv_b_proj", 32), "model.embed_tokens|*.gate_proj|*.up_proj"
-    assert rules() == rules("quality=fast") == [keys, ("*", 32)]
+    mlp = ("*.mlp.gate_proj|*.mlp.up_proj|*.mlp.down_proj", "auto")
+    assert rules() == rules("quality=fast") == [keys, mlp, ("*", 32)]
     assert rules("quality=best") == [keys, (less, 32), ("*", 16)]
     assert rules("quantize.1.block_size=128", "quality=best") == [keys, (less, 128), ("*", 16)]
 

@@ -79,3 +79,14 @@ def test_a_threshold_follows_from_the_checkpoints_size(stories260k: Path) -> Non
 def test_a_threshold_is_a_number(change: str) -> None:
     with pytest.raises(RecipeError, match="expected a number"):
         load_recipe("1.5b-cpu", [change])
+
+
+def test_blocks_follow_from_the_checkpoints_size(stories260k: Path) -> None:
+    """`auto` is a number in a plan, and one that is said stays."""
+    (large,) = toolkit.plan("1.5b-cpu", synthetic=True)
+    (small,) = toolkit.plan("cpu", checkpoint=stories260k, changes=["context_length=256"])
+    (said,) = toolkit.plan("1.5b-cpu", synthetic=True, changes=["quantize.1.block_size=64"])
+    for plan, mlp in ((large, 128), (small, 32), (said, 64)):
+        found = {name: unit.spec.block_size for name, unit in plan.layout.units.items() if unit.spec}
+        assert {size for module, size in found.items() if ".mlp." in module} == {mlp}
+        assert {size for module, size in found.items() if ".mlp." not in module} == {32}

@@ -9,6 +9,19 @@ from typing import Any, Final
 from toolkit import names
 from toolkit.algorithms import AUTO
 from toolkit.soc import SOCS, Soc
+from toolkit.target_rules import (
+    BEST_CPU_RULES,
+    BLOCKS_OF_32,
+    CPU_RULES,
+    KLD_OF_32,
+    KLD_OF_128,
+    KLD_OF_128_SYMMETRIC,
+    KLD_OF_LPBQ_16,
+    NARROW_RULES,
+    QNN_RULES,
+    SYMMETRIC_RULES,
+    WIDE_RULES,
+)
 
 CPU_EP: Final = "CPUExecutionProvider"
 # Thoughts of thousands of tokens, where the cache takes only what a request asks for.
@@ -156,6 +169,11 @@ class Target:
         }
 
     @property
+    def own_matches(self) -> frozenset[str]:
+        """Returns the globs of its own rules, which are made for the names of most families: one may find nothing."""
+        return frozenset(str(rule["match"]) for rule in (*self.quantize, *self.best))
+
+    @property
     def partitioned(self) -> bool:
         """Returns whether a bundle is embeddings, context, iterator and lm_head rather than one model."""
         return self.window > 0
@@ -212,36 +230,6 @@ class Target:
         return outside.get(role, names.TRANSFORMER_DATA_FILE)
 
 
-# What formats cost Qwen2.5-Coder-0.5B and are worth (LOG.md). k and v are 1.5% of a layer and a tenth of what it loses,
-# so they have 8 bits, and so has what makes them of a latent. Blocks of 32 in embedding and head instead of 64 are a
-# fifth less, layers in 64 a third more.
-_WIDE_KEYS: Final = {"match": "*.k_proj|*.v_proj|*.kv_a_proj_with_mqa|*.kv_b_proj", "bits": 8, "block_size": 32}
-# Also what WebGPU's kernels are made for; k and v of other bits than q would not be packed with it.
-_BLOCKS_OF_32: Final = ({"match": "*", "bits": 4, "block_size": 32},)
-# For a CPU, and for DirectML, whose kernel takes any block.
-_NARROW_RULES: Final = (_WIDE_KEYS, *_BLOCKS_OF_32)
-# Blocks of 16 where they are worth most: not in the embedding, nor in gate and up, which are more than half of a layer.
-_BEST_CPU_RULES: Final = (
-    _WIDE_KEYS,
-    {"match": "model.embed_tokens|*.gate_proj|*.up_proj", "bits": 4, "block_size": 32},
-    {"match": "*", "bits": 4, "block_size": 16},
-)
-# Embeddings and LM head in 4-bit blocks, whoever runs the rest.
-_OUTSIDE_RULE: Final = {"match": "lm_head|model.embed_tokens", "bits": 4, "block_size": 32}
-# What the compilers of Intel's and AMD's NPUs are made for.
-_WIDE_RULES: Final = (_OUTSIDE_RULE, {"match": "*", "bits": 4, "block_size": 128})
-
-# A block's scale is a byte in the compiled binary, so that blocks of 16 weigh 4.5 bits there where those of 64 weigh
-# 4.125; they make up for what integers without zero points lose beside a CPU's blocks of 32 (LOG.md).
-_QNN_RULES: Final = (_OUTSIDE_RULE, {"match": "*", "bits": 4, "block_size": 16})
-
-# The mean KLD that their own rules cost Qwen2.5-Coder-0.5B-Instruct at `balanced` (docs/measured.md); plain rounding
-# (rtn, symmetric) costs it .0975 in blocks of 32, .141 in OpenVINO's of 128.
-_KLD_OF_32: Final = 0.0205
-_KLD_OF_LPBQ_16: Final = 0.027
-_KLD_OF_128: Final = 0.045
-_KLD_OF_128_SYMMETRIC: Final = 0.049
-
 # Why each is as it is: bundle/operators.json, with sources.
 _PARTS: Final = Form(
     packed_qkv=False, bias_in_matmul=False, local_window=False, opset=21, accuracy_level=0, short_scales=False
@@ -288,9 +276,9 @@ TARGETS: Final[dict[str, Target]] = {
         form=CPU_FORM,
         window=0,
         context_length=LONG_CONTEXT,
-        quantize=_NARROW_RULES,
-        best=_BEST_CPU_RULES,
-        measured_kld=_KLD_OF_32,
+        quantize=CPU_RULES,
+        best=BEST_CPU_RULES,
+        measured_kld=KLD_OF_32,
         profiles=_CPU_PROFILES,
         speculates=True,
     ),
@@ -300,9 +288,9 @@ TARGETS: Final[dict[str, Target]] = {
         form=CPU_FORM,
         window=64,
         context_length=4096,
-        quantize=_NARROW_RULES,
-        best=_BEST_CPU_RULES,
-        measured_kld=_KLD_OF_32,
+        quantize=CPU_RULES,
+        best=BEST_CPU_RULES,
+        measured_kld=KLD_OF_32,
     ),
     "dml": Target(
         name="dml",
@@ -319,8 +307,8 @@ TARGETS: Final[dict[str, Target]] = {
         form=_DML_FORM,
         window=0,
         context_length=LONG_CONTEXT,
-        quantize=_NARROW_RULES,
-        measured_kld=_KLD_OF_32,
+        quantize=NARROW_RULES,
+        measured_kld=KLD_OF_32,
     ),
     "openvino": Target(
         name="openvino",
@@ -335,8 +323,8 @@ TARGETS: Final[dict[str, Target]] = {
         form=_OPENVINO_FORM,
         window=64,
         context_length=NPU_CONTEXT,
-        quantize=(_OUTSIDE_RULE, {"match": "*", "bits": 4, "block_size": 128, "symmetric": True}),
-        measured_kld=_KLD_OF_128_SYMMETRIC,
+        quantize=SYMMETRIC_RULES,
+        measured_kld=KLD_OF_128_SYMMETRIC,
     ),
     "qnn": Target(
         name="qnn",
@@ -358,8 +346,8 @@ TARGETS: Final[dict[str, Target]] = {
         form=_QNN_FORM,
         window=64,
         context_length=NPU_CONTEXT,
-        quantize=_QNN_RULES,
-        measured_kld=_KLD_OF_LPBQ_16,
+        quantize=QNN_RULES,
+        measured_kld=KLD_OF_LPBQ_16,
         soc="x-elite",
         profiles=_QNN_PROFILES,
     ),
@@ -375,8 +363,8 @@ TARGETS: Final[dict[str, Target]] = {
         form=_VITISAI_FORM,
         window=64,
         context_length=NPU_CONTEXT,
-        quantize=_WIDE_RULES,
-        measured_kld=_KLD_OF_128,
+        quantize=WIDE_RULES,
+        measured_kld=KLD_OF_128,
     ),
     "webgpu": Target(
         name="webgpu",
@@ -392,8 +380,8 @@ TARGETS: Final[dict[str, Target]] = {
         form=_WEBGPU_FORM,
         window=0,
         context_length=LONG_CONTEXT,
-        quantize=_BLOCKS_OF_32,
-        measured_kld=_KLD_OF_32,
+        quantize=BLOCKS_OF_32,
+        measured_kld=KLD_OF_32,
         profiles=_WEBGPU_PROFILES,
     ),
 }

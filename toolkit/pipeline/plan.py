@@ -40,7 +40,7 @@ from toolkit.pipeline.calibration_cost import CalibrationCost, calibration_cost
 from toolkit.pipeline.place import followed
 from toolkit.pipeline.tokenizer import TokenizerFiles, plan_tokenizer
 from toolkit.quant.formats import check_rules
-from toolkit.recipe import Recipe
+from toolkit.recipe import Recipe, sized
 from toolkit.soc import SOCS
 from toolkit.speculation import MTP, NONE
 from toolkit.target import TARGETS, Target
@@ -105,12 +105,13 @@ class ExportPlan:
 
 
 def plan_export(recipe: Recipe, checkpoint: Checkpoint, out: Path, precision: str) -> ExportPlan:
-    """The plan; its recipe has the number of parts and every threshold.
+    """The plan; its recipe has the number of parts, the size of every block and every threshold.
 
     Raises RecipeError if recipe and checkpoint do not belong together, UnsupportedError for parts that cannot be.
     """
     out = followed(out)
     _check_recipe(recipe, checkpoint)
+    recipe = _with_blocks(recipe, checkpoint.config)
     target = _target(recipe, precision)
     blind = precision == "int4" and not recipe.calibrated
     # Gains that are not here cannot be looked at; the export will.
@@ -245,6 +246,10 @@ def _check_recipe(recipe: Recipe, checkpoint: Checkpoint) -> None:
             f"generation_config.json sets repetition_penalty {penalty:g}, which onnxruntime-genai counts otherwise for "
             f"guesses, so that answers become others: {leave}"
         )
+
+
+def _with_blocks(recipe: Recipe, config: ModelConfig) -> Recipe:
+    return replace(recipe, quantize=sized(recipe.quantize, parameter_count(config)))
 
 
 def _with_rotation(recipe: Recipe, config: ModelConfig, wanted: bool) -> Recipe:

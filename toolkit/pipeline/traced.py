@@ -34,7 +34,7 @@ from toolkit.pipeline.plan import (
     planned_tokenizer,
 )
 from toolkit.quality import QUALITIES
-from toolkit.recipe import QuantRule, Recipe, nearest
+from toolkit.recipe import Recipe, nearest, sized
 from toolkit.speculation import NONE
 from toolkit.target import TARGETS, Target
 from toolkit.thresholds import resolved
@@ -92,12 +92,14 @@ def plan_traced(recipe: Recipe, checkpoint: Checkpoint, out: Path, precision: st
     opened, (checkpoint, tensors) = checkpoint, with_tensors(checkpoint, facts.shapes, facts.aliases)
     traced = read_traced(model, facts.shapes, tensors)
     modules = [tensors[name].removesuffix(".weight") for name in traced.uses]
+    parameters = sum(map(prod, facts.shapes.values()))
+    recipe = replace(recipe, quantize=sized(recipe.quantize, parameters))
     if precision == "int4":
         _check_rules(recipe, target, modules)
     layout = plan_traced_layout(traced, target, recipe if precision == "int4" else None)
     graph = StageGraph(target.stages(recipe.window)[0], build_traced(traced, layout, target.form))
     _check_operators(graph)
-    limits = resolved(recipe.validate, target.measured_kld, sum(map(prod, facts.shapes.values())))
+    limits = resolved(recipe.validate, target.measured_kld, parameters)
     recipe = replace(recipe, parts=1, rotate=False, validate={**limits})
     tokenizer, cores = planned_tokenizer(opened), os.cpu_count() or 1
     return ExportPlan(
@@ -124,11 +126,10 @@ def plan_traced(recipe: Recipe, checkpoint: Checkpoint, out: Path, precision: st
 
 
 def _check_rules(recipe: Recipe, target: Target, modules: list[str]) -> None:
-    """Raises RecipeError for a rule of the user's own that no packed matrix has the name of. A target's rules are made
-    for the names of most families, and a `*` finds what is left."""
-    own = [QuantRule(**rule) for rule in (*target.quantize, *target.best)]
+    """Raises RecipeError for a rule of the user's own that no packed matrix has the name of; a `*` finds what is
+    left."""
     for k, rule in enumerate(recipe.quantize):
-        if not any(map(rule.matches, modules)) and not any(rule.match == known.match for known in own):
+        if not any(map(rule.matches, modules)) and rule.match not in target.own_matches:
             near = nearest(rule.match, modules)
             raise RecipeError(f"recipe {recipe.name}: rule {k + 1} matches no module: {rule.match!r}{near}")
 

@@ -23,7 +23,7 @@ from toolkit.checkpoint.weights import expected_tensors
 from toolkit.errors import RecipeError
 from toolkit.quant.blockwise import QuantSpec
 from toolkit.recipe import QuantRule, Recipe, nearest
-from toolkit.target import Form
+from toolkit.target import TARGETS, Form
 
 _ITEM_BITS: Final = {"float32": 32, "float16": 16, "bfloat16": 16, "uint8": 8, "int8": 8, "int4": 4}
 # Blocks that QNN takes, where the rule's does not divide a width; it computes those of 8 wrongly, in silence, and so an
@@ -149,6 +149,7 @@ def check_rules(config: ModelConfig, recipe: Recipe) -> None:
 
     A rule for `lm_head` stands where the head is tied to the embedding, and so do a `*` that finds nothing left, and a
     rule that also names linears of the attention of other families: a list of rules for many checkpoints says such.
+    So does the target's own list.
     """
     if recipe.bits_per_weight and decoder_of(config).moes:
         raise RecipeError(
@@ -156,13 +157,13 @@ def check_rules(config: ModelConfig, recipe: Recipe) -> None:
             "budget: set bits_per_weight=0"
         )
     modules = [tensor.removesuffix(".weight") for tensor in _matrices(config)]
-    left = set(modules)
+    left, own = set(modules), TARGETS[recipe.target].own_matches
     for k, rule in enumerate(recipe.quantize):
         known = [*modules, names.LM_HEAD]
         if any(map(rule.matches, known)):
             known += _of_other_attention(config)
         for glob in rule.globs():
-            if not any(map(QuantRule(glob).matches, known)):
+            if rule.match not in own and not any(map(QuantRule(glob).matches, known)):
                 near = nearest(glob, _spellings(modules))
                 raise RecipeError(f"recipe {recipe.name}: rule {k + 1} matches no module: {glob!r}{near}")
         taken = {module for module in modules if rule.matches(module)}
@@ -222,15 +223,17 @@ def matrix_spec(tensor: str, shape: tuple[int, ...], use: MatrixUse, recipe: Rec
     the width, would look up rows that are too long.
     """
     rule = recipe.rule_for(tensor.removesuffix(".weight"))
-    if use is not MatrixUse.LINEAR and shape[1] % rule.block_size:
+    block_size = rule.block_size
+    assert isinstance(block_size, int), "a plan replaces what is left to the model's size"
+    if use is not MatrixUse.LINEAR and shape[1] % block_size:
         raise RecipeError(
-            f"{tensor} in blocks of {rule.block_size}: hidden_size {shape[1]} is not a multiple of it; give "
+            f"{tensor} in blocks of {block_size}: hidden_size {shape[1]} is not a multiple of it; give "
             f"{tensor.removesuffix('.weight')} a rule with a smaller block_size"
         )
     algorithm = recipe.algorithm_of(rule, use).suited(rule.bits, use)
     outside = names.role_of(tensor) in names.OUTSIDE_ROLES
     short = form.short_outside if outside else form.short_scales
-    return QuantSpec(rule.bits, rule.block_size, rule.symmetric, algorithm.name, short_scales=short)
+    return QuantSpec(rule.bits, block_size, rule.symmetric, algorithm.name, short_scales=short)
 
 
 def use_of(tensor: str, config: ModelConfig) -> MatrixUse:

@@ -4,6 +4,7 @@ from toolkit.recipe.check import BITS, BLOCK_SIZES, FIGURES, RULE_ALGORITHMS, ch
 from toolkit.recipe.matrix import Matrix, MatrixCell, read_matrix
 from toolkit.recipe.read import REQUIRED_KEYS, load_recipe, parse_recipe
 from toolkit.recipe.recipe import QuantRule, Recipe
+from toolkit.recipe.sized import sized
 from toolkit.recipe.tree import data_folder, known_license, meant_recipe, model_facts, model_names, recipe_names
 from toolkit.recipe.words import is_path, nearest
 
@@ -29,4 +30,5 @@ __all__ = [
     "parse_recipe",
     "read_matrix",
     "recipe_names",
+    "sized",
 ]

@@ -35,10 +35,10 @@ def check_rule(rule: QuantRule, where: str) -> None:
     if rule.algorithm not in RULE_ALGORITHMS:
         hint, known = nearest(str(rule.algorithm), RULE_ALGORITHMS), " or ".join(RULE_ALGORITHMS)
         raise RecipeError(f"{where}: algorithm {rule.algorithm!r} is unknown{hint}, expected {known}")
-    if not (_is_one_of(rule.bits, BITS) and _is_one_of(rule.block_size, BLOCK_SIZES)):
+    if not (_is_one_of(rule.bits, BITS) and (rule.block_size == AUTO or _is_one_of(rule.block_size, BLOCK_SIZES))):
         raise RecipeError(
             f"{where}: {rule.bits!r:.40} bits in blocks of {rule.block_size!r:.40}, expected 4 or 8 bits in blocks of "
-            f"{', '.join(map(str, BLOCK_SIZES))}"
+            f"{', '.join(map(str, BLOCK_SIZES))} or {AUTO}"
         )
     if not isinstance(rule.symmetric, bool):
         raise RecipeError(f"{where}: symmetric is {rule.symmetric!r}, expected true or false")

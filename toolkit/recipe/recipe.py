@@ -17,12 +17,12 @@ from toolkit.speculation import NONE
 @dataclass(frozen=True)
 class QuantRule:
     """`match` is one or more globs over checkpoint module names, separated by `|`. The algorithm `auto` is the recipe's
-    quality's."""
+    quality's, a block_size `auto` follows from the model's size (sized.py)."""
 
     match: str
     algorithm: str = AUTO
     bits: int = 4
-    block_size: int = 32
+    block_size: int | str = 32
     symmetric: bool = False
 
     def matches(self, module: str) -> bool:
