@@ -32,7 +32,7 @@ FLOORS: Final = (
         "thresholds",
         "typed_json",
     ),
-    ("device", "files", "jit"),
+    ("device", "files", "jit", "target_rules"),
     ("apart", "workers"),
     ("target",),
     ("recipe",),

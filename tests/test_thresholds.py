@@ -67,7 +67,8 @@ def test_a_threshold_follows_from_the_checkpoints_size(stories260k: Path) -> Non
     """A number that is said stays, and so do none at all."""
     measured = TARGETS["cpu"].measured_kld
     limits = [kld_threshold(measured, count) for count in (135_000_000, 494_000_000, 1_540_000_000)]
-    assert limits[0] > limits[1] >= limits[2]
+    assert limits[0] > limits[2] > limits[1], "large models have larger blocks"
+    assert limits[2] < 0.0565, "plain rounding of Coder-1.5B (docs/measured.md)"
     (large,) = toolkit.plan("1.5b-cpu", synthetic=True)
     assert large.recipe.validate == {"mean_kld": limits[2]}
     for change, expected in (("validate.mean_kld=0.3", {"mean_kld": 0.3}), ("validate={}", {})):

@@ -111,13 +111,12 @@ def plan_export(recipe: Recipe, checkpoint: Checkpoint, out: Path, precision: st
     """
     out = followed(out)
     _check_recipe(recipe, checkpoint)
-    recipe = _with_blocks(recipe, checkpoint.config)
     target = _target(recipe, precision)
     blind = precision == "int4" and not recipe.calibrated
     # Gains that are not here cannot be looked at; the export will.
     salient = salient_inputs(checkpoint) if blind and not checkpoint.download_bytes else []
     wanted = bool(salient) or (precision == "int4" and target.rotates(recipe.profile))
-    recipe = _with_rotation(recipe, checkpoint.config, wanted)
+    recipe = _with_rotation(_with_blocks(recipe, checkpoint.config), checkpoint.config, wanted)
     opened, checkpoint = checkpoint, pad_heads(rotate(checkpoint) if recipe.rotate else checkpoint, HEAD_DIM_MULTIPLE)
     config = checkpoint.config
     _check_target(target, config, recipe.context_length)
