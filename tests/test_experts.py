@@ -41,7 +41,7 @@ from toolkit.pipeline.plan import plan_export
 from toolkit.quant.activations import Rounding
 from toolkit.quant.blockwise import QuantSpec, dequantize_blocks, quantize_blocks
 from toolkit.quant.formats import planned_specs
-from toolkit.recipe import QuantRule, Recipe, load_recipe
+from toolkit.recipe import QuantRule, Recipe, load_recipe, sized
 from toolkit.reference.decoder import Layer, embed, read_layer, reference_hidden, reference_logits
 from toolkit.reference.greedy import greedy_continuations
 from toolkit.reference.routing import routed_by_groups
@@ -199,7 +199,8 @@ def test_latents_are_solved_experts_are_searched_and_the_rest_is_whole(tmp_path:
 
 def _calibrated(**changes: Any) -> Recipe:
     recipe = replace(load_recipe("qwen3-30b-a3b-cpu"), name="small", context_length=64)
-    return replace(recipe, quality="balanced", calibration_tokens=512, **changes)
+    rules = sized(recipe.quantize, parameters=0)
+    return replace(recipe, quantize=rules, quality="balanced", calibration_tokens=512, **changes)
 
 
 def test_a_calibrated_export_searches_experts_that_saw_too_few_tokens_and_says_so(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def test_products_of_a_forward_pass_are_two_for_each_weight_of_a_layer_and_token
 
 def test_calibrating_grows_with_folds_probes_and_solving() -> None:
     config, form = _form("1.5b-cpu")
-    recipe = replace(load_recipe("1.5b-cpu"), quality="best")
+    recipe = load_recipe("1.5b-cpu", ["quality=best"])
     specs = planned_specs(config, recipe, form)
     searched = {name: replace(spec, algorithm="imatrix") for name, spec in specs.items()}
     plain, folded, folded_wider, probed = (
