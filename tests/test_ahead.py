@@ -15,7 +15,8 @@ from toolkit.checkpoint.opened import open_checkpoint
 from toolkit.checkpoint.remembered import LastReader, RememberedWeights
 
 
-def test_the_next_item_is_made_while_one_is_in_use() -> None:
+def three_items() -> tuple[list[threading.Event], Callable[[Callable[[], None]], Iterator[int]]]:
+    """What makes 0, 1 and 2, and the events that it sets when it begins each, and when it has no more."""
     begun = [threading.Event() for _ in range(4)]
 
     def making(_: Callable[[], None]) -> Iterator[int]:
@@ -24,6 +25,11 @@ def test_the_next_item_is_made_while_one_is_in_use() -> None:
             yield k
         begun[3].set()
 
+    return begun, making
+
+
+def test_the_next_item_is_made_while_one_is_in_use() -> None:
+    begun, making = three_items()
     seen = []
     with one_ahead(making) as items:
         for k in items:
@@ -34,14 +40,7 @@ def test_the_next_item_is_made_while_one_is_in_use() -> None:
 
 
 def test_the_next_item_may_wait_until_it_is_begun() -> None:
-    begun = [threading.Event() for _ in range(4)]
-
-    def making(_: Callable[[], None]) -> Iterator[int]:
-        for k in range(3):
-            begun[k].set()
-            yield k
-        begun[3].set()
-
+    begun, making = three_items()
     with one_ahead(making, waits=True) as items:
         for k in items:
             assert not begun[k + 1].wait(0.1), "the next item is begun before it is told to"
