@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -13,8 +11,8 @@ from typing import Any, Final
 import yaml
 
 from benchmarks.answering import machine_load
+from benchmarks.command_line import toolkit
 from benchmarks.peers.rows import Bench, Row, run_in_genai
-from toolkit.errors import ToolkitError
 from toolkit.evaluate.positions import open_positions
 from toolkit.typed_json import Json
 
@@ -91,8 +89,5 @@ def _exported(candidate: Candidate, bench: Bench, calibration_text: Path, out: P
         "--no-validate",
         "--json",
     ]
-    done = subprocess.run([sys.executable, "-m", "toolkit", *words], capture_output=True, text=True, cwd=ROOT)
-    if done.returncode:
-        raise ToolkitError(done.stderr.strip().splitlines()[-1])
-    made: dict[str, Any] = json.loads(done.stdout)
+    made: dict[str, Any] = json.loads(toolkit(words))
     return made

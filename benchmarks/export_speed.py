@@ -1,4 +1,4 @@
-"""An export's time and memory beside the disk's own: export_speed.py RECIPE CHECKPOINT OUT [--set KEY=VALUE …].
+"""An export's time and memory beside the disk's own: python -m benchmarks.export_speed RECIPE CHECKPOINT OUT [--set KEY=VALUE …].
 
 The disk's share is reading every byte of the checkpoint and writing as many as the bundle has, with one fsync; before
 each of both the checkpoint is dropped from the page cache, where the system allows it.
@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
+
+from benchmarks.command_line import toolkit
+from toolkit.errors import ToolkitError
 
 CHUNK = 16 << 20
 
@@ -51,12 +53,13 @@ def write_seconds(path: Path, nbytes: int) -> float:
 
 
 def main(recipe: str, checkpoint: Path, out: Path, options: list[str]) -> None:
-    """Exports in a process of its own, then times the disk alone, and prints both with their ratio."""
+    """Exports in a process of its own, then times the disk alone, and prints both with their ratio. Raises ToolkitError
+    if the export fails."""
     shutil.rmtree(out, ignore_errors=True)
     drop_from_cache(checkpoint)
     words = ["export", recipe, "--checkpoint", str(checkpoint), "--out", str(out), "--no-validate", *options]
     begin = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "toolkit", *words], check=True, stderr=subprocess.DEVNULL)
+    toolkit(words)
     export = time.perf_counter() - begin
     conversion = json.loads((out / "report.json").read_text(encoding="utf-8"))["conversion"]
     read = read_seconds(checkpoint)
@@ -68,4 +71,7 @@ def main(recipe: str, checkpoint: Path, out: Path, options: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])
+    try:
+        main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])
+    except ToolkitError as problem:
+        sys.exit(f"error: {problem}")

@@ -13,8 +13,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,16 +20,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+from benchmarks.command_line import toolkit
+from toolkit.errors import ToolkitError
+
 _ONE_THREAD: Final = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 
 
 def exported(recipe: str, checkpoint: str | None, out: Path, words: Sequence[str], one_thread: bool) -> float:
-    """Exports in a process of its own; returns its seconds."""
-    command = [sys.executable, "-m", "toolkit", "export", recipe, "--no-validate", "--out", str(out), *words]
+    """Exports in a process of its own; returns its seconds. Raises ToolkitError if that fails."""
+    command = ["export", recipe, "--no-validate", "--out", str(out), *words]
     command += ["--checkpoint", checkpoint] if checkpoint else []
     start = time.perf_counter()
-    held = dict.fromkeys(_ONE_THREAD, "1") if one_thread else {}
-    subprocess.run(command, check=True, env={**os.environ, **held}, stderr=subprocess.DEVNULL)
+    toolkit(command, dict.fromkeys(_ONE_THREAD, "1") if one_thread else {})
     return time.perf_counter() - start
 
 
@@ -66,4 +66,7 @@ def main(words: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except ToolkitError as problem:
+        sys.exit(f"error: {problem}")
