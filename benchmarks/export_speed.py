@@ -1,4 +1,6 @@
-"""An export's time and memory beside the disk's own: python -m benchmarks.export_speed RECIPE CHECKPOINT OUT [--set KEY=VALUE …].
+"""An export's time and memory beside the disk's own.
+
+    python -m benchmarks.export_speed RECIPE CHECKPOINT OUT [--set KEY=VALUE …]
 
 The disk's share is reading every byte of the checkpoint and writing as many as the bundle has, with one fsync; before
 each of both the checkpoint is dropped from the page cache, where the system allows it.
