@@ -19,8 +19,8 @@ import toolkit
 from tests.command_line import called
 from tests.mapped_memory import ON_GLIBC, mapped_for_an_array
 from toolkit.calibrate import pieces, side_by_side
-from toolkit.calibrate.pieces import SharedRows, factored
-from toolkit.calibrate.side_by_side import InputFactor, MatrixRows, solve_side_by_side
+from toolkit.calibrate.pieces import Floats, SharedRows, each_by_rows, factored
+from toolkit.calibrate.side_by_side import InputFactor, MatrixRows, row_pieces, solve_side_by_side
 from toolkit.checkpoint.opened import open_checkpoint
 from toolkit.checkpoint.remembered import RememberedWeights
 from toolkit.device.arrays import NUMPY
@@ -124,11 +124,37 @@ def test_the_same_bytes_on_any_number_of_workers(two: DaskPool, kind: str, monke
     np.testing.assert_array_equal(dequantize_blocks(whole.blocks, SPEC, 64), whole.restored)
 
 
+@pytest.mark.parametrize("count", [1, 255, 256, 257, 896, 4864, 151936])
+def test_rows_are_in_pieces_as_large_as_each_other(count: int) -> None:
+    found = row_pieces(count)
+    sizes = [some.stop - some.start for some in found]
+    assert [k for some in found for k in range(some.start, some.stop)] == list(range(count))
+    assert max(sizes) - min(sizes) <= 1 and max(sizes) <= side_by_side.ROWS
+    assert len(found) == -(-count // side_by_side.ROWS)
+
+
+def sums(shared: float, piece: tuple[Floats, ...]) -> Floats:
+    """Treats each row by itself."""
+    x, y = piece
+    return shared * x + y
+
+
+def test_batches_by_rows_come_back_as_they_were_given(two: DaskPool) -> None:
+    generator = np.random.default_rng(9)
+    batches = [tuple(generator.standard_normal((2, n, 5)).astype(np.float32)) for n in (300, 7, 513)]
+    expected = [sums(0.5, batch) for batch in batches]
+    for pool in (None, Here(), two):
+        found = list(each_by_rows(pool, sums, 0.5, iter(batches)))
+        assert len(found) == 3
+        for ours, theirs in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+
 @pytest.mark.parametrize("few", [False, True])
 def test_a_factor_made_in_pieces_is_that_of_the_whole_moment(
     two: DaskPool, tiny_r1: Path, few: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pieces, "_ROWS", 48)
+    monkeypatch.setattr(side_by_side, "ROWS", 48)
     opened, generator, called = open_checkpoint(tiny_r1), np.random.default_rng(5), list[int]()
     tensor = "model.layers.0.mlp.down_proj.weight"
     weight = opened.source.read(tensor)
@@ -151,7 +177,7 @@ def test_an_export_has_the_same_bytes_and_figures_on_any_number_of_workers(
     two: DaskPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And as good a rounding as without any, whose products are of other sizes, so that ties fall elsewhere."""
-    monkeypatch.setattr(pieces, "_ROWS", 48)
+    monkeypatch.setattr(side_by_side, "ROWS", 48)
     made, errors, figures = [], [], []
     for name, pool in (("none", None), ("here", Here()), ("two", two)):
         plans = toolkit.plan(

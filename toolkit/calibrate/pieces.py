@@ -17,6 +17,7 @@ from typing import Final, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from toolkit.calibrate.side_by_side import row_pieces
 from toolkit.checkpoint.linears import LinearInput
 from toolkit.checkpoint.sublayers import Mixer, Mlp, Moe
 from toolkit.device.fitting import Pool
@@ -27,8 +28,6 @@ from toolkit.reference.shared import SharedLayer
 
 Floats = NDArray[np.float32]
 Sequences = tuple[Floats, tuple[int, ...]]
-# Rows of a moment that are computed at once: so few that narrow matrices too are work for several.
-_ROWS: Final = 256
 _Shared = TypeVar("_Shared")
 _Piece = TypeVar("_Piece")
 _Made = TypeVar("_Made")
@@ -75,6 +74,24 @@ def each(
     return (work(shared, piece) for piece in pieces) if pool is None else iter(pool.map(work, shared, list(pieces)))
 
 
+def each_by_rows(
+    pool: Pool | None,
+    work: Callable[[_Shared, tuple[Floats, ...]], Floats],
+    shared: _Shared,
+    batches: Iterable[tuple[Floats, ...]],
+) -> Iterator[Floats]:
+    """Yields what a module's function makes of each batch of arrays [T, ...], whose rows it treats one by one: so that
+    a pool has pieces of one size, however long sequences are."""
+    if pool is None:
+        yield from (work(shared, batch) for batch in batches)
+        return
+    whole = list(batches)
+    cut = [[tuple(x[some] for x in batch) for some in row_pieces(batch[0].shape[0])] for batch in whole]
+    made = iter(pool.map(work, shared, [piece for pieces in cut for piece in pieces]))
+    for pieces in cut:
+        yield np.concatenate([next(made) for _ in pieces])
+
+
 def reading(
     layer: Layer,
     half: Mixer | Mlp,
@@ -99,10 +116,17 @@ def inner(half: Half, piece: Sequences) -> Floats:
     return layer.inner(half.sublayer, layer.normed(half.sublayer, x), lengths)
 
 
-def added(half: Half, piece: tuple[Floats, Floats]) -> Floats:
+def inner_of_rows(half: Half, piece: tuple[Floats, ...]) -> Floats:
+    """Returns the same for some tokens of an MLP, which looks at no other ones."""
+    (x,) = piece
+    return inner(half, (x, (x.shape[0],)))
+
+
+def added(half: Half, piece: tuple[Floats, ...]) -> Floats:
     """Returns the residual stream [T, D] with a sublayer's output added: a piece is what it was, and what the last
     linear reads."""
-    return half.opened().added(half.sublayer, *piece)
+    x, y = piece
+    return half.opened().added(half.sublayer, x, y)
 
 
 def through(shared: SharedLayer, piece: Sequences) -> tuple[Floats, dict[str, Floats]]:
@@ -181,11 +205,7 @@ def _dealt(squares: int, others: int) -> list[int]:
 
 
 def _product_rows(counts: Mapping[str, int]) -> list[ProductRows]:
-    return [
-        ProductRows(of, slice(start, min(start + _ROWS, count)))
-        for of, count in counts.items()
-        for start in range(0, count, _ROWS)
-    ]
+    return [ProductRows(of, some) for of, count in counts.items() for some in row_pieces(count)]
 
 
 def _mean_of_products(given: tuple[SharedLayer | None, Floats, Floats], piece: ProductRows) -> Floats:

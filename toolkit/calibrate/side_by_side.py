@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Final, Protocol
 
 import numpy as np
@@ -20,7 +21,7 @@ from toolkit.quant.gptq_tokens import TokenFactor
 from toolkit.quant.visits import Solved
 
 Floats = NDArray[np.float32]
-# Rows of a matrix that are solved at once: so few that a narrow matrix too is work for several.
+# Rows that a process works on at once, at most: so few that a narrow matrix too is work for several.
 ROWS: Final = 256
 
 
@@ -68,12 +69,20 @@ def solve_rows(shared: InputFactor, weight: Floats, spec: QuantSpec, product: Fl
     return shared.factor.solved(weight, spec, product, shared.revisits)
 
 
+def row_pieces(count: int) -> list[slice]:
+    """Returns so many rows in pieces, each as large as the others: where two processes have four pieces, a short one
+    leaves one of them waiting."""
+    pieces = -(-count // ROWS)
+    ends = [count * k // pieces for k in range(pieces + 1)]
+    return [slice(start, stop) for start, stop in pairwise(ends)]
+
+
 def solve_side_by_side(pool: Pool, shared: InputFactor, matrices: Sequence[MatrixRows]) -> list[QuantizedBlocks]:
     """Every matrix [N, K] solved, in blocks of rows that a pool works on."""
     pieces, ends = list[MatrixRows](), list[tuple[int, int]]()
     for matrix in matrices:
-        begin, count = len(pieces), matrix.stop - matrix.start
-        pieces += [matrix.part(start, min(start + ROWS, count)) for start in range(0, count, ROWS)]
+        begin = len(pieces)
+        pieces += [matrix.part(some.start, some.stop) for some in row_pieces(matrix.stop - matrix.start)]
         ends.append((begin, len(pieces)))
     made = pool.map(_solve_piece, shared, pieces)
     return [joined(made[begin:end]) for begin, end in ends]

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from toolkit.calibrate.activations import Activations
 from toolkit.calibrate.exact import ExactInputs
-from toolkit.calibrate.pieces import Half, SolvedMatrix, added, each, inner, reading
+from toolkit.calibrate.pieces import Half, SolvedMatrix, added, each, each_by_rows, inner, inner_of_rows, reading
 from toolkit.checkpoint.linears import LinearInput
 from toolkit.checkpoint.sublayers import Mixer, Mlp, Moe, Sublayer
 from toolkit.device.arrays import Device
@@ -100,11 +100,15 @@ class ComputedSide:
             whole = self._layer.on.concatenate([x for x, _ in self._stream])
             return iter([self._layer.through(half, whole, look=look)])
         pairs = ((x, y) for (x, _), (y, _) in zip(self._stream, self._inner_values(half), strict=True))
-        return each(self._pool, added, self._reading(half, [half.inner_input]), pairs)
+        return each_by_rows(self._pool, added, self._reading(half, [half.inner_input]), pairs)
 
     def _inner_values(self, half: Mixer | Mlp) -> Activations:
         if self._inner is None:
-            read = each(self._pool, inner, self._reading(half, half.inputs[:-1]), self._stream)
+            shared = self._reading(half, half.inputs[:-1])
+            if isinstance(half, Mlp):
+                read = each_by_rows(self._pool, inner_of_rows, shared, ((x,) for x, _ in self._stream))
+            else:
+                read = each(self._pool, inner, shared, self._stream)
             self._inner = self._spill(half.inner_input.name, half.inner_input.width).write(read)
         return self._inner
 
