@@ -65,17 +65,23 @@ def attend_one(
     scale: float,
     sinks: Array | None = None,
 ) -> Array:
-    """Returns [B, H * Dh] of one query a sequence, q [B, H, Dh] at `positions`, over k and v [B, L, K, Dh]; the rest is
+    """Returns [B, H * Dh] of one query a sequence, q [B, H, Dh] at `positions`, over k and v [B, K, L, Dh]; the rest is
     as `attend` has it."""
-    on, (B, _, head_dim) = device_of(q), q.shape
-    grouped = q.reshape(B, k.shape[2], -1, head_dim)
-    scores = on.einsum("bkgd,blkd->bkgl", grouped, k) * np.float32(scale)
-    distance = positions[:, None] - np.arange(k.shape[1])[None, :]
-    visible = (distance >= 0) & (distance < (window or k.shape[1] + 1))
-    scores += on.from_host(np.where(visible, np.float32(0), np.float32(-np.inf))[:, None, None, :])
-    if sinks is not None:
-        column = on.zeros((*scores.shape[:3], 1)) + sinks.reshape(1, k.shape[2], -1, 1)
-        scores = on.concatenate([scores, column], axis=-1)
-    terms = on.softmax_terms(scores)
-    terms /= terms.sum(axis=-1, keepdims=True)
-    return on.einsum("bkgl,blkd->bkgd", terms[..., : k.shape[1]], v).reshape(B, -1)
+    on, (B, _, Dh) = device_of(q), q.shape
+    K, L = k.shape[1], k.shape[2]
+    distance = positions[:, None] - np.arange(L)[None, :]
+    visible = (distance >= 0) & (distance < (window or L + 1))
+    hidden = on.from_host(np.where(visible, np.float32(0), np.float32(-np.inf)))
+
+    def mixed(some: Array, keys: Array, values: Array, hides: Array) -> Array:
+        scores = some @ on.transpose(keys, (0, 1, 3, 2))
+        scores += hides[:, None, None, :]
+        if sinks is not None:
+            column = on.zeros((*scores.shape[:3], 1)) + sinks.reshape(1, K, -1, 1)
+            scores = on.concatenate([scores, column], axis=-1)
+        terms = on.softmax_terms(scores)
+        weighted = on.contiguous(terms[..., :L]) @ values
+        weighted /= terms.sum(axis=-1, keepdims=True)
+        return weighted.reshape(weighted.shape[0], -1)
+
+    return on.by_rows(mixed, (q * np.float32(scale)).reshape(B, K, -1, Dh), k, v, hidden)

@@ -63,15 +63,16 @@ def greedy_continuations(
         for sequence, token in zip(live, tokens, strict=True):
             made[sequence].append(int(token))
         going = ~np.isin(tokens, list(stop_ids))
-        live, tokens = live[going], tokens[going]
-        if not live.size or len(made[live[0]]) >= new_tokens:
+        if not going.any() or len(made[live[going][0]]) >= new_tokens:
             break
-        tokens = decoder.step(live, tokens)
+        kept = decoder.keep(going)
+        live = live[kept]
+        tokens = decoder.step(tokens[kept])
     return made
 
 
 class _Decoder:
-    """The layers and each sequence's keys and values, [B, L, K, Dh] a layer."""
+    """The layers and the keys and values of sequences that go on, [B, K, L, Dh] a layer, in the order of `_live`."""
 
     def __init__(
         self, config: ModelConfig, source: Resident, prompts: list[list[int]], new_tokens: int, on: Device
@@ -81,7 +82,8 @@ class _Decoder:
         self.norm = on.from_host(source.read(names.weight(names.FINAL_NORM)))
         self.head = [on.from_host(rows) for rows in head_rows(config, source)]
         self.lengths = np.array([len(prompt) for prompt in prompts])
-        shape = (len(prompts), int(self.lengths.max()) + new_tokens, config.num_key_value_heads)
+        self._live = np.arange(len(prompts))
+        shape = (len(prompts), config.num_key_value_heads, int(self.lengths.max()) + new_tokens)
         self.keys = [on.zeros((*shape, config.head_dim)) for _ in self.layers]
         self.values = [on.zeros((*shape, config.v_head_dim)) for _ in self.layers]
         self.states: dict[tuple[int, int], DeltaState] = {}
@@ -98,35 +100,50 @@ class _Decoder:
                     x = layer.finish(x, layer.recurrent(attention, normed, self._state(layer, sequence)))
                     continue
                 q, k, v = layer.project(normed, positions)
-                keys[sequence, : len(prompt)], values[sequence, : len(prompt)] = k, v
+                keys[sequence, :, : len(prompt)] = self.on.transpose(k, (1, 0, 2))
+                values[sequence, :, : len(prompt)] = self.on.transpose(v, (1, 0, 2))
                 scale = self.config.attention_scale
                 mixed = attend(q, k, v, positions, attention.window, scale, layer.sinks)
                 x = layer.finish(x, layer.gated(normed, mixed))
             last.append(x[-1:])
         return self._next(self.on.concatenate(last))
 
-    def step(self, live: NDArray[np.int64], tokens: NDArray[np.int64]) -> NDArray[np.int64]:
-        """One token for each live sequence; returns the tokens after them [B]."""
+    def keep(self, going: NDArray[np.bool_]) -> NDArray[np.int64]:
+        """Forgets the sequences that do not go on; returns the places of the others in the order that they stand in
+        from now on: the last ones take the places of those that are gone, so that what stands is read without a
+        copy."""
+        count = int(going.sum())
+        gone, last = np.flatnonzero(~going[:count]), np.flatnonzero(going[count:]) + count
+        kept = np.arange(count)
+        kept[gone] = last
+        to, taken = self.on.index(gone), self.on.index(last)
+        for cached in (*self.keys, *self.values) if gone.size else ():
+            cached[to] = cached[taken]
+        self.lengths, self._live = self.lengths[kept], self._live[kept]
+        return kept
+
+    def step(self, tokens: NDArray[np.int64]) -> NDArray[np.int64]:
+        """One token for each sequence that goes on; returns the tokens after them [B]."""
         x = self.on.from_host(self.source.read(names.weight(names.EMBED_TOKENS))[tokens])
-        positions = self.lengths[live]
-        longest, rows, last = int(positions.max()) + 1, self.on.index(live), self.on.index(positions)
+        positions, B = self.lengths.copy(), tokens.size
+        longest, rows, last = int(positions.max()) + 1, self.on.index(np.arange(B)), self.on.index(positions)
         for layer, keys, values in zip(self.layers, self.keys, self.values, strict=True):
             attention = layer.anatomy.attention
             normed = layer.normed(attention, x)
             if isinstance(attention, LinearAttention):
                 each = [
                     layer.recurrent(attention, normed[k : k + 1], self._state(layer, int(sequence)))
-                    for k, sequence in enumerate(live)
+                    for k, sequence in enumerate(self._live)
                 ]
                 x = layer.finish(x, self.on.concatenate(each))
                 continue
             q, k, v = layer.project(normed, positions)
-            keys[rows, last], values[rows, last] = k, v
-            seen = keys[rows, :longest], values[rows, :longest]
+            keys[rows, :, last], values[rows, :, last] = k, v
+            seen = keys[:B, :, :longest], values[:B, :, :longest]
             scale = self.config.attention_scale
             mixed = attend_one(q, *seen, positions, attention.window, scale, layer.sinks)
             x = layer.finish(x, layer.gated(normed, mixed))
-        self.lengths[live] += 1
+        self.lengths += 1
         return self._next(x)
 
     def _state(self, layer: Layer, sequence: int) -> DeltaState:
