@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -127,16 +127,35 @@ def test_what_works_behind_waits_for_what_others_ask_for_later(monkeypatch: pyte
     assert order == ["next 1", "next 2", "behind 1", "behind 2"]
 
 
-def test_numpys_blas_is_held_to_a_thread_and_let_go() -> None:
+@pytest.fixture
+def blas_threads() -> Iterator[Callable[[], int]]:
+    """How many threads OpenBLAS takes, of which it has two for a test."""
     found = blas._openblas()
     if found is None:
         pytest.skip("numpy's BLAS here is not OpenBLAS")
     asked, say = found
     before = asked()
     say(2)
-    try:
-        with one_blas_thread():
-            assert asked() == 1
-        assert asked() == 2
-    finally:
-        say(before)
+    yield asked
+    say(before)
+
+
+def test_numpys_blas_is_held_to_a_thread_until_the_last_lets_it_go(blas_threads: Callable[[], int]) -> None:
+    first, second = one_blas_thread(), one_blas_thread()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert blas_threads() == 1
+    second.__exit__(None, None, None)
+    assert blas_threads() == 2
+
+
+def test_pieces_side_by_side_have_a_blas_of_one_thread_each(
+    blas_threads: Callable[[], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two threads of OpenBLAS for each of two pieces wait for each other in loops: a forward pass took many times as
+    long where nobody had held them before."""
+    monkeypatch.setattr(products, "threads", lambda: 2)
+    seen = list[int]()
+    products.side_by_side(lambda _: seen.append(blas_threads()), range(4))
+    assert seen == [1, 1, 1, 1] and blas_threads() == 2

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from threading import Lock
 from typing import Final
 
 import numpy as np
@@ -18,9 +19,15 @@ _NAMES: Final = tuple(
 )
 
 
+_lock: Final = Lock()
+# How many threads OpenBLAS takes where nobody holds it to one, for each who does.
+_held: Final[list[int]] = []
+
+
 @contextmanager
 def one_blas_thread() -> Iterator[None]:
-    """Holds numpy's products to one thread each, in the whole process; where its BLAS is another, nothing changes.
+    """Holds numpy's products to one thread each, in the whole process, until the last of those who do so at a time
+    leaves; where its BLAS is another, nothing changes.
 
     OpenBLAS's threads wait for each other in loops, so that beside any other work a product takes a multiple of its
     operations; what is large is cut into products for threads that sleep instead (device/products.py).
@@ -30,12 +37,16 @@ def one_blas_thread() -> Iterator[None]:
         yield
         return
     asked, say = found
-    before = asked()
-    say(1)
+    with _lock:
+        _held.append(_held[0] if _held else asked())
+        say(1)
     try:
         yield
     finally:
-        say(before)
+        with _lock:
+            before = _held.pop()
+            if not _held:
+                say(before)
 
 
 @cache

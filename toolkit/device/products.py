@@ -1,7 +1,7 @@
 """numpy's matrix products, cut into pieces for several threads.
 
 Which pieces there are follows from the shapes alone, so that the bits of a product do not depend on how many threads
-there are, where each piece has one (device/blas.py).
+there are: each piece has one (device/blas.py).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Final, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from toolkit.device.blas import one_blas_thread
 from toolkit.machine import threads
 
 Floats = NDArray[np.float32]
@@ -42,15 +43,16 @@ def work_behind() -> None:
 
 
 def side_by_side(work: Callable[[Piece], object], pieces: Iterable[Piece]) -> None:
-    """Does the work of every piece, on as many threads as this process may keep busy. It asks for no such work
-    itself."""
+    """Does the work of every piece, on as many threads as this process may keep busy, numpy's products in each on one.
+    It asks for no such work itself."""
     pieces = list(pieces)
-    if threads() == 1 or len(pieces) == 1:
-        for piece in pieces:
-            work(piece)
-        return
-    for done in [_submitted(partial(work, piece)) for piece in pieces]:
-        done.result()
+    with one_blas_thread():
+        if threads() == 1 or len(pieces) == 1:
+            for piece in pieces:
+                work(piece)
+            return
+        for done in [_submitted(partial(work, piece)) for piece in pieces]:
+            done.result()
 
 
 def by_rows(function: Callable[..., Floats], *arrays: Floats) -> Floats:
@@ -76,7 +78,8 @@ def write_product(to: Floats, left: Floats, right: Floats) -> None:
     distance of rows."""
     (N, K), T = left.shape, right.shape[1]
     if 2 * N * K * T < _FEW:
-        np.matmul(left, right, out=to)
+        with one_blas_thread():
+            np.matmul(left, right, out=to)
     elif T >= N:
         side_by_side(lambda some: np.matmul(left, right[:, some], out=to[:, some]), pieces_of(T))
     else:
