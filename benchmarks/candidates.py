@@ -11,7 +11,7 @@ from typing import Any, Final
 import yaml
 
 from benchmarks.answering import machine_load
-from benchmarks.command_line import toolkit
+from benchmarks.command_line import run_toolkit
 from benchmarks.peers.rows import Bench, Row, run_in_genai
 from toolkit.evaluate.positions import open_positions
 from toolkit.typed_json import Json
@@ -89,5 +89,5 @@ def _exported(candidate: Candidate, bench: Bench, calibration_text: Path, out: P
         "--no-validate",
         "--json",
     ]
-    made: dict[str, Any] = json.loads(toolkit(words))
+    made: dict[str, Any] = json.loads(run_toolkit(words))
     return made

@@ -6,15 +6,11 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Final
 
 from toolkit.errors import ToolkitError
 
-_ROOT: Final = Path(__file__).resolve().parent.parent
 
-
-def toolkit(words: Sequence[str], environment: Mapping[str, str] | None = None) -> str:
+def run_toolkit(words: Sequence[str], environment: Mapping[str, str] | None = None) -> str:
     """Returns what `toolkit WORDS` prints, with some variables of the environment set for it. Raises ToolkitError with
     the last line that it says of what is wrong where it fails."""
     done = subprocess.run(
@@ -22,7 +18,6 @@ def toolkit(words: Sequence[str], environment: Mapping[str, str] | None = None) 
         capture_output=True,
         text=True,
         encoding="utf-8",
-        cwd=_ROOT,
         env={**os.environ, **(environment or {})},
     )
     if done.returncode:

@@ -8,6 +8,7 @@ each of both the checkpoint is dropped from the page cache, where the system all
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.command_line import toolkit
+from benchmarks.command_line import run_toolkit
 from toolkit.errors import ToolkitError
 
 CHUNK = 16 << 20
@@ -61,7 +62,7 @@ def main(recipe: str, checkpoint: Path, out: Path, options: list[str]) -> None:
     drop_from_cache(checkpoint)
     words = ["export", recipe, "--checkpoint", str(checkpoint), "--out", str(out), "--no-validate", *options]
     begin = time.perf_counter()
-    toolkit(words)
+    run_toolkit(words)
     export = time.perf_counter() - begin
     conversion = json.loads((out / "report.json").read_text(encoding="utf-8"))["conversion"]
     read = read_seconds(checkpoint)
@@ -73,7 +74,12 @@ def main(recipe: str, checkpoint: Path, out: Path, options: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe")
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("out", type=Path)
+    asked, options = parser.parse_known_args()
     try:
-        main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])
+        main(asked.recipe, asked.checkpoint, asked.out, options)
     except ToolkitError as problem:
         sys.exit(f"error: {problem}")

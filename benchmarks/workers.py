@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from benchmarks.command_line import toolkit
+from benchmarks.command_line import run_toolkit
 from toolkit.errors import ToolkitError
 
 _ONE_THREAD: Final = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
@@ -31,7 +31,7 @@ def exported(recipe: str, checkpoint: str | None, out: Path, words: Sequence[str
     command = ["export", recipe, "--no-validate", "--out", str(out), *words]
     command += ["--checkpoint", checkpoint] if checkpoint else []
     start = time.perf_counter()
-    toolkit(command, dict.fromkeys(_ONE_THREAD, "1") if one_thread else {})
+    run_toolkit(command, dict.fromkeys(_ONE_THREAD, "1") if one_thread else {})
     return time.perf_counter() - start
 
 

@@ -159,3 +159,19 @@ def test_pieces_side_by_side_have_a_blas_of_one_thread_each(
     seen = list[int]()
     products.side_by_side(lambda _: seen.append(blas_threads()), range(4))
     assert seen == [1, 1, 1, 1] and blas_threads() == 2
+
+
+def test_a_product_too_small_for_pieces_has_a_blas_of_one_thread(
+    blas_threads: Callable[[], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those of a few sequences' next tokens are."""
+    seen, multiplied = list[int](), np.matmul
+
+    def watched(left: NDArray[np.float32], right: NDArray[np.float32], out: NDArray[np.float32]) -> None:
+        seen.append(blas_threads())
+        multiplied(left, right, out=out)
+
+    monkeypatch.setattr(np, "matmul", watched)
+    left, right = np.ones((8, 4), np.float32), np.ones((4, 2), np.float32)
+    assert (NUMPY.product(left, right) == 4).all()
+    assert seen == [1] and blas_threads() == 2

@@ -64,10 +64,6 @@ class Device(Protocol):
         """Returns `x` with its last axis the one that runs fastest in memory."""
         ...
 
-    def einsum(self, subscripts: str, a: Floats, b: Floats) -> Floats:
-        """Returns the products of two arrays' elements, added up as numpy's subscripts say."""
-        ...
-
     def exp(self, x: Floats) -> Floats:
         """Returns e to the power of each element."""
         ...
@@ -236,10 +232,6 @@ class _Numpy:
     def contiguous(self, x: Floats) -> Floats:
         """Returns `x` with its last axis the one that runs fastest in memory."""
         return np.ascontiguousarray(x)
-
-    def einsum(self, subscripts: str, a: Floats, b: Floats) -> Floats:
-        """Returns the products of two arrays' elements, added up as numpy's subscripts say."""
-        return np.asarray(np.einsum(subscripts, a, b, optimize=True))
 
     def exp(self, x: Floats) -> Floats:
         """Returns e to the power of each element."""

@@ -17,10 +17,8 @@ import numpy as np
 _NAMES: Final = tuple(
     f"{before}openblas_{{}}_num_threads{behind}" for before in ("scipy_", "") for behind in ("64_", "")
 )
-
-
 _lock: Final = Lock()
-# How many threads OpenBLAS takes where nobody holds it to one, for each who does.
+# For each who holds OpenBLAS to one thread: how many it had before the first of them came.
 _held: Final[list[int]] = []
 
 

@@ -64,10 +64,6 @@ class TorchDevice:
         """Returns `x` with its last axis the one that runs fastest in memory."""
         return x.contiguous()
 
-    def einsum(self, subscripts: str, a: Any, b: Any) -> Any:
-        """Returns the products of two arrays' elements, added up as numpy's subscripts say."""
-        return torch.einsum(subscripts, a, b)
-
     def exp(self, x: Any) -> Any:
         """Returns e to the power of each element."""
         return torch.exp(x)

@@ -57,22 +57,19 @@ def greedy_continuations(
     resident = source if isinstance(source, Resident) else Resident(source)
     decoder = _Decoder(config, resident, prompts, new_tokens, on)
     made: list[list[int]] = [[] for _ in prompts]
-    live = np.arange(len(prompts))
     tokens = decoder.prefill(prompts)
-    for _ in range(new_tokens):
-        for sequence, token in zip(live, tokens, strict=True):
+    for count in range(1, new_tokens + 1):
+        for sequence, token in zip(decoder.live, tokens, strict=True):
             made[sequence].append(int(token))
         going = ~np.isin(tokens, list(stop_ids))
-        if not going.any() or len(made[live[going][0]]) >= new_tokens:
+        if count == new_tokens or not going.any():
             break
-        kept = decoder.keep(going)
-        live = live[kept]
-        tokens = decoder.step(tokens[kept])
+        tokens = decoder.step(tokens[decoder.keep(going)])
     return made
 
 
 class _Decoder:
-    """The layers and the keys and values of sequences that go on, [B, K, L, Dh] a layer, in the order of `_live`."""
+    """The layers and the keys and values of sequences that go on, [B, K, L, Dh] a layer, in the order of `live`."""
 
     def __init__(
         self, config: ModelConfig, source: Resident, prompts: list[list[int]], new_tokens: int, on: Device
@@ -82,7 +79,7 @@ class _Decoder:
         self.norm = on.from_host(source.read(names.weight(names.FINAL_NORM)))
         self.head = [on.from_host(rows) for rows in head_rows(config, source)]
         self.lengths = np.array([len(prompt) for prompt in prompts])
-        self._live = np.arange(len(prompts))
+        self.live = np.arange(len(prompts))
         shape = (len(prompts), config.num_key_value_heads, int(self.lengths.max()) + new_tokens)
         self.keys = [on.zeros((*shape, config.head_dim)) for _ in self.layers]
         self.values = [on.zeros((*shape, config.v_head_dim)) for _ in self.layers]
@@ -119,13 +116,13 @@ class _Decoder:
         to, taken = self.on.index(gone), self.on.index(last)
         for cached in (*self.keys, *self.values) if gone.size else ():
             cached[to] = cached[taken]
-        self.lengths, self._live = self.lengths[kept], self._live[kept]
+        self.lengths, self.live = self.lengths[kept], self.live[kept]
         return kept
 
     def step(self, tokens: NDArray[np.int64]) -> NDArray[np.int64]:
         """One token for each sequence that goes on; returns the tokens after them [B]."""
         x = self.on.from_host(self.source.read(names.weight(names.EMBED_TOKENS))[tokens])
-        positions, B = self.lengths.copy(), tokens.size
+        positions, B = self.lengths, tokens.size
         longest, rows, last = int(positions.max()) + 1, self.on.index(np.arange(B)), self.on.index(positions)
         for layer, keys, values in zip(self.layers, self.keys, self.values, strict=True):
             attention = layer.anatomy.attention
@@ -133,7 +130,7 @@ class _Decoder:
             if isinstance(attention, LinearAttention):
                 each = [
                     layer.recurrent(attention, normed[k : k + 1], self._state(layer, int(sequence)))
-                    for k, sequence in enumerate(self._live)
+                    for k, sequence in enumerate(self.live)
                 ]
                 x = layer.finish(x, self.on.concatenate(each))
                 continue
