@@ -149,8 +149,10 @@ class Dying:
     def behind(self) -> Pool:
         return Dying(self._pool.behind, self._mark)
 
-    def map(self, work: Callable[[Any, Any], Any], shared: Any, pieces: Sequence[Any]) -> list[Any]:
-        return self._pool.map(dying, (work, shared, self._mark), pieces)
+    def map(
+        self, work: Callable[[Any, Any], Any], shared: Any, pieces: Sequence[Any], costs: Sequence[float] | None = None
+    ) -> list[Any]:
+        return self._pool.map(dying, (work, shared, self._mark), pieces, costs)
 
     def begin(self, work: Callable[[Any, Any], Any], shared: Any, piece: Any) -> Callable[[], Any]:
         return self._pool.begin(dying, (work, shared, self._mark), piece)

@@ -33,7 +33,7 @@ from toolkit.quant.gptq import factorize
 from toolkit.quant.gptq_tokens import factorize_tokens
 from toolkit.reference.shared import SharedLayer, share_layer
 from toolkit.workers import pool as pools
-from toolkit.workers.pool import DaskPool, Here, open_pool
+from toolkit.workers.pool import DaskPool, Here, dealt, open_pool
 
 distributed = pytest.importorskip("distributed")
 SPEC = QuantSpec(4, 32, algorithm="gptq")
@@ -131,6 +131,15 @@ def test_rows_are_in_pieces_as_large_as_each_other(count: int) -> None:
     assert [k for some in found for k in range(some.start, some.stop)] == list(range(count))
     assert max(sizes) - min(sizes) <= 1 and max(sizes) <= side_by_side.ROWS
     assert len(found) == -(-count // side_by_side.ROWS)
+
+
+@pytest.mark.parametrize("costs", [[1.0] * 6, [1.0] * 13, [1.0], [*range(1, 36), *[70] * 6], [3.0, 1, 1, 1]])
+def test_pieces_are_dealt_so_that_no_worker_waits_for_more_than_one(costs: list[float]) -> None:
+    """Two workers that take groups in turns, two each."""
+    groups = dealt(costs, min(len(costs), 4))
+    assert sorted(place for group in groups for place in group) == list(range(len(costs)))
+    loads = [sum(costs[place] for group in groups[worker::2] for place in group) for worker in (0, 1)]
+    assert max(loads) - min(loads) <= max(costs)
 
 
 def sums(shared: float, piece: tuple[Floats, ...]) -> Floats:

@@ -20,9 +20,11 @@ from numpy.typing import NDArray
 from toolkit.calibrate.side_by_side import row_pieces
 from toolkit.checkpoint.linears import LinearInput
 from toolkit.checkpoint.sublayers import Mixer, Mlp, Moe
+from toolkit.device.arrays import NUMPY
 from toolkit.device.fitting import Pool
 from toolkit.quant.blockwise import QuantizedBlocks, QuantSpec, dequantize_blocks
-from toolkit.quant.gptq import Factor, factorize
+from toolkit.quant.gptq import Factor, factorize_ordered, padded
+from toolkit.quant.visits import Visits, visits
 from toolkit.reference.decoder import Layer
 from toolkit.reference.shared import SharedLayer
 
@@ -153,7 +155,8 @@ class SharedRows:
 
 @dataclass(frozen=True)
 class ProductRows:
-    """Rows of X~'X~, up to their square on the diagonal, of X'X~, or of W X'X~ for the matrix W of a name."""
+    """Columns of X~'X~ in the order of visits, down to their square on the diagonal; or rows of X'X~, or of W X'X~ for
+    the matrix W of a name."""
 
     of: str
     rows: slice
@@ -177,17 +180,20 @@ def factored(
     One process makes the factor while the others do what was begun by `meanwhile`. Raises NotPositiveDefiniteError as
     `factorize`.
     """
-    both = np.concatenate(exact), np.concatenate(arriving)
-    T, K = both[1].shape
-    squares = _product_rows({_ARRIVING: K})
+    T, K = sum(len(x) for x in arriving), arriving[0].shape[1]
+    diagonal: Floats = np.sum([NUMPY.column_squares(x) for x in arriving], axis=0) / np.float32(T)
+    order = visits(diagonal, block_size)
+    # X~ in the order of visits: to bring its second moment into that afterwards takes as long as half of its factor.
+    ordered = np.concatenate([padded(x, order.order.size)[:, order.order] for x in arriving])
+    squares = _product_rows({_ARRIVING: order.order.size})
     others = _product_rows(rows.tensors if rows else {_EXACT: K})
-    given = rows.shared if rows else None, *both
-    order = _dealt(len(squares), len(others))
-    made = dict(zip(order, pool.map(_mean_of_products, given, [[*squares, *others][k] for k in order]), strict=True))
-    moment, cross = (
-        [made[start + k] for k in range(n)] for start, n in ((0, len(squares)), (len(squares), len(others)))
-    )
-    ended = pool.begin(_factor, (moment, T), block_size)
+    # A row of W X'X~ is a product with X before it is one with X~.
+    costs = [(some.rows.stop - some.rows.start) * some.rows.stop for some in squares]
+    costs += [(some.rows.stop - some.rows.start) * K * (2 if rows else 1) for some in others]
+    given = rows.shared if rows else None, np.concatenate(exact), ordered, np.argsort(order.order)[:K]
+    made = pool.map(_mean_of_products, given, [*squares, *others], costs)
+    moment, cross = made[: len(squares)], made[len(squares) :]
+    ended = pool.begin(_factor, (moment, order), (K, T))
     meanwhile()
     factor = ended()
     if rows:
@@ -196,40 +202,35 @@ def factored(
     return factor, np.concatenate(pool.map(_whitened_rows, factor, starts))
 
 
-def _dealt(squares: int, others: int) -> list[int]:
-    """Returns the places of pieces in an order in which any run of them is about as much work as one of as many
-    elsewhere: squares' rows far down are long, and the others take longer still."""
-    turns = sorted(range(squares), key=lambda k: min(k, squares - 1 - k))
-    places = [((k + 0.5) / squares, turn) for k, turn in enumerate(turns)]
-    return [place for _, place in sorted(places + [((k + 0.5) / others, squares + k) for k in range(others)])]
-
-
 def _product_rows(counts: Mapping[str, int]) -> list[ProductRows]:
     return [ProductRows(of, some) for of, count in counts.items() for some in row_pieces(count)]
 
 
-def _mean_of_products(given: tuple[SharedLayer | None, Floats, Floats], piece: ProductRows) -> Floats:
-    (shared, exact, arriving), some = given, piece.rows
+def _mean_of_products(
+    given: tuple[SharedLayer | None, Floats, Floats, NDArray[np.int64]], piece: ProductRows
+) -> Floats:
+    (shared, exact, ordered, places), some = given, piece.rows
     product: Floats
     if piece.of == _ARRIVING:
-        product = arriving[:, some].T @ arriving[:, : some.stop]
-    elif shared:
-        left: Floats = exact @ shared.read_rows(piece.of, some.start, some.stop).T
-        product = left.T @ arriving
+        product = ordered[:, : some.stop].T @ ordered[:, some]
     else:
-        product = exact[:, some].T @ arriving
-    product /= arriving.shape[0]
+        left: Floats = exact @ shared.read_rows(piece.of, some.start, some.stop).T if shared else exact[:, some]
+        product = (left.T @ ordered)[:, places]
+    product /= ordered.shape[0]
     return product
 
 
-def _factor(moment: tuple[Sequence[Floats], int], block_size: int) -> Factor:
-    parts, tokens = moment
-    whole: Floats = np.empty((parts[-1].shape[1], parts[-1].shape[1]), np.float32)
-    for part in parts:
-        rows, stop = part.shape
-        some = slice(stop - rows, stop)
-        whole[some, :stop], whole[: some.start, some] = part, part[:, : some.start].T
-    return factorize(whole, block_size, tokens)
+def _factor(moment: tuple[Sequence[Floats], Visits], counts: tuple[int, int]) -> Factor:
+    (parts, order), (K, T) = moment, counts
+
+    def upper() -> Floats:
+        whole: Floats = np.zeros((order.order.size, order.order.size), np.float32)
+        for part in parts:
+            stop, columns = part.shape
+            whole[:stop, stop - columns : stop] = part
+        return whole
+
+    return factorize_ordered(upper, order, K, T)
 
 
 def _whitened_rows(factor: Factor, piece: tuple[int, Floats]) -> Floats:

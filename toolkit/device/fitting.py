@@ -33,8 +33,15 @@ class Pool(Protocol):
         """The same for pieces that are worked on while no other waits."""
         ...
 
-    def map(self, work: Callable[[_Shared, _Piece], _Made], shared: _Shared, pieces: Sequence[_Piece]) -> list[_Made]:
-        """What a module's function makes of each piece and of what all pieces share, in the order of the pieces."""
+    def map(
+        self,
+        work: Callable[[_Shared, _Piece], _Made],
+        shared: _Shared,
+        pieces: Sequence[_Piece],
+        costs: Sequence[float] | None = None,
+    ) -> list[_Made]:
+        """What a module's function makes of each piece and of what all pieces share, in the order of the pieces.
+        `costs` is how much work each is beside the others, where they are not alike."""
         ...
 
     def begin(self, work: Callable[[_Shared, _Piece], _Made], shared: _Shared, piece: _Piece) -> Callable[[], _Made]:

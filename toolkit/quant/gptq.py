@@ -22,6 +22,7 @@ N output features, K input features, Kp = K padded to whole blocks.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -126,13 +127,27 @@ def factorize(moment: Floats, block_size: int, tokens: float = math.inf) -> Fact
     on, K = device_of(moment), moment.shape[0]
     order = visits(on.to_host(moment.diagonal()), block_size)
     columns, inside = order.order.size, np.flatnonzero(order.order < K)
-    own, to, of = on.index(np.arange(columns)), on.index(inside), on.index(order.order[inside])
-    for damping in DAMPINGS:
-        taken = damped(order, K, tokens, damping)
+    to, of = on.index(inside), on.index(order.order[inside])
+
+    def ordered() -> Floats:
         matrix = on.by_rows(lambda rows: rows[:, of], moment[of])
         if columns > K:
             whole, matrix = matrix, on.zeros((columns, columns))
             matrix[to[:, None], to[None, :]] = whole
+        return matrix
+
+    return factorize_ordered(ordered, order, K, tokens)
+
+
+def factorize_ordered(ordered: Callable[[], Floats], order: Visits, channels: int, tokens: float) -> Factor:
+    """The factor of H of so many channels, a mean over `tokens`; `ordered` makes H [Kp, Kp] in the order of visits, or
+    what is on and above its diagonal, which is used up.
+
+    Raises NotPositiveDefiniteError as `factorize`.
+    """
+    for damping in DAMPINGS:
+        taken, matrix = damped(order, channels, tokens, damping), ordered()
+        on, own = device_of(matrix), device_of(matrix).index(np.arange(order.order.size))
         matrix *= float(taken.kept)
         matrix[own, own] += on.from_host(taken.added[order.order])
         try:

@@ -56,7 +56,13 @@ class Here:
         """Itself: one piece comes after the other."""
         return self
 
-    def map(self, work: Callable[[Shared, Piece], Made], shared: Shared, pieces: Sequence[Piece]) -> list[Made]:
+    def map(
+        self,
+        work: Callable[[Shared, Piece], Made],
+        shared: Shared,
+        pieces: Sequence[Piece],
+        costs: Sequence[float] | None = None,
+    ) -> list[Made]:
         """What `work` makes of each piece, in order."""
         return [work(shared, piece) for piece in pieces]
 
@@ -139,13 +145,20 @@ class DaskPool:
         other._priority = self._priority - 1
         return other
 
-    def map(self, work: Callable[[Shared, Piece], Made], shared: Shared, pieces: Sequence[Piece]) -> list[Made]:
-        """What `work` makes of each piece, in order, wherever it is made. `work` is a function of a module.
+    def map(
+        self,
+        work: Callable[[Shared, Piece], Made],
+        shared: Shared,
+        pieces: Sequence[Piece],
+        costs: Sequence[float] | None = None,
+    ) -> list[Made]:
+        """What `work` makes of each piece, in order, wherever it is made. `work` is a function of a module; `costs` is
+        how much work each piece is beside the others, where they are not alike.
 
         Raises MachineError if the scheduler goes, or every worker.
         """
         if self._folder:
-            return self._map_files(self._folder, work, shared, pieces)
+            return self._map_files(self._folder, work, shared, pieces, costs or [1.0] * len(pieces))
         return self._map(work, shared, pieces)
 
     def begin(self, work: Callable[[Shared, Piece], Made], shared: Shared, piece: Piece) -> Callable[[], Made]:
@@ -168,15 +181,22 @@ class DaskPool:
         return begun.result
 
     def _map_files(
-        self, folder: Path, work: Callable[[Shared, Piece], Made], shared: Shared, pieces: Sequence[Piece]
+        self,
+        folder: Path,
+        work: Callable[[Shared, Piece], Made],
+        shared: Shared,
+        pieces: Sequence[Piece],
+        costs: Sequence[float],
     ) -> list[Made]:
         """The same through files: tasks and what they give back are paths. A task costs Dask's loops milliseconds,
         however little it has to do: each worker has two at most."""
-        count = min(len(pieces), 2 * max(1, len(self._client.nthreads())))
-        groups = [pieces[k * len(pieces) // count : (k + 1) * len(pieces) // count] for k in range(count)]
-        given = [put(folder, content) for content in (shared, *groups)]
+        groups = dealt(costs, min(len(pieces), 2 * max(1, len(self._client.nthreads()))))
+        given = [put(folder, content) for content in (shared, *([pieces[k] for k in group] for group in groups))]
         made = self._map(_in_files, (work, given[0]), given[1:])
-        results = [result for path in made for result in get(path)]
+        results: list[Any] = [None] * len(pieces)
+        for group, path in zip(groups, made, strict=True):
+            for place, result in zip(group, get(path), strict=True):
+                results[place] = result
         for path in (*given, *made):
             # Windows keeps a file that is mapped until the folder goes.
             with suppress(PermissionError):
@@ -273,6 +293,17 @@ class DaskPool:
                         f"the worker {address} has {package} {theirs.get(package)}, this process {ours.get(package)}: "
                         "install the same version there"
                     )
+
+
+def dealt(costs: Sequence[float], groups: int) -> list[list[int]]:
+    """Returns the places of pieces in so many groups: the dearest first, each to the group that has least, so that no
+    two workers of as many groups differ by more than a piece."""
+    found, sums = [list[int]() for _ in range(groups)], [0.0] * groups
+    for place in sorted(range(len(costs)), key=lambda place: -costs[place]):
+        lightest = min(range(groups), key=sums.__getitem__)
+        found[lightest].append(place)
+        sums[lightest] += costs[place]
+    return [sorted(group) for group in found]
 
 
 def _named(work: Callable[[Shared, Piece], Made], shared: Shared, piece: Piece) -> Made:
