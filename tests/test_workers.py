@@ -160,24 +160,26 @@ def test_batches_by_rows_come_back_as_they_were_given(two: DaskPool) -> None:
 
 
 @pytest.mark.parametrize("few", [False, True])
+@pytest.mark.parametrize("tokens", [300, 24])
 def test_a_factor_made_in_pieces_is_that_of_the_whole_moment(
-    two: DaskPool, tiny_r1: Path, few: bool, monkeypatch: pytest.MonkeyPatch
+    two: DaskPool, tiny_r1: Path, tokens: int, few: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Of few tokens the other products are less work than the factor, and made beside it."""
     monkeypatch.setattr(side_by_side, "ROWS", 48)
     opened, generator, called = open_checkpoint(tiny_r1), np.random.default_rng(5), list[int]()
     tensor = "model.layers.0.mlp.down_proj.weight"
     weight = opened.source.read(tensor)
-    x = generator.standard_normal((300, weight.shape[1])).astype(np.float32)
+    x, half = generator.standard_normal((tokens, weight.shape[1])).astype(np.float32), tokens // 2
     arriving = x + 0.1 * generator.standard_normal(x.shape).astype(np.float32)
     rows = SharedRows(share_layer(opened.config, opened.source, 0), {tensor: weight.shape[0]}) if few else None
-    given = [x[:170], x[170:]], [arriving[:170], arriving[170:]], rows, 32
+    given = [x[:half], x[half:]], [arriving[:half], arriving[half:]], rows, 32
     factor, made = factored(two, *given, lambda: called.append(1))
     alone, same = factored(Here(), *given, lambda: None)
     assert called == [1] and np.array_equal(made, same) and np.array_equal(factor.upper, alone.upper)
     exact, other = x.astype(np.float64), arriving.astype(np.float64)
-    whole = factorize(np.asarray(other.T @ other / 300, np.float32), 32, 300)
+    whole = factorize(np.asarray(other.T @ other / tokens, np.float32), 32, tokens)
     np.testing.assert_allclose(factor.upper, whole.upper, atol=1e-4)
-    cross = exact.T @ other / 300
+    cross = exact.T @ other / tokens
     expected = weight @ cross if few else whole.whitening(cross.astype(np.float32))
     np.testing.assert_allclose(made, expected, atol=1e-3)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Final, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -153,6 +153,19 @@ class SharedRows:
     tensors: Mapping[str, int]
 
 
+@dataclass(frozen=True)
+class ProductRows:
+    """Columns of X~'X~ in the order of visits, down to their square on the diagonal; or rows of X'X~, or of W X'X~ for
+    the matrix W of a name."""
+
+    of: str
+    rows: slice
+
+
+_ARRIVING: Final = "arriving"
+_EXACT: Final = "exact"
+
+
 def factored(
     pool: Pool,
     exact: Sequence[Floats],
@@ -164,43 +177,48 @@ def factored(
     """Returns the factor of an input for blocks of `block_size`, by what arrives, X~, and of C = X'X~ / T, with the
     exact input X, either W C [N, K], where `rows` are W, or its whitening [K, Kp].
 
-    One process makes the factor while the others have the products of C, and what was begun by `meanwhile`. Raises
-    NotPositiveDefiniteError as `factorize`.
+    One process makes the factor while the others do what was begun by `meanwhile`, and the products of C where these
+    are less. Raises NotPositiveDefiniteError as `factorize`.
     """
-    K, tokens = arriving[0].shape[1], sum(len(x) for x in arriving)
-    diagonal: Floats = np.sum([NUMPY.column_squares(x) for x in arriving], axis=0) / np.float32(tokens)
+    T, K = sum(len(x) for x in arriving), arriving[0].shape[1]
+    diagonal: Floats = np.sum([NUMPY.column_squares(x) for x in arriving], axis=0) / np.float32(T)
     order = visits(diagonal, block_size)
     # X~ in the order of visits: to bring its second moment into that afterwards takes as long as half of its factor.
     ordered = np.concatenate([padded(x, order.order.size)[:, order.order] for x in arriving])
-    squares = row_pieces(ordered.shape[1])
-    moment = pool.map(_mean_of_squares, ordered, squares, [(some.stop - some.start) * some.stop for some in squares])
-    ended = pool.begin(_factor, (moment, order), (K, tokens))
-    meanwhile()
+    squares = _product_rows({_ARRIVING: order.order.size})
+    others = _product_rows(rows.tensors if rows else {_EXACT: K})
+    # A row of W X'X~ is a product with X before it is one with X~.
+    costs = [(some.rows.stop - some.rows.start) * some.rows.stop for some in squares]
+    costs += [(some.rows.stop - some.rows.start) * K * (2 if rows else 1) for some in others]
+    # What is less work than the factor is done beside it; more would leave whoever made that waiting.
+    beside = others if T * sum(costs[len(squares) :]) < K**3 / 6 else []
+    first = squares if beside else [*squares, *others]
     given = rows.shared if rows else None, np.concatenate(exact), ordered, np.argsort(order.order)[:K]
-    counts = rows.tensors if rows else {"": K}
-    others = [(tensor, some) for tensor, count in counts.items() for some in row_pieces(count)]
-    cross = pool.map(_mean_of_products, given, others)
+    made = pool.map(_mean_of_products, given, first, costs[: len(first)])
+    ended = pool.begin(_factor, (made[: len(squares)], order), (K, T))
+    meanwhile()
+    cross = pool.map(_mean_of_products, given, beside) if beside else made[len(squares) :]
     factor = ended()
     if rows:
         return factor, np.concatenate(cross)
-    starts = [(some.start, part) for (_, some), part in zip(others, cross, strict=True)]
+    starts = [(product.rows.start, part) for product, part in zip(others, cross, strict=True)]
     return factor, np.concatenate(pool.map(_whitened_rows, factor, starts))
 
 
-def _mean_of_squares(ordered: Floats, some: slice) -> Floats:
-    """Columns of X~'X~ / T in the order of visits, down to their square on the diagonal."""
-    product: Floats = ordered[:, : some.stop].T @ ordered[:, some]
-    product /= ordered.shape[0]
-    return product
+def _product_rows(counts: Mapping[str, int]) -> list[ProductRows]:
+    return [ProductRows(of, some) for of, count in counts.items() for some in row_pieces(count)]
 
 
 def _mean_of_products(
-    given: tuple[SharedLayer | None, Floats, Floats, NDArray[np.int64]], piece: tuple[str, slice]
+    given: tuple[SharedLayer | None, Floats, Floats, NDArray[np.int64]], piece: ProductRows
 ) -> Floats:
-    """Rows of X'X~ / T, or of W X'X~ / T for the matrix W of a name."""
-    (shared, exact, ordered, places), (tensor, some) = given, piece
-    left: Floats = exact @ shared.read_rows(tensor, some.start, some.stop).T if shared else exact[:, some]
-    product: Floats = (left.T @ ordered)[:, places]
+    (shared, exact, ordered, places), some = given, piece.rows
+    product: Floats
+    if piece.of == _ARRIVING:
+        product = ordered[:, : some.stop].T @ ordered[:, some]
+    else:
+        left: Floats = exact @ shared.read_rows(piece.of, some.start, some.stop).T if shared else exact[:, some]
+        product = (left.T @ ordered)[:, places]
     product /= ordered.shape[0]
     return product
 
