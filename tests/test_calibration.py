@@ -512,6 +512,19 @@ def test_a_budget_buys_what_the_provider_takes(
     assert bits == ({4} if target == "vitisai" else {4, 8})
 
 
+def test_a_budget_leaves_keys_and_values_as_wide_as_their_rule(
+    stories260k: Path, stories_text: Path, tmp_path: Path
+) -> None:
+    """They read what q reads, whose format is bought."""
+    recipe = _recipe(stories260k, stories_text, "quality=balanced", "bits_per_weight=5.6", "calibration_tokens=600")
+    bundle = export_bundle(recipe, open_checkpoint(stories260k), tmp_path / "bundle")
+    made = json.loads((bundle / "report.json").read_text(encoding="utf-8"))["quantization"]
+    bits = {row["name"]: row["bits"] for row in made["tensors"]}
+    assert {found for name, found in bits.items() if ".k_proj." in name or ".v_proj." in name} == {8}
+    assert 4 in {found for name, found in bits.items() if ".q_proj." in name}
+    assert made["bits_per_weight"] <= 5.6
+
+
 def test_the_text_is_what_calibrates(stories260k: Path, stories_text: Path, tmp_path: Path) -> None:
     """Another text, another bundle; the same text, the same bytes."""
     checkpoint, other = open_checkpoint(stories260k), tmp_path / "other.txt"

@@ -40,7 +40,9 @@ def input_facts(_: None, given: Searched) -> InputFacts:
     scales = fold.scales if fold.scales is not None else np.ones(given.sample.moments.shape, np.float32)
     sample = given.sample.divided(scales)
     losses: dict[QuantSpec, float] = {}
+    # A budget changes those that have the first one's format.
+    alike = [reader for reader in given.readers if reader.spec == given.readers[0].spec]
     for spec in given.formats:
-        asked = [Reader(reader.weight * scales, spec) for reader in given.readers]
+        asked = [Reader(reader.weight * scales, spec) for reader in alike]
         losses[spec] = sum(output_loss(reader, sample, given.rounding) for reader in asked) / len(asked)
     return InputFacts(sample.moments, sample.values(), fold, losses)

@@ -148,21 +148,21 @@ def _streams(config: ModelConfig, lengths: Sequence[int], folder: Path) -> list[
 def shared_formats(
     config: ModelConfig, specs: Mapping[str, QuantSpec], shapes: Mapping[str, tuple[int, ...]], found: Survey
 ) -> list[SharedFormat]:
-    """Matrices that share a format, with what the survey measured of them."""
-    decoder = decoder_of(config)
+    """Matrices that share a format, with what the survey measured of them. Readers of an input that the rules give
+    another format than its first one keep that: what the input's probe says is put down to those that are like the
+    first."""
+    decoder, made = decoder_of(config), list[SharedFormat]()
     groups = [(given.name, tuple(linear.weight for linear in given.linears)) for given in decoder.inputs]
     if not config.tie_word_embeddings:
         groups.append((decoder.embedding.module, (decoder.embedding.weight,)))
-    return [
-        SharedFormat(
-            tensors,
-            tuple((shapes[t][0], shapes[t][1]) for t in tensors),
-            specs[tensors[0]],
-            found.divergences[name],
-            found.inputs[name].losses,
-        )
-        for name, tensors in groups
-    ]
+    for name, tensors in groups:
+        first = specs[tensors[0]]
+        for spec in dict.fromkeys(specs[tensor] for tensor in tensors):
+            alike = tuple(tensor for tensor in tensors if specs[tensor] == spec)
+            sizes = tuple((shapes[tensor][0], shapes[tensor][1]) for tensor in alike)
+            measured = (found.divergences[name], found.inputs[name].losses) if spec == first else (0.0, {spec: 0.0})
+            made.append(SharedFormat(alike, sizes, spec, *measured))
+    return made
 
 
 class _Pass:
