@@ -93,7 +93,10 @@ async function look(hubId) {
   $("found").textContent = hubId ? `Asking the hub for ${hubId}…` : "Looking what there is…";
   try {
     const { rows } = await fromServer("/playground/catalogue" + (hubId ? `?hub=${encodeURIComponent(hubId)}` : ""));
-    groups = [...grouped(rows), ...(hubId && groups ? groups.filter((group) => group.name !== hubId) : [])];
+    // A checkpoint of the hub that was looked for stays when the whole catalogue is looked at anew, which has none.
+    const stays = (group) => (hubId ? group.name !== hubId : group.kind === "hub");
+    const kept = (groups ?? []).filter(stays);
+    groups = hubId ? [...grouped(rows), ...kept] : [...kept, ...grouped(rows)];
     showCards();
   } catch (problem) {
     $("found").className = "error";
