@@ -11,7 +11,8 @@ from toolkit.graph.layout import Layout
 
 def journaled(folder: Path) -> list[str]:
     """The tensors that the folder's journal says are finished, in their order."""
-    return [json.loads(line)["tensor"] for line in (folder / "journal.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = (folder / "journal.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["tensor"] for line in lines[1:]]
 
 
 def byte_ranges(layout: Layout, tensor: str) -> Iterator[tuple[int, int]]:

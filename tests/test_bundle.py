@@ -18,10 +18,12 @@ from tokenizers import Tokenizer
 
 from tests.command_line import called, run
 from tests.exports import Exports
-from tests.graphs import SET_EIGHT_BITS
+from tests.graphs import EIGHT_BITS, SET_EIGHT_BITS
 from toolkit.bundle.manifest import read_manifest, verify_manifest
 from toolkit.checkpoint.opened import open_checkpoint
 from toolkit.evaluate.session import continuations
+from toolkit.pipeline.plan import plan_export
+from toolkit.recipe import load_recipe
 from toolkit.reference.decoder import reference_logits
 from toolkit.typed_json import to_json
 
@@ -161,9 +163,13 @@ def test_resume_packs_only_what_is_missing(bundles: dict[str, Path], tmp_path: P
     names = [t["name"] for t in report["quantization"]["tensors"]]
     os.replace(out, partial)
     begun = replace(read_manifest(partial), checkpoint=checkpoint.source.identity(), files=())
-    (partial / "request.json").write_text(json.dumps(to_json(begun)), encoding="utf-8")
+    recipe = load_recipe("tiny-r1-cpu", EIGHT_BITS)
+    digest = plan_export(recipe, checkpoint, out, "int4").layout.digest()
+    request = {"manifest": to_json(begun), "layout": digest}
+    (partial / "request.json").write_text(json.dumps(request), encoding="utf-8")
     lines = [json.dumps({"tensor": name, "signal": 1.0, "noise": 1.0}) + "\n" for name in names]
-    (partial / "journal.jsonl").write_text("".join(lines[:-1]) + lines[-1][:20], encoding="utf-8")
+    head = json.dumps({"layout": digest}) + "\n"
+    (partial / "journal.jsonl").write_text(head + "".join(lines[:-1]) + lines[-1][:20], encoding="utf-8")
     before = (partial / "model.onnx.data").read_bytes()
     done = called("export", "tiny-r1-cpu", "--out", str(out), "--no-validate", *SET_EIGHT_BITS)
     assert done.returncode == 0, done.stderr

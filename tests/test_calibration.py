@@ -31,6 +31,7 @@ from toolkit.checkpoint.opened import Checkpoint, open_checkpoint
 from toolkit.device.arrays import NUMPY
 from toolkit.evaluate.parity import Comparison
 from toolkit.evaluate.positions import open_positions
+from toolkit.graph import layout
 from toolkit.names import weight
 from toolkit.pipeline.export import Order, export_bundles
 from toolkit.pipeline.text import token_sequences
@@ -52,6 +53,8 @@ BLOCK = 32
 
 class _Kept:
     """What GPTQ writes, by tensor."""
+
+    resumed = True
 
     def __init__(self) -> None:
         self.blocks: dict[str, QuantizedBlocks] = {}
@@ -455,6 +458,45 @@ def test_an_export_stopped_anywhere_resumes_to_the_same_bytes(
     for path in whole.iterdir():
         if not path.name.startswith("report."):
             assert (resumed / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+@pytest.mark.parametrize("lost", ["data", "layout"])
+def test_what_was_solved_into_other_files_is_solved_again(
+    lost: str, in_one_run: tuple[Recipe, Path], stories260k: Path, tmp_path: Path
+) -> None:
+    recipe, whole = in_one_run
+    order, partial = Order(recipe, tmp_path / "stopped"), tmp_path / "stopped.partial"
+    with pytest.raises(_StopError):
+        export_bundles([order], open_checkpoint(stories260k), progress=_stopping_at("solved layer 3"))
+    if lost == "data":
+        (partial / "model.onnx.data").unlink()
+    else:
+        _, *named = (partial / "journal.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        head = json.dumps({"layout": "0" * 64}) + "\n"
+        (partial / "journal.jsonl").write_text(head + "".join(named), encoding="utf-8")
+    again: list[str] = []
+    (resumed,) = export_bundles([order], open_checkpoint(stories260k), progress=again.append)
+    assert "solved layer 0" in again
+    assert (resumed / "model.onnx.data").read_bytes() == (whole / "model.onnx.data").read_bytes()
+
+
+def test_an_export_of_other_planned_formats_begins_anew(
+    in_one_run: tuple[Recipe, Path], stories260k: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, whole = in_one_run
+    order, said = Order(recipe, tmp_path / "stopped"), list[str]()
+    rules = layout.planned_specs
+
+    def earlier(*given: Any) -> dict[str, QuantSpec]:
+        """The rules as an earlier state of the code may have had them."""
+        return {name: replace(spec, bits=4) for name, spec in rules(*given).items()}
+
+    with monkeypatch.context() as patched, pytest.raises(_StopError):
+        patched.setattr(layout, "planned_specs", earlier)
+        export_bundles([order], open_checkpoint(stories260k), progress=_stopping_at("calibrated layer 1"))
+    (resumed,) = export_bundles([order], open_checkpoint(stories260k), progress=said.append)
+    assert "calibrated layer 0" in said
+    assert (resumed / "model.onnx.data").read_bytes() == (whole / "model.onnx.data").read_bytes()
 
 
 def _bundle_kld(bundle: Path, checkpoint: Checkpoint, sequences: list[list[int]], exact: bool) -> float:

@@ -255,6 +255,8 @@ def _negated(x: Any) -> tuple[Any]:
 class _Kept:
     """What is solved, by tensor; a layer that is begun again writes again."""
 
+    resumed = True
+
     def __init__(self) -> None:
         self.blocks: dict[str, QuantizedBlocks] = {}
 

@@ -24,7 +24,7 @@ from toolkit.partition import pack, prefix_hash
 from toolkit.partition.data_files import Destination
 from toolkit.partition.pack import PackResult, pack_weights
 from toolkit.partition.prefix_hash import PrefixHash
-from toolkit.quant.blockwise import quantize_blocks
+from toolkit.quant.blockwise import QuantSpec, quantize_blocks
 from toolkit.recipe import QuantRule, Recipe
 from toolkit.target import TARGETS
 
@@ -109,9 +109,9 @@ def test_resuming_decodes_only_what_the_journal_does_not_name(
     monkeypatch.setattr(pack, "fits_the_page_cache", lambda nbytes: keep_cached)
     whole = _pack(source, layout, tmp_path)
     data = _bytes(tmp_path)
-    lines = (tmp_path / "journal.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    head, *lines = (tmp_path / "journal.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     kept = [lines[i] for i in np.random.default_rng(0).permutation(len(lines))[::2]]
-    (tmp_path / "journal.jsonl").write_text("".join(kept) + lines[0][:20], encoding="utf-8")
+    (tmp_path / "journal.jsonl").write_text(head + "".join(kept) + lines[0][:20], encoding="utf-8")
     done = {json.loads(line)["tensor"] for line in kept}
     left = {name for unit in layout.units.values() for name in unit.sources} - done
     with (tmp_path / "model.onnx.data").open("r+b") as file:
@@ -209,3 +209,18 @@ def test_a_journal_whose_data_file_is_gone_names_nothing(source: WeightSource, l
         _pack(Watched(source, broken), layout, tmp_path)
     assert _pack(source, layout, tmp_path).sha256 == whole.sha256
     assert _bytes(tmp_path) == expected
+
+
+def test_a_journal_of_another_layout_names_nothing(stories260k: Path, tmp_path: Path) -> None:
+    source, config = open_checkpoint(stories260k).source, read_config(stories260k)
+    wide, narrow = (QuantSpec(bits, short_scales=True) for bits in (8, 4))
+    one, other = (f"model.layers.{k}.mlp.down_proj.weight" for k in (1, 2))
+    recipe = RECIPES["quantized"]
+    formats = ({one: wide, other: narrow}, {one: narrow, other: wide})
+    layouts = [plan_layout(config, TARGETS["cpu"], recipe, chosen) for chosen in formats]
+    assert layouts[0].files == layouts[1].files
+    _pack(source, layouts[0], tmp_path)
+    watched = Watched(source)
+    _pack(watched, layouts[1], tmp_path)
+    assert watched.decoded == set(source.names())
+    assert _bytes(tmp_path) == _expected(source, layouts[1])

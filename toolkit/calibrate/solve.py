@@ -51,7 +51,9 @@ class _Solved:
 
 
 class Writer(RowsWriter, Protocol):
-    """Takes rows as they are solved, and keeps them."""
+    """Takes rows as they are solved, and keeps them; `resumed` says whether those of an earlier run are there."""
+
+    resumed: bool
 
     def commit(self) -> None:
         """Everything written so far is on disk and stays when this returns."""
@@ -75,7 +77,7 @@ class Solver:
         self._config, self._sequences, self._writer, self._folder = config, sequences, writer, folder
         self._lengths = [len(ids) for ids in sequences]
         state = read_state(_Solved, folder / _PROGRESS_FILE) or _Solved(0, ())
-        whole = all(stream.is_whole() for stream in self._streams(state.layers).values())
+        whole = writer.resumed and all(stream.is_whole() for stream in self._streams(state.layers).values())
         self.layers, self._fallbacks = (state.layers, list(state.fallbacks)) if whole else (0, [])
         self._begun = whole
 

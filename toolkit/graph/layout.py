@@ -6,6 +6,7 @@ can go on where it stopped.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -77,6 +78,10 @@ class Layout:
     def in_file(self, file: str) -> tuple[Unit, ...]:
         """The units of one data file, by offset. Two files with equal units have the same bytes."""
         return tuple(unit for unit in self.units.values() if unit.slots[0].file == file)
+
+    def digest(self) -> str:
+        """The SHA-256 of what lies where in which format: that of another layout is another."""
+        return hashlib.sha256(repr(self).encode("utf-8")).hexdigest()
 
     def weights(self) -> int:
         """How many weights its matrices hold; gains and biases are not counted."""

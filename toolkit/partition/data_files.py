@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,7 @@ from typing import BinaryIO, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from toolkit.files import disk_error, replacing
+from toolkit.files import disk_error, replacing, write_text
 from toolkit.graph.layout import Layout, Unit
 
 JOURNAL_FILE: Final = "journal.jsonl"
@@ -29,13 +30,26 @@ class Destination:
 
     @property
     def journal(self) -> Path:
-        """Names the tensors whose bytes are on disk."""
+        """Says which layout the data files have, then names the tensors whose bytes are on disk, a line each."""
         return self.folder / JOURNAL_FILE
 
+    @property
+    def journal_head(self) -> str:
+        """The journal's first line: what lies where in another layout is nothing to go on from."""
+        return json.dumps({"layout": self.layout.digest()}) + "\n"
+
     def is_begun(self) -> bool:
-        """Whether every data file is there in its size, so that the journal can be believed."""
+        """Whether every data file is there in its size and layout, so that the journal can be believed."""
         paths = {self.folder / file: nbytes for file, nbytes in self.layout.files.items()}
-        return all(path.is_file() and path.stat().st_size == nbytes for path, nbytes in paths.items())
+        whole = all(path.is_file() and path.stat().st_size == nbytes for path, nbytes in paths.items())
+        return whole and self._has_head()
+
+    def _has_head(self) -> bool:
+        try:
+            with self.journal.open("rb") as journal:
+                return journal.readline() == self.journal_head.encode("ascii")
+        except FileNotFoundError:
+            return False
 
 
 @dataclass(frozen=True)
@@ -91,10 +105,14 @@ class DataFile:
 
 @contextmanager
 def open_data_files(destinations: Sequence[Destination], resume: bool) -> Iterator[list[DataFile]]:
-    """Every data file of all destinations in its full size. `resume` keeps what is in them.
+    """Every data file of all destinations in its full size. `resume` keeps what is in them; else the journals name
+    nothing any more.
 
     Raises MachineError if one cannot be made.
     """
+    if not resume:
+        for destination in destinations:
+            destination.journal.unlink(missing_ok=True)
     paths = [d.folder / name for d in destinations for name in d.layout.files]
     groups: list[tuple[Path, tuple[Unit, ...], int, list[tuple[int, str]]]] = []
     for k, destination in enumerate(destinations):
@@ -109,6 +127,9 @@ def open_data_files(destinations: Sequence[Destination], resume: bool) -> Iterat
             except OSError as problem:
                 raise disk_error(problem, path) from None
             groups.append((path, units, nbytes, [(k, name)]))
+    if not resume:
+        for destination in destinations:
+            write_text(destination.journal, destination.journal_head)
     # Opened only now: Windows renames nothing onto or from a file that is open.
     with ExitStack() as stack:
         yield [

@@ -120,7 +120,7 @@ def _read_journals(destinations: Sequence[Destination]) -> list[dict[str, Tensor
     kept = [{name: entry for name, entry in journal.items() if name in common} for journal in read]
     for destination, journal in zip(destinations, kept, strict=True):
         whole = "".join(json.dumps(asdict(entry)) + "\n" for entry in journal.values())
-        write_text(destination.journal, whole)
+        write_text(destination.journal, destination.journal_head + whole)
     return kept
 
 
@@ -128,7 +128,7 @@ def _read_journal(destination: Destination) -> dict[str, TensorError]:
     """Finished tensors, up to a line that is torn or damaged; what that and later ones name is made again."""
     journal, done = destination.journal, dict[str, TensorError]()
     known = {name for unit in destination.layout.units.values() for name in unit.sources}
-    for line in journal.read_bytes().splitlines() if journal.exists() else []:
+    for line in journal.read_bytes().splitlines()[1:]:
         try:
             entry = from_json(TensorError, json.loads(line), str(journal))
         except (ValueError, RecursionError):

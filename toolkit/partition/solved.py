@@ -20,9 +20,12 @@ Floats = NDArray[np.float32]
 
 
 class SolvedWriter:
-    """Takes solved rows; `commit` makes the journal name their tensors, which the streaming pass then leaves alone."""
+    """Takes solved rows; `commit` makes the journal name their tensors, which the streaming pass then leaves alone.
 
-    def __init__(self, destination: Destination, files: Sequence[DataFile]) -> None:
+    `resumed` says whether the rows that an earlier run committed are there."""
+
+    def __init__(self, destination: Destination, files: Sequence[DataFile], resumed: bool) -> None:
+        self.resumed = resumed
         self._destination, self._files = destination, files
         self._rows = RowWriter(files)
         self._sums: dict[str, tuple[float, float]] = {}
@@ -57,5 +60,6 @@ class SolvedWriter:
 @contextmanager
 def open_solved(destination: Destination) -> Iterator[SolvedWriter]:
     """Opens a writer into a bundle's data files, which it makes in full size where they are not there yet."""
-    with open_data_files([destination], resume=destination.is_begun()) as files:
-        yield SolvedWriter(destination, files)
+    resumed = destination.is_begun()
+    with open_data_files([destination], resumed) as files:
+        yield SolvedWriter(destination, files, resumed)

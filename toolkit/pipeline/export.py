@@ -284,7 +284,8 @@ def _begin(plan: ExportPlan, text: TokenizedText | None) -> _Begun:
     checkpoint = plan.checkpoint
     origin = text.origin if text else None
     manifest = begin_manifest(plan.recipe, plan.precision, checkpoint, plan.stop_tokens, origin)
-    partial = open_work(plan.out, json.dumps(to_json(manifest)))
+    request = {"manifest": to_json(manifest), "layout": plan.layout.digest()}
+    partial = open_work(plan.out, json.dumps(request))
     return _Begun(plan, plan.out, partial, manifest, checkpoint.source.bytes_read(), text)
 
 
