@@ -112,7 +112,7 @@ def candidates(hidden_size: int, other_text: Path) -> Iterator[Candidate]:
     yield Candidate("balanced, 8-bit embedding", {"quality": "balanced", "quantize": wide})
     yield Candidate("balanced, budget 4.9", {"quality": "balanced", "bits_per_weight": 4.9})
     yield Candidate("best, budget 4.9", {"quality": "best", "bits_per_weight": 4.9})
-    yield Candidate("best, budget 5.3", {"quality": "best", "bits_per_weight": 5.3})
+    yield Candidate("best, budget 5.29", {"quality": "best", "bits_per_weight": 5.29})
     yield Candidate("best, blocks of 16", {"quality": "best", "quantize": [WIDE_KEYS, rule(16)]})
     tuned: dict[str, Json] = {"quality": "best", "quantize": [WIDE_KEYS, _EMBEDDING, rule(16)], **TUNED}
     yield Candidate("best, blocks of 16, tuned", tuned)

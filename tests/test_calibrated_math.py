@@ -328,6 +328,28 @@ def test_bits_go_to_what_suffers_most() -> None:
     assert {way.block_size for way in spend_budget(units, 1.0, lambda _: "float32").values()} == {128}
 
 
+def test_what_is_solved_gets_eight_bits_last() -> None:
+    """Eight bits are not solved: they do not make up for what layers before have changed."""
+    spec = QuantSpec(4, 64, algorithm="gptq")
+    losses = {way: (0.0001 if way.bits == 8 else 0.01 * way.block_size / 64) for way in other_formats(spec, 256)}
+    loud, calm, head = (
+        SharedFormat((name,), ((rows, 256),), spec, divergence, losses)
+        for name, rows, divergence in (
+            ("model.layers.0.a", 256, 0.1),
+            ("model.layers.1.a", 2048, 0.001),
+            ("lm_head.weight", 256, 0.05),
+        )
+    )
+
+    def bits(bits_per_weight: float) -> list[int]:
+        chosen = spend_budget([loud, calm, head], bits_per_weight, lambda _: "float32")
+        return [chosen[one.tensors[0]].bits for one in (loud, calm, head)]
+
+    narrowest = 4 + 32 / 32 + 4 / 32
+    assert bits(narrowest) == [4, 4, 8]
+    assert bits(narrowest + 0.5) == [8, 4, 8]
+
+
 def test_statistics_are_those_of_the_whole_text() -> None:
     rng = np.random.default_rng(8)
     sequences = [rng.standard_normal((n, 24)).astype(np.float32) for n in (1, 130, 512, 7, 350)]

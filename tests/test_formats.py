@@ -16,7 +16,15 @@ from toolkit.errors import RecipeError
 from toolkit.pipeline.described import describe
 from toolkit.pipeline.plan import plan_export
 from toolkit.quant.blockwise import QuantSpec, dequantize_blocks, quantize_blocks
-from toolkit.quant.formats import check_rules, idle_rules, other_formats, planned_specs, stored_arrays, stored_bytes
+from toolkit.quant.formats import (
+    budget_blocks,
+    check_rules,
+    idle_rules,
+    other_formats,
+    planned_specs,
+    stored_arrays,
+    stored_bytes,
+)
 from toolkit.recipe import QuantRule, Recipe, load_recipe
 from toolkit.target import CPU_FORM, TARGETS
 
@@ -89,6 +97,16 @@ def test_a_budget_buys_eight_bits_without_gptq() -> None:
     ways = other_formats(QuantSpec(4, 64, algorithm="gptq"), 256)
     assert {(way.bits, way.algorithm) for way in ways} == {(4, "gptq"), (8, "imatrix")}
     assert {way.block_size for way in ways if way.bits == 4} == {32, 64, 128}
+
+
+@pytest.mark.parametrize(("rule", "sizes"), [(16, (16, 32, 64, 128)), (64, (32, 64, 128)), (256, (32, 64, 128))])
+def test_a_budget_buys_narrow_blocks_anywhere_where_a_rule_has_them(rule: int, sizes: tuple[int, ...]) -> None:
+    specs = [QuantSpec(4, 32), QuantSpec(8, 16), QuantSpec(4, rule)]
+    assert budget_blocks(specs) == sizes
+    ways = other_formats(specs[0], 256, block_sizes=sizes)
+    assert {way.block_size for way in ways if way.bits == 4} == set(sizes)
+    # Eight bits have no use for them.
+    assert {way.block_size for way in ways if way.bits == 8} == {32, 128}
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -40,7 +40,7 @@ from toolkit.device.fitting import ON_NUMPY, Fitting, Pool
 from toolkit.quant.activations import InputSample, Rounding, rounded_input
 from toolkit.quant.awq import FoldChoice, Reader, thinned_rows
 from toolkit.quant.blockwise import QuantSpec, dequantize_blocks, quantize_blocks
-from toolkit.quant.formats import other_formats, use_of
+from toolkit.quant.formats import budget_blocks, other_formats, use_of
 from toolkit.quant.ranges import ActivationRange
 from toolkit.reference.decoder import Layer, Look, batched, by_batches, embed, read_layer, rms_norm, through_layer
 from toolkit.reference.divergence import Diverging, mean_divergences
@@ -286,7 +286,8 @@ class _Pass:
         solved = rounding is not Rounding.UINT16 and any(spec.rounded_by.solves for spec in specs.values())
         shared = _shared(given) if wish.folds and given.writers else None
         use = use_of(names.weight(given.name), self._config)
-        formats = other_formats(specs[given.name], given.width, use) if wish.probes else []
+        blocks = budget_blocks(wish.specs.values())
+        formats = other_formats(specs[given.name], given.width, use, blocks) if wish.probes else []
         return Searched(readers, sample, rounding, shared, solved, tuple(formats))
 
 
@@ -378,7 +379,7 @@ def _embedding_facts(rows: Floats, specs: Mapping[str, QuantSpec]) -> InputFacts
     """Nothing arrives at an embedding: its error is that of its rows."""
     losses: dict[QuantSpec, float] = {}
     spec_by_rule = specs[names.weight(names.EMBED_TOKENS)]
-    for spec in other_formats(spec_by_rule, rows.shape[1], MatrixUse.EMBEDDING):
+    for spec in other_formats(spec_by_rule, rows.shape[1], MatrixUse.EMBEDDING, budget_blocks(specs.values())):
         miss = dequantize_blocks(quantize_blocks(rows, spec), spec, rows.shape[1]) - rows
         losses[spec] = float(np.vdot(miss, miss) / (np.vdot(rows, rows) or 1.0))
     return InputFacts(np.ones(rows.shape[1], np.float32), ActivationRange(0.0, 0.0), FoldChoice(), losses)

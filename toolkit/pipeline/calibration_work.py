@@ -23,7 +23,7 @@ from toolkit.pipeline.text import LONGEST
 from toolkit.pipeline.work import Work
 from toolkit.quant.awq import CANDIDATES, FIRST_CANDIDATES, thinned_count
 from toolkit.quant.blockwise import QuantSpec
-from toolkit.quant.formats import other_formats
+from toolkit.quant.formats import budget_blocks, other_formats
 from toolkit.quant.gptq_tokens import pays, products_of_moment, products_of_tokens, tokens_taken
 
 # Passes over a weight: to search its scale and round it, to restore it, to solve its column.
@@ -92,11 +92,13 @@ def survey_work(config: ModelConfig, specs: dict[str, QuantSpec], tokens: int, f
     length = min(LONGEST, tokens)
     done = forward_work(config, tokens, length, tokens / length)
     sampled = InputStatistics.sampled(tokens)
+    blocks = budget_blocks(specs.values())
     for given in decoder_of(config).inputs:
         if given.routed:
             continue  # looked at by few tokens each, and not folded
         done += Work(elements=_KEPT * given.width * tokens)
-        formats = len(other_formats(specs[weight(given.readers[0])], given.width)) if probes else 0
+        own = specs[weight(given.readers[0])]
+        formats = len(other_formats(own, given.width, block_sizes=blocks)) if probes else 0
         solved = any(specs[weight(reader)].rounded_by.solves for reader in given.readers)
         tried = ((FIRST_CANDIDATES if solved else CANDIDATES) if folds and given.writers else 0) + formats
         for linear in given.linears:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Final
@@ -30,7 +30,7 @@ _ITEM_BITS: Final = {"float32": 32, "float16": 16, "bfloat16": 16, "uint8": 8, "
 # odd number of blocks of 16 (LOG.md): a width in blocks is a multiple of 32.
 _SIGNED_BLOCKS: Final = (64, 32, 16)
 _SIGNED_WIDTH: Final = 32
-# Blocks that a budget chooses from.
+# Blocks that a budget chooses from; narrower ones, which a CPU multiplies more slowly, where the rules have some.
 _BLOCK_SIZES: Final = (32, 64, 128)
 
 
@@ -124,8 +124,16 @@ def _of_experts(moe: Moe, spec: QuantSpec) -> dict[str, QuantSpec]:
     return {linear.weight: spec for given in moe.inputs if given.routed for linear in given.linears}
 
 
-def other_formats(spec: QuantSpec, columns: int, use: MatrixUse = MatrixUse.LINEAR) -> list[QuantSpec]:
-    """What a budget may store a matrix as: its own format, and for 4 bits narrower and wider blocks and 8 bits.
+def budget_blocks(specs: Iterable[QuantSpec]) -> tuple[int, ...]:
+    """Returns the block sizes that a budget over matrices of these formats chooses from."""
+    narrower = {spec.block_size for spec in specs if spec.bits == 4 and spec.block_size < _BLOCK_SIZES[0]}
+    return (*sorted(narrower), *_BLOCK_SIZES)
+
+
+def other_formats(
+    spec: QuantSpec, columns: int, use: MatrixUse = MatrixUse.LINEAR, block_sizes: Sequence[int] = _BLOCK_SIZES
+) -> list[QuantSpec]:
+    """What a budget may store a matrix as: its own format, and for 4 bits blocks of other sizes and 8 bits.
 
     Blocks are whole wherever the rule's are, since some execution providers take no other. A signed matrix may have 8
     bits with a scale a row.
@@ -134,11 +142,11 @@ def other_formats(spec: QuantSpec, columns: int, use: MatrixUse = MatrixUse.LINE
         return [spec]
     wide = replace(spec, bits=8, algorithm=spec.rounded_by.suited(8, use).name)
     if spec.signed:
-        sizes = [b for b in _BLOCK_SIZES if columns % b == 0] if spec.block_size < columns else []
+        sizes = [b for b in block_sizes if columns % b == 0] if spec.block_size < columns else []
         narrower = [replace(spec, block_size=b) for b in sizes if b != spec.block_size]
         return [spec, *narrower, replace(wide, block_size=columns)]
     whole = columns % spec.block_size == 0
-    sizes = [b for b in _BLOCK_SIZES if b != spec.block_size and (columns % b == 0 or not whole)]
+    sizes = [b for b in block_sizes if b != spec.block_size and (columns % b == 0 or not whole)]
     wide_sizes = [b for b in _BLOCK_SIZES if columns % b == 0 or not whole] or [spec.block_size]
     narrower = [replace(spec, block_size=b) for b in sizes]
     return [spec, *narrower, *(replace(wide, block_size=b) for b in {wide_sizes[0], wide_sizes[-1]})]
