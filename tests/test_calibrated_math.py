@@ -341,13 +341,13 @@ def test_what_is_solved_gets_eight_bits_last() -> None:
         )
     )
 
-    def bits(bits_per_weight: float) -> list[int]:
+    def bought(bits_per_weight: float) -> list[tuple[int, int]]:
         chosen = spend_budget([loud, calm, head], bits_per_weight, lambda _: "float32")
-        return [chosen[one.tensors[0]].bits for one in (loud, calm, head)]
+        return [(chosen[one.tensors[0]].bits, chosen[one.tensors[0]].block_size) for one in (loud, calm, head)]
 
     narrowest = 4 + 32 / 32 + 4 / 32
-    assert bits(narrowest) == [4, 4, 8]
-    assert bits(narrowest + 0.5) == [8, 4, 8]
+    assert bought(narrowest - 0.01) == [(4, 32), (4, 64), (8, 128)]
+    assert bought(narrowest + 0.9) == [(8, 128), (4, 32), (8, 128)]
 
 
 def test_statistics_are_those_of_the_whole_text() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from toolkit import names
 from toolkit.quant.blockwise import QuantSpec
@@ -22,16 +22,6 @@ class SharedFormat:
     divergence: float
     losses: Mapping[QuantSpec, float]
 
-    def solved(self) -> SharedFormat:
-        """Returns these with the formats that are solved alone, where they are a layer's and their rule is."""
-        if names.layer_of(self.tensors[0]) is None or not self.spec.rounded_by.solves:
-            return self
-        return replace(self, losses={spec: loss for spec, loss in self.losses.items() if spec.rounded_by.solves})
-
-    def most_bytes(self, floats: str) -> int:
-        """Returns what they weigh in the narrowest blocks, of as many bits as their rule has."""
-        return max(choice.nbytes for choice in self.choices(floats) if choice.spec.bits == self.spec.bits)
-
     def choices(self, floats: str) -> list[Choice]:
         """Every format with its bytes, and the KLD that follows from the error of the output."""
         base = self.losses[self.spec]
@@ -44,19 +34,28 @@ class SharedFormat:
             for spec, loss in self.losses.items()
         ]
 
+    def gives_up(self, spec: QuantSpec) -> bool:
+        """Whether a format is not solved, of matrices of a layer that are by their rule."""
+        of_layer = names.layer_of(self.tensors[0]) is not None
+        return of_layer and self.spec.rounded_by.solves and not spec.rounded_by.solves
+
 
 def spend_budget(
     shared: Sequence[SharedFormat], bits_per_weight: float, floats: Callable[[str], str]
 ) -> dict[str, QuantSpec]:
     """A format for every tensor, within the budget over all of them; `floats` is the dtype of a tensor's scales.
 
-    Matrices of layers that are solved get 8 bits, which are not, only by what is left of a budget that has bought every
-    one the narrowest blocks: 8 bits do not make up for what arrives changed from layers before, which no probe of a
-    matrix alone shows (LOG.md).
+    Matrices of layers that are solved get 8 bits, which are not, only by what such formats as are solved leave of the
+    budget: 8 bits do not make up for what arrives changed from layers before, which no probe of a matrix alone shows
+    (LOG.md).
     """
     weights = sum(rows * columns for one in shared for rows, columns in one.shapes)
     budget = int(bits_per_weight * weights / 8)
-    is_beyond = budget > sum(one.most_bytes(floats(one.tensors[0])) for one in shared)
-    offered = shared if is_beyond else [one.solved() for one in shared]
-    chosen = spend({one.tensors[0]: one.choices(floats(one.tensors[0])) for one in offered}, budget)
+    solved, others = dict[str, list[Choice]](), dict[str, list[Choice]]()
+    for one in shared:
+        choices = one.choices(floats(one.tensors[0]))
+        solved[one.tensors[0]] = [choice for choice in choices if not one.gives_up(choice.spec)]
+        others[one.tensors[0]] = [choice for choice in choices if one.gives_up(choice.spec)]
+    first = spend(solved, budget)
+    chosen = spend({name: [choice, *others[name]] for name, choice in first.items()}, budget)
     return {tensor: chosen[one.tensors[0]].spec for one in shared for tensor in one.tensors}
