@@ -567,6 +567,21 @@ def test_a_budget_leaves_keys_and_values_as_wide_as_their_rule(
     assert made["bits_per_weight"] <= 5.6
 
 
+def test_matrices_that_read_one_input_may_have_blocks_of_any_sizes(
+    stories260k: Path, stories_text: Path, tmp_path: Path
+) -> None:
+    rules: list[Any] = [{"match": "*.k_proj", "block_size": 64}, {"match": "*.v_proj", "block_size": 16}]
+    checkpoint, klds = open_checkpoint(stories260k), []
+    for name, some in (("mixed", rules), ("alike", [])):
+        recipe = tmp_path / f"{name}.yaml"
+        asked = {"target": "cpu", "quality": "balanced", "calibration": str(stories_text), "calibration_tokens": 1500}
+        asked |= {"name": name, "model": str(stories260k), "context_length": 256, "validate": {}}
+        recipe.write_text(json.dumps({**asked, "quantize": [*some, {"match": "*", "block_size": 32}]}))
+        bundle = export_bundle(load_recipe(str(recipe)), checkpoint, tmp_path / name)
+        klds.append(_bundle_kld(bundle, checkpoint, token_sequences(checkpoint, stories_text, 400, 160), exact=True))
+    assert klds[0] < 1.2 * klds[1]
+
+
 def test_the_text_is_what_calibrates(stories260k: Path, stories_text: Path, tmp_path: Path) -> None:
     """Another text, another bundle; the same text, the same bytes."""
     checkpoint, other = open_checkpoint(stories260k), tmp_path / "other.txt"

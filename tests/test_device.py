@@ -159,22 +159,25 @@ def test_inputs_are_rounded_to_the_same_bits() -> None:
 
 
 @pytest.mark.parametrize(
-    "spec",
+    ("spec", "widest"),
     [
-        QuantSpec(4, 32, algorithm="gptq"),
-        QuantSpec(4, 32, algorithm="gptq", short_scales=True),
-        QuantSpec(8, 64, algorithm="gptq"),
-        QuantSpec(4, 16, symmetric=True, algorithm="gptq"),
-        QuantSpec(4, 200, True, "gptq", True),
-        QuantSpec(4, 40, True, "gptq", True),
+        (QuantSpec(4, 32, algorithm="gptq"), 0),
+        (QuantSpec(4, 32, algorithm="gptq"), 256),
+        (QuantSpec(4, 32, algorithm="gptq", short_scales=True), 0),
+        (QuantSpec(8, 64, algorithm="gptq"), 0),
+        (QuantSpec(4, 16, symmetric=True, algorithm="gptq"), 256),
+        (QuantSpec(4, 200, True, "gptq", True), 0),
+        (QuantSpec(4, 40, True, "gptq", True), 0),
     ],
 )
 @pytest.mark.parametrize(("of_tokens", "revisits"), [(True, 0), (False, 0), (False, 2)])
 @pytest.mark.parametrize("on_device", [False, True])
 def test_gptq_rounds_alike_on_torch(
-    spec: QuantSpec, of_tokens: bool, revisits: int, on_device: bool, monkeypatch: pytest.MonkeyPatch
+    spec: QuantSpec, widest: int, of_tokens: bool, revisits: int, on_device: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the compiled loops, and by operations on whole columns as on a GPU; columns visited again too."""
+    """By the compiled loops, and by operations on whole columns as on a GPU; columns visited again too. `widest` are
+    blocks of another matrix that reads the input."""
+    specs = [spec, replace(spec, block_size=widest)] if widest else [spec]
     monkeypatch.setattr(TORCH, "rounds_columns", on_device)
     x, w = _random(300, 200) * np.exp(_random(200, seed=1)), _random(48, 200, seed=2)
     arriving = np.asarray(x + np.float32(0.01) * _random(300, 200, seed=3), np.float32)
@@ -182,9 +185,9 @@ def test_gptq_rounds_alike_on_torch(
     for on in on_both:
         weights, before, after = (on.from_host(part) for part in (w, x, arriving))
         if of_tokens:
-            made.append(factorize_tokens(before, after, spec).solved(weights, spec))
+            made.append(factorize_tokens(before, after, *specs).solved(weights, spec))
         else:
-            factor = factorize(after.T @ after / T, spec.block_size, 300)
+            factor = factorize(after.T @ after / T, [each.block_size for each in specs], 300)
             made.append(factor.solved(weights, spec, weights @ (before.T @ after / T), revisits))
     ours, theirs = made
     # A last bit decides between ranges that are equally good: at 8 bits often, at 4 in some row of the 48, of which the

@@ -21,6 +21,7 @@ from tests.gptq_oracle import (
 )
 from toolkit.quant.blockwise import QuantizedBlocks, QuantSpec, quantize_blocks
 from toolkit.quant.gptq import Factor, NotPositiveDefiniteError, corrected_target, factorize
+from toolkit.quant.visits import visits
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
@@ -65,11 +66,12 @@ def _remaining(inverse: NDArray[np.floating[Any]], members: NDArray[np.int64]) -
     return costs
 
 
+@pytest.mark.parametrize("beside", [(), (16, 128)], ids=["alone", "beside other blocks"])
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 @pytest.mark.parametrize("width", WIDTHS)
-def test_gptq_is_the_textbooks_recursion(width: int, spec: QuantSpec) -> None:
+def test_gptq_is_the_textbooks_recursion(width: int, spec: QuantSpec, beside: tuple[int, ...]) -> None:
     weight, moment = heavy_tailed_weight(width), second_moment(correlated_input(width))
-    factor = factorize(moment, spec.block_size)
+    factor = factorize(moment, (spec.block_size, *beside))
     found = restored_weight(factor.solved(weight, spec).blocks, spec, width)
     expected = _textbook(weight, moment, factor, spec)
     # A tie that falls the other way in float32 moves what follows it in its row, and 8 bits have sixteen times as many:
@@ -80,6 +82,19 @@ def test_gptq_is_the_textbooks_recursion(width: int, spec: QuantSpec) -> None:
     # A scale that falls to the other side of two bfloat16 is as well half of 1/256 away.
     limit = 0.15 if spec.bits == 8 else 0.01
     assert ours == pytest.approx(theirs, rel=limit)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_blocks_of_every_size_are_visited_whole(width: int) -> None:
+    moments = np.random.default_rng(width).exponential(size=width).astype(np.float32)
+    order = visits(moments, {128, 16, 32})
+    assert sorted(order.order) == list(range(-(-width // 128) * 128))
+    values = order.diagonal[order.order]
+    for outer, inner in ((values.size, 128), (128, 32), (32, 16), (16, 1)):
+        of_block = order.order.reshape(-1, inner) // inner
+        assert (of_block == of_block[:, :1]).all()
+        loudest = values.reshape(-1, outer // inner, inner).max(axis=2)
+        assert (np.diff(loudest, axis=1) <= 0).all()
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -28,14 +30,19 @@ def _inputs(width: int, tokens: int) -> tuple[Floats, Floats]:
 
 
 @pytest.mark.parametrize("tokens", [60, 300])
-@pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_tokens_solve_what_their_moment_solves(spec: QuantSpec, tokens: int) -> None:
+@pytest.mark.parametrize(
+    ("spec", "beside"), [*((spec, ()) for spec in SPECS), (SPECS[0], (16, 256)), (SPECS[1], (16, 256))], ids=str
+)
+def test_tokens_solve_what_their_moment_solves(spec: QuantSpec, beside: tuple[int, ...], tokens: int) -> None:
+    """`beside` are the blocks of other matrices that read the input."""
     width, weight = 416, heavy_tailed_weight(416)
     exact, arriving = _inputs(width, tokens)
-    by_moment = factorize(second_moment(arriving), width if spec.signed else spec.block_size, tokens)
+    sizes = (width if spec.signed else spec.block_size, *beside)
+    by_moment = factorize(second_moment(arriving), sizes, tokens)
     product = weight @ np.asarray(exact.T @ arriving / np.float32(tokens), np.float32)
     expected = by_moment.solved(weight, spec, product)
-    found = factorize_tokens(exact, arriving, spec).solved(weight, spec)
+    specs = [spec, *(replace(spec, block_size=size) for size in beside)]
+    found = factorize_tokens(exact, arriving, *specs).solved(weight, spec)
     same = (np.abs(found.restored - expected.restored) <= 1e-3 * np.abs(weight).max()).all(axis=1)
     # A tie that falls the other way moves what follows it in its row.
     assert same.mean() >= 0.75

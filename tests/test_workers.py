@@ -172,7 +172,7 @@ def test_a_factor_made_in_pieces_is_that_of_the_whole_moment(
     x, half = generator.standard_normal((tokens, weight.shape[1])).astype(np.float32), tokens // 2
     arriving = x + 0.1 * generator.standard_normal(x.shape).astype(np.float32)
     rows = SharedRows(share_layer(opened.config, opened.source, 0), {tensor: weight.shape[0]}) if few else None
-    given = [x[:half], x[half:]], [arriving[:half], arriving[half:]], rows, 32
+    given = [x[:half], x[half:]], [arriving[:half], arriving[half:]], rows, {32}
     factor, made = factored(two, *given, lambda: called.append(1))
     alone, same = factored(Here(), *given, lambda: None)
     assert called == [1] and np.array_equal(made, same) and np.array_equal(factor.upper, alone.upper)

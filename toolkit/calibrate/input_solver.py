@@ -33,7 +33,7 @@ from toolkit.quant.blockwise import QuantizedBlocks, QuantSpec, dequantize_block
 from toolkit.quant.gptq import Factor, NotPositiveDefiniteError, factorize
 from toolkit.quant.gptq_tokens import TokenFactor, factorize_tokens, pays, tokens_taken
 from toolkit.quant.ranges import ActivationRange
-from toolkit.quant.visits import Solved
+from toolkit.quant.visits import Solved, blocks_of
 from toolkit.reference.decoder import rows_together
 from toolkit.reference.shared import SharedLayer
 
@@ -83,7 +83,8 @@ class InputSolver:
     ) -> None:
         tensors = [names.weight(reader) for reader in given.readers]
         self.wanted = [tensor for tensor in tensors if problem.specs[tensor].rounded_by.solves]
-        self._given, self._problem, self._spec, self._on = given, problem, problem.specs[tensors[0]], on
+        self._given, self._problem, self._on = given, problem, on
+        self._specs = list(dict.fromkeys(problem.specs[tensor] for tensor in self.wanted))
         self._pool, self._layer = pool, shared
         self._factor: Factor | TokenFactor | None = None
         self._whitening: Floats | None = None
@@ -109,7 +110,7 @@ class InputSolver:
         try:
             if by_tokens:
                 exact, arriving = (self._on.concatenate(side) for side in zip(*arrived, strict=True))
-                self._factor = factorize_tokens(exact, arriving, self._spec)
+                self._factor = factorize_tokens(exact, arriving, *self._specs)
             else:
                 self._factor, self._whitening = self._of_products(arrived, rows, meanwhile)
         except NotPositiveDefiniteError as failed:
@@ -196,21 +197,20 @@ class InputSolver:
     def _of_products(
         self, arrived: Iterator[tuple[Floats, Floats]], rows: Mapping[str, Floats] | None, meanwhile: Callable[[], None]
     ) -> tuple[Factor, Floats | None]:
-        # Columns whose scales stand beforehand may be visited in any order.
-        block_size = self._given.width if self._spec.signed else self._spec.block_size
+        block_sizes = blocks_of(self._specs, self._given.width)
         counts = {tensor: weight.shape[0] for tensor, weight in (rows or {}).items()}
         few = 0 < sum(counts.values()) < self._given.width
         if self._pool:
             exact, arriving = zip(*arrived, strict=True)
             named = SharedRows(self._layer, counts) if self._layer and few else None
-            factor, made = factored(self._pool, exact, arriving, named, block_size, meanwhile)
+            factor, made = factored(self._pool, exact, arriving, named, block_sizes, meanwhile)
         else:
             together = self._on.concatenate(list(rows.values())) if rows and few else None
             gathered = Products(self._given.width, together, self._on)
             for one, other in arrived:
                 gathered.add(one, other)
             moment, made = gathered.result()
-            factor = factorize(moment, block_size, gathered.tokens)
+            factor = factorize(moment, block_sizes, gathered.tokens)
             made = made if few else factor.whitening(made)
         if not few:
             return factor, made

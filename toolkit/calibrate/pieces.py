@@ -9,7 +9,7 @@ T tokens, D hidden, K input features, N output features.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from typing import Final, TypeVar
@@ -171,10 +171,10 @@ def factored(
     exact: Sequence[Floats],
     arriving: Sequence[Floats],
     rows: SharedRows | None,
-    block_size: int,
+    block_sizes: Collection[int],
     meanwhile: Callable[[], None],
 ) -> tuple[Factor, Floats]:
-    """Returns the factor of an input for blocks of `block_size`, by what arrives, X~, and of C = X'X~ / T, with the
+    """Returns the factor of an input for blocks of these sizes, by what arrives, X~, and of C = X'X~ / T, with the
     exact input X, either W C [N, K], where `rows` are W, or its whitening [K, Kp].
 
     One process makes the factor while the others do what was begun by `meanwhile`, and the products of C where these
@@ -182,7 +182,7 @@ def factored(
     """
     T, K = sum(len(x) for x in arriving), arriving[0].shape[1]
     diagonal: Floats = np.sum([NUMPY.column_squares(x) for x in arriving], axis=0) / np.float32(T)
-    order = visits(diagonal, block_size)
+    order = visits(diagonal, block_sizes)
     # X~ in the order of visits: to bring its second moment into that afterwards takes as long as half of its factor.
     ordered = np.concatenate([padded(x, order.order.size)[:, order.order] for x in arriving])
     squares = _product_rows({_ARRIVING: order.order.size})

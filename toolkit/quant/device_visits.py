@@ -37,7 +37,7 @@ def round_on_device(
     are searched on the way."""
     on, (N, K), padded = device_of(weight), weight.shape, order.order.size
     levels, visited, J = on.empty((N, padded)), on.empty((N, padded)), spec.num_blocks(K)
-    scales, zeros = (on.empty((N, 0 if standing is not None else J)) for _ in range(2))
+    scales, zeros = (on.empty((N, 0 if standing is not None else padded // spec.block_size)) for _ in range(2))
     heard = order.diagonal[order.order] > 0
     for some in order.strides(spec):
         left, triangle = columns.left(some, visited[:, : some.start])
@@ -57,7 +57,7 @@ def round_on_device(
     packed = _packed(levels[:, on.index(places)], spec, J)
     if standing is not None:
         return RoundedThere(packed, standing, None, restored)
-    blocks_in_place = on.index(np.argsort(order.order[:: spec.block_size] // spec.block_size))
+    blocks_in_place = on.index(np.argsort(order.order[:: spec.block_size] // spec.block_size)[:J])
     points = None if spec.symmetric else pack_last_axis(on.bytes_of(zeros[:, blocks_in_place]), spec.bits)
     return RoundedThere(packed, on.to_host(on.contiguous(scales[:, blocks_in_place])), points, restored)
 
@@ -66,6 +66,7 @@ def _packed(levels: Floats, spec: QuantSpec, J: int) -> NDArray[np.uint8]:
     """Integers [N, Kp] on the host, [N, J, block_size * bits / 8], the even one of two in the low nibble; a last block
     that the columns do not fill ends in what stands for zero."""
     on, (N, padded), width = device_of(levels), levels.shape, J * spec.block_size
+    levels = levels[:, :width]
     if padded < width:
         levels = on.concatenate([levels, on.zeros((N, width - padded)) + float(1 << (spec.bits - 1))], axis=1)
     blocks = levels.reshape(N, J, spec.block_size)

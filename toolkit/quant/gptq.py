@@ -22,7 +22,7 @@ N output features, K input features, Kp = K padded to whole blocks.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Final
 
@@ -119,13 +119,14 @@ def damped(order: Visits, channels: int, tokens: float, damping: float = DAMPING
     return Damped(kept, ((1 - kept) * order.diagonal + own).astype(np.float32))
 
 
-def factorize(moment: Floats, block_size: int, tokens: float = math.inf) -> Factor:
-    """The factor of H [K, K], a mean over `tokens`, for blocks of `block_size`.
+def factorize(moment: Floats, block_size: int | Collection[int], tokens: float = math.inf) -> Factor:
+    """The factor of H [K, K], a mean over `tokens`, for blocks of `block_size`, or of each of these sizes.
 
     Raises NotPositiveDefiniteError if even a damping of the mean of the diagonal will not do.
     """
     on, K = device_of(moment), moment.shape[0]
-    order = visits(on.to_host(moment.diagonal()), block_size)
+    sizes = (block_size,) if isinstance(block_size, int) else block_size
+    order = visits(on.to_host(moment.diagonal()), sizes)
     columns, inside = order.order.size, np.flatnonzero(order.order < K)
     to, of = on.index(inside), on.index(order.order[inside])
 

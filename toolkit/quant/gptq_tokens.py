@@ -21,7 +21,7 @@ from toolkit.device.arrays import Integers, device_of
 from toolkit.quant.blockwise import QuantSpec
 from toolkit.quant.gptq import DAMPINGS, NotPositiveDefiniteError, damped, padded
 from toolkit.quant.in_order import round_in_order
-from toolkit.quant.visits import Solved, Visits, visit_strides, visits
+from toolkit.quant.visits import Solved, Visits, blocks_of, visits
 
 Floats = NDArray[np.float32]
 # Columns for which P, and what the layers before have cost, are updated at once: a pass over either takes as long as
@@ -123,21 +123,21 @@ class _Residual:
         return None
 
 
-def factorize_tokens(exact: Floats, arriving: Floats, spec: QuantSpec) -> TokenFactor:
-    """The factor of an input [T, K] as it is and as it arrives, for matrices of one spec.
+def factorize_tokens(exact: Floats, arriving: Floats, *specs: QuantSpec) -> TokenFactor:
+    """The factor of an input [T, K] as it is and as it arrives, for matrices of these specs, signed all or none.
 
     Raises NotPositiveDefiniteError if even a damping of the mean of the diagonal will not do.
     """
     on, (T, K) = device_of(arriving), arriving.shape
     moments = on.column_squares(arriving) / np.float32(T)
-    order = visits(moments, K if spec.signed else spec.block_size)
+    order = visits(moments, blocks_of(specs, K))
     places = on.index(order.order)
     for damping in DAMPINGS:
         taken = damped(order, K, T, damping)
         scale = float(np.sqrt(taken.kept / np.float32(T)))
         tokens, added = on.by_rows(partial(_ordered, scale, places), arriving), taken.added[order.order]
         try:
-            strides, whole = _backwards(tokens, added, spec)
+            strides, whole = _backwards(tokens, added, order.strides(specs[0]))
         except np.linalg.LinAlgError:
             continue
         if on.all_finite(whole):
@@ -156,11 +156,10 @@ def _ordered(scale: float, places: Integers, rows: Floats) -> Floats:
     return padded(scale * rows, places.shape[0])[:, places]
 
 
-def _backwards(tokens: Floats, added: Floats, spec: QuantSpec) -> tuple[tuple[_Stride, ...], Floats]:
+def _backwards(tokens: Floats, added: Floats, strides: list[slice]) -> tuple[tuple[_Stride, ...], Floats]:
     """Every stride, and P of all columns. Raises LinAlgError where float32 does not carry it."""
     on, found = device_of(tokens), list[_Stride]()
     whole = on.from_host(np.eye(tokens.shape[0], dtype=np.float32))
-    strides = visit_strides(tokens.shape[1], 1 if spec.signed else spec.block_size)
     while strides:
         together = [some for some in strides if some.stop > strides[-1].stop - _UPDATED_TOGETHER]
         strides = strides[: -len(together)]

@@ -21,7 +21,7 @@ from toolkit.quant import kernel, signed_kernel
 from toolkit.quant.blockwise import QuantizedBlocks, QuantSpec, pack_last_axis, quantize_blocks
 from toolkit.quant.device_visits import round_on_device
 from toolkit.quant.revisit import revisit
-from toolkit.quant.visits import Columns, Solved, Visits, visit_strides, worth_of_errors
+from toolkit.quant.visits import Columns, Solved, Visits, worth_of_errors
 
 Floats = NDArray[np.float32]
 # Rows that are compared at once: what they differ by is no memory that the system has to clear first.
@@ -47,7 +47,7 @@ def _round_on_host(
 ) -> Solved:
     on, (N, K), padded = device_of(weight), weight.shape, order.order.size
     rounding: _SearchedScales | _StandingScales
-    rounding = _StandingScales(on.to_host(target), order, spec) if spec.signed else _SearchedScales(N, K, order, spec)
+    rounding = _StandingScales(on.to_host(target), order, spec) if spec.signed else _SearchedScales(N, order, spec)
     levels, visited = np.empty((N, padded), np.uint8), on.empty((N, padded))
     with ThreadPoolExecutor(threads()) as pool:
         for some in order.strides(spec):
@@ -60,7 +60,7 @@ def _round_on_host(
     inside = on.index(places[:K])
     restored = on.contiguous(on.by_rows(lambda rows: rows[:, inside], visited))
     in_place = np.take(levels, places, axis=1)
-    return Solved(_assembled(in_place, rounding, spec, _noise(weight, restored)), restored)
+    return Solved(_assembled(in_place, rounding, spec, K, _noise(weight, restored)), restored)
 
 
 def _noise(weight: Floats, restored: Floats) -> float:
@@ -86,10 +86,11 @@ def _by_cores(
 class _SearchedScales:
     """Each block's scale and zero point, searched when its turn comes."""
 
-    def __init__(self, rows: int, channels: int, order: Visits, spec: QuantSpec) -> None:
-        shape = (rows, spec.num_blocks(channels))
+    def __init__(self, rows: int, order: Visits, spec: QuantSpec) -> None:
+        shape = (rows, order.order.size // spec.block_size)
         self.scales, self.zeros = np.empty(shape, np.float32), np.empty(shape, np.uint8)
-        self._order, self._spec, self._heard = order.order, spec, order.diagonal[order.order] > 0
+        self._visits, self._order, self._spec = order, order.order, spec
+        self._heard = order.diagonal[order.order] > 0
 
     def round(
         self, rows: slice, some: slice, left: Floats, triangle: Floats, levels: NDArray[np.uint8], restored: Floats
@@ -118,8 +119,7 @@ class _SearchedScales:
         spec, order = self._spec, self._order
         blocks = order[:: spec.block_size] // spec.block_size
         scales, zeros = np.ascontiguousarray(self.scales[:, blocks]), np.ascontiguousarray(self.zeros[:, blocks])
-        strides = visit_strides(order.size, spec.block_size)
-        revisit(white, upper, strides, spec, levels, visited, scales, zeros, revisits)
+        revisit(white, upper, self._visits.strides(spec), spec, levels, visited, scales, zeros, revisits)
         self.scales[:, blocks] = scales
 
 
@@ -141,11 +141,13 @@ class _StandingScales:
 
 
 def _assembled(
-    levels: NDArray[np.uint8], rounding: _SearchedScales | _StandingScales, spec: QuantSpec, noise: float
+    levels: NDArray[np.uint8], rounding: _SearchedScales | _StandingScales, spec: QuantSpec, channels: int, noise: float
 ) -> QuantizedBlocks:
-    N, J = rounding.scales.shape
+    N, J = levels.shape[0], spec.num_blocks(channels)
+    # Wider blocks of another matrix may have more columns than these fill, and signed ones less.
+    levels = levels[:, : J * spec.block_size]
     beyond = J * spec.block_size - levels.shape[1]
     levels = np.pad(levels, ((0, 0), (0, beyond)), constant_values=1 << (spec.bits - 1))
-    zero_points = None if spec.symmetric else pack_last_axis(rounding.zeros, spec.bits)
+    zero_points = None if spec.symmetric else pack_last_axis(rounding.zeros[:, :J], spec.bits)
     packed = pack_last_axis(levels.reshape(N, J, spec.block_size), spec.bits)
-    return QuantizedBlocks(packed, rounding.scales, zero_points, noise)
+    return QuantizedBlocks(packed, np.ascontiguousarray(rounding.scales[:, :J]), zero_points, noise)

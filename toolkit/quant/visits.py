@@ -1,13 +1,15 @@
 """In which order GPTQ rounds a matrix' columns, and what it asks of whoever says what is left of them.
 
-A block of MatMulNBits is visited whole, so that no g_idx is needed.
+A block of MatMulNBits is visited whole, so that no g_idx is needed, and so is a wider one of another matrix that reads
+the same input: sizes are powers of two, so that narrower blocks lie within wider ones.
 N output features, K input features, Kp = K padded to whole blocks.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,14 +23,18 @@ _STRIDE: Final = 128
 
 @dataclass(frozen=True)
 class Visits:
-    """The order [Kp] in which columns are rounded, and diag(H) [Kp], which is 0 for what pads the last block."""
+    """The order [Kp] in which columns are rounded, diag(H) [Kp], which is 0 for what pads the last block, and the size
+    of the widest blocks."""
 
     order: NDArray[np.int64]
     diagonal: Floats
+    widest: int
 
     def strides(self, spec: QuantSpec) -> list[slice]:
-        """Columns by their place in the order, as many at a time as are rounded between two products."""
-        return visit_strides(self.order.size, spec.block_size if not spec.signed else 1)
+        """Columns by their place in the order, as many at a time as are rounded between two products: _STRIDE, or a
+        block where that is wider. Signed columns may be parted anywhere."""
+        stride = _STRIDE if spec.signed else max(_STRIDE, self.widest)
+        return [slice(start, min(start + stride, self.order.size)) for start in range(0, self.order.size, stride)]
 
 
 @dataclass(frozen=True)
@@ -54,22 +60,24 @@ class Columns(Protocol):
         ...
 
 
-def visit_strides(columns: int, block_size: int) -> list[slice]:
-    """Slices of _STRIDE columns, or of a block where that is wider."""
-    stride = max(_STRIDE, block_size)
-    return [slice(start, min(start + stride, columns)) for start in range(0, columns, stride)]
+def blocks_of(specs: Collection[QuantSpec], channels: int) -> set[int]:
+    """Returns the block sizes of matrices of these specs that read an input of so many channels: signed ones, whose
+    scales stand beforehand, may be visited in any order."""
+    return {channels if spec.signed else spec.block_size for spec in specs}
 
 
-def visits(moments: Floats, block_size: int) -> Visits:
-    """Blocks by their largest diag(H) [K], columns within a block by their own."""
-    padded = -(-moments.size // block_size) * block_size
-    diagonal = np.zeros(padded, np.float32)
+def visits(moments: Floats, block_sizes: Collection[int]) -> Visits:
+    """Blocks by their largest diag(H) [K], the widest first, narrower ones within them, and columns within those by
+    their own."""
+    widest = max(block_sizes)
+    diagonal = np.zeros(-(-moments.size // widest) * widest, np.float32)
     diagonal[: moments.size] = moments
-    blocks = diagonal.reshape(-1, block_size)
-    first = np.argsort(-blocks.max(axis=1), kind="stable")
-    within = np.argsort(-blocks, axis=1, kind="stable")
-    order = (first[:, None] * block_size + within[first]).reshape(-1)
-    return Visits(np.asarray(order, np.int64), diagonal)
+    place = np.arange(diagonal.size)
+    keys: list[NDArray[Any]] = [-diagonal]
+    for size in sorted(set(block_sizes)):
+        largest = diagonal.reshape(-1, size).max(axis=1)
+        keys += [place // size, -np.repeat(largest, size)]
+    return Visits(np.lexsort(keys), diagonal, widest)
 
 
 def worth_of_errors(diagonal: Floats, heard: NDArray[np.bool_]) -> Floats:
