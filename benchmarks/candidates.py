@@ -63,7 +63,7 @@ def own_row(candidate: Candidate, bench: Bench, calibration_text: Path, work: Pa
 
 def _exported(candidate: Candidate, bench: Bench, calibration_text: Path, out: Path) -> dict[str, Any]:
     """The report of the candidate's export."""
-    checkpoint, recipe = bench.checkpoint, out.with_suffix(".yaml")
+    checkpoint, recipe = bench.checkpoint, out.with_name(f"{out.name}.yaml")
     asked = {
         "name": "quality-cpu",
         "model": str(checkpoint.folder),
