@@ -6,6 +6,8 @@ import importlib.metadata
 import os
 import platform
 import shutil
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -14,6 +16,7 @@ import psutil
 
 # The name that pip knows this toolkit by.
 _OWN_DISTRIBUTION: Final = "onnx-distill-toolkit"
+_TUNABLES: Final = "GLIBC_TUNABLES"
 _VERSIONS: Final = (_OWN_DISTRIBUTION, "onnxruntime", "onnxruntime-genai", "onnx-ir", "numpy", "tokenizers")
 
 
@@ -132,3 +135,12 @@ def _existing(place: Path) -> Path:
     # Unlike `resolve`, of a loop of links too.
     whole = Path(os.path.realpath(place))
     return next((above for above in whole.parents if above.is_dir()), whole)
+
+
+def with_huge_pages(environment: Mapping[str, str]) -> dict[str, str]:
+    """Returns the environment of a process that is to decode: glibc, from 2.35 on, asks Linux for pages of 2 MiB, of
+    which it gives none by itself where `transparent_hugepage` is `madvise` (glibc's manual, Memory Allocation
+    Tunables). A step reads all weights, and looks up fewer pages so. What the user says of it stands."""
+    said = environment.get(_TUNABLES, "")
+    asked = said if "glibc.malloc.hugetlb" in said else ":".join(filter(None, [said, "glibc.malloc.hugetlb=1"]))
+    return {**environment, **({_TUNABLES: asked} if sys.platform == "linux" else {})}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -13,6 +14,7 @@ from typing import Final
 
 from toolkit.apart import python_module
 from toolkit.errors import BundleError
+from toolkit.machine import with_huge_pages
 from toolkit.serve.job import ENDS, READY, Event, Job, Told, line
 from toolkit.typed_json import from_json
 
@@ -43,7 +45,12 @@ class BundleProcess:
         pipe = asyncio.subprocess.PIPE
         opened = cls(
             await asyncio.create_subprocess_exec(
-                *python_module(CHILD), *words, stdin=pipe, stdout=pipe, limit=_LONGEST_LINE
+                *python_module(CHILD),
+                *words,
+                stdin=pipe,
+                stdout=pipe,
+                limit=_LONGEST_LINE,
+                env=with_huge_pages(os.environ),
             )
         )
         try:
