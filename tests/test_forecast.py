@@ -104,6 +104,17 @@ def test_an_export_takes_what_whole_exports_took(
     assert seconds == pytest.approx(took, rel=0.15)
 
 
+@pytest.mark.parametrize(
+    ("layers", "quality", "read"),
+    [(1, "best", 16384), (24, "best", 8192), (1, "balanced", 2560)],
+    ids=["small, best", "larger, best", "small, balanced"],
+)
+def test_a_small_model_reads_more_text_at_best(layers: int, quality: str, read: int, tmp_path: Path) -> None:
+    """A layer of the 0.5B has 15 M parameters, the embedding, which is its head too, 136 M."""
+    plan = _changed("1.5b", SMALLER | {"num_hidden_layers": layers, "tie_word_embeddings": True}, quality, tmp_path)
+    assert plan.calibration_cost and plan.calibration_cost.tokens == read
+
+
 def test_a_text_whose_length_is_asked_for_is_taken_whole_in_wide_inputs_too(tmp_path: Path) -> None:
     """down_proj of the 1.5B: 8,960 channels, 1,536 rows, 1,536 or 2,560 tokens (quant/gptq_tokens.py)."""
     left, whole = (

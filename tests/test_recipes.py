@@ -172,11 +172,11 @@ def test_the_best_quality_has_narrower_blocks_and_what_is_asked_for_goes_before(
     def rules(*changes: str) -> list[tuple[str, int | str]]:
         return [(rule.match, rule.block_size) for rule in load_recipe(f"1.5b-{target}", changes).quantize]
 
-    keys, less = ("*.k_proj|*.v_proj|*.kv_a_proj_with_mqa|*.kv_b_proj", 32), "model.embed_tokens|*.gate_proj|*.up_proj"
-    mlp = ("*.mlp.gate_proj|*.mlp.up_proj|*.mlp.down_proj", "auto")
-    assert rules() == rules("quality=fast") == [keys, mlp, ("*", 32)]
-    assert rules("quality=best") == [keys, (less, 32), ("*", 16)]
-    assert rules("quantize.1.block_size=128", "quality=best") == [keys, (less, 128), ("*", 16)]
+    keys, less = "*.k_proj|*.v_proj|*.kv_a_proj_with_mqa|*.kv_b_proj", "model.embed_tokens|*.gate_proj|*.up_proj"
+    by_size = [(keys, "auto"), ("model.embed_tokens|*.experts.*", 32), ("*", "auto")]
+    assert rules() == rules("quality=fast") == by_size
+    assert rules("quality=best") == [(keys, 32), (less, 32), ("*", 16)]
+    assert rules("quantize.1.block_size=128", "quality=best") == [(keys, 32), (less, 128), ("*", 16)]
 
 
 def test_a_manifests_recipe_comes_back_as_it_was() -> None:

@@ -83,11 +83,12 @@ def test_a_threshold_is_a_number(change: str) -> None:
 
 
 def test_blocks_follow_from_the_checkpoints_size(stories260k: Path) -> None:
-    """`auto` is a number in a plan, and one that is said stays."""
+    """`auto` is a number in a plan, and one that is said stays. The embedding keeps its blocks."""
     (large,) = toolkit.plan("1.5b-cpu", synthetic=True)
     (small,) = toolkit.plan("cpu", checkpoint=stories260k, changes=["context_length=256"])
-    (said,) = toolkit.plan("1.5b-cpu", synthetic=True, changes=["quantize.1.block_size=64"])
-    for plan, mlp in ((large, 128), (small, 32), (said, 64)):
+    (said,) = toolkit.plan("1.5b-cpu", synthetic=True, changes=["quantize.2.block_size=64"])
+    for plan, keys, others in ((large, 128, 128), (small, 32, 32), (said, 128, 64)):
         found = {name: unit.spec.block_size for name, unit in plan.layout.units.items() if unit.spec}
-        assert {size for module, size in found.items() if ".mlp." in module} == {mlp}
-        assert {size for module, size in found.items() if ".mlp." not in module} == {32}
+        assert found.pop("model.embed_tokens.weight") == 32
+        assert {found.pop(name) for name in list(found) if name.endswith(("k_proj.weight", "v_proj.weight"))} == {keys}
+        assert set(found.values()) == {others}

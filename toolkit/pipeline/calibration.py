@@ -305,7 +305,7 @@ def calibration_text(plan: ExportPlan) -> TokenizedText:
     recipe, checkpoint = plan.recipe, plan.checkpoint
     path = find_text(recipe.calibration, recipe.name, recipe.target, checkpoint)
     origin = _described(path, checkpoint.synthetic)
-    wanted = calibration_tokens(recipe)
+    wanted = calibration_tokens(recipe, checkpoint.config)
     sequences = token_sequences(checkpoint, path, wanted, LONGEST)
     found = sum(map(len, sequences))
     needed = recipe.calibration_tokens or _FEWEST_TOKENS

@@ -46,13 +46,13 @@ class CalibrationCost:
     disk_bytes: int
 
 
-def calibration_tokens(recipe: Recipe) -> int:
-    """How much text the recipe reads, or its quality if it does not say. Ranges alone need less."""
+def calibration_tokens(recipe: Recipe, config: ModelConfig) -> int:
+    """How much text the recipe reads, or its quality for such a model if it does not say. Ranges alone need less."""
     if recipe.calibration_tokens:
         return recipe.calibration_tokens
     if not recipe.calibrated:
         return _RANGE_TOKENS
-    return QUALITIES[recipe.quality].tokens or QUALITIES["balanced"].tokens
+    return QUALITIES[recipe.quality].tokens_for(parameter_count(config)) or QUALITIES["balanced"].tokens
 
 
 def wide_tokens(recipe: Recipe) -> int:
@@ -82,7 +82,7 @@ def calibration_cost(recipe: Recipe, config: ModelConfig, form: Form) -> Calibra
     """What calibrating takes for a recipe, the ranges of its activations included; None where nothing is read."""
     if not (recipe.calibrated or form.qdq):
         return None
-    tokens, solved = calibration_tokens(recipe), _solved(recipe, config, form)
+    tokens, solved = calibration_tokens(recipe, config), _solved(recipe, config, form)
     work = ranges_work(config, tokens) if form.qdq else Work()
     if recipe.calibrated:
         specs = planned_specs(config, recipe, form)
