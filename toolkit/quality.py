@@ -10,6 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+# A model of 135 M parameters has a twentieth less KLD by twice the text, which takes it two to three minutes (LOG.md).
+_SMALL: Final = 200_000_000
+
 
 @dataclass(frozen=True)
 class Quality:
@@ -28,10 +31,6 @@ class Quality:
     def tokens_for(self, parameters: int) -> int:
         """Returns how much text is read for a model of so many parameters."""
         return self.small_tokens if self.small_tokens and parameters <= _SMALL else self.tokens
-
-
-# A model of 135 M parameters has a twentieth less KLD by twice the text, for a minute of two cores (LOG.md).
-_SMALL: Final = 200_000_000
 
 
 QUALITIES: Final[dict[str, Quality]] = {
