@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from toolkit.partition.data_files import Destination
 from toolkit.partition.pack import pack_weights
 from toolkit.partition.stored import StoredTensors
 from toolkit.pipeline import traced as pipeline_traced
-from toolkit.recipe import Recipe, load_recipe
+from toolkit.recipe import Recipe, load_recipe, sized
 from toolkit.target import TARGETS
 from toolkit.trace import traced as trace_room
 from toolkit.trace.traced import TracedFacts
@@ -191,6 +192,7 @@ def test_a_rule_may_name_a_traced_matrix_and_one_that_names_none_is_refused(
 ) -> None:
     traced = read_traced(_traced(), SHAPES, {name: name for name in SHAPES})
     target, recipe = TARGETS["cpu"], load_recipe("cpu", ["quality=fast", "quantize.0.match=model.up"], str(checkpoint))
+    recipe = replace(recipe, quantize=sized(recipe.quantize, parameters=0))
     units = plan_traced_layout(traced, target, recipe).units
     bits = [units[name].spec.bits for name in traced.uses]  # type: ignore[union-attr]
     assert bits == [4, 8, 4]
