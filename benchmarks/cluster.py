@@ -26,6 +26,7 @@ from toolkit.checkpoint.anatomy import DecoderLayer, decoder_of
 from toolkit.checkpoint.config import ModelConfig, read_config
 from toolkit.checkpoint.linears import LinearInput
 from toolkit.checkpoint.sublayers import Moe
+from toolkit.checkpoint.weights import parameter_count
 from toolkit.device.fitting import TOGETHER
 from toolkit.pipeline.calibration_work import PASSES_TO_SEARCH, PASSES_TO_SOLVE, forward_work
 from toolkit.pipeline.text import LONGEST
@@ -137,7 +138,7 @@ def main(words: Sequence[str]) -> int:
     for model in asked.models:
         config = read_config(ROOT / "models" / model)
         for quality in ("balanced", "best"):
-            tokens = QUALITIES[quality].tokens
+            tokens = QUALITIES[quality].tokens_for(parameter_count(config))
             found = list(parts(config, tokens, QUALITIES[quality].experts != QUALITIES["balanced"].experts))
             for workers in map(int, asked.workers.split(",")):
                 seconds = (

@@ -1,8 +1,8 @@
 """How much an export may cost for its weights' sake: what `auto` means as an algorithm, and how much text is read.
 
 `fast` needs no data. `balanced` reads some text, folds salient channels away (AWQ) and solves matrices one after the
-other (GPTQ). `best` reads three times as much, solves experts too, and visits columns again. How many tokens suffice
-was measured on a real model (LOG.md).
+other (GPTQ). `best` reads three times as much, six times for a small model, solves experts too, and visits columns
+again. How many tokens suffice was measured on real models (LOG.md).
 """
 
 from __future__ import annotations
