@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -88,11 +89,14 @@ def test_the_linter_names_the_blocks_that_are_computed_wrongly(
 ) -> None:
     y = _product(tmp_path, block_size, width)
     done = subprocess.run([sys.executable, "-c", RUN, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert bool(htp_faults(tmp_path, ["context"])) is not right
+    # onnxruntime-qnn 2.7's GraphPrepare::const_prop reads past the end of such a constant (valgrind): it may crash.
+    if block_size == 8 and done.returncode == -signal.SIGSEGV:
+        return
     assert done.returncode == 0, done.stderr
     error = np.sqrt(((np.load(tmp_path / "y.npy")[0].astype(np.float32) - y) ** 2).mean()) / y.std()
     # .0004 where HTP knows the blocks; 1 would be as good as nothing: it is 3 in blocks of 8, 1 to 2 in seven of 16.
     assert (error < 0.002) if right else (error > 0.5)
-    assert bool(htp_faults(tmp_path, ["context"])) is not right
 
 
 def test_the_default_blocks_are_among_them() -> None:
