@@ -42,14 +42,16 @@ def _rounded(source: Tensors, recipe: Recipe) -> RoundedTensors:
 
 
 @pytest.mark.parametrize("case", ["qwen2", "qwen2-tied", "llama-bias", "mistral-sliding", "qwen3", "smollm3"])
-@pytest.mark.parametrize(("symmetric", "v_bits"), [(True, 8), (False, 4), (False, 8)])
+@pytest.mark.parametrize(
+    ("symmetric", "wide"), [(True, "*.v_proj"), (False, ""), (False, "*.v_proj"), (False, "*.k_proj|*.v_proj")]
+)
 def test_quantized_graphs_compute_their_dequantized_weights(
-    case: str, symmetric: bool, v_bits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    case: str, symmetric: bool, wide: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_checkpoint(*CASES[case], tmp_path)
     config = read_config(tmp_path)
     source = open_weights(tmp_path, config)
-    rules = (QuantRule("*.v_proj", bits=v_bits, symmetric=symmetric), QuantRule("*", symmetric=symmetric))
+    rules = (QuantRule(wide, bits=8, symmetric=symmetric), QuantRule("*", symmetric=symmetric))
     ids = list(range(5, 45))
     # By what a target rounds to, which several have in common.
     logits: dict[tuple[bool, bool], NDArray[np.float32]] = {}
@@ -62,8 +64,10 @@ def test_quantized_graphs_compute_their_dequantized_weights(
             (logits[_short(target)],) = reference_logits(config, _rounded(source, recipe_for(target, rules)), [ids])
         expected = logits[_short(target)]
         layout = write_graphs(tmp_path, tmp_path / target, target, recipe_for(target, rules))
-        packed = "model.layers.0.self_attn.qkv_proj.weight" in layout.units
-        assert packed == (v_bits == 4 and not config.structure.qk_norm and row.form.packed_qkv)
+        joined = {name for name in ("qkv_proj", "kv_proj") if f"model.layers.0.self_attn.{name}.weight" in layout.units}
+        all_three = not wide and not config.structure.qk_norm and row.form.packed_qkv
+        two = row.form.packed_kv and wide != "*.v_proj"
+        assert joined == ({"qkv_proj"} if all_three else {"kv_proj"} if two else set())
         bundle = open_positions(tmp_path / target, exact=True)
         assert np.abs(bundle.logits(ids) - expected).max() <= 1e-3
         # Single steps over a window: test_families.py goes further.

@@ -40,7 +40,8 @@ class Form:
 
     `activations` is the dtype of hidden states, norms, the KV cache and of scales without `short_scales`.
     RMSNormalization needs `opset` 23, an earlier one gets SimplifiedLayerNormalization. `fused` allows com.microsoft's
-    SkipSimplifiedLayerNormalization and FusedMatMul, `packed_qkv` q, k and v as one matrix, `bias_in_matmul`
+    SkipSimplifiedLayerNormalization and FusedMatMul, `packed_qkv` q, k and v as one matrix, `packed_kv` k
+    and v as one where q is none of it, `bias_in_matmul`
     MatMulNBits' bias input and `rotary_in_attention` GroupQueryAttention's do_rotary; without them each is written in
     parts.
     `plain_attention` does without GroupQueryAttention, which takes a `static_cache`: one fixed at context_length.
@@ -66,6 +67,7 @@ class Form:
     opset: int = 23
     fused: bool = True
     packed_qkv: bool = True
+    packed_kv: bool = False
     bias_in_matmul: bool = True
     rotary_in_attention: bool = True
     plain_attention: bool = False
@@ -94,7 +96,8 @@ class Profile:
     session_options: Mapping[str, str] = field(default_factory=dict)
 
 
-CPU_FORM: Final = Form()
+# A small product costs a CPU core a fixed price a token, so k and v are one.
+CPU_FORM: Final = Form(packed_kv=True)
 
 
 @dataclass(frozen=True)

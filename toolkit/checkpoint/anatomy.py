@@ -255,6 +255,7 @@ def _attention(config: ModelConfig, index: int, prefix: str) -> Attention:
         q_norm=Norm(f"{prefix}self_attn.q_norm", Dh) if structure.qk_norm else None,
         k_norm=Norm(f"{prefix}self_attn.k_norm", Dh) if structure.qk_norm else None,
         qkv_proj=f"{prefix}self_attn.qkv_proj",
+        kv_proj=f"{prefix}self_attn.kv_proj",
         normed_input=LinearInput((q, k, v, *gates), norm, D),
         inner_input=LinearInput((o,), v, config.q_size, shared, Dh),
         window=structure.sliding_windows[index] if structure.sliding_windows else None,

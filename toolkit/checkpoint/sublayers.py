@@ -17,10 +17,10 @@ class Attention:
     """The first sublayer. `q_norm` and `k_norm` go over each head before RoPE, in families that have them.
 
     `window` is how many tokens a query sees, itself included, None for all; `rope` is whether queries and keys are
-    rotated by their position. `qkv_proj` is the module that q, k and v become where a graph stacks their rows. `sinks`
-    is the tensor of a logit for each head that stands for no token, None in most families. `output_norm` goes over what
-    is added to the residual stream, in families that have one. Its output is multiplied by the sigmoid of what
-    `gate_proj` makes, in families that have one.
+    rotated by their position. `qkv_proj` and `kv_proj` are the modules that q, k and v, or k and v alone, become where
+    a graph stacks their rows. `sinks` is the tensor of a logit for each head that stands for no token, None in most
+    families. `output_norm` goes over what is added to the residual stream, in families that have one. Its output is
+    multiplied by the sigmoid of what `gate_proj` makes, in families that have one.
     """
 
     norm: Norm
@@ -31,6 +31,7 @@ class Attention:
     q_norm: Norm | None
     k_norm: Norm | None
     qkv_proj: str
+    kv_proj: str
     normed_input: LinearInput
     inner_input: LinearInput
     window: int | None

@@ -290,7 +290,12 @@ def _query_key_value(
     """[q, k, v], each [B, S, heads * Dh], or [all packed, None, None]."""
     if names.weight(attention.qkv_proj) in build.layout.units:
         return [build.linear(_path(attention.qkv_proj), x, attention.qkv_proj), None, None]
-    q, k, v = (_linear(build, x, linear) for linear in attention.qkv)
+    if names.weight(attention.kv_proj) in build.layout.units:
+        q, path = _linear(build, x, attention.q_proj), _path(attention.kv_proj)
+        both = build.linear(path, x, attention.kv_proj)
+        k, v = build.op(f"{path}/Split", [both], {"axis": -1, "num_outputs": 2}, outputs=2)
+    else:
+        q, k, v = (_linear(build, x, linear) for linear in attention.qkv)
     if attention.q_norm:
         q = _head_norm(build, q, attention.q_norm, attention.q_proj, config)
     if attention.k_norm:

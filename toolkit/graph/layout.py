@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from toolkit import names
 from toolkit.checkpoint.anatomy import decoder_of
 from toolkit.checkpoint.config import ModelConfig
+from toolkit.checkpoint.linears import Linear
 from toolkit.checkpoint.sublayers import Attention
 from toolkit.checkpoint.weights import expected_tensors
 from toolkit.quant.blockwise import QuantSpec
 from toolkit.quant.formats import StoredArray, floats_of, planned_specs, stored_arrays
 from toolkit.recipe import Recipe
-from toolkit.target import Target
+from toolkit.target import Form, Target
 
 _ALIGNMENT = 64
 _Group = tuple[str, tuple[str, ...], int]
@@ -117,7 +118,7 @@ def plan_layout(
 
 def _groups(config: ModelConfig, target: Target, specs: Mapping[str, QuantSpec]) -> list[_Group]:
     """Unit names with their sources, and how many of these have their rows by turns: q, k and v become one matrix where
-    target, specs and no q/k norm allow it, the experts of a layer become two."""
+    target, specs and no q/k norm allow it, or k and v alone, the experts of a layer become two."""
     groups: dict[str, _Group] = {tensor: (tensor, (tensor,), 1) for tensor in expected_tensors(config)}
     for moe in decoder_of(config).moes:
         for module, by_expert in moe.stacks().items():
@@ -125,18 +126,23 @@ def _groups(config: ModelConfig, target: Target, specs: Mapping[str, QuantSpec])
             for sources in zip(*(linear.tensors for linear in stacked), strict=True):
                 name = module + sources[0].removeprefix(stacked[0].module)
                 groups |= dict.fromkeys(sources, (name, sources, by_turns))
-    attentions = (layer.attention for layer in decoder_of(config).layers if target.form.packed_qkv)
-    for attention in attentions:
-        if (
-            not isinstance(attention, Attention)
-            or attention.head_norms
-            or len({specs.get(linear.weight) for linear in attention.qkv}) > 1
-        ):
-            continue
-        for sources in zip(*(linear.tensors for linear in attention.qkv), strict=True):
-            stacked = attention.qkv_proj + sources[0].removeprefix(attention.q_proj.module)
-            groups |= dict.fromkeys(sources, (stacked, sources, 1))
+    for layer in decoder_of(config).layers:
+        if isinstance(layer.attention, Attention):
+            module, joined = _joined_heads(layer.attention, target.form, specs)
+            for sources in zip(*(linear.tensors for linear in joined), strict=True):
+                name = module + sources[0].removeprefix(joined[0].module)
+                groups |= dict.fromkeys(sources, (name, sources, 1))
     return list(dict.fromkeys(groups.values()))
+
+
+def _joined_heads(attention: Attention, form: Form, specs: Mapping[str, QuantSpec]) -> tuple[str, tuple[Linear, ...]]:
+    """Which of an attention's q, k and v become one matrix, and the module's name; none where nothing allows it."""
+    q, k, v = (specs.get(linear.weight) for linear in attention.qkv)
+    if form.packed_qkv and not attention.head_norms and q == k == v:
+        return attention.qkv_proj, attention.qkv
+    if form.packed_kv and k == v:
+        return attention.kv_proj, attention.qkv[1:]
+    return "", ()
 
 
 def slots_from(name: str, arrays: Sequence[StoredArray], file: str, end: int) -> tuple[tuple[Slot, ...], int]:
