@@ -72,7 +72,7 @@ MODELS: Final = {
 _LLAMA_TYPES: Final = ("q4_0", "iq4_xs+imatrix", "q4_k_m", "q4_k_m+imatrix", "q5_k_m")
 PEERS: Final = (*(f"llama.cpp {kind}" for kind in _LLAMA_TYPES), "genai default", "genai k_quant_mixed", "auto-round")
 WIDE_KEYS: Final[Json] = {"match": "*.k_proj|*.v_proj", "bits": 8, "block_size": 32}
-_EMBEDDING: Final[Json] = {"match": "model.embed_tokens", "block_size": 32}
+EMBEDDING: Final[Json] = {"match": "model.embed_tokens", "block_size": 32}
 # Beside peers that leave the embedding in floats: a model of 135M has a fifth of its weights there.
 _WIDE_EMBEDDING: Final[Json] = {"match": "lm_head|model.embed_tokens", "bits": 8, "block_size": 32}
 # Some minutes a step for a 1.5B on a CPU: for the smallest model, or where torch has a GPU.
@@ -114,7 +114,7 @@ def candidates(hidden_size: int, other_text: Path) -> Iterator[Candidate]:
     yield Candidate("best, budget 4.9", {"quality": "best", "bits_per_weight": 4.9})
     yield Candidate("best, budget 5.29", {"quality": "best", "bits_per_weight": 5.29})
     yield Candidate("best, blocks of 16", {"quality": "best", "quantize": [WIDE_KEYS, rule(16)]})
-    tuned: dict[str, Json] = {"quality": "best", "quantize": [WIDE_KEYS, _EMBEDDING, rule(16)], **TUNED}
+    tuned: dict[str, Json] = {"quality": "best", "quantize": [WIDE_KEYS, EMBEDDING, rule(16)], **TUNED}
     yield Candidate("best, blocks of 16, tuned", tuned)
     yield Candidate("rtn 32 symmetric", {"quantize": [rule(32, "rtn", symmetric=True)], "rotate": False})
     for block_size in larger_blocks(hidden_size):

@@ -33,7 +33,7 @@ from benchmarks.candidates import ROOT, Candidate, bundle_of, own_row, rule
 from benchmarks.judged import judged_material, judged_texts
 from benchmarks.peers.llama_cpp import LLAMA_TYPES, LlamaCpp, llama_cpp, speed
 from benchmarks.peers.rows import Bench, Row, llama_file, peer_rows
-from benchmarks.real import MODELS, TUNED, WIDE_KEYS, Rows, candidates, larger_blocks
+from benchmarks.real import EMBEDDING, MODELS, TUNED, WIDE_KEYS, Rows, candidates, larger_blocks
 from toolkit.bundle.settings import read_settings
 from toolkit.checkpoint.opened import Checkpoint
 from toolkit.errors import ToolkitError
@@ -43,12 +43,15 @@ from toolkit.files import replacing
 from toolkit.machine import physical_cores
 from toolkit.pipeline.text import find_text
 from toolkit.progress import progress_line
+from toolkit.recipe import BLOCK_SIZES
 from toolkit.typed_json import Json, from_json, to_json
 
 FOLDER: Final = ROOT / "build" / "bench-speed"
 LLAMA: Final = ("llama.cpp q4_0", "llama.cpp iq4_xs+imatrix", "llama.cpp q4_k_m")
 PREFILL_AIM: Final = 1.3
 DECODE_AIM: Final = 1.15
+# The largest blocks that ONNX Runtime has kernels for.
+_LARGEST: Final = max(BLOCK_SIZES)
 _REPEAT: Final = 3
 _TRIES: Final = 3
 # Cores that others may take during a turn.
@@ -141,6 +144,9 @@ def _wider(hidden_size: int) -> Iterator[Candidate]:
         mixed: list[Json] = [attention, {"match": "*.gate_proj|*.up_proj", "block_size": size}, rule(32)]
         name = f"balanced, {size} but down, 8 bits in attention"
         yield Candidate(name, {"quality": "balanced", "quantize": mixed})
+    if hidden_size % _LARGEST == 0:
+        rules = [{"match": "*.k_proj|*.v_proj", "bits": 8, "block_size": _LARGEST}, EMBEDDING, rule(_LARGEST)]
+        yield Candidate(f"balanced, {_LARGEST} but the embedding", {"quality": "balanced", "quantize": rules})
 
 
 def _place(name: str, word: str) -> Path:

@@ -82,6 +82,11 @@ def _gptq(bits: int, size: int, way: str = "gptq") -> dict[str, Any]:
     return {"quant_method": "gptq", "bits": bits, "group_size": size, "checkpoint_format": way}
 
 
+def _auto_round(way: str | None) -> dict[str, Any]:
+    said = {"quant_method": "auto-round", "bits": 4, "group_size": 32, "data_type": "int", "sym": False}
+    return said if way is None else {**said, "packing_format": way}
+
+
 def _packed(bits: int, **weights: Any) -> dict[str, Any]:
     return _compressed("pack-quantized", **{"num_bits": bits, "type": "int", **weights})
 
@@ -95,6 +100,11 @@ PACKED: Final[dict[str, tuple[str, Quantizer, dict[str, Any]]]] = {
     "gptq-2": ("INT2", gptq(2, 32), _gptq(2, 32)),
     "gptq-whole-rows": ("INT4", gptq(4, 10**9), _gptq(4, -1)),
     "gptq-biases-of-zeros": ("INT4", gptq(4, 32, bias=True), _gptq(4, 32)),
+    "auto-round": ("INT4", gptq(4, 32), _auto_round("auto_round:auto_gptq")),
+    "auto-round-unsaid": ("INT4", gptq(4, 32), _auto_round(None)),
+    "auto-round-own": ("INT4", gptq(4, 32, version=2), _auto_round("auto_round")),
+    "auto-round-gptqmodel": ("INT4", gptq(4, 32, version=2), _auto_round("auto_round:gptqmodel")),
+    "auto-round-awq": ("INT4", awq(32), _auto_round("auto_round:auto_awq")),
     "awq": ("INT4", awq(32), {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}),
     "packed": ("INT4", packed(4, 32), _packed(4, strategy="group", group_size=32)),
     "packed-channels": ("INT4", packed(4, 10**9), _packed(4, strategy="channel")),
@@ -381,6 +391,8 @@ PACKED_SPOILT: Final[dict[str, tuple[str, Callable[[dict[str, Any], Tensors], ob
     "gptq for marlin": ("gptq", _said(checkpoint_format="marlin"), "is 'marlin', expected one of gptq"),
     "gptq unsaid": ("gptq", lambda said, _: said.clear(), "by GPTQ or AWQ, and config.json does not say by which"),
     "gptq's NaN": ("gptq", _with("scales", torch.full((7, 192), torch.nan)), "scales holds 1344 NaN"),
+    "auto-round's way": ("auto-round", _said(packing_format="auto_round:fake"), "has packing_format 'auto_round:fake'"),
+    "auto-round's type": ("auto-round", _said(data_type="mx_fp"), "data_type 'mx_fp', expected one of auto_round:"),
     "awq's version": ("awq", _said(version="gemv"), "version 'gemv', expected 4 and 'gemm'"),
     "awq's shape": ("awq", _with("qweight", torch.ones(24, 192, dtype=torch.int32)), r"expected I32 \[200, 24\]"),
     "packed without scales": ("packed", _without("weight_scale"), "weight_scale is missing beside its codes"),

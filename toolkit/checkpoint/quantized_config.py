@@ -22,7 +22,8 @@ _MAX_BYTES: Final = 4 << 20
 _FP8: Final = ("fp8", "fbgemm_fp8")
 _COMPRESSED_TENSORS: Final = ("compressed-tensors", "compressed_tensors")
 _MODELOPT: Final = ("modelopt", "modelopt_fp4")
-METHODS: Final = (*_FP8, _COMPRESSED_TENSORS[0], _MODELOPT[0], "gptq", "awq", "mxfp4")
+_AUTO_ROUND: Final = "auto-round"
+METHODS: Final = (*_FP8, _COMPRESSED_TENSORS[0], _MODELOPT[0], "gptq", "awq", _AUTO_ROUND, "mxfp4")
 # What compressed-tensors calls the ways to store that are read, and ModelOpt its algorithms.
 _FORMATS: Final = (
     *("float-quantized", "naive-quantized", "int-quantized", "pack-quantized"),
@@ -32,6 +33,16 @@ _ALGORITHMS: Final = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "NVFP4", "MIXED_PRECIS
 # GPTQ's ways to store: the first one's zero points are less by one.
 _GPTQ_LESS_ONE: Final = "gptq"
 _GPTQ_FORMATS: Final = (_GPTQ_LESS_ONE, "gptq_v2")
+# AutoRound's ways to store are GPTQ's and AWQ's, under names of its own (auto_round/inference/backend.py); its first
+# releases wrote none.
+_AUTO_ROUND_FORMATS: Final = {
+    "auto_round:auto_gptq": _GPTQ_LESS_ONE,
+    "auto_round:gptq": _GPTQ_LESS_ONE,
+    "auto_round": "gptq_v2",
+    "auto_round:gptqmodel": "gptq_v2",
+    "auto_round:auto_awq": "awq",
+    "auto_round:awq": "awq",
+}
 
 
 @dataclass(frozen=True)
@@ -83,6 +94,8 @@ def quantization_of(raw: Mapping[str, Any], path: Path) -> QuantizedBy | None:
         return _modelopt(read)
     if method in ("gptq", "awq"):
         return (_gptq if method == "gptq" else _awq)(read)
+    if method in (_AUTO_ROUND, f"intel/{_AUTO_ROUND}"):
+        return _auto_round(read)
     if method == "mxfp4":
         return QuantizedBy(method, method)
     raise _not_read(method, path)
@@ -175,6 +188,21 @@ def _awq(read: Fields) -> QuantizedBy:
             f"'gemm': {NAME_THE_ORIGINAL}"
         )
     return QuantizedBy("awq", "awq 4 bits", group_size=_group_size(read))
+
+
+def _auto_round(read: Fields) -> QuantizedBy:
+    """Intel's AutoRound."""
+    way = read.get("packing_format") or read.get("backend") or "auto_round:auto_gptq"
+    stored = _AUTO_ROUND_FORMATS.get(way) if isinstance(way, str) else None
+    if stored is None or read.get("data_type") not in (None, "int"):
+        raise UnsupportedError(
+            f"{read.path}: quantization_config (auto-round) has packing_format {way!r:.60} and data_type "
+            f"{read.get('data_type')!r:.40}, expected one of {', '.join(_AUTO_ROUND_FORMATS)} and 'int': "
+            f"{NAME_THE_ORIGINAL}"
+        )
+    method = "awq" if stored == "awq" else "gptq"
+    words = f"{_AUTO_ROUND} ({method}) {read.count('bits')} bits"
+    return QuantizedBy(method, words, group_size=_group_size(read), zeros_less_one=stored == _GPTQ_LESS_ONE)
 
 
 def _group_size(read: Fields) -> int | None:
