@@ -50,7 +50,7 @@ FOLDER: Final = ROOT / "build" / "bench-speed"
 LLAMA: Final = ("llama.cpp q4_0", "llama.cpp iq4_xs+imatrix", "llama.cpp q4_k_m")
 PREFILL_AIM: Final = 1.3
 DECODE_AIM: Final = 1.15
-# The largest blocks that ONNX Runtime has kernels for.
+# The largest blocks that a recipe's rule takes.
 _LARGEST: Final = max(BLOCK_SIZES)
 _REPEAT: Final = 3
 _TRIES: Final = 3

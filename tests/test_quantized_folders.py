@@ -84,7 +84,7 @@ def _gptq(bits: int, size: int, way: str = "gptq") -> dict[str, Any]:
 
 def _auto_round(way: str | None) -> dict[str, Any]:
     said = {"quant_method": "auto-round", "bits": 4, "group_size": 32, "data_type": "int", "sym": False}
-    return said if way is None else {**said, "packing_format": way}
+    return {**said, **({"backend": "auto"} if way is None else {"packing_format": way})}
 
 
 def _packed(bits: int, **weights: Any) -> dict[str, Any]:

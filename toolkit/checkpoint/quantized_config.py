@@ -33,8 +33,8 @@ _ALGORITHMS: Final = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "NVFP4", "MIXED_PRECIS
 # GPTQ's ways to store: the first one's zero points are less by one.
 _GPTQ_LESS_ONE: Final = "gptq"
 _GPTQ_FORMATS: Final = (_GPTQ_LESS_ONE, "gptq_v2")
-# AutoRound's ways to store are GPTQ's and AWQ's, under names of its own (auto_round/inference/backend.py); its first
-# releases wrote none.
+# AutoRound's ways to store are GPTQ's and AWQ's, under names of its own (auto_round/inference/backend.py). Where none
+# is written it takes the first.
 _AUTO_ROUND_FORMATS: Final = {
     "auto_round:auto_gptq": _GPTQ_LESS_ONE,
     "auto_round:gptq": _GPTQ_LESS_ONE,
@@ -192,7 +192,7 @@ def _awq(read: Fields) -> QuantizedBy:
 
 def _auto_round(read: Fields) -> QuantizedBy:
     """Intel's AutoRound."""
-    way = read.get("packing_format") or read.get("backend") or "auto_round:auto_gptq"
+    way = read.get("packing_format") or "auto_round:auto_gptq"
     stored = _AUTO_ROUND_FORMATS.get(way) if isinstance(way, str) else None
     if stored is None or read.get("data_type") not in (None, "int"):
         raise UnsupportedError(
