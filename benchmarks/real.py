@@ -113,7 +113,9 @@ def candidates(hidden_size: int, other_text: Path) -> Iterator[Candidate]:
     yield Candidate("balanced, budget 4.9", {"quality": "balanced", "bits_per_weight": 4.9})
     yield Candidate("best, budget 4.9", {"quality": "best", "bits_per_weight": 4.9})
     yield Candidate("best, budget 5.29", {"quality": "best", "bits_per_weight": 5.29})
-    yield Candidate("best, blocks of 16", {"quality": "best", "quantize": [WIDE_KEYS, rule(16)]})
+    for block_size in (16, 32):
+        rules: list[Json] = [WIDE_KEYS, rule(block_size)]
+        yield Candidate(f"best, blocks of {block_size}", {"quality": "best", "quantize": rules})
     tuned: dict[str, Json] = {"quality": "best", "quantize": [WIDE_KEYS, EMBEDDING, rule(16)], **TUNED}
     yield Candidate("best, blocks of 16, tuned", tuned)
     yield Candidate("rtn 32 symmetric", {"quantize": [rule(32, "rtn", symmetric=True)], "rotate": False})

@@ -22,7 +22,8 @@ from toolkit.recipe import load_recipe
 WINDOW, CONTEXT = 64, 8192
 FIRST = (64, 4096, 8064)
 SHAPE = {"num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1, "max_position_embeddings": CONTEXT}
-CHANGES = ("quality=fast", f"context_length={CONTEXT}", f"window={WINDOW}", "quantize.0.bits=8", "quantize.1.bits=8")
+EIGHT_BITS = "quantize=[{match: '*', bits: 8}]"
+CHANGES = ("quality=fast", f"context_length={CONTEXT}", f"window={WINDOW}", EIGHT_BITS)
 # Apart, as `toolkit.evaluate.simulator` does it: windows in the simulator, fed as the CPU's were.
 SIMULATED = """
 import sys, tempfile

@@ -13,6 +13,7 @@ import jsonschema
 import pytest
 import yaml
 
+import toolkit
 from toolkit import names
 from toolkit.bundle.operators import placement_of
 from toolkit.checkpoint.config import read_config
@@ -177,6 +178,16 @@ def test_the_best_quality_has_narrower_blocks_and_what_is_asked_for_goes_before(
     assert rules() == rules("quality=fast") == by_size
     assert rules("quality=best") == [(keys, 32), (less, 32), ("*", 16)]
     assert rules("quantize.1.block_size=128", "quality=best") == [(keys, 32), (less, 128), ("*", 16)]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_k_and_v_have_8_bits_where_a_provider_takes_them(target: str) -> None:
+    """But not where q is packed with them."""
+    (plan,) = toolkit.plan(f"1.5b-{target}", synthetic=True)
+    specs = {name: unit.spec for name, unit in plan.layout.units.items() if unit.spec}
+    found = {spec.bits for name, spec in specs.items() if name.endswith(("k_proj.weight", "v_proj.weight"))}
+    assert found == {4 if target in ("vitisai", "webgpu") else 8}
+    assert {spec.bits for name, spec in specs.items() if name.endswith(("q_proj.weight", "o_proj.weight"))} == {4}
 
 
 def test_a_manifests_recipe_comes_back_as_it_was() -> None:

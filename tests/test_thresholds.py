@@ -57,9 +57,9 @@ def test_plain_rounding_of_stories260k_fails_the_targets_threshold(stories260k: 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_targets_threshold_lies_below_plain_rounding_of_a_real_model(target: str) -> None:
-    """Plain rounding of Qwen2.5-Coder-0.5B (docs/measured.md): symmetric in blocks of 32, and in OpenVINO's formats."""
+    """Plain rounding of Qwen2.5-Coder-0.5B in OpenVINO's formats and Vitis AI's (docs/measured.md)."""
     row = TARGETS[target]
-    plain = 0.141 if target == "openvino" else 0.0975
+    plain = 0.121 if target == "openvino" else 0.067
     assert row.measured_kld < kld_threshold(row.measured_kld, 494_000_000) < plain
 
 

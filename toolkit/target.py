@@ -14,13 +14,13 @@ from toolkit.target_rules import (
     BLOCKS_OF_32,
     CPU_RULES,
     KLD_OF_32,
-    KLD_OF_128,
+    KLD_OF_32_THROUGHOUT,
     KLD_OF_128_SYMMETRIC,
     KLD_OF_LPBQ_16,
     NARROW_RULES,
+    OPENVINO_RULES,
     QNN_RULES,
-    SYMMETRIC_RULES,
-    WIDE_RULES,
+    VITISAI_RULES,
 )
 
 CPU_EP: Final = "CPUExecutionProvider"
@@ -326,7 +326,7 @@ TARGETS: Final[dict[str, Target]] = {
         form=_OPENVINO_FORM,
         window=64,
         context_length=NPU_CONTEXT,
-        quantize=SYMMETRIC_RULES,
+        quantize=OPENVINO_RULES,
         measured_kld=KLD_OF_128_SYMMETRIC,
     ),
     "qnn": Target(
@@ -366,8 +366,8 @@ TARGETS: Final[dict[str, Target]] = {
         form=_VITISAI_FORM,
         window=64,
         context_length=NPU_CONTEXT,
-        quantize=WIDE_RULES,
-        measured_kld=KLD_OF_128,
+        quantize=VITISAI_RULES,
+        measured_kld=KLD_OF_32_THROUGHOUT,
     ),
     "webgpu": Target(
         name="webgpu",
@@ -384,7 +384,7 @@ TARGETS: Final[dict[str, Target]] = {
         window=0,
         context_length=LONG_CONTEXT,
         quantize=BLOCKS_OF_32,
-        measured_kld=KLD_OF_32,
+        measured_kld=KLD_OF_32_THROUGHOUT,
         profiles=_WEBGPU_PROFILES,
     ),
 }

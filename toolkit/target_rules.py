@@ -29,19 +29,24 @@ BEST_CPU_RULES: Final = (
 )
 # Embeddings and LM head in 4-bit blocks, whoever runs the rest.
 _OUTSIDE_RULE: Final = {"match": "lm_head|model.embed_tokens", "bits": 4, "block_size": 32}
-# What the compilers of Intel's and AMD's NPUs are made for.
-WIDE_RULES: Final = (_OUTSIDE_RULE, {"match": "*", "bits": 4, "block_size": 128})
+# AMD's NPU takes 4 bits alone, in blocks of 32 to 128; 128 is what AMD gives its own models.
+VITISAI_RULES: Final = (_OUTSIDE_RULE, {"match": "*", "bits": 4, "block_size": AUTO})
 
-# As WIDE_RULES, without zero points.
-SYMMETRIC_RULES: Final = (_OUTSIDE_RULE, {"match": "*", "bits": 4, "block_size": 128, "symmetric": True})
+# Intel's NPU is documented with symmetric blocks of 128 or whole rows. k and v in 8 bits are worth a quarter of what
+# such a model loses.
+OPENVINO_RULES: Final = (
+    _OUTSIDE_RULE,
+    {**_WIDE_KEYS, "block_size": 128, "symmetric": True},
+    {"match": "*", "bits": 4, "block_size": 128, "symmetric": True},
+)
 
 # A block's scale is a byte in the compiled binary, so that blocks of 16 weigh 4.5 bits there where those of 64 weigh
 # 4.125; they make up for what integers without zero points lose beside a CPU's blocks of 32 (LOG.md).
-QNN_RULES: Final = (_OUTSIDE_RULE, {"match": "*", "bits": 4, "block_size": 16})
+QNN_RULES: Final = (_OUTSIDE_RULE, _WIDE_KEYS, {"match": "*", "bits": 4, "block_size": 16})
 
 # The mean KLD that their own rules cost Qwen2.5-Coder-0.5B-Instruct at `balanced` (docs/measured.md); plain rounding
-# (rtn, symmetric) costs it .0975 in blocks of 32, .141 in OpenVINO's of 128.
+# (rtn) costs it .067 in blocks of 32 with zero points, .0975 without, .121 in OpenVINO's formats.
 KLD_OF_32: Final = 0.0205
-KLD_OF_LPBQ_16: Final = 0.027
-KLD_OF_128: Final = 0.045
-KLD_OF_128_SYMMETRIC: Final = 0.049
+KLD_OF_32_THROUGHOUT: Final = 0.023
+KLD_OF_LPBQ_16: Final = 0.0235
+KLD_OF_128_SYMMETRIC: Final = 0.037
