@@ -42,8 +42,12 @@ def test_every_part_of_a_recipe_compiles_within_size_and_memory(name: str, tmp_p
     assert facts is not None
     plan = plan_export(recipe, synthetic_checkpoint(facts), tmp_path / name, "int4")
     layers, count = layer_bytes(plan.layout, plan.checkpoint.config.num_hidden_layers), plan.recipe.parts
-    # Scales and zero points of the file do not count: 1.25 of 5.25 bits in blocks of 16, a quarter of that in 64.
-    share = 4 / 4.3125 if name == "tiny-r1-qnn" else 4 / 5.25
+    # Scales and zero points of the file do not count: 1.25 of 5.25 bits in blocks of 16, a quarter of that in 64. k and
+    # v have 8 bits, and a scale a row.
+    config = plan.checkpoint.config
+    heads, wide = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    wider = 2 * wide / (2 * heads + 2 * wide + 3 * config.intermediate_size)
+    share = (4 + 4 * wider) / (5.25 + 2.75 * wider) if name != "tiny-r1-qnn" else 4 / 4.3125
     assert sum(layers) / plan.layout.files["transformer.onnx.data"] == pytest.approx(share, rel=0.01)
 
     def largest(count: int) -> int:
