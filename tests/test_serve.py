@@ -13,9 +13,11 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import psutil
 import pytest
@@ -305,12 +307,28 @@ def test_no_path_of_the_machine_is_answered(bundle: Path, exports: Exports, tmp_
     assert any("broken" in line for line in running.said)
 
 
+@contextmanager
+def _held_amid_an_answer(running: Served, http: httpx.Client) -> Iterator[Iterator[str]]:
+    """Gives the lines of an answer in whose middle its process is held. One that was whole by then, on a machine with
+    much else to do, is read to its end and asked for again."""
+    for _ in range(5):
+        with http.stream("POST", "/v1/chat/completions", json={**LONG, "stream": True}) as answer:
+            lines = answer.iter_lines()
+            assert next(lines).startswith("data:")
+            running.child.suspend()
+            time.sleep(0.2)  # in which the server takes what was made before
+            if "toolkit_requests_processing 1" in http.get("/metrics").text:
+                yield lines
+                return
+            running.child.resume()
+            assert list(lines)
+    pytest.fail("every answer was whole before its process could be held")
+
+
 def test_beyond_the_queue_is_429_and_a_client_that_leaves_makes_room(bundle: Path) -> None:
     asked = {"messages": [{"role": "user", "content": QUESTIONS[1]}]}
     with served(bundle, "--queue", "1") as running, running.client() as http, ThreadPoolExecutor(1) as pool:
-        with http.stream("POST", "/v1/chat/completions", json={**LONG, "stream": True}) as first:
-            assert next(first.iter_lines()).startswith("data:")
-            running.child.suspend()
+        with _held_amid_an_answer(running, http):
             waiting = pool.submit(running.client().post, "/v1/chat/completions", json=asked)
             _until(lambda: "toolkit_requests_deferred 1" in http.get("/metrics").text)
             answer = http.post("/v1/chat/completions", json=asked)
@@ -326,9 +344,7 @@ def test_beyond_the_queue_is_429_and_a_client_that_leaves_makes_room(bundle: Pat
 def test_a_client_that_waits_and_leaves_frees_its_place(bundle: Path) -> None:
     asked = {"messages": [{"role": "user", "content": QUESTIONS[1]}]}
     with served(bundle, "--queue", "1") as running, running.client() as http, ThreadPoolExecutor(1) as pool:
-        with http.stream("POST", "/v1/chat/completions", json={**LONG, "stream": True}) as first:
-            assert next(first.iter_lines()).startswith("data:")
-            running.child.suspend()
+        with _held_amid_an_answer(running, http):
             for stream in (False, True):
                 with socket.create_connection(("127.0.0.1", running.port)) as left:
                     body = json.dumps({**asked, "stream": stream}).encode()
@@ -397,12 +413,8 @@ def test_the_bundle_that_rested_longest_makes_room(bundle: Path, exports: Export
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM that a process could heed")
 def test_a_stop_in_the_middle_of_an_answer_ends_it_and_the_server(bundle: Path) -> None:
-    asked = {**LONG, "stream": True}
     with served(bundle) as running:
-        with running.client() as http, http.stream("POST", "/v1/chat/completions", json=asked) as answer:
-            lines = answer.iter_lines()
-            next(lines)
-            running.child.suspend()
+        with running.client() as http, _held_amid_an_answer(running, http) as lines:
             running.process.send_signal(signal.SIGTERM)
             rest = list(lines)
         assert any("being stopped" in line for line in rest) and rest[-2] == "data: [DONE]"
