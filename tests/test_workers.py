@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import mmap
 import os
 import pickle
 import shutil
@@ -33,7 +32,6 @@ from toolkit.quant.blockwise import QuantSpec, dequantize_blocks
 from toolkit.quant.gptq import factorize
 from toolkit.quant.gptq_tokens import factorize_tokens
 from toolkit.reference.shared import SharedLayer, share_layer
-from toolkit.workers import parcels
 from toolkit.workers import pool as pools
 from toolkit.workers.pool import DaskPool, Here, dealt, open_pool
 
@@ -218,17 +216,6 @@ def test_an_export_has_the_same_bytes_and_figures_on_any_number_of_workers(
     assert (there.tokens, there.greedy_match_tokens) == (alone.tokens, alone.greedy_match_tokens)
     assert figures[1][1].mean_kld == pytest.approx(figures[0][1].mean_kld, rel=1e-3)
     assert figures[1][2] == figures[0][2]
-
-
-@pytest.mark.parametrize("recipe", ["tiny-r1-cpu", "tiny-v3-cpu"])
-def test_nothing_is_written_to_what_workers_gave_back(
-    two: DaskPool, tmp_path: Path, recipe: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It is sent on as their file has it. Here whoever writes to it fails."""
-    monkeypatch.setattr(parcels, "_TAKEN_FOR", mmap.ACCESS_READ)
-    plans = toolkit.plan(recipe, quality="best", out=tmp_path / "b", changes=["calibration_tokens=300"])
-    (bundle,) = export_planned(plans, lambda _: None, fitting=Fitting(NUMPY, pool=two))
-    assert list(bundle.glob("*.data"))
 
 
 def test_a_checkpoint_travels_as_its_place(tiny_r1: Path, monkeypatch: pytest.MonkeyPatch) -> None:

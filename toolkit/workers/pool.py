@@ -22,7 +22,7 @@ from toolkit.device.memory import keep_memory
 from toolkit.errors import CheckpointError, MachineError
 from toolkit.files import FULL_DISK
 from toolkit.machine import package_versions
-from toolkit.workers.parcels import get, put, take
+from toolkit.workers.parcels import get, put
 
 Shared = TypeVar("Shared")
 Piece = TypeVar("Piece")
@@ -195,9 +195,9 @@ class DaskPool:
         made = self._map(_in_files, (work, given[0]), given[1:])
         results: list[Any] = [None] * len(pieces)
         for group, path in zip(groups, made, strict=True):
-            for place, result in zip(group, take(path), strict=True):
+            for place, result in zip(group, get(path), strict=True):
                 results[place] = result
-        for path in given:
+        for path in (*given, *made):
             # Windows keeps a file that is mapped until the folder goes.
             with suppress(PermissionError):
                 Path(path).unlink()
